@@ -1,0 +1,49 @@
+# Every target sets up what it needs in .venv; nothing has to be installed by hand but Python >= 3.10 and a C++ compiler.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# The pinned torch comes first: any later requirement on torch is then already satisfied and cannot pull another build.
+TORCH  ?= torch==2.13.0
+LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
+CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
+
+.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-train bench-generate test-peers clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
+
+setup: $(READY)  ## virtual environment in .venv, pinned dependencies, C++ extension
+
+$(READY): requirements/dev.lock requirements/dev.in pyproject.toml setup.py $(CSRC)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -r $(LOCK)
+	LMVAE_BUILD_CSRC=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $(READY)
+
+demo: $(READY)   ## train a small LangVAE on the bundled corpus and write runs/demo/report.html
+	$(BIN)/lmvae-fast demo
+
+test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)   ## ruff, and mypy on the package
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fuzz: $(READY)   ## hypothesis-driven fuzzing, at least 500 cases an op
+	$(BIN)/python -m pytest -m fuzz tests/fuzz
+
+compile-gate: $(READY)  ## every Triton kernel to sm_80/90/100 cubins: registers, spills, tensor cores
+	$(BIN)/python tools/compile_gate.py
+
+bench-kernels: $(READY) ## every op against its baseline, interleaved, JSON under benchmarks/results/
+	$(BIN)/python -m benchmarks.kernels.run
+
+test-peers: $(READY)    ## checks that run the real LangVAE in a virtual environment of its own
+	$(BIN)/python -m pytest -m peers tests/peers
+
+clean:           ## remove what was built, keep .venv
+	rm -rf build *.egg-info lmvae_fast/*.so lmvae_fast/_build_info.json
