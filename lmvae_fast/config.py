@@ -1,0 +1,375 @@
+"""Configurations: frozen dataclasses with JSON and YAML in and out.
+
+Unknown fields, values out of range and contradictions raise :class:`~lmvae_fast.errors.ConfigError` when the object is
+made, so that a run never starts on a configuration it would not survive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lmvae_fast.errors import ConfigError
+
+SYSTEMS = ("langvae", "optimus")
+VISIBILITIES = ("prefix", "rolling", "interleaved")
+POOLINGS = ("mean", "cls", "last", "pooler")
+PROJECTORS = ("linear", "shared", "mlp", "none")
+KL_MODES = ("sum", "dim_threshold", "free_bits", "sample_threshold")
+OBJECTIVES = ("elbo", "langvae-0.6")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+BETA_SCHEDULES = ("constant", "linear", "cyclical")
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine", "plateau")
+PRECISIONS = ("fp32", "bf16", "fp16")
+ON_LONG = ("truncate", "drop", "error")
+
+Config = TypeVar("Config", bound="_Config")
+
+
+class _Config:
+    """What all configurations share: conversion to and from dictionaries and files."""
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """Build from a mapping; raises ConfigError naming every field that does not exist."""
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            close = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+            hints = ", ".join(f"{name} -> {match[0]}" for name, match in close.items() if match)
+            raise ConfigError(
+                f"unknown field(s) in {cls.__name__}",
+                value=", ".join(unknown),
+                limit=", ".join(known),
+                remedy=f"did you mean {hints}?" if hints else "remove them",
+            )
+        # JSON and YAML have lists where we keep tuples (frozen, hashable).
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary that :meth:`from_dict` reads back; tuples become lists."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def replace(self: Config, **changes: Any) -> Config:
+        """A copy with some fields changed (checked like a new one)."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    @classmethod
+    def from_file(cls: type[Config], path: str | os.PathLike[str]) -> Config:
+        """Read from a ``.json``, ``.yaml`` or ``.yml`` file."""
+        return cls.from_dict(read_mapping(path))
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON or YAML, by the file's ending."""
+        path = Path(path)
+        if path.suffix in (".yaml", ".yml"):
+            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        else:
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def _choice(self, name: str, allowed: tuple[str, ...], optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if value not in allowed:
+            close = difflib.get_close_matches(str(value), allowed, 1)
+            raise ConfigError(
+                f"{type(self).__name__}.{name} is not a known value",
+                value=repr(value),
+                limit=", ".join(allowed),
+                remedy=f"did you mean {close[0]!r}?" if close else "choose one of those",
+            )
+
+    def _number(
+        self,
+        name: str,
+        low: float | None = None,
+        high: float | None = None,
+        *,
+        integer: bool = False,
+        optional: bool = False,
+        open_low: bool = False,
+    ) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        kind = "an integer" if integer else "a finite number"
+        allowed = f"{kind}" + (f" {'>' if open_low else '>='} {low}" if low is not None else "")
+        allowed += f" and <= {high}" if high is not None else ""
+        good = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+        good = good and value == value and abs(value) != float("inf")
+        good = good and (low is None or (value > low if open_low else value >= low)) and (high is None or value <= high)
+        if not good:
+            raise ConfigError(
+                f"{type(self).__name__}.{name} is out of range", value=repr(value), limit=allowed, remedy="change it"
+            )
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file; raises ConfigError if there is none."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error}", remedy="check the path") from error
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:] or 'YAML'}: {error}", remedy="mend it") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} does not hold a mapping", value=type(values).__name__, limit="field: value lines")
+    return values
+
+
+@dataclass(frozen=True)
+class LMVAEConfig(_Config):
+    """What a model is. Fields left at ``None`` take the value of the system's preset (``models/systems.py``).
+
+    Attributes:
+        system: preset that fills the open fields: ``langvae`` (arXiv 2505.00004) or ``optimus`` (arXiv 2004.04092).
+        encoder: Hugging Face name or folder of the text encoder.
+        decoder: Hugging Face name or folder of the causal language model.
+        latent_dim: width nz of the latent z.
+        max_len: the most tokens predicted for a sentence, its end-of-sentence token included.
+        visibility: what a token sees of the memory: ``prefix``, ``rolling`` or ``interleaved`` (docs/architecture.md).
+        slots: memory slots per layer. Rolling and interleaved need ``max_len + 1`` or more.
+        pooling: ``mean``, ``cls``, ``last`` or ``pooler`` (BERT's tanh pooler) over the encoder's last hidden states.
+        normalize: L2-normalise the pooled vector.
+        projector: ``linear`` (own K and V per slot), ``shared`` (one vector as key and as value), ``mlp`` (linear after a
+            hidden GELU layer) or ``none`` (no memory).
+        projector_hidden: hidden width of the ``mlp`` projector.
+        projector_dropout: dropout on the projected memory, in training.
+        embedding_shift: add a projection of z to every token embedding (Optimus).
+        kl_mode: ``sum``, ``dim_threshold`` (a dimension counts when its KL exceeds kl_target), ``free_bits`` (a dimension
+            counts kl_target at least) or ``sample_threshold`` (a sentence counts when its KL exceeds kl_target).
+        kl_target: the threshold in nats.
+        objective: ``elbo``, or ``langvae-0.6`` for the loss LangVAE 0.6.13 computes (its order of reduction).
+        length_normalize: divide a sentence's reconstruction by its number of predicted tokens.
+        free_running: train on the decoder's own greedy output (LangVAE) instead of teacher forcing.
+        train_encoder, train_decoder: fine-tune the encoder or decoder instead of freezing it.
+        annotations: names of the per-token labels that condition the encoder; empty for none.
+        conditional_decoder: concatenate the pooled labels to z before the projector.
+        add_prefix_space: tokenise the first word like any other.
+        dtype: dtype of the frozen parts and of the memory; what trains keeps float32 master weights.
+    """
+
+    system: str = "langvae"
+    encoder: str = "bert-base-cased"
+    decoder: str = "gpt2"
+    latent_dim: int = 128
+    max_len: int = 32
+    visibility: str | None = None
+    slots: int | None = None
+    pooling: str | None = None
+    normalize: bool | None = None
+    projector: str | None = None
+    projector_hidden: int | None = None
+    projector_dropout: float | None = None
+    embedding_shift: bool | None = None
+    kl_mode: str | None = None
+    kl_target: float | None = None
+    objective: str | None = None
+    length_normalize: bool | None = None
+    free_running: bool | None = None
+    train_encoder: bool | None = None
+    train_decoder: bool | None = None
+    annotations: tuple[str, ...] = ()
+    conditional_decoder: bool = False
+    add_prefix_space: bool | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        self._choice("system", SYSTEMS)
+        for name, allowed in (
+            ("visibility", VISIBILITIES),
+            ("pooling", POOLINGS),
+            ("projector", PROJECTORS),
+            ("kl_mode", KL_MODES),
+            ("objective", OBJECTIVES),
+        ):
+            self._choice(name, allowed, optional=True)
+        self._choice("dtype", DTYPES)
+        self._number("latent_dim", 1, integer=True)
+        self._number("max_len", 1, integer=True)
+        self._number("slots", 1, integer=True, optional=True)
+        self._number("projector_hidden", 1, integer=True, optional=True)
+        self._number("projector_dropout", 0.0, 0.999, optional=True)
+        self._number("kl_target", 0.0, optional=True)
+        for name in ("encoder", "decoder"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(
+                    f"LMVAEConfig.{name} must be a model name or folder", value=repr(getattr(self, name))
+                )
+        if not isinstance(self.annotations, tuple) or not all(isinstance(label, str) for label in self.annotations):
+            raise ConfigError(
+                "LMVAEConfig.annotations must be a tuple of label names", value=repr(self.annotations), limit="strings"
+            )
+        self._contradictions()
+
+    def _contradictions(self) -> None:
+        if self.visibility in ("rolling", "interleaved") and self.slots is not None and self.slots < self.max_len:
+            raise ConfigError(
+                f"{self.visibility} visibility gives every predicted token a slot of its own",
+                value=f"slots={self.slots} with max_len={self.max_len}",
+                limit=f"slots >= {self.max_len}",
+                remedy="leave slots unset, or lower max_len",
+            )
+        if self.projector == "none" and self.embedding_shift is False:
+            raise ConfigError(
+                "projector='none' with embedding_shift=false leaves the latent no way into the decoder",
+                remedy="enable one of them",
+            )
+        if self.projector_hidden is not None and self.projector not in (None, "mlp"):
+            raise ConfigError(
+                "projector_hidden belongs to projector='mlp'",
+                value=f"projector={self.projector!r}",
+                remedy="set projector='mlp' or drop projector_hidden",
+            )
+        if self.conditional_decoder and not self.annotations:
+            raise ConfigError(
+                "conditional_decoder needs annotations", value="annotations=()", remedy="name the labels of the data"
+            )
+        if len(set(self.annotations)) != len(self.annotations):
+            raise ConfigError("annotations repeat a label", value=self.annotations)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Config):
+    """How a model is trained.
+
+    Attributes:
+        output_dir: folder for checkpoints, metrics and TensorBoard files.
+        epochs: passes over the data; ignored when max_steps is set.
+        max_steps: optimiser steps, or None.
+        batch_size: sentences per micro-batch.
+        accumulation: micro-batches per optimiser step.
+        learning_rate, adam_betas, adam_eps, weight_decay: AdamW.
+        schedule: learning rate over time: ``constant``, ``linear`` (to 0), ``cosine`` (to 0) or ``plateau``.
+        warmup_steps: linear warm-up before the schedule.
+        plateau_patience, plateau_factor: for ``plateau``: evaluations without progress, and the factor then applied.
+        grad_clip: the most that the global gradient norm may be, or None.
+        beta_schedule: weight of the KL over time: ``constant``, ``linear`` or ``cyclical``.
+        beta: its value, or its maximum.
+        beta_cycles, beta_zero, beta_increase: cycles; share of a cycle at 0; share spent rising (``linear`` rises over
+            beta_increase of the run after beta_zero of it).
+        precision: ``fp32``, or autocast in ``bf16`` / ``fp16`` (the latter with a gradient scaler).
+        eval_every, save_every, log_every: in optimiser steps; None for once an epoch (log: 10).
+        eval_batch_size: sentences per evaluation batch (default: batch_size).
+        early_stop: evaluations without progress before stopping, or None.
+        keep_checkpoints: how many of the newest to keep.
+        on_long: what happens to sentences longer than the model's max_len: ``truncate``, ``drop`` or ``error``.
+        cache_dir: where tokenised data and pooled encoder features are cached; None for ``output_dir/cache``.
+        resume: continue from output_dir's newest complete checkpoint (True) or from the checkpoint folder named.
+        seed: of the data order, the noise and dropout.
+        tensorboard, progress: write TensorBoard files; draw a progress bar.
+        bucket_batches: batches per length bucket window: sentences are sorted by length only within such a window.
+    """
+
+    output_dir: str = "runs/train"
+    epochs: int = 20
+    max_steps: int | None = None
+    batch_size: int = 50
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    plateau_patience: int = 5
+    plateau_factor: float = 0.5
+    grad_clip: float | None = 1.0
+    beta_schedule: str = "cyclical"
+    beta: float = 1.0
+    beta_cycles: int = 16
+    beta_zero: float = 0.25
+    beta_increase: float = 0.25
+    precision: str = "fp32"
+    eval_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 10
+    eval_batch_size: int | None = None
+    early_stop: int | None = None
+    keep_checkpoints: int = 2
+    on_long: str = "truncate"
+    cache_dir: str | None = None
+    resume: bool | str = False
+    seed: int = 0
+    tensorboard: bool = True
+    progress: bool = True
+    bucket_batches: int = 16
+
+    def __post_init__(self) -> None:
+        self._choice("schedule", LEARNING_RATE_SCHEDULES)
+        self._choice("beta_schedule", BETA_SCHEDULES)
+        self._choice("precision", PRECISIONS)
+        self._choice("on_long", ON_LONG)
+        for name in ("epochs", "batch_size", "accumulation", "beta_cycles", "log_every", "keep_checkpoints"):
+            self._number(name, 1, integer=True)
+        for name in ("max_steps", "eval_every", "save_every", "eval_batch_size", "early_stop"):
+            self._number(name, 1, integer=True, optional=True)
+        for name in ("warmup_steps", "plateau_patience", "seed"):
+            self._number(name, 0, integer=True)
+        self._number("bucket_batches", 1, integer=True)
+        self._number("learning_rate", 0.0, open_low=True)
+        self._number("adam_eps", 0.0, open_low=True)
+        self._number("weight_decay", 0.0)
+        self._number("plateau_factor", 0.0, 0.9999, open_low=True)
+        self._number("grad_clip", 0.0, optional=True, open_low=True)
+        for name in ("beta",):
+            self._number(name, 0.0)
+        for name in ("beta_zero", "beta_increase"):
+            self._number(name, 0.0, 1.0)
+        if len(self.adam_betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
+            raise ConfigError("TrainConfig.adam_betas", value=self.adam_betas, limit="two numbers in [0, 1)")
+        if self.beta_zero + self.beta_increase > 1.0:
+            raise ConfigError(
+                "beta_zero and beta_increase are shares of one cycle",
+                value=f"{self.beta_zero} + {self.beta_increase}",
+                limit="a sum <= 1",
+                remedy="lower one of them",
+            )
+
+
+@dataclass(frozen=True)
+class GenerationConfig(_Config):
+    """How latents become text.
+
+    Attributes:
+        max_new_tokens: the most tokens per sentence; None for the model's max_len.
+        do_sample: draw tokens; otherwise greedy.
+        temperature, top_k, top_p: of the draw. ``top_k`` 0 and ``top_p`` 1.0 switch the filter off.
+        seed: of the draw; None takes it from torch's generator. A sentence's draw depends on its row, not on its batch.
+        batch_size: sentences decoded at a time.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        self._number("max_new_tokens", 1, integer=True, optional=True)
+        self._number("temperature", 0.0, open_low=True)
+        self._number("top_k", 0, integer=True)
+        self._number("top_p", 0.0, 1.0, open_low=True)
+        self._number("seed", 0, integer=True, optional=True)
+        self._number("batch_size", 1, integer=True)
+        if not self.do_sample and (self.temperature != 1.0 or self.top_k != 0 or self.top_p != 1.0):
+            raise ConfigError(
+                "temperature, top_k and top_p only act when tokens are drawn",
+                value="do_sample=False",
+                remedy="set do_sample=True",
+            )
