@@ -1,0 +1,9 @@
+"""Whole systems in plain eager torch: what every fast path is checked against and timed against.
+
+Nothing here is fast or clever. Each file runs the Hugging Face model's own forward, one token at a time where the
+published system does so, with a key/value cache that we fill by hand.
+"""
+
+from lmvae_fast.reference.stepwise import StepwiseDecoder, stepwise_greedy, stepwise_logits
+
+__all__ = ["StepwiseDecoder", "stepwise_greedy", "stepwise_logits"]
