@@ -129,7 +129,7 @@ class StepwiseDecoder:
         self.embedding_shift, self.output_residual = embedding_shift, output_residual
         self.num_slots = 0 if memory is None else memory.shape[-2]
         self.step_index = 0
-        self._tokens: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values of every token read so far
+        self._tokens: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values of tokens read
         if memory is not None:
             self._check(memory)
 
@@ -187,7 +187,7 @@ class StepwiseDecoder:
             if hook is not None:
                 hook.remove()
         new = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
-        if self._tokens is None:
+        if self._tokens is None or self.visibility == "rolling":  # rolling looks back one token only
             self._tokens = new
         else:
             self._tokens = [
