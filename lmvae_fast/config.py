@@ -29,6 +29,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 BETA_SCHEDULES = ("constant", "linear", "cyclical")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine", "plateau")
 PRECISIONS = ("fp32", "bf16", "fp16")
+MONITORS = ("elbo", "reconstruction", "loss")
 ON_LONG = ("truncate", "drop", "error")
 
 Config = TypeVar("Config", bound="_Config")
@@ -265,6 +266,8 @@ class TrainConfig(_Config):
         eval_every, save_every, log_every: in optimiser steps; None for once an epoch (log: 10).
         eval_batch_size: sentences per evaluation batch (default: batch_size).
         early_stop: evaluations without progress before stopping, or None.
+        monitor: the evaluation figure that plateau, early_stop and the best checkpoint go by: ``elbo`` (at beta 1),
+            ``reconstruction`` or ``loss`` (at the step's beta).
         keep_checkpoints: how many of the newest to keep.
         on_long: what happens to sentences longer than the model's max_len: ``truncate``, ``drop`` or ``error``.
         cache_dir: where tokenised data and pooled encoder features are cached; None for ``output_dir/cache``.
@@ -299,6 +302,7 @@ class TrainConfig(_Config):
     log_every: int = 10
     eval_batch_size: int | None = None
     early_stop: int | None = None
+    monitor: str = "elbo"
     keep_checkpoints: int = 2
     on_long: str = "truncate"
     cache_dir: str | None = None
@@ -313,6 +317,7 @@ class TrainConfig(_Config):
         self._choice("beta_schedule", BETA_SCHEDULES)
         self._choice("precision", PRECISIONS)
         self._choice("on_long", ON_LONG)
+        self._choice("monitor", MONITORS)
         for name in ("epochs", "batch_size", "accumulation", "beta_cycles", "log_every", "keep_checkpoints"):
             self._number(name, 1, integer=True)
         for name in ("max_steps", "eval_every", "save_every", "eval_batch_size", "early_stop"):
