@@ -1,0 +1,259 @@
+"""The invertible network (INN): a flow between two vector spaces, as an `nn.Module` over the `coupling_flow` op.
+
+Used by the Invertible CVAE of LlaMaVAE (arXiv 2312.13208), and by itself as a density model of latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.kernels.coupling_flow import (
+    Coupling,
+    FlowParams,
+    FlowSpec,
+    Stage,
+    Subnet,
+    coupling_flow,
+    hard_permutation,
+    soft_permutation,
+)
+
+
+def build_spec(
+    dim: int,
+    blocks: int,
+    hidden: int | Sequence[int],
+    kind: str,
+    clamp: float,
+    permutation: str | None,
+    cond_dim: int,
+    activation: str,
+) -> FlowSpec:
+    """`blocks` equal blocks: FrEIA's AllInOneBlock, or its GLOWCouplingBlock followed by an ActNorm and a permutation."""
+    subnet = Subnet((hidden,) if isinstance(hidden, int) else tuple(hidden), activation)
+    split = dim - dim // 2
+
+    def coupling(active: int, squash: str, gain: float) -> Coupling:
+        return Coupling(split, active, (subnet,), float(clamp), squash, gain, conditional=cond_dim > 0)
+
+    if kind == "allinone":
+        block = (Stage(coupling(1, "tanh", 0.1), "softplus", permutation),)
+    elif kind == "glow":
+        block = (Stage(coupling(0, "atan", 1.0)), Stage(coupling(1, "atan", 1.0), "exp", permutation))
+    else:
+        raise ConfigError("unknown kind of coupling block", value=kind, limit="'allinone' or 'glow'")
+    return FlowSpec(dim, cond_dim, block * blocks)
+
+
+class CouplingFlow(nn.Module):
+    """An invertible map between vectors of `dim` channels, with its log-determinant.
+
+    Args:
+        dim: channels, 2 to 1024; odd ones too (the first half is the larger).
+        blocks: number of coupling blocks.
+        hidden: width of the subnets' hidden layer, or one width per hidden layer.
+        kind: "allinone" (one half rescaled by tanh-clamped factors, global softplus scale) or "glow" (both halves in turn,
+            atan-clamped, then ActNorm); the algebra of FrEIA 0.2's blocks of these names.
+        clamp: the most that a coupling can add to the log-scale of a channel.
+        permutation: after each block: "hard" (random index), "soft" (random rotation), None, or one tensor per block,
+            either an index [dim] (y[j] = u[index[j]]) or an invertible matrix [dim, dim] (y = matrix @ u).
+        cond_dim: width of the condition c that is concatenated to the subnets' input; 0 for none.
+        activation: of the subnets: "relu", "gelu" or "silu".
+        memory: "save" or "recompute", see `coupling_flow`.
+
+    The numbers live in one flat parameter `theta` (and the buffers `constants`, `indices`); `named_views()` gives every
+    weight by name, input-major ([in, out]). Random numbers come from torch's default generator.
+
+    Raises:
+        ConfigError: kind, blocks or the number of permutations do not fit. ValueError, TypeError: a permutation is no
+        permutation, a matrix is singular or not finite, clamp is not above 0, dim is out of range.
+    """
+
+    theta: Tensor
+    constants: Tensor
+    indices: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        blocks: int = 10,
+        hidden: int | Sequence[int] = 512,
+        kind: str = "allinone",
+        clamp: float = 2.0,
+        permutation: str | None | Sequence[Tensor] = "hard",
+        cond_dim: int = 0,
+        *,
+        activation: str = "relu",
+        memory: str = "save",
+    ):
+        super().__init__()
+        if blocks < 1:
+            raise ConfigError("a flow needs at least one block", value=blocks, limit="blocks >= 1")
+        given = None if permutation is None or isinstance(permutation, str) else list(permutation)
+        if given is not None:
+            if len(given) != blocks:
+                raise ConfigError("one permutation per block", value=f"{len(given)} for {blocks} blocks")
+            soft = {p.dim() == 2 for p in given}
+            if len(soft) > 1:
+                raise ConfigError("permutations are all indices or all matrices", remedy="write indices as matrices")
+            permutation = "soft" if soft.pop() else "hard"
+        self._adopt(build_spec(dim, blocks, hidden, kind, clamp, permutation, cond_dim, activation), memory)
+        self._reset(given)
+
+    @classmethod
+    def from_spec(cls, spec: FlowSpec, memory: str = "save") -> CouplingFlow:
+        """A flow of any sequence of stages, freshly initialised, with random permutations."""
+        flow = cls.__new__(cls)
+        nn.Module.__init__(flow)
+        flow._adopt(spec, memory)
+        flow._reset(None)
+        return flow
+
+    def _adopt(self, spec: FlowSpec, memory: str) -> None:
+        self.spec, self.memory = spec, memory
+        theta, constants, indices = spec.sizes
+        self.theta = nn.Parameter(torch.empty(theta))
+        self.register_buffer("constants", torch.empty(constants))
+        self.register_buffer("indices", torch.empty(indices, dtype=torch.int32))
+        self.register_load_state_dict_post_hook(lambda module, _: module.check_permutations())
+
+    @torch.no_grad()
+    def _reset(self, permutations: list[Tensor] | None) -> None:
+        """nn.Linear's initialisation for the subnets, scale 1 and offset 0, random or given permutations."""
+        views = self.named_views()
+        for name, view in views.items():
+            if name.endswith(".weight"):
+                bound = 1 / math.sqrt(view.shape[0])
+                view.uniform_(-bound, bound)
+                views[name.removesuffix("weight") + "bias"].uniform_(-bound, bound)
+        given = iter(permutations) if permutations is not None else None
+        for i, stage in enumerate(self.spec.stages):
+            if stage.affine is not None:
+                views[f"stages.{i}.scale"].copy_(_raw_scale(torch.ones(self.spec.dim), stage.affine))
+                views[f"stages.{i}.offset"].zero_()
+            if stage.permutation == "hard":
+                index = torch.randperm(self.spec.dim) if given is None else next(given)
+                names, values = ("index", "inverse"), hard_permutation(index, self.spec.dim)
+            elif stage.permutation == "soft":
+                matrix = _random_rotation(self.spec.dim) if given is None else next(given)
+                names, values = ("matrix", "inverse", "logdet"), soft_permutation(matrix, self.spec.dim)
+            else:
+                continue
+            for name, value in zip(names, values, strict=True):
+                views[f"stages.{i}.{name}"].copy_(value)
+
+    @property
+    def params(self) -> FlowParams:
+        return FlowParams(self.spec, self.theta, self.constants, self.indices)
+
+    def named_views(self) -> dict[str, Tensor]:
+        """Every weight and permutation by name, as views that share memory with the flat tensors."""
+        return self.params.named()
+
+    def check_permutations(self) -> None:
+        """Raise ValueError unless every stored permutation and its stored inverse undo each other."""
+        views = self.named_views()
+        for i, stage in enumerate(self.spec.stages):
+            if stage.permutation == "hard":
+                index, inverse = hard_permutation(views[f"stages.{i}.index"], self.spec.dim)
+                if not torch.equal(inverse, views[f"stages.{i}.inverse"]):
+                    raise ValueError(f"stage {i}: the stored inverse permutation does not undo the permutation")
+            elif stage.permutation == "soft":
+                matrix, inverse = views[f"stages.{i}.matrix"], views[f"stages.{i}.inverse"]
+                _, exact, _ = soft_permutation(matrix.t(), self.spec.dim)
+                if not torch.allclose(inverse.double(), exact, rtol=1e-2, atol=1e-3 * exact.abs().max().item()):
+                    raise ValueError(f"stage {i}: the stored inverse matrix is not the inverse of the stored matrix")
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, dim], cond [B, cond_dim] -> z [B, dim], logdet [B] of dz/dx."""
+        return coupling_flow(x, self.params, cond=cond, memory=self.memory)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z [B, dim], cond [B, cond_dim] -> x [B, dim], logdet [B] of dx/dz."""
+        return coupling_flow(z, self.params, cond=cond, inverse=True, memory=self.memory)
+
+    def log_prob(
+        self, x: Tensor, cond: Tensor | None = None, *, mu: Tensor | None = None, logvar: Tensor | None = None
+    ) -> Tensor:
+        """log p(x) [B] in nats, with base density N(mu, exp(logvar)) (default N(0, I)); both broadcast to [B, dim].
+
+        With a posterior's mu and logvar this is minus the training loss of the Invertible CVAE (SYSTEMS.md, LlaMaVAE).
+        """
+        z, logdet = self(x, cond)
+        delta = z.to(logdet.dtype) if mu is None else z.to(logdet.dtype) - mu
+        square, log_sigma = delta.square(), z.new_zeros((), dtype=logdet.dtype)
+        if logvar is not None:
+            square, log_sigma = square * torch.exp(-logvar), 0.5 * logvar
+        constant = 0.5 * math.log(2 * math.pi)
+        return logdet - (0.5 * square + log_sigma + constant).sum(dim=1)
+
+    def sample(self, n: int, cond: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """n draws of x [n, dim] with base density N(0, I); cond [n, cond_dim]."""
+        z = torch.randn(n, self.spec.dim, dtype=self.theta.dtype, device=self.theta.device, generator=generator)
+        return self.inverse(z, cond)[0]
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Data-dependent initialisation (ActNorm, arXiv 1807.03039 section 3.1); returns z of x under the result.
+
+        Sets scale and offset of every stage that has them so that, over the batch x [B, dim], each channel leaves that
+        stage with mean 0 and standard deviation 1 (unbiased, as FrEIA's ActNorm takes it).
+
+        Raises DataError when there are fewer than 2 rows, or a channel does not vary (its scale would be infinite).
+        """
+        if x.shape[0] < 2:
+            raise DataError("standard deviations need two rows", value=f"{x.shape[0]} rows", limit=">= 2")
+        views = self.named_views()
+        for i, stage in enumerate(self.spec.stages):
+            if stage.affine is not None:
+                u, _ = coupling_flow(x, self._one(i, Stage(stage.coupling)), cond=cond) if stage.coupling else (x, None)
+                deviation, mean = torch.std_mean(u.double(), dim=0)
+                if not (deviation > 0).all():
+                    channel = int((~(deviation > 0)).nonzero()[0])
+                    raise DataError(
+                        f"stage {i}: channel {channel} does not vary over the batch", value=f"{len(x)} rows"
+                    )
+                views[f"stages.{i}.scale"].copy_(_raw_scale(1 / deviation, stage.affine))
+                views[f"stages.{i}.offset"].copy_(-mean / deviation)
+            x, _ = coupling_flow(x, self._one(i, stage), cond=cond)
+        return x
+
+    def _one(self, i: int, stage: Stage) -> FlowParams:
+        """Stage i alone (or its first parts, as `stage` says), on the same memory."""
+        spec = FlowSpec(self.spec.dim, self.spec.cond_dim, (stage,))
+        flats = []
+        for flat, slots, size in zip(
+            (self.theta, self.constants, self.indices), self.spec.slots, spec.sizes, strict=True
+        ):
+            start = next((slot.offset for slot in slots if slot.name.startswith(f"stages.{i}.")), 0)
+            flats.append(flat[start : start + size])
+        return FlowParams(spec, *flats)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"dim={spec.dim}, stages={len(spec.stages)}, cond_dim={spec.cond_dim}, memory={self.memory!r}"
+
+
+def _raw_scale(scale: Tensor, kind: str) -> Tensor:
+    """The raw parameter that gives this scale (the inverse of the functions named in `Stage`)."""
+    scale = scale.double()
+    if kind == "exp":
+        return scale.log()
+    if kind == "sigmoid":
+        return 2 + torch.logit(scale / 10)
+    y = 5 * scale  # softplus(raw, beta=1/2) = 2 log(1 + exp(raw / 2)) = 10 scale
+    return 2 * (y + torch.log(-torch.expm1(-y)))
+
+
+def _random_rotation(dim: int) -> Tensor:
+    """A matrix of SO(dim), uniformly (arXiv math-ph/0609050: QR of a Gaussian matrix, signs fixed by R's diagonal)."""
+    q, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
+    q = q * torch.sign(torch.diagonal(r))
+    if torch.linalg.det(q) < 0:
+        q[:, 0] = -q[:, 0]
+    return q
