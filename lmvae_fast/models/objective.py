@@ -14,10 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lmvae_fast.config import KL_MODES, OBJECTIVES
 from lmvae_fast.errors import ConfigError
-
-KL_MODES = ("sum", "dim_threshold", "free_bits", "sample_threshold")
-OBJECTIVES = ("elbo", "langvae-0.6")
 
 
 class Objective(NamedTuple):
@@ -48,8 +46,8 @@ def kl_reduce(kl_dim: Tensor, mode: str = "sum", target: float = 0.0, *, beta: f
     free_bits           max(KL_d, target) per dimension; below the target the gradient is zero
     sample_threshold    the sentence's whole KL if it is > target, else zero (LangVAE's target_kl)
 
-    beta: when given, `dim_threshold` masks nothing while beta is 0, as Optimus does: the KL has no weight there, and the
-    reported figure is then the true KL. A float or a 0-dim tensor. Raises ConfigError for an unknown mode.
+    beta: when given, `dim_threshold` masks nothing while beta is 0, as Optimus does: the KL has no weight there, and
+    the reported figure is then the true KL. A float or a 0-dim tensor. Raises ConfigError for an unknown mode.
     """
     if mode == "sum":
         return kl_dim.sum(-1)
@@ -82,10 +80,11 @@ def combine(
     nll [B]: summed token NLL of each sentence, nats (fp32 or fp64). tokens [B]: number of its target tokens.
     kl [B]: its KL term (already reduced by mode). beta: float or 0-dim tensor.
 
-    objective "elbo" (default): reconstruction_b = nll_b, or nll_b / tokens_b with `length_normalize` (Optimus's option).
+    objective "elbo" (default): reconstruction_b = nll_b, or nll_b / tokens_b with `length_normalize` (Optimus's
+    option).
     objective "langvae-0.6": what LangVAE 0.6 computes: reconstruction_b = (sum of all the batch's NLLs) * tokens_b / B.
-    For it `nll` must include the padding positions (every sentence padded to the batch's longest with the pad token as a
-    target), while `tokens` counts the real tokens only.
+    For it `nll` must include the padding positions (every sentence padded to the batch's longest with the pad token as
+    a target), while `tokens` counts the real tokens only.
 
     Raises ConfigError for an unknown objective and for length_normalize together with "langvae-0.6".
     """

@@ -1,0 +1,171 @@
+"""What can watch a training run: the protocol, and the three watchers that come with it.
+
+A record is a flat dictionary with `kind` ("train" or "eval"), `step`, `epoch` and figures. All are plain numbers: the
+one transfer from the device has happened before a callback sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lmvae_fast.training.storage import output_errors, replacing
+
+if TYPE_CHECKING:
+    from lmvae_fast.training.progress import TrainResult
+
+Record = dict[str, Any]
+
+
+class Run(Protocol):
+    """What a callback sees of the run: read it freely, change it only through `request_stop`."""
+
+    model: Any
+    config: Any
+    output_dir: Path
+    step: int
+    total_steps: int
+
+    @property
+    def epoch(self) -> int: ...
+
+    def request_stop(self, reason: str) -> None:
+        """End the run in order after this step: a checkpoint is written and `TrainResult.stop_reason` is `reason`."""
+
+
+class Callback:
+    """Base class of callbacks: override what you need. An exception raised in one ends the run."""
+
+    def on_train_begin(self, run: Run) -> None:
+        """Before the first step; after a resume, `run.step` is the step resumed at."""
+
+    def on_step(self, run: Run) -> None:
+        """After every optimizer step. Reading a tensor's value here would stall the device at each step."""
+
+    def on_log(self, run: Run, record: Record) -> None:
+        """Every `log_every` steps: means since the last record."""
+
+    def on_evaluate(self, run: Run, record: Record) -> None:
+        """After each evaluation; `record["improved"]` says whether it is the best so far."""
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """After a checkpoint has become complete."""
+
+    def on_train_end(self, run: Run, result: TrainResult | None) -> None:
+        """At the end; `result` is None when the run ends by an exception."""
+
+
+class MetricsLog(Callback):
+    """Every record as a line of `metrics.jsonl` in the output folder; the history of a run, kept through resumes.
+
+    A resumed run first drops the records after its checkpoint (and a line that a kill cut short), so the file reads as
+    if the run had never been interrupted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.history: list[Record] = []
+
+    def on_train_begin(self, run: Run) -> None:
+        self.history = [record for record in read_records(self.path) if run.step and record["step"] <= run.step]
+        with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self.history)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _append(self, record: Record) -> None:
+        self.history.append(record)
+        with output_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def on_log(self, run: Run, record: Record) -> None:
+        self._append(record)
+
+    def on_evaluate(self, run: Run, record: Record) -> None:
+        self._append(record)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, up to the first line that is not whole; [] if there is no file."""
+    records: list[Record] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
+    return records
+
+
+class TensorBoard(Callback):
+    """Figures for TensorBoard in `<output_dir>/tensorboard`; without that package, a warning that says so."""
+
+    def __init__(self) -> None:
+        self.writer: Any = None
+
+    def on_train_begin(self, run: Run) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            warnings.warn(
+                "tensorboard is not installed, so no TensorBoard files are written: pip install 'lmvae_fast[train]', "
+                "or set tensorboard=False",
+                stacklevel=2,
+            )
+            return
+        # purge_step hides what a killed run wrote after the checkpoint that is resumed.
+        self.writer = SummaryWriter(str(run.output_dir / "tensorboard"), purge_step=run.step + 1 if run.step else None)
+
+    def _write(self, record: Record) -> None:
+        if self.writer is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def on_log(self, run: Run, record: Record) -> None:
+        self._write(record)
+
+    def on_evaluate(self, run: Run, record: Record) -> None:
+        self._write(record)
+
+    def on_train_end(self, run: Run, result: TrainResult | None) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class ProgressBar(Callback):
+    """A tqdm bar over optimizer steps with ELBO, KL and tokens per second (and the last evaluation's ELBO)."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.figures: dict[str, str] = {}
+
+    def on_train_begin(self, run: Run) -> None:
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=run.total_steps, initial=run.step, desc="train", unit="step", dynamic_ncols=True)
+
+    def on_step(self, run: Run) -> None:
+        self.bar.update(1)
+
+    def on_log(self, run: Run, record: Record) -> None:
+        self.figures.update(
+            elbo=f"{record['elbo']:.2f}", kl=f"{record['kl']:.2f}", tok_s=f"{record['tokens_per_second']:.0f}"
+        )
+        self.bar.set_postfix(self.figures, refresh=False)
+
+    def on_evaluate(self, run: Run, record: Record) -> None:
+        self.figures.update(eval_elbo=f"{record['elbo']:.2f}", au=f"{record['active_units']:.0f}")
+        self.bar.set_postfix(self.figures, refresh=True)
+
+    def on_train_end(self, run: Run, result: TrainResult | None) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,85 @@
+"""The figures of a held-out set that training itself needs: ELBO, reconstruction, KL, active units.
+
+Costlier ones (importance-weighted perplexity, mutual information, BLEU) are in `lmvae_fast.evaluation`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.errors import DataError, NumericalError
+from lmvae_fast.models.objective import kl_per_dim
+from lmvae_fast.training.packing import sorted_batches
+
+ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016 (arXiv 1509.00519), section 5.2
+
+
+def evaluate(
+    model: Any,
+    tokenized: Any,
+    pooled: Tensor | None,
+    *,
+    batch_size: int,
+    beta: float,
+    seed: int = 0,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> dict[str, float]:
+    """Evaluate a model on every sentence of `tokenized`, one sample of z each, in eval mode.
+
+    Returns means over sentences, in nats: `loss` (the training objective at this beta), `reconstruction` (summed NLL of
+    a sentence's tokens), `kl` (true KL, without any threshold), `elbo` = -(reconstruction + kl), and `nll_per_token`,
+    `active_units` (dimensions whose posterior mean varies by at least 0.01 over the set), `sentences`.
+
+    The noise depends on `seed` and the batch only, so two evaluations of the same weights agree to the bit; torch's
+    generators are left as they were. Raises NumericalError when a figure is not finite,
+    DataError when there is no sentence.
+    """
+    was_training = model.training
+    model.eval()
+    sums: Tensor | None = None
+    moments: Tensor | None = None
+    shift: Tensor | None = None
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for i, rows in enumerate(sorted_batches(tokenized.lengths, batch_size)):
+            batch = model.make_batch(tokenized, rows, pooled).to(device)
+            with autocast():
+                out = model(batch, beta=beta, seed=((seed << 32) + i) % 2**62)
+            # LangVAE 0.6 also predicts padding; it is no part of a sentence's likelihood.
+            nll = torch.where(batch.token_index < batch.tokens[batch.rows], out.nll.double(), 0.0)
+            kl = kl_per_dim(out.mu, out.logvar).double().sum(-1)
+            part = torch.stack([out.loss.double() * len(rows), nll.sum(), kl.sum(), out.tokens.double().sum()])
+            mu = out.mu.double()
+            # Variance from moments about the first batch's mean: no catastrophic cancellation for a far-off mean.
+            shift = mu.mean(0) if shift is None else shift
+            moment = torch.stack([(mu - shift).sum(0), (mu - shift).square().sum(0)])
+            sums = part if sums is None else sums + part
+            moments = moment if moments is None else moments + moment
+    model.train(was_training)
+    if sums is None or moments is None:
+        raise DataError("no sentence to evaluate on", value=0, limit=">= 1", remedy="check the evaluation data")
+    count = len(tokenized)
+    loss, reconstruction, kl_mean, tokens = (sums / count).tolist()
+    variance = (moments[1] - moments[0].square() / count) / max(count - 1, 1)
+    figures = {
+        "loss": loss,
+        "reconstruction": reconstruction,
+        "kl": kl_mean,
+        "elbo": -(reconstruction + kl_mean),
+        "nll_per_token": reconstruction / tokens,
+        "active_units": float((variance >= ACTIVE_UNIT_VARIANCE).sum()),
+        "sentences": float(count),
+    }
+    bad = [name for name, value in figures.items() if not torch.isfinite(torch.tensor(value))]
+    if bad:
+        raise NumericalError(
+            f"evaluation gave a {' and '.join(bad)} that is not finite",
+            value={name: figures[name] for name in bad},
+            remedy="lower the learning rate, or use precision='bf16' or 'fp32' instead of 'fp16'",
+        )
+    return figures

@@ -1,0 +1,147 @@
+"""Tokenised sentences and what a frozen encoder says of them, computed once and kept on disk.
+
+While the encoder is frozen its pooled output of a sentence never changes, so an epoch need not run it. Entries are
+keyed by content (sentences, tokenizer, encoder weights, pooling), never by file names or dates: what changed is another
+entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lmvae_fast.errors import OutputError
+from lmvae_fast.models.tokenization import TokenizedSentences
+from lmvae_fast.training.storage import fingerprint_tensors, replacing, write_tensors
+
+
+def content_key(**parts: Any) -> str:
+    """sha256 of named JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class TensorCache:
+    """A folder of safetensors files by content key.
+
+    Entries are written atomically and carry the sha256 of their content; one that is damaged, truncated or another
+    key's is recomputed with a warning. What is read is memory-mapped: pages come in as they are used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, kind: str, key: str) -> Path:
+        return self.folder / f"{kind}-{key[:32]}.safetensors"
+
+    def get(self, kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of `key`: read if they are there and whole, else computed and stored.
+
+        A cache that cannot be written costs time, not correctness: it is reported by a warning, and the computed
+        tensors are returned.
+        """
+        path = self.path(kind, key)
+        if path.is_file():
+            try:
+                return self._read(path, key)
+            except (SafetensorError, OSError, ValueError) as error:
+                warnings.warn(f"cache entry {path} is unusable and is computed again: {error}", stacklevel=2)
+        tensors = dict(compute())
+        metadata = {"key": key, "sha256": fingerprint_tensors(tensors)}
+        try:
+            with replacing(path) as temporary:
+                write_tensors(temporary, tensors, metadata)
+        except OutputError as error:
+            warnings.warn(f"{kind} could not be cached and will be computed again next time: {error}", stacklevel=2)
+            return tensors
+        return self._read(path, key)
+
+    @staticmethod
+    def _read(path: Path, key: str) -> dict[str, Tensor]:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if metadata.get("key") != key:
+            raise ValueError("it belongs to another key")
+        if metadata.get("sha256") != fingerprint_tensors(tensors):
+            raise ValueError("its content does not match its sha256")
+        return tensors
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of what a Hugging Face tokenizer does: its backend's own serialisation, or its vocabulary for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return content_key(kind=type(tokenizer).__name__, rules=rules, special=tokenizer.special_tokens_map)
+
+
+def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: str) -> TokenizedSentences:
+    """`model.tokenize(data, on_long=...)`, from the cache where the same sentences were tokenised so before."""
+    if isinstance(data, TokenizedSentences):
+        return data
+    data = data if isinstance(data, Sequence) else list(data)  # read an iterator once
+    if isinstance(data, str) or not data:
+        return model.tokenize(data, on_long=on_long)  # raises, and says what is wrong with it
+    rows = [(item, None) if isinstance(item, str) else (item.text, item.labels) for item in data]
+    key = content_key(
+        rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        tokenizer=tokenizer_fingerprint(model.decoder.tokenizer.tokenizer),
+        vocabulary=model.decoder.vocab_size,
+        max_len=model.config.max_len,
+        annotations=model.config.annotations,
+        on_long=on_long,
+    )
+    return _from_tensors(cache.get("tokens", key, lambda: _to_tensors(model.tokenize(data, on_long=on_long))))
+
+
+def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
+    """Ragged lists as flat tensors with offsets; texts and the report as UTF-8 bytes."""
+    texts = [text.encode() for text in sentences.texts]
+    tensors = {
+        "ids": torch.tensor([token for ids in sentences.ids for token in ids], dtype=torch.int32),
+        "lengths": torch.tensor(sentences.lengths, dtype=torch.int32),
+        "texts": _bytes(b"".join(texts)),
+        "text_lengths": torch.tensor([len(text) for text in texts], dtype=torch.int32),
+        "source_rows": torch.tensor(sentences.source_rows, dtype=torch.int64),
+        "report": _bytes(json.dumps(sentences.report).encode()),
+    }
+    return tensors if sentences.annotations is None else tensors | {"annotations": sentences.annotations}
+
+
+def _from_tensors(tensors: Mapping[str, Tensor]) -> TokenizedSentences:
+    texts = tensors["texts"].numpy().tobytes()
+    ends = tensors["text_lengths"].cumsum(0).tolist()
+    return TokenizedSentences(
+        texts=[texts[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)],
+        ids=[part.tolist() for part in tensors["ids"].split(tensors["lengths"].tolist())],
+        annotations=tensors.get("annotations"),
+        source_rows=tensors["source_rows"].tolist(),
+        report=json.loads(tensors["report"].numpy().tobytes()),
+    )
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def pooled_features(model: Any, sentences: TokenizedSentences, cache: TensorCache, *, batch_size: int) -> Tensor | None:
+    """Pooled encoder outputs [N, width] of tokenised sentences, cached or computed; None when the encoder trains."""
+    if model.config.train_encoder:
+        return None
+    key = content_key(
+        texts=sentences.texts,
+        encoder=model.encoder.fingerprint(),
+        tokenizer=tokenizer_fingerprint(model.encoder.tokenizer),
+    )
+
+    def compute() -> dict[str, Tensor]:
+        return {"pooled": model.pool(sentences, batch_size=batch_size).cpu()}
+
+    return cache.get("pooled", key, compute)["pooled"]

@@ -1,0 +1,371 @@
+"""The training loop.
+
+Order within a step: batches, backward, clip, update; then, where due, log, evaluate, save. A checkpoint therefore holds
+everything up to and including its step, and a resumed run begins with the next one.
+
+A resumed run equals an unbroken one bit for bit on one device when the ops are deterministic (they are on CPU) and the
+number of threads is the same, because a sum split over other threads rounds differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmvae_fast.config import TrainConfig
+from lmvae_fast.errors import ConfigError, NumericalError
+from lmvae_fast.training import checkpoint, resume
+from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Record, TensorBoard
+from lmvae_fast.training.evaluate import evaluate
+from lmvae_fast.training.features import TensorCache, pooled_features, tokenized_sentences
+from lmvae_fast.training.guards import FiniteWatch, StopSignals
+from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
+from lmvae_fast.training.progress import Progress, TrainResult, Window
+from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
+from lmvae_fast.training.state import (
+    optimizer_tensors,
+    random_tensors,
+    restore_optimizer,
+    restore_random,
+    trainable_parameters,
+)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(
+    model: Any,
+    train_data: Any,
+    eval_data: Any = None,
+    config: TrainConfig | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Train what the model trains, in place, on the device the model is on.
+
+    model: an LMVAE. train_data, eval_data: what `model.tokenize` takes (strings, Examples, a SentenceDataset) or its
+    result. Seeds torch's generators with config.seed. Writes checkpoints, `metrics.jsonl` and TensorBoard files below
+    config.output_dir. Ctrl-C and SIGTERM finish the step, save, and return with `stop_reason` set to the signal.
+
+    Raises: ConfigError, DataError (nothing to train on), OutputError (folder unwritable or full; before the first step
+    where it can be known, and otherwise with the earlier checkpoints whole), CheckpointError (resume),
+    NumericalError (NaN or infinity: names the step, the dataset rows and the last good checkpoint; carries them as
+    `step`, `rows` and `checkpoint`).
+    """
+    return Trainer(model, train_data, eval_data, config or TrainConfig(), callbacks).run()
+
+
+class Trainer:
+    """One run; `train` is its only caller, and callbacks see it as `callbacks.Run`."""
+
+    def __init__(
+        self, model: Any, train_data: Any, eval_data: Any, config: TrainConfig, callbacks: Sequence[Callback]
+    ) -> None:
+        self.model, self.config = model, config
+        self.device = next(model.parameters()).device
+        self.output_dir = Path(config.output_dir)
+        self.folder = self.output_dir / "checkpoints"
+        self.parameters = trainable_parameters(model)
+        self._check(eval_data)
+        checkpoint.check_space(self.folder, model.trainable_state_dict(), config.keep_checkpoints)
+        found = resume.find(config, self.folder)
+
+        cache = TensorCache(Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache")
+        self.train_set = tokenized_sentences(model, train_data, cache, on_long=config.on_long)
+        self.eval_set = None
+        if eval_data is not None:
+            self.eval_set = tokenized_sentences(model, eval_data, cache, on_long=config.on_long)
+        self.eval_batch = config.eval_batch_size or config.batch_size
+        self.pooled = pooled_features(model, self.train_set, cache, batch_size=self.eval_batch)
+        self.eval_pooled = None
+        if self.eval_set is not None:
+            self.eval_pooled = pooled_features(model, self.eval_set, cache, batch_size=self.eval_batch)
+
+        self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation)
+        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
+        self.progress = Progress()
+        self.window = Window(self.device)
+        self.watch = FiniteWatch(self.device)
+        self.log = MetricsLog(self.output_dir / "metrics.jsonl")
+        self.callbacks: list[Callback] = [self.log]
+        self.callbacks += [TensorBoard()] if config.tensorboard else []
+        self.callbacks += [ProgressBar()] if config.progress else []
+        self.callbacks += callbacks
+        self.last_checkpoint: Path | None = None
+        self.stop_reason: str | None = None
+        self._plan: tuple[int, EpochPlan] | None = None
+
+        eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
+        self.identity = resume.identity(config, model, self.train_set.fingerprint(), eval_print)
+        torch.manual_seed(config.seed)
+        if found is not None:
+            self._restore(found)
+
+    def _check(self, eval_data: Any) -> None:
+        """Refuse, before any work, what could only fail later."""
+        if not self.parameters:
+            raise ConfigError("the model has no trainable parameter", remedy="unfreeze a part of it")
+        half = [name for name, p in self.parameters.items() if p.dtype in AUTOCAST.values()]
+        if half:
+            raise ConfigError(
+                "trained parameters must keep float32 master weights",
+                value=f"{half[0]} is {self.parameters[half[0]].dtype}",
+                remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
+            )
+        if eval_data is None and (self.config.schedule == "plateau" or self.config.early_stop is not None):
+            raise ConfigError(
+                "schedule='plateau' and early_stop go by an evaluation figure",
+                value="eval_data=None",
+                remedy="give eval_data, for instance dataset.split(0.1, seed=0)",
+            )
+
+    # -- what callbacks may read -------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the last step done, from 0."""
+        return max(self.step - 1, 0) // self.steps_per_epoch
+
+    def request_stop(self, reason: str) -> None:
+        self.stop_reason = self.stop_reason or reason
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Train to the end or to a reason to stop."""
+        result = None
+        try:
+            with StopSignals() as signals:
+                self._tell("on_train_begin")
+                self.model.train()
+                if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
+                    self.request_stop("early_stop")  # the run being resumed had already ended so
+                while self.step < self.total_steps and self.stop_reason is None:
+                    self._advance(signals)
+            result = self._result()
+            return result
+        finally:
+            self._tell("on_train_end", result)
+
+    def _advance(self, signals: StopSignals) -> None:
+        """One step and all that is due after it."""
+        config = self.config
+        started = time.perf_counter()
+        self._optimizer_step(self._batches(self.step))
+        self.progress.step += 1
+        elapsed = time.perf_counter() - started
+        self.progress.seconds += elapsed
+        self.window.seconds += elapsed
+        self._tell("on_step")
+        last = self.step == self.total_steps
+        due = lambda every: last or self.step % (every or self.steps_per_epoch) == 0  # noqa: E731
+        if due(config.log_every):
+            self._log()
+        if self.eval_set is not None and due(config.eval_every):
+            self._evaluate()
+        if signals.received is not None and not last:
+            self.request_stop(signals.received)
+        if due(config.save_every) or self.stop_reason is not None:
+            self._save()
+
+    def _batches(self, step: int) -> tuple[Rows, ...]:
+        """The micro-batches (rows of the tokenised set) of a step."""
+        config, epoch = self.config, step // self.steps_per_epoch
+        if self._plan is None or self._plan[0] != epoch:
+            plan = plan_epoch(
+                self.train_set.lengths,
+                config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                accumulation=config.accumulation,
+                bucket_batches=config.bucket_batches,
+            )
+            self._plan = (epoch, plan)
+        return self._plan[1].steps[step % self.steps_per_epoch]
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        factor = learning_rate_factor(self.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps)
+        return config.learning_rate * factor * self.plateau.scale
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = AUTOCAST.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def _optimizer_step(self, micro_batches: tuple[Rows, ...]) -> None:
+        beta = self.model.beta = beta_at(self.step, self.total_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        sentences = sum(len(rows) for rows in micro_batches)
+        for i, rows in enumerate(micro_batches):
+            batch = self.model.make_batch(self.train_set, rows, self.pooled).to(self.device)
+            # From torch's CPU generator: its state is in the checkpoint, and reading it costs the device nothing.
+            seed = int(torch.randint(2**62, ()))
+            with self._autocast():
+                out = self.model(batch, beta=beta, seed=seed)
+            self.watch.note("loss", out.loss, self.step * self.config.accumulation + i)
+            # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
+            self.scaler.scale(out.loss * (len(rows) / sentences)).backward()
+            self.window.add(out, len(rows), batch.num_tokens)
+            self.progress.sentences += len(rows)
+            self.progress.tokens += batch.num_tokens
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
+        if not self.scaler.is_enabled():  # with a scaler an infinite norm is how it finds its scale: it skips the step
+            self.watch.note("gradient norm", norm, self.step)
+        if self.device.type == "cpu":
+            self._stop_if_not_finite()  # costs nothing here, and the weights are then still good
+        self.window.add_step(norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _stop_if_not_finite(self) -> None:
+        bad = self.watch.first()
+        if bad is None:
+            return
+        kind, position = bad
+        step, micro = divmod(position, self.config.accumulation) if kind == "loss" else (position, None)
+        batches = self._batches(step)
+        rows: list[int] = []
+        for part in batches if micro is None else batches[micro : micro + 1]:
+            rows += self.model.make_batch(self.train_set, part, self.pooled).indices.tolist()
+        error = NumericalError(
+            f"the {kind} of step {step + 1} is NaN or infinite",
+            value=f"dataset rows {rows}",
+            limit="finite figures",
+            remedy=f"look at these rows; lower learning_rate or grad_clip, or use precision='fp32'; the last good "
+            f"checkpoint is {self.last_checkpoint or 'none yet'}",
+        )
+        error.step, error.rows, error.checkpoint = step + 1, rows, self.last_checkpoint  # type: ignore[attr-defined]
+        raise error
+
+    def _log(self) -> None:
+        self._stop_if_not_finite()
+        record: Record = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            **self.window.means(),
+            "beta": self.model.beta,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": self.progress.seconds,
+        }
+        self.window.reset({})
+        self._tell("on_log", record)
+
+    def _evaluate(self) -> None:
+        figures = evaluate(
+            self.model,
+            self.eval_set,
+            self.eval_pooled,
+            batch_size=self.eval_batch,
+            beta=self.model.beta,
+            seed=self.config.seed,
+            autocast=self._autocast,
+        )
+        # Smaller is better for all but the ELBO.
+        value = -figures["elbo"] if self.config.monitor == "elbo" else figures[self.config.monitor]
+        best = self.progress.best
+        improved = improves(value, None if best is None else best["monitored"])
+        record: Record = {
+            "kind": "eval",
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            **figures,
+            "beta": self.model.beta,
+            "monitored": value,
+            "improved": improved,
+        }
+        self.progress.waited = 0 if improved else self.progress.waited + 1
+        if improved:
+            self.progress.best = record
+        if self.config.schedule == "plateau":
+            self.plateau.update(value)
+        if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
+            self.request_stop("early_stop")
+        self._tell("on_evaluate", record)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self._stop_if_not_finite()
+        self.progress.window = self.window.read()
+        tensors = {
+            "model": self.model.trainable_state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+            "random": random_tensors(),
+        }
+        state = {
+            "progress": asdict(self.progress),
+            "plateau": self.plateau.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "beta": self.model.beta,
+            "identity": self.identity,
+        }
+        best = self.progress.best
+        self.last_checkpoint = checkpoint.save(
+            self.folder,
+            self.step,
+            tensors,
+            state,
+            keep=self.config.keep_checkpoints,
+            protect=None if best is None else best["step"],
+        )
+        self._tell("on_checkpoint", self.last_checkpoint)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        resume.check(found.state["identity"], self.identity)
+        self.model.load_trainable_state_dict(found.tensors["model"])
+        restore_optimizer(self.optimizer, self.parameters, found.tensors["optimizer"])
+        self.progress = Progress(**found.state["progress"])
+        self.window.reset(self.progress.window)
+        self.plateau.load_state_dict(found.state["plateau"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(found.state["scaler"])
+        self.model.beta = found.state["beta"]
+        self.last_checkpoint = found.path
+        checkpoint.set_aside(self.folder, after=found.path)
+        restore_random(found.tensors["random"])
+
+    def _result(self) -> TrainResult:
+        best = self.progress.best
+        return TrainResult(
+            stop_reason=self.stop_reason or "completed",
+            history=self.log.history,
+            best=best,
+            checkpoint=self.last_checkpoint,
+            best_checkpoint=None if best is None else checkpoint.of_step(self.folder, best["step"]),
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            seconds=self.progress.seconds,
+            sentences=self.progress.sentences,
+            tokens=self.progress.tokens,
+        )

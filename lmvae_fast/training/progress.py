@@ -1,0 +1,103 @@
+"""What a run counts on its way, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.training.callbacks import Record
+from lmvae_fast.training.guards import StopSignals
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        stop_reason: "completed", "early_stop", the name of a signal ("SIGINT", "SIGTERM") or a callback's reason.
+        history: every record of `metrics.jsonl`: training means and evaluations, also of the parts before a resume.
+        best: the best evaluation's record, or None without evaluation data.
+        checkpoint: the last checkpoint's folder. best_checkpoint: that of the best evaluation, if it was saved.
+        step, epoch: where the run stands (epoch as a fraction).
+        seconds, sentences, tokens: training time (also before a resume) and what was processed in it.
+    """
+
+    stop_reason: str
+    history: list[Record]
+    best: Record | None
+    checkpoint: Path | None
+    best_checkpoint: Path | None
+    step: int
+    epoch: float
+    seconds: float
+    sentences: int
+    tokens: int
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run; `resume=True` continues it."""
+        return self.stop_reason in [number.name for number in StopSignals.SIGNALS]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Progress:
+    """The part of a run's state that is plain numbers; saved as JSON."""
+
+    step: int = 0
+    seconds: float = 0.0
+    sentences: int = 0
+    tokens: int = 0
+    best: Record | None = None
+    waited: int = 0
+    window: dict[str, float] = field(default_factory=dict)
+
+
+class Window:
+    """Sums since the last log record, kept on the device until they are read."""
+
+    NAMES = ("loss", "reconstruction", "kl", "grad_norm")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset({})
+
+    def reset(self, saved: dict[str, float]) -> None:
+        self.sums = torch.tensor([saved.get(name, 0.0) for name in self.NAMES], dtype=torch.float64, device=self.device)
+        self.sentences, self.tokens, self.steps = (int(saved.get(n, 0)) for n in ("sentences", "tokens", "steps"))
+        self.seconds = saved.get("seconds", 0.0)
+
+    def add(self, out: Any, sentences: int, tokens: int) -> None:
+        terms = [out.loss.detach() * sentences, out.reconstruction.detach().sum(), out.kl.detach().sum()]
+        self.sums[:3] += torch.stack([term.double() for term in terms])
+        self.sentences, self.tokens = self.sentences + sentences, self.tokens + tokens
+
+    def add_step(self, grad_norm: Tensor) -> None:
+        # A step that the fp16 scaler skips has an infinite norm; it is not part of the mean.
+        self.sums[3] += torch.where(torch.isfinite(grad_norm), grad_norm, 0.0)
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Means per sentence (the gradient norm: per step) and the rate, as numbers (synchronises)."""
+        sums = self.read()
+        reconstruction, kl = sums["reconstruction"] / self.sentences, sums["kl"] / self.sentences
+        return {
+            "loss": sums["loss"] / self.sentences,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "elbo": -(reconstruction + kl),
+            "grad_norm": sums["grad_norm"] / self.steps,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+        }
+
+    def read(self) -> dict[str, float]:
+        """All sums as numbers (synchronises)."""
+        counts = {"sentences": self.sentences, "tokens": self.tokens, "steps": self.steps, "seconds": self.seconds}
+        return dict(zip(self.NAMES, self.sums.tolist(), strict=True)) | counts

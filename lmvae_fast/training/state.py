@@ -1,0 +1,97 @@
+"""What a checkpoint holds besides the weights, as tensors and JSON: optimizer and random states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmvae_fast.errors import CheckpointError
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that requires a gradient, in the model's order (shared ones once)."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state, flattened to "<parameter name>/<key>" -> tensor."""
+    flat = {}
+    for name, parameter in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            flat[f"{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return flat
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], flat: Mapping[str, Tensor]
+) -> None:
+    """Put a flattened state back; each tensor goes to the device torch keeps it on (`step` stays where AdamW wants it).
+
+    Raises CheckpointError if the state is of other parameters.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    index = {name: i for i, name in enumerate(names)}
+    for path, value in flat.items():
+        name, _, key = path.rpartition("/")
+        if name not in index:
+            raise CheckpointError(
+                "the checkpoint's optimizer state names a parameter that this model does not train",
+                value=name,
+                remedy="resume with the configuration the run was started with",
+            )
+        if key != "step" and value.shape != names[name].shape:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state of {name} has another shape",
+                value=tuple(value.shape),
+                limit=tuple(names[name].shape),
+                remedy="resume with the configuration the run was started with",
+            )
+        state.setdefault(index[name], {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    # load_state_dict casts and moves as this optimizer's implementation (fused, foreach) needs it.
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def random_tensors() -> dict[str, Tensor]:
+    """The states of torch's CPU and CUDA generators, of numpy's global one and of Python's, as tensors."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for i, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"cuda.{i}"] = state
+    version, words, gauss = random.getstate()
+    states["python"] = torch.tensor([version, *words], dtype=torch.int64)
+    states["python.gauss"] = torch.tensor([] if gauss is None else [gauss], dtype=torch.float64)
+    legacy: Any = np.random.get_state(legacy=False)
+    if legacy["bit_generator"] == "MT19937":
+        words = [*legacy["state"]["key"].tolist(), legacy["state"]["pos"], legacy["has_gauss"]]
+        states["numpy"] = torch.tensor(words, dtype=torch.int64)
+        states["numpy.gauss"] = torch.tensor([legacy["gauss"]], dtype=torch.float64)
+    return states
+
+
+def restore_random(states: Mapping[str, Tensor]) -> None:
+    """Put the states of `random_tensors` back. Raises CheckpointError if they do not fit the generators."""
+    try:
+        torch.set_rng_state(states["torch"])
+        cuda = [states[f"cuda.{i}"] for i in range(sum(name.startswith("cuda.") for name in states))]
+        if cuda and torch.cuda.is_available():
+            for i, state in enumerate(cuda[: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, i)
+        version, *words = states["python"].tolist()
+        gauss = states["python.gauss"].tolist()
+        random.setstate((version, tuple(words), gauss[0] if gauss else None))
+        if "numpy" in states:
+            *key, position, has_gauss = states["numpy"].tolist()
+            np.random.set_state(
+                ("MT19937", np.array(key, np.uint32), position, has_gauss, states["numpy.gauss"].item())
+            )
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint's random states cannot be used here: {error}",
+            remedy="resume with the torch and Python versions the run was started with",
+        ) from error
