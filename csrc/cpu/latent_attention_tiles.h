@@ -1,0 +1,168 @@
+// The two matrix products that latent attention is made of, as register tiles over explicit vectors, and a transposition.
+//
+// Scores are kept transposed: row n is a key, lane r a query. A softmax over keys is then vertical (no horizontal
+// reduction, no masking of vector tails), and each product needs one operand broadcast from memory and one as vectors:
+//   dots:   S[n][r]  = sum_d K[n][d] * Qt[d][r]           reduction over head_dim
+//   outer:  C[a][d] += sum_i P[a, i] * B[i][d]            O, dQ (a = query, i = key) and dK, dV (a = key, i = query)
+#pragma once
+
+#include "simd_math.h"
+
+namespace lmvae::LMVAE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kOuterRows = 6, kOuterVecs = 4, kDotTile = 16;  // 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kOuterRows = 4, kOuterVecs = 2, kDotTile = 8;  // 16 registers
+#else
+constexpr int kVectorBytes = 16, kOuterRows = 4, kOuterVecs = 2, kDotTile = 8;
+#endif
+
+template <typename A>
+struct Lanes {
+  static constexpr int count = kVectorBytes / static_cast<int>(sizeof(A));
+  typedef A Vec __attribute__((vector_size(kVectorBytes), aligned(sizeof(A)), may_alias));
+};
+template <typename A>
+using Vec = typename Lanes<A>::Vec;
+
+template <typename A> LMVAE_INLINE Vec<A> load(const A* p) { return *reinterpret_cast<const Vec<A>*>(p); }
+template <typename A> LMVAE_INLINE void store(A* p, Vec<A> x) { *reinterpret_cast<Vec<A>*>(p) = x; }
+template <typename A> LMVAE_INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
+
+// ---- dots ------------------------------------------------------------------------------------------------------------
+
+template <typename A, int QV, int KN>
+static void dots_tile(const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s) {
+  constexpr int L = Lanes<A>::count, W = QV * L;
+  Vec<A> acc[KN][QV] = {};
+  for (int64_t d = 0; d < d_count; d++) {
+    Vec<A> q[QV];
+#pragma GCC unroll 2
+    for (int v = 0; v < QV; v++) q[v] = load(qt + d * W + v * L);
+#pragma GCC unroll 16
+    for (int n = 0; n < KN; n++) {
+      const Vec<A> x = splat(k[n * ldk + d]);
+#pragma GCC unroll 2
+      for (int v = 0; v < QV; v++) acc[n][v] += x * q[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < KN; n++)
+#pragma GCC unroll 2
+    for (int v = 0; v < QV; v++) store(s + n * W + v * L, acc[n][v]);
+}
+
+// s[n][r] = sum_d k[n][d] qt[d][r] for n < count; rows of qt and s are QV vectors wide.
+template <typename A, int QV, int KN = kDotTile / QV>
+static void dots(const A* k, int64_t ldk, int64_t count, const A* qt, int64_t d_count, A* s) {
+  constexpr int W = QV * Lanes<A>::count;
+  int64_t n = 0;
+  for (; n + KN <= count; n += KN) dots_tile<A, QV, KN>(k + n * ldk, ldk, qt, d_count, s + n * W);
+  if constexpr (KN > 1) {
+    if (n < count) dots<A, QV, KN / 2>(k + n * ldk, ldk, count - n, qt, d_count, s + n * W);
+  }
+}
+
+// ---- outer -----------------------------------------------------------------------------------------------------------
+
+template <typename A, int RN, int DV>
+static void outer_tile(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, A* c, int64_t ldc) {
+  constexpr int L = Lanes<A>::count;
+  Vec<A> acc[RN][DV];
+#pragma GCC unroll 8
+  for (int a = 0; a < RN; a++)
+#pragma GCC unroll 4
+    for (int v = 0; v < DV; v++) acc[a][v] = load(c + a * ldc + v * L);
+  for (int64_t i = 0; i < count; i++) {
+    Vec<A> x[DV];
+#pragma GCC unroll 4
+    for (int v = 0; v < DV; v++) x[v] = load(b + i * ldb + v * L);
+#pragma GCC unroll 8
+    for (int a = 0; a < RN; a++) {
+      const Vec<A> w = splat(p[a * pa + i * pi]);
+#pragma GCC unroll 4
+      for (int v = 0; v < DV; v++) acc[a][v] += w * x[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int a = 0; a < RN; a++)
+#pragma GCC unroll 4
+    for (int v = 0; v < DV; v++) store(c + a * ldc + v * L, acc[a][v]);
+}
+
+template <typename A, int RN, int DV>
+static void outer_columns(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, A* c, int64_t ldc,
+                          int64_t vecs) {
+  constexpr int L = Lanes<A>::count;
+  int64_t v = 0;
+  for (; v + DV <= vecs; v += DV) outer_tile<A, RN, DV>(p, pa, pi, b + v * L, ldb, count, c + v * L, ldc);
+  if constexpr (DV > 1) {
+    if (v < vecs) outer_columns<A, RN, DV / 2>(p, pa, pi, b + v * L, ldb, count, c + v * L, ldc, vecs - v);
+  }
+}
+
+// c[a][d] += sum_i p[a * pa + i * pi] b[i][d] for a < rows <= kOuterRows, i < count, d < vecs vectors.
+template <typename A, int RN = kOuterRows>
+static void outer(int64_t rows, const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, A* c,
+                  int64_t ldc, int64_t vecs) {
+  if (rows == RN) return outer_columns<A, RN, kOuterVecs>(p, pa, pi, b, ldb, count, c, ldc, vecs);
+  if constexpr (RN > 1) outer<A, RN - 1>(rows, p, pa, pi, b, ldb, count, c, ldc, vecs);
+}
+
+// How many rows each of the fewest outer() calls takes that cover `rows`: 13 -> 5 (5 + 5 + 3) instead of 6 + 6 + 1.
+LMVAE_INLINE int64_t outer_step(int64_t rows) {
+  const int64_t calls = (rows + kOuterRows - 1) / kOuterRows;
+  return calls > 1 ? (rows + calls - 1) / calls : rows;
+}
+
+// ---- transposition ---------------------------------------------------------------------------------------------------
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define LMVAE_SHUFFLE 1
+#endif
+#endif
+
+#ifdef LMVAE_SHUFFLE
+// Exchanges bit S of the lane number with bit S of the register number: all of them in turn transpose a square block.
+template <typename A, int S, int... I>
+LMVAE_INLINE void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, I...>) {
+  constexpr int L = Lanes<A>::count;
+  const Vec<A> low = __builtin_shufflevector(a, b, ((I & S) ? L + (I ^ S) : I)...);
+  b = __builtin_shufflevector(a, b, ((I & S) ? L + I : (I ^ S))...);
+  a = low;
+}
+template <typename A, int S = 1>
+LMVAE_INLINE void transpose_block(Vec<A>* r) {
+  constexpr int L = Lanes<A>::count;
+  if constexpr (S < L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++)
+      if (!(i & S)) exchange<A, S>(r[i], r[i | S], std::make_integer_sequence<int, L>{});
+    transpose_block<A, 2 * S>(r);
+  }
+}
+#endif
+
+// xt[d][r] = factor * x[r][d] for r < width (a multiple of the lanes), d < d_count; x has d_count rounded up to whole vectors.
+template <typename A>
+static void transpose(const A* x, int64_t ldx, int64_t width, int64_t d_count, A factor, A* xt) {
+#ifdef LMVAE_SHUFFLE
+  constexpr int L = Lanes<A>::count;
+  for (int64_t d = 0; d < d_count; d += L)
+    for (int64_t r = 0; r < width; r += L) {
+      Vec<A> block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) block[i] = load(x + (r + i) * ldx + d) * factor;
+      transpose_block<A>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) store(xt + (d + i) * width + r, block[i]);
+    }
+#else
+  for (int64_t r = 0; r < width; r++)
+    for (int64_t d = 0; d < d_count; d++) xt[d * width + r] = factor * x[r * ldx + d];
+#endif
+}
+
+}  // namespace lmvae::LMVAE_ISA

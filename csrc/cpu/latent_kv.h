@@ -1,0 +1,85 @@
+// What latent_kv.cpp (checks, allocation, threads) hands to latent_kv_simd.cpp (arithmetic).
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace lmvae {
+
+enum class KvType : int { F64, F32, F16, BF16 };
+
+// A tensor over (layer, side, batch, head, slot, row of the head): element strides in that order. Side 0 is K, 1 is V.
+// The weight and the optimizer's moments have batch stride 0, and nz contiguous elements at each index.
+struct KvTensor {
+  void* data = nullptr;
+  KvType type = KvType::F32;
+  int64_t stride[6] = {};
+};
+
+// The rows (head, slot, dim) of one (layer, side), cut into chunks along which every tensor has one stride.
+struct KvRows {
+  int64_t layers, heads, slots, dim, nz, batch;
+  int64_t run;             // rows after which a tensor's stride may change: dim, slots * dim or heads * slots * dim
+  int64_t chunk;           // rows of a chunk, at most kKvChunk; the last one of a run may be shorter
+  int64_t chunks_per_run;
+  int64_t rows() const { return heads * slots * dim; }
+  int64_t chunks() const { return run == 0 ? 0 : layers * 2 * (rows() / run) * chunks_per_run; }
+};
+
+constexpr int64_t kKvChunk = 64;
+
+struct KvDropout {
+  uint32_t threshold = 0;  // a word keeps its element when word >> 8 >= threshold; 0: no dropout
+  double scale = 1.0;
+  uint64_t seed = 0, offset = 0;
+};
+
+struct KvForward {
+  KvRows rows;
+  KvTensor weight, memory;
+  const void* bias;  // dense [layers, 2, rows], of the weight's type; may be null
+  const void* panels;  // z transposed and cut into panels of `panel` columns: [panels][nz][panel]; accumulation type
+  int64_t panel;
+  KvDropout dropout;
+};
+
+struct KvGrad {  // gradient of one forward's memory
+  KvTensor tensor;
+  int64_t batch;
+  KvDropout dropout;
+};
+
+struct KvAdamW {
+  double clip, lr, beta1, beta2, eps, decay;  // decay = 1 - lr * weight_decay
+  double step_size, sqrt_bias2;               // lr / (1 - beta1^step), sqrt(1 - beta2^step)
+};
+
+enum class KvSink : int { None, Store, AdamW, Norm };  // what becomes of a tile of the weight's gradient
+
+struct KvBackward {
+  KvRows rows;           // batch: the sum over all gradients
+  const KvGrad* grads;
+  int64_t num_grads;
+  int64_t batch_padded;  // up to a multiple of kv_rows_block
+  int64_t nz_padded;     // up to a multiple of the vector
+  const void* z;         // [batch, nz_padded], accumulation type, zero in the padding
+  KvTensor weight;       // read for dz, written by AdamW
+  void* dz;              // this task's partial sums [batch_padded, nz_padded], accumulation type; null: not wanted
+  void* gram;            // this task's partial sums [batch_padded, gram_padded] of G G^T; null: not wanted
+  int64_t gram_padded;
+  void* dbias;           // dense [layers, 2, rows] of the weight's type; null: not wanted
+  KvSink sink;
+  KvTensor dweight, exp_avg, exp_avg_sq;
+  KvAdamW adamw;
+  double* norm;          // this task's partial sum of squares
+};
+
+}  // namespace lmvae
+
+// Elements of scratch (accumulation type, 64-byte aligned) that one task needs.
+LMVAE_DECLARE(template <typename T> int64_t kv_forward_scratch(const ::lmvae::KvForward& a))
+LMVAE_DECLARE(template <typename T> int64_t kv_backward_scratch(const ::lmvae::KvBackward& a))
+LMVAE_DECLARE(template <typename T> int64_t kv_vector())  // lanes of a vector
+LMVAE_DECLARE(template <typename T> void kv_forward_chunks(const ::lmvae::KvForward& a, void* scratch, int64_t begin, int64_t end))
+LMVAE_DECLARE(template <typename T> void kv_backward_chunks(const ::lmvae::KvBackward& a, void* scratch, int64_t begin, int64_t end))

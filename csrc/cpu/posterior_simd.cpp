@@ -1,0 +1,171 @@
+// posterior_sample, rows [begin, end): one pass over mu and logvar in tiles that stay in the first-level cache. A tile is
+// either some whole rows or a piece of one row; its noise is one contiguous range of Philox blocks either way.
+#include "posterior.h"
+#include "simd_math.h"
+
+namespace lmvae::LMVAE_ISA {
+
+constexpr int64_t kTile = 1024;  // elements of a tile: six float rows of it fit in 32 KB
+constexpr int64_t kSlack = 4 * kLanes;
+
+LMVAE_INLINE int64_t pad4(int64_t n) { return (n + 3) / 4 * 4; }
+
+// One latent dimension's divergence from N(0, 1), and what the mode makes of it. Masks multiply instead of select: an Inf
+// or NaN then shows in the result exactly where it does in torch.
+template <typename A, KlMode mode>
+LMVAE_INLINE A kl_term(A mu, A lv, A e, A target) {
+  const A k = A(0.5) * (mu * mu + e - lv - A(1));
+  if constexpr (mode == KlMode::DimThreshold) return k * (k > target ? A(1) : A(0));
+  if constexpr (mode == KlMode::FreeBits) return k < target ? target : k;
+  return k;
+}
+// d(kl_term)/d(k)
+template <typename A, KlMode mode>
+LMVAE_INLINE A kl_mask(A mu, A lv, A e, A target) {
+  if constexpr (mode == KlMode::DimThreshold) return A(0.5) * (mu * mu + e - lv - A(1)) > target ? A(1) : A(0);
+  if constexpr (mode == KlMode::FreeBits) return A(0.5) * (mu * mu + e - lv - A(1)) >= target ? A(1) : A(0);
+  return A(1);
+}
+
+template <typename A>
+struct Tile {
+  alignas(64) A mu[kTile + kSlack], lv[kTile + kSlack], std[kTile + kSlack], e[kTile + kSlack], eps[kTile + kSlack],
+      out[kTile + kSlack], dz[kTile + kSlack], sum[kTile + kSlack];
+};
+
+template <typename T>
+LMVAE_INLINE void load_tile(const T* x, int64_t row_stride, int64_t col_stride, acc_t<T>* y, int64_t rows, int64_t cols,
+                            int64_t pitch) {
+  for (int64_t r = 0; r < rows; r++) {
+    load_row(x + r * row_stride, col_stride, y + r * pitch, cols);
+    for (int64_t c = cols; c < pitch; c++) y[r * pitch + c] = 0;  // padding computes, and must not raise
+  }
+}
+
+template <typename T>
+LMVAE_INLINE void store_tile(const acc_t<T>* x, T* y, int64_t row_stride, int64_t rows, int64_t cols, int64_t pitch) {
+  if (pitch == cols && row_stride == cols) return store_row(x, y, rows * cols);
+  for (int64_t r = 0; r < rows; r++) store_row(x + r * pitch, y + r * row_stride, cols);
+}
+
+template <typename T, KlMode mode>
+void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t dim = a.dim, row_blocks = pad4(dim) / 4;
+  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / std::max<int64_t>(1, pad4(dim)));
+  const A target = static_cast<A>(a.target);
+  Tile<A> t;
+  A total[kTile];
+  for (int64_t r0 = begin; r0 < end; r0 += rows_per_tile) {
+    const int64_t rows = std::min(rows_per_tile, end - r0);
+    std::fill_n(total, rows, A(0));
+    for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
+      const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch;
+      load_tile(static_cast<const T*>(a.mu) + r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
+      load_tile(static_cast<const T*>(a.logvar) + r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv,
+                rows, cols, pitch);
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++) t.std[i] = exp_(A(0.5) * t.lv[i]);
+      for (int64_t r = 0; r < rows; r++) {
+        A sum = 0;
+        const A *m = t.mu + r * pitch, *l = t.lv + r * pitch;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < cols; c++) sum += kl_term<A, mode>(m[c], l[c], exp_(l[c]), target);
+        total[r] += sum;
+      }
+      for (int64_t s = 0; s < a.samples; s++) {
+        normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) t.out[i] = t.mu[i] + t.std[i] * t.eps[i];
+        store_tile(t.out, static_cast<T*>(a.z) + (s * a.batch + r0) * dim + c0, dim, rows, cols, pitch);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const A k = total[r];
+      static_cast<A*>(a.kl)[r0 + r] = mode == KlMode::SampleThreshold ? k * (k > target ? A(1) : A(0)) : k;
+    }
+  }
+}
+
+template <typename T, KlMode mode>
+void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t dim = a.dim, row_blocks = pad4(dim) / 4;
+  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / std::max<int64_t>(1, pad4(dim)));
+  const A target = static_cast<A>(a.target);
+  Tile<A> t;
+  for (int64_t r0 = begin; r0 < end; r0 += rows_per_tile) {
+    const int64_t rows = std::min(rows_per_tile, end - r0);
+    for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
+      const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch;
+      load_tile(static_cast<const T*>(a.logvar) + r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv,
+                rows, cols, pitch);
+      std::fill_n(t.sum, n, A(0));  // sum over samples of dz
+      std::fill_n(t.out, n, A(0));  // sum over samples of dz * eps, then dlogvar
+      if (a.dz != nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) t.std[i] = A(0.5) * exp_(A(0.5) * t.lv[i]);
+        for (int64_t s = 0; s < a.samples; s++) {
+          normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
+          load_tile(static_cast<const T*>(a.dz) + s * a.dz_sample + r0 * a.dz_row + c0 * a.dz_col, a.dz_row, a.dz_col, t.dz,
+                    rows, cols, pitch);
+#pragma omp simd
+          for (int64_t i = 0; i < n; i++) {
+            t.sum[i] += t.dz[i];
+            t.out[i] += t.dz[i] * t.eps[i];
+          }
+        }
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) t.out[i] *= t.std[i];
+      }
+      if (a.dkl != nullptr) {
+        load_tile(static_cast<const T*>(a.mu) + r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
+        for (int64_t r = 0; r < rows; r++) {
+          A g = static_cast<const A*>(a.dkl)[(r0 + r) * a.dkl_row];
+          if (mode == KlMode::SampleThreshold) g *= static_cast<const A*>(a.kl_saved)[r0 + r] > target ? A(1) : A(0);
+          const A *m = t.mu + r * pitch, *l = t.lv + r * pitch;
+          A *dm = t.sum + r * pitch, *dl = t.out + r * pitch;
+#pragma omp simd
+          for (int64_t c = 0; c < cols; c++) {
+            const A e = exp_(l[c]);
+            const A gk = g * kl_mask<A, mode>(m[c], l[c], e, target);
+            dm[c] += gk * m[c];
+            dl[c] += A(0.5) * gk * (e - A(1));
+          }
+        }
+      }
+      store_tile(t.sum, static_cast<T*>(a.dmu) + r0 * dim + c0, dim, rows, cols, pitch);
+      store_tile(t.out, static_cast<T*>(a.dlogvar) + r0 * dim + c0, dim, rows, cols, pitch);
+    }
+  }
+}
+
+template <typename T>
+void posterior_fwd_rows(const PosteriorArgs& a, int64_t begin, int64_t end) {
+  switch (a.mode) {
+    case KlMode::DimThreshold: return forward<T, KlMode::DimThreshold>(a, begin, end);
+    case KlMode::FreeBits: return forward<T, KlMode::FreeBits>(a, begin, end);
+    case KlMode::SampleThreshold: return forward<T, KlMode::SampleThreshold>(a, begin, end);
+    default: return forward<T, KlMode::Sum>(a, begin, end);
+  }
+}
+
+template <typename T>
+void posterior_bwd_rows(const PosteriorArgs& a, int64_t begin, int64_t end) {
+  switch (a.mode) {
+    case KlMode::DimThreshold: return backward<T, KlMode::DimThreshold>(a, begin, end);
+    case KlMode::FreeBits: return backward<T, KlMode::FreeBits>(a, begin, end);
+    case KlMode::SampleThreshold: return backward<T, KlMode::SampleThreshold>(a, begin, end);
+    default: return backward<T, KlMode::Sum>(a, begin, end);
+  }
+}
+
+#define LMVAE_INSTANTIATE(T)                                                \
+  template void posterior_fwd_rows<T>(const PosteriorArgs&, int64_t, int64_t); \
+  template void posterior_bwd_rows<T>(const PosteriorArgs&, int64_t, int64_t);
+LMVAE_INSTANTIATE(float)
+LMVAE_INSTANTIATE(double)
+LMVAE_INSTANTIATE(c10::Half)
+LMVAE_INSTANTIATE(c10::BFloat16)
+
+}  // namespace lmvae::LMVAE_ISA

@@ -1,0 +1,134 @@
+"""posterior_sample: registration, autograd and the public function. The truth is reference.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .. import backend, philox
+from ..registration import define, primitives, refuse_vmap
+from . import reference
+
+KL_MODES = ("sum", "dim_threshold", "free_bits", "sample_threshold")  # csrc/cpu/posterior.h has the same order
+
+# ---- primitives --------------------------------------------------------------------------------------------------------
+
+
+def _fake_fwd(mu, logvar, seed, num_samples, mode, target):
+    z = mu.new_empty(tuple(mu.shape) if num_samples == 1 else (num_samples, *mu.shape))
+    return z, mu.new_empty(mu.shape[0], dtype=torch.promote_types(mu.dtype, torch.float32))
+
+
+def _fake_bwd(dz, dkl, mu, logvar, kl, seed, num_samples, mode, target):
+    return mu.new_empty(tuple(mu.shape)), mu.new_empty(tuple(mu.shape))
+
+
+def _triton_fwd(*args):
+    from .triton import posterior_fwd
+
+    return posterior_fwd(*args)
+
+
+def _triton_bwd(*args):
+    from .triton import posterior_bwd
+
+    return posterior_bwd(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    mu, logvar, seed, *ctx.options = inputs
+    ctx.save_for_backward(mu, logvar, output[1], seed)
+
+
+def _backward(ctx: Any, dz: torch.Tensor | None, dkl: torch.Tensor | None) -> tuple:
+    mu, logvar, kl, seed = ctx.saved_tensors
+    dmu, dlogvar = ctx.primitives.posterior_bwd(dz, dkl, mu, logvar, kl, seed, *ctx.options)
+    return dmu, dlogvar, None, None, None, None
+
+
+define(
+    "posterior_bwd(Tensor? dz, Tensor? dkl, Tensor mu, Tensor logvar, Tensor kl, Tensor seed, int num_samples, int mode, "
+    "float target) -> (Tensor, Tensor)",
+    fake=_fake_bwd,
+    triton=_triton_bwd,
+)
+define(
+    "posterior_fwd(Tensor mu, Tensor logvar, Tensor seed, int num_samples, int mode, float target) -> (Tensor, Tensor)",
+    fake=_fake_fwd,
+    triton=_triton_fwd,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+backend.register(
+    "posterior_sample",
+    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("posterior_fwd", "posterior_bwd")),
+    triton=backend.Support(backend.FLOATS, ("posterior_fwd", "posterior_bwd")),
+)
+
+# ---- the public function -----------------------------------------------------------------------------------------------
+
+
+def _check(mu: torch.Tensor, logvar: torch.Tensor, num_samples: int, kl: str, kl_target: float) -> None:
+    if mu.shape != logvar.shape:
+        raise ValueError(f"mu is {list(mu.shape)} and logvar {list(logvar.shape)}: they must have one shape")
+    if mu.dim() < 1 or mu.shape[-1] < 1:
+        raise ValueError(f"mu is {list(mu.shape)}: it needs a last dimension of at least 1")
+    if mu.dtype != logvar.dtype or not mu.is_floating_point():
+        raise TypeError(f"mu is {mu.dtype} and logvar {logvar.dtype}: they must have one floating dtype")
+    if mu.device != logvar.device:
+        raise ValueError(f"mu is on {mu.device} and logvar on {logvar.device}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 1")
+    if kl not in KL_MODES:
+        raise ValueError(f"kl={kl!r} is not one of {', '.join(KL_MODES)}")
+    if not (kl_target >= 0.0 and math.isfinite(kl_target)):
+        raise ValueError(f"kl_target={kl_target} must be finite and not negative: a divergence is")
+
+
+def posterior_sample(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    *,
+    seed: int | torch.Tensor | None,
+    num_samples: int = 1,
+    kl: str = "sum",
+    kl_target: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw z ~ N(mu, e^logvar) and give KL(N(mu, e^logvar) || N(0, 1)), in one pass; differentiable in mu and logvar.
+
+    Args:
+        mu, logvar: [..., D] mean and log-variance; fp32, fp16, bf16 or fp64, any strides, no elements allowed.
+        seed: None draws from torch's generator of that device; an int; or an int64 device tensor [2] = (seed, offset).
+            The noise is that of `kernels.philox` for rows [num_samples * prod(leading), D], whatever the backend.
+        num_samples: samples per posterior.
+        kl: with KL_d = (mu_d^2 + e^logvar_d - logvar_d - 1) / 2,
+            "sum": sum_d KL_d;
+            "dim_threshold": sum_d KL_d [KL_d > kl_target] (Optimus' released code);
+            "free_bits": sum_d max(KL_d, kl_target) (Kingma et al. 2016);
+            "sample_threshold": KL [KL > kl_target] with KL = sum_d KL_d (LangVAE's released code).
+        kl_target: in nats, per dimension or per sample as said; not negative.
+
+    Returns:
+        z [..., D], or [num_samples, ..., D] when num_samples > 1, in mu's dtype; kl [...] in nats, fp32 (fp64 for fp64).
+
+    Noise is regenerated in backward from its counter and never stored. Arithmetic is fp32 for half types, rounded once.
+    Inf and NaN pass through as in the reference. Raises ValueError or TypeError naming the argument, BackendError when a
+    forced backend cannot run. Source: Kingma & Welling 2014, equation 10 and appendix B.
+    """
+    _check(mu, logvar, num_samples, kl, kl_target)
+    refuse_vmap("posterior_sample", mu, logvar)
+    pair = philox.seed_tensor(seed, mu.device)
+    lead = mu.shape[:-1]
+    if mu.dim() != 2:
+        mu, logvar = mu.reshape(-1, mu.shape[-1]), logvar.reshape(-1, logvar.shape[-1])
+    choice = backend.choose("posterior_sample", mu)
+    if choice == "reference":
+        z, divergence = reference.posterior_sample(mu, logvar, pair, num_samples, kl, kl_target)
+    else:
+        run = primitives(choice, mu).posterior_fwd
+        z, divergence = run(mu, logvar, pair, num_samples, KL_MODES.index(kl), float(kl_target))
+    if len(lead) != 1:
+        z, divergence = z.reshape(*z.shape[:-2], *lead, z.shape[-1]), divergence.reshape(lead)
+    return z, divergence
