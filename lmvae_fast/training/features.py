@@ -76,7 +76,7 @@ class TensorCache:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of what a Hugging Face tokenizer does: its backend's own serialisation, or its vocabulary for a slow one."""
+    """sha256 of what a Hugging Face tokenizer does: its backend's serialisation, or a slow one's vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return content_key(kind=type(tokenizer).__name__, rules=rules, special=tokenizer.special_tokens_map)
