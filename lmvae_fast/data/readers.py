@@ -1,0 +1,380 @@
+"""Reading sentences from files: plain text, JSON lines, CSV/TSV columns and the ``sentence & labels`` SRL format.
+
+Files are read line by line (gzip too), so memory holds the sentences and nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
+from lmvae_fast.errors import DataError
+
+#: File ending -> format. ``.txt`` is checked for SRL labels on its first line.
+FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".srl": "srl"}
+
+#: Column names taken when the caller names none, in this order.
+TEXT_COLUMNS = ("text", "sentence")
+
+# What one SRL label looks like (V, O, ARG0, R-ARG1, ARGM-TMP, B-ARG1 ...), and one that makes a line SRL beyond doubt.
+_LABEL = re.compile(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+)*")
+_ROLE = re.compile(r"([BI]-)?V|.*\bARG.*")
+# A header's cell: an identifier-like name, no sentence and no number.
+_HEADER_CELL = re.compile(r"[^\W\d][\w.-]*")
+
+# A line of the file: its number from 1, and its text without the line break.
+Line = tuple[int, str]
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    column: str | int | None = None,
+    label_column: str | int | None = None,
+    factor_columns: Sequence[str | int] | Mapping[str, str | int] = (),
+    header: bool | None = None,
+    quoting: bool = True,
+    limit: int | None = None,
+    on_empty: str = "drop",
+) -> SentenceDataset:
+    """Read a file of sentences.
+
+    Args:
+        path: the file; a name ending in ``.gz`` is decompressed on the way.
+        format: ``"txt"`` (a sentence a line), ``"srl"`` (``sentence & one label per word``), ``"jsonl"`` (an object or
+            a string a line), ``"csv"`` or ``"tsv"``. None goes by the file's ending; a ``.txt`` whose first line is in
+            SRL form (as many labels as words, a verb or argument among them) is read as SRL. The dataset's report names
+            the format read.
+        column: the column or JSON field with the sentence: a name, or an index from 0 (csv/tsv). Default: the field
+            ``text`` or ``sentence``, or the only column.
+        label_column: the column or field with the labels, one per word (space-separated, or a JSON list). Default for
+            jsonl: ``labels`` where present; for csv/tsv: none.
+        factor_columns: columns or fields to keep as factors: names, indices, or a mapping from factor name to either.
+            Default for jsonl: the object ``factors`` where present.
+        header: csv/tsv: whether the first row names the columns. None decides: it does when a column is asked for by
+            name, or when its cells are distinct single words that start with a letter.
+        quoting: csv/tsv: honour double quotes around fields (RFC 4180); False takes them as plain characters.
+        limit: stop after this many sentences; nothing after them is read or checked.
+        on_empty: ``"drop"`` counts empty sentences in the report, ``"error"`` raises at the first.
+
+    Returns:
+        The dataset; ``.report`` counts what was read, kept and dropped.
+
+    Raises:
+        DataError: the file is missing, unreadable, empty, not UTF-8, cut off (gzip) or malformed (the message names the
+            line); a column does not exist; labels and words differ in number; an option contradicts the format.
+    """
+    path = Path(path)
+    check_options(on_empty, limit)
+    if format is not None and format not in FORMATS.values():
+        raise DataError("unknown file format", value=repr(format), limit=", ".join(dict.fromkeys(FORMATS.values())))
+    chosen = format or _format_of(path)
+    if chosen in ("txt", "srl") and (column is not None or label_column is not None or factor_columns):
+        raise DataError(
+            f"{path}: format {chosen!r} has no columns",
+            value=f"column={column!r}, label_column={label_column!r}, factor_columns={factor_columns!r}",
+            remedy="give format='csv', 'tsv' or 'jsonl'",
+        )
+    factors = _factor_names(factor_columns)
+    report = DataReport(str(path), chosen)
+    columns = _Columns()
+    with _open(path) as file:
+        lines = _decoded(file, path)
+        if chosen == "txt" and format is None:
+            lines, is_srl = _looks_like_srl(lines)
+            chosen = report.format = "srl" if is_srl else "txt"
+        rows: Iterator[tuple[int, Any]]
+        if chosen == "txt":
+            rows = lines
+        elif chosen == "srl":
+            rows = _srl_rows(lines, path)
+        elif chosen == "jsonl":
+            rows = _json_rows(lines, path, column, label_column, factors)
+        else:
+            rows = _table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
+        for number, row in rows:
+            report.read += 1
+            columns.add(row, f"{path}, line {number}", on_empty, report)
+            if columns.count == limit:
+                report.stopped_at_limit = True
+                break
+    return columns.finish(report)
+
+
+def _format_of(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    try:
+        return FORMATS[suffixes[-1]]
+    except (IndexError, KeyError):
+        raise DataError(
+            f"cannot tell the format of {path} by its name",
+            value=path.suffix or "(no ending)",
+            limit=", ".join(FORMATS) + ", each also with .gz",
+            remedy="give format='txt', 'jsonl', 'csv', 'tsv' or 'srl'",
+        ) from None
+
+
+def _factor_names(columns: Sequence[str | int] | Mapping[str, str | int]) -> dict[str, str | int]:
+    if isinstance(columns, Mapping):
+        return dict(columns)
+    if isinstance(columns, str):
+        raise DataError("factor_columns is a single string", value=repr(columns), remedy=f"give [{columns!r}]")
+    return {str(column): column for column in columns}
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder", limit="a file of sentences", remedy="name a file in it")
+        if path.suffix.lower() == ".gz":
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        return path.open("rb")
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no file {path}", value=f"working folder {Path.cwd()}", remedy="check the path"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot open {path}: {error.strerror or error}", remedy="check its permissions") from error
+
+
+def _decoded(file: IO[bytes], path: Path) -> Iterator[Line]:
+    """The file's lines as text. Bytes are split first, so that an undecodable line is known by its number."""
+    number = 0
+    try:
+        for number, raw in enumerate(file, 1):
+            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                raw = raw[3:]
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not UTF-8",
+                    value=f"byte 0x{raw[error.start]:02x} at byte {error.start} of the line ({error.reason})",
+                    remedy="convert the file, for example with: iconv -f latin1 -t utf-8",
+                ) from None
+            yield number, text.rstrip("\r\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: reading stopped after line {number}: {error}",
+            remedy="the file is cut off or damaged: get it anew",
+        ) from error
+
+
+def _looks_like_srl(lines: Iterator[Line]) -> tuple[Iterator[Line], bool]:
+    """Whether the first line that is not empty has SRL form; and the lines, all still to be read."""
+    seen: list[Line] = []
+    is_srl = False
+    for line in lines:
+        seen.append(line)
+        if line[1].strip():
+            text, separator, labels = line[1].rpartition(" & ")
+            names = labels.split()
+            is_srl = bool(separator) and len(names) == len(text.split()) and all(map(_LABEL.fullmatch, names))
+            is_srl = is_srl and any(map(_ROLE.fullmatch, names))
+            break
+
+    def chained() -> Iterator[Line]:
+        yield from seen
+        yield from lines
+
+    return chained(), is_srl
+
+
+def _srl_rows(lines: Iterator[Line], path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in lines:
+        # The sentence may hold an ampersand itself: the labels follow the last one.
+        text, separator, labels = line.rpartition("&")
+        if not line.strip():
+            yield number, ""
+        elif not separator:
+            raise DataError(
+                f"{path}, line {number}: there are no labels",
+                value=shorten(line),
+                limit="sentence & one label per word",
+                remedy="add labels, or read with format='txt'",
+            )
+        else:
+            yield number, {"text": text, "labels": labels.split()} if text.strip() else ""
+
+
+def _json_rows(
+    lines: Iterator[Line],
+    path: Path,
+    column: str | int | None,
+    label_column: str | int | None,
+    factors: dict[str, str | int],
+) -> Iterator[tuple[int, Any]]:
+    for wanted in (column, label_column, *factors.values()):
+        if wanted is not None and not isinstance(wanted, str):
+            raise DataError(f"{path}: a jsonl field goes by its name", value=repr(wanted), remedy="give its name")
+    for number, line in lines:
+        if not line.strip():
+            yield number, ""
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            where = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(
+                f"{place}: malformed JSON{where}", value=shorten(line), remedy="one JSON object or string per line"
+            ) from None
+        if isinstance(record, str) and column is None:
+            yield number, record
+            continue
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{place}: not a JSON object",
+                value=f"{shorten(line)} ({type(record).__name__})",
+                limit="an object with the sentence in a field, or a string",
+            )
+        name = column if column is not None else next((name for name in TEXT_COLUMNS if name in record), None)
+        _require(place, record, *([TEXT_COLUMNS[0]] if name is None else [name]))
+        row = {"text": record[name]}
+        if label_column is not None:
+            _require(place, record, label_column)
+            row["labels"] = record[label_column]
+        elif "labels" in record:
+            row["labels"] = record["labels"]
+        if factors:
+            _require(place, record, *factors.values())
+            row["factors"] = {factor: _as_text(record[field]) for factor, field in factors.items()}
+        elif "factors" in record:
+            row["factors"] = record["factors"]
+        yield number, row
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _require(place: str, record: dict[str, Any], *names: Any) -> None:
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise DataError(
+            f"{place}: there is no field {', '.join(map(repr, missing))}",
+            limit="fields " + (", ".join(map(repr, record)) or "(none)"),
+            remedy="name one of these with column=",
+        )
+
+
+def _table_rows(
+    lines: Iterator[Line],
+    path: Path,
+    format: str,
+    column: str | int | None,
+    label_column: str | int | None,
+    factors: dict[str, str | int],
+    header: bool | None,
+    quoting: bool,
+) -> Iterator[tuple[int, Any]]:
+    table = csv.reader(
+        # csv needs the line breaks, which may stand inside quotes; a line count of its own tells where we are.
+        (text + "\n" for _, text in lines),
+        delimiter="\t" if format == "tsv" else ",",
+        quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+        strict=True,
+    )
+    names: list[str] | None = None
+    places: _Places | None = None
+    width = 0
+    while True:
+        number = table.line_num + 1  # a quoted field may span lines: a row is named by its first
+        try:
+            cells = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {number}: malformed {format}: {error}",
+                remedy="mend the quotes, or read with quoting=False" if quoting else "mend the line",
+            ) from None
+        if not "".join(cells).strip() and len(cells) < 2:
+            yield number, ""
+            continue
+        if places is None:
+            wanted = [column, label_column, *factors.values()]
+            if header is None:
+                header = any(isinstance(name, str) for name in wanted) or _is_header(cells)
+            names = [cell.strip() for cell in cells] if header else None
+            places = _Places(path, format, cells, names, column, label_column, factors)
+            width = len(cells)
+            if header:
+                continue
+        if len(cells) != width:
+            raise DataError(
+                f"{path}, line {number}: a row of another width",
+                value=f"{len(cells)} fields",
+                limit=f"{width} fields as in the first row",
+                remedy="mend the row" + (", or read with quoting=False" if quoting else ""),
+            )
+        yield number, places.row(cells)
+
+
+def _is_header(cells: Sequence[str]) -> bool:
+    stripped = [cell.strip() for cell in cells]
+    return len(set(stripped)) == len(stripped) and all(_HEADER_CELL.fullmatch(cell) for cell in stripped)
+
+
+class _Places:
+    """Where sentence, labels and factors stand in a row of a table."""
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        first: list[str],
+        names: list[str] | None,
+        column: str | int | None,
+        label_column: str | int | None,
+        factors: dict[str, str | int],
+    ):
+        self.path, self.format, self.first, self.names = path, format, first, names
+        if column is None:
+            column = next((name for name in TEXT_COLUMNS if names and name in names), 0 if len(first) == 1 else None)
+        if column is None:
+            raise DataError(
+                f"{path}: which column holds the sentences?",
+                value=f"{len(first)} columns: {shorten(repr(first))}",
+                remedy="give column= a name or an index from 0",
+            )
+        self.text = self._index(column)
+        self.labels = None if label_column is None else self._index(label_column)
+        self.factors = {name: self._index(place) for name, place in factors.items()}
+
+    def row(self, cells: list[str]) -> dict[str, Any]:
+        row: dict[str, Any] = {"text": cells[self.text]}
+        if self.labels is not None:
+            row["labels"] = cells[self.labels]
+        if self.factors:
+            row["factors"] = {name: cells[index] for name, index in self.factors.items()}
+        return row
+
+    def _index(self, column: str | int) -> int:
+        if isinstance(column, str):
+            if self.names is not None and column in self.names:
+                return self.names.index(column)
+            limit = (
+                ", ".join(self.names) if self.names is not None else f"indices 0 to {len(self.first) - 1} (no header)"
+            )
+        elif isinstance(column, int) and 0 <= column < len(self.first):
+            return column
+        else:
+            limit = f"indices 0 to {len(self.first) - 1}"
+        raise DataError(
+            f"{self.path}: there is no column {column!r}",
+            value=shorten(repr(self.first)),
+            limit=limit,
+            remedy=f"name one of these columns, or check the format {self.format!r}",
+        )
