@@ -1,0 +1,91 @@
+"""lmvae_fast: a custom-kernel performance engine for language-model VAEs.
+
+Everything public is here; names are imported when first used, so that ``import lmvae_fast`` and the kernels cost no
+transformers import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module it lives in.
+_PUBLIC = {
+    "LMVAE": "lmvae_fast.models.lmvae",
+    "LMVAEOutput": "lmvae_fast.models.lmvae",
+    "LMVAEConfig": "lmvae_fast.config",
+    "TrainConfig": "lmvae_fast.config",
+    "GenerationConfig": "lmvae_fast.config",
+    "Batch": "lmvae_fast.models.batch",
+    "Encoder": "lmvae_fast.models.encoders",
+    "Decoder": "lmvae_fast.models.decoders",
+    "Posterior": "lmvae_fast.models.encoders",
+    "Injection": "lmvae_fast.models.injection",
+    "CouplingFlow": "lmvae_fast.models.flow",
+    "train": "lmvae_fast.training.loop",
+    "TrainResult": "lmvae_fast.training.loop",
+    "Callback": "lmvae_fast.training.callbacks",
+    "generate": "lmvae_fast.generation.engine",
+    "Generated": "lmvae_fast.generation.engine",
+    "interpolate": "lmvae_fast.generation.latent_ops",
+    "traverse": "lmvae_fast.generation.latent_ops",
+    "arithmetic": "lmvae_fast.generation.latent_ops",
+    "evaluate": "lmvae_fast.evaluation.evaluate",
+    "read": "lmvae_fast.data",
+    "generate_corpus": "lmvae_fast.data",
+    "SentenceDataset": "lmvae_fast.data",
+    "Example": "lmvae_fast.data",
+    "backend": "lmvae_fast.kernels.backend",
+    "LMVAEError": "lmvae_fast.errors",
+    "ConfigError": "lmvae_fast.errors",
+    "DataError": "lmvae_fast.errors",
+    "LatentError": "lmvae_fast.errors",
+    "UnsupportedDecoderError": "lmvae_fast.errors",
+    "TokenizerError": "lmvae_fast.errors",
+    "CheckpointError": "lmvae_fast.errors",
+    "OutputError": "lmvae_fast.errors",
+    "NumericalError": "lmvae_fast.errors",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 - all of them are strings
+
+if TYPE_CHECKING:
+    from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
+    from lmvae_fast.data import Example, SentenceDataset, generate_corpus, read
+    from lmvae_fast.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        LatentError,
+        LMVAEError,
+        NumericalError,
+        OutputError,
+        TokenizerError,
+        UnsupportedDecoderError,
+    )
+    from lmvae_fast.evaluation.evaluate import evaluate
+    from lmvae_fast.generation.engine import Generated, generate
+    from lmvae_fast.generation.latent_ops import arithmetic, interpolate, traverse
+    from lmvae_fast.kernels.backend import backend
+    from lmvae_fast.models.batch import Batch
+    from lmvae_fast.models.decoders import Decoder
+    from lmvae_fast.models.encoders import Encoder, Posterior
+    from lmvae_fast.models.flow import CouplingFlow
+    from lmvae_fast.models.injection import Injection
+    from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
+    from lmvae_fast.training.callbacks import Callback
+    from lmvae_fast.training.loop import TrainResult, train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lmvae_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Generation: from latents to text, in batches over a static cache."""

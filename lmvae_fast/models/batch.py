@@ -1,0 +1,82 @@
+"""A batch of sentences, packed without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Sentences laid end to end; T tokens of B sentences.
+
+    Attributes:
+        input_ids: what the decoder reads, int64 ``[T]``: start token, t0, t1, ...
+        labels: what it must predict, int64 ``[T]``: t0, t1, ..., end token.
+        cu_seqlens: where each sentence begins, int32 ``[B + 1]``.
+        max_seqlen: tokens of the longest sentence, known on the host.
+        rows: sentence of each token, int64 ``[T]``.
+        token_index: place of each token in its sentence, int64 ``[T]``.
+        tokens: tokens that count as the sentence's own, int64 ``[B]``.
+        indices: row of each sentence in its dataset, int64 ``[B]`` (named when a batch fails).
+        pooled: features of a frozen encoder, ``[B, features]``, or None.
+        encoder_ids, encoder_mask: the encoder's padded input, int64 ``[B, S]``, when there are no pooled features.
+        annotations: pooled label features, float32 ``[B, labels]``, or None.
+        texts: the sentences, or None.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    rows: Tensor
+    token_index: Tensor
+    tokens: Tensor
+    indices: Tensor
+    pooled: Tensor | None = None
+    encoder_ids: Tensor | None = None
+    encoder_mask: Tensor | None = None
+    annotations: Tensor | None = None
+    texts: list[str] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sentences B."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The batch on another device."""
+        moved = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def pack(inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, Tensor | int]:
+    """The packed fields of :class:`Batch` (all but ``tokens`` and ``indices``) for sentences given as lists of ids."""
+    lengths = [len(sentence) for sentence in inputs]
+    if lengths != [len(sentence) for sentence in labels]:
+        raise ValueError("inputs and labels must have the same lengths, sentence by sentence")
+    per_sentence = torch.tensor(lengths, dtype=torch.int64)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = per_sentence.cumsum(0)
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), per_sentence)
+    return {
+        "input_ids": torch.tensor([token for sentence in inputs for token in sentence], dtype=torch.int64),
+        "labels": torch.tensor([token for sentence in labels for token in sentence], dtype=torch.int64),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max(lengths, default=0),
+        "rows": rows,
+        "token_index": torch.arange(len(rows)) - cu_seqlens[:-1].to(torch.int64)[rows],
+    }

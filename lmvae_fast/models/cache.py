@@ -1,0 +1,106 @@
+"""The static cache of generation: memory slots in place, one token per sentence and step, nothing concatenated.
+
+Layouts (positions of one layer's cache; the visible part is always the first ``length`` positions):
+
+    prefix        slots 0..M-1, then token i at M + i
+    interleaved   slot j at 2j, token i at 2i + 1
+    rolling       token i at i mod 2, slot j at j + 1. Token 1 thus overwrites slot 0 and token i overwrites token i - 2,
+                  which is what the rule says; slots never move, so nothing is written per step but the token itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.errors import ConfigError
+from lmvae_fast.kernels.latent_attention import latent_attention_decode
+from lmvae_fast.kernels.latent_attention.visibility import token_position
+from lmvae_fast.models.injection import Injection
+
+
+class LatentCache:
+    """Keys and values of ``batch`` sentences in every layer, each sentence at a step of its own.
+
+    Args:
+        layers, kv_heads, head_dim: of the decoder.
+        batch: rows.
+        slots: memory slots per layer.
+        max_tokens: the most tokens a row will read.
+        visibility: rule of the injections it will hold.
+        dtype, device: of the cache.
+
+    Raises:
+        ConfigError: the rule needs one slot per token and there are fewer slots than tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        batch: int,
+        slots: int,
+        max_tokens: int,
+        visibility: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        if visibility != "prefix" and max_tokens > slots:
+            raise ConfigError(
+                f"{visibility} visibility has one memory slot per token",
+                value=f"{max_tokens} tokens", limit=f"{slots} tokens", remedy="generate fewer tokens",
+            )  # fmt: skip
+        self.visibility, self.slots, self.max_tokens = visibility, slots, max_tokens
+        positions = {"prefix": slots + max_tokens, "interleaved": 2 * slots, "rolling": slots + 1}[visibility]
+        self.kv = torch.zeros(layers, 2, batch, kv_heads, positions, head_dim, dtype=dtype, device=device)
+        self.step = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._rows = torch.arange(batch, device=device)
+        self._positions = self._lengths = self.step
+
+    @property
+    def memory(self) -> Tensor:
+        """The memory slots as a view of the cache, ``[layers, 2, batch, kv_heads, slots, head_dim]``."""
+        if self.visibility == "prefix":
+            return self.kv[..., : self.slots, :]
+        if self.visibility == "interleaved":
+            return self.kv[..., 0::2, :]
+        return self.kv[..., 1:, :]
+
+    def place(self, rows: Tensor, injection: Injection) -> None:
+        """Start new sentences in ``rows`` (int64 ``[n]``): their memory goes to its slots, their step to 0."""
+        if injection.memory is not None:
+            self.memory.index_copy_(2, rows, injection.memory.to(self.kv.dtype))
+        self.step.index_fill_(0, rows, 0)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows (int64 ``[n]``), in this order."""
+        self.kv, self.step = self.kv[:, :, rows], self.step[rows]
+        self._rows = self._rows[: rows.shape[0]]
+
+    def position_ids(self) -> Tensor:
+        """Position id of the token each row reads next, int64 ``[batch]``."""
+        return token_position(self.step, self.slots, self.visibility)
+
+    def prepare(self) -> None:
+        """Fix where this step's keys and values go and what each row sees; once a step, before the layers run."""
+        if self.visibility == "rolling":
+            self._positions = self.step % 2
+            self._lengths = self.step + 2
+        else:
+            self._positions = token_position(self.step, self.slots, self.visibility)
+            self._lengths = self._positions + 1
+
+    def advance(self) -> None:
+        """The step is done in every layer."""
+        self.step = self.step + 1
+
+    def attend(self, layer, query, key, value, *, scale, window, softcap):
+        """One token per row: query ``[batch, heads, head_dim]``, key and value ``[batch, kv_heads, head_dim]``."""
+        keys, values = self.kv[layer, 0], self.kv[layer, 1]
+        keys[self._rows, :, self._positions] = key.to(keys.dtype)
+        values[self._rows, :, self._positions] = value.to(values.dtype)
+        return latent_attention_decode(
+            query.to(keys.dtype), keys, values, self._lengths, scale=scale, window=window, softcap=softcap
+        ).to(query.dtype)

@@ -1,0 +1,142 @@
+"""Any Hugging Face text encoder, pooled, and the posterior it is read as."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lmvae_fast.errors import ConfigError, TokenizerError
+from lmvae_fast.kernels.posterior import posterior_sample
+from lmvae_fast.models.loading import load_pretrained
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z | x) = N(mu, diag(exp(logvar))) of ``batch`` sentences; both ``[batch, latent_dim]``, float32."""
+
+    mu: Tensor
+    logvar: Tensor
+
+    def sample(self, num_samples: int = 1, seed: int | Tensor | None = None) -> Tensor:
+        """z ``[batch, latent_dim]``, or ``[num_samples, batch, latent_dim]`` for more than one."""
+        return posterior_sample(self.mu, self.logvar, seed=seed, num_samples=num_samples)[0]
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, I)) of each sentence in nats, ``[batch]``."""
+        return 0.5 * (self.mu.square() + torch.expm1(self.logvar) - self.logvar).sum(-1)
+
+
+class Encoder(nn.Module):
+    """A text encoder with pooling.
+
+    Args:
+        model: encoder-only model (BERT, MiniLM, T5's encoder) or decoder-type embedding model (Qwen2).
+        tokenizer: its tokenizer.
+        pooling: ``mean`` over real tokens, ``cls`` (first), ``last`` (last real token) or ``pooler`` (BERT's).
+        normalize: L2-normalise the result.
+        train: whether its parameters train; frozen and in evaluation mode otherwise.
+        source: name or folder it came from, if any.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        pooling: str = "mean",
+        normalize: bool = False,
+        train: bool = False,
+        source: str | None = None,
+    ):
+        super().__init__()
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise TokenizerError(
+                    "the encoder's tokenizer has neither a padding nor an end token", value=type(tokenizer).__name__,
+                    remedy="set tokenizer.pad_token",
+                )  # fmt: skip
+            tokenizer.pad_token = tokenizer.eos_token
+        if pooling == "pooler" and getattr(model, "pooler", None) is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no pooler", value="pooling='pooler'", limit="mean, cls, last",
+                remedy="choose another pooling",
+            )  # fmt: skip
+        self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
+        self.trains, self.source = train, source
+        model.requires_grad_(train)
+        if pooling != "pooler" and getattr(model, "pooler", None) is not None:
+            model.pooler.requires_grad_(False)  # unused: an optimiser would only decay it
+        self.train(False)
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: torch.dtype, pooling: str = "mean", normalize: bool = False, train: bool = False
+    ) -> Encoder:
+        """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had."""
+        config = load_pretrained(AutoConfig, name, "encoder")
+        auto_class = AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
+        model = load_pretrained(auto_class, name, "encoder", dtype=dtype)
+        tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
+        return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
+
+    @property
+    def width(self) -> int:
+        """Width of the pooled vector."""
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> Encoder:
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode and self.trains)
+        return self
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit."""
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        limit = min(self.tokenizer.model_max_length, longest or 10**9)
+        encoded = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
+        )
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""
+        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            pooled = out.pooler_output if self.pooling == "pooler" else pool(
+                out.last_hidden_state, attention_mask, self.pooling
+            )
+            pooled = pooled.float() if pooled.dtype in (torch.float16, torch.bfloat16) else pooled
+            return nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights and the pooling: features cached under it are this encoder's, hexadecimal."""
+        digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
+        for name, parameter in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool hidden states ``[batch, tokens, width]`` under a 0/1 mask ``[batch, tokens]`` (``mean``, ``cls``, ``last``)."""
+    if pooling == "mean":
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1e-9)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        # The last real token, on whichever side the padding is.
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    raise ConfigError("unknown pooling", value=repr(pooling), limit="mean, cls, last, pooler")

@@ -1,0 +1,71 @@
+"""From a latent to memory: the learned maps that fill the K and V slots of every decoder layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lmvae_fast.kernels.latent_kv import latent_kv
+
+
+class LinearProjector(nn.Module):
+    """Keys and values of every slot as a linear map of z (LangVAE).
+
+    Args:
+        latent_dim: width of the input.
+        layers, kv_heads, slots, head_dim: shape of the memory.
+        dropout: probability with which an element of the memory is dropped in training.
+        hidden: width of a GELU layer before the map, or None (an ``mlp`` projector has one).
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        layers: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        hidden: int | None = None,
+    ):
+        super().__init__()
+        self.shape = (layers, 2, kv_heads, slots, head_dim)
+        self.dropout = dropout
+        self.hidden = None if hidden is None else nn.Linear(latent_dim, hidden)
+        width = latent_dim if hidden is None else hidden
+        rows = 2 * kv_heads * slots * head_dim
+        self.weight = nn.Parameter(torch.empty(layers, rows, width))
+        self.bias = nn.Parameter(torch.empty(layers, rows))
+        bound = 1.0 / math.sqrt(width)  # nn.Linear's own initialisation, which LangVAE uses
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None) -> Tensor:
+        """Memory ``[layers, 2, batch, kv_heads, slots, head_dim]`` in ``dtype`` for z ``[batch, latent_dim]``."""
+        if self.hidden is not None:
+            z = nn.functional.gelu(self.hidden(z))
+        weight = self.weight.view(*self.shape, -1)
+        dropout = self.dropout if self.training else 0.0
+        memory = latent_kv(z.to(weight.dtype), weight, self.bias.view(self.shape), dropout=dropout, seed=seed)
+        return memory.to(dtype)
+
+
+class SharedProjector(nn.Module):
+    """One slot per layer, the same vector as key and as value (Optimus's "memory"); no bias."""
+
+    def __init__(self, latent_dim: int, *, layers: int, kv_heads: int, head_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.layers, self.kv_heads, self.head_dim, self.dropout = layers, kv_heads, head_dim, dropout
+        self.weight = nn.Parameter(torch.empty(layers * kv_heads * head_dim, latent_dim))
+        bound = 1.0 / math.sqrt(latent_dim)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None) -> Tensor:
+        """Memory ``[layers, 2, batch, kv_heads, 1, head_dim]``; its key and value halves are one storage."""
+        vectors = nn.functional.linear(z.to(self.weight.dtype), self.weight)
+        vectors = nn.functional.dropout(vectors, self.dropout, self.training).to(dtype)
+        vectors = vectors.view(-1, self.layers, self.kv_heads, self.head_dim).transpose(0, 1)
+        return vectors[:, None, :, :, None].expand(-1, 2, -1, -1, -1, -1)

@@ -1,0 +1,185 @@
+"""Saving and loading models: safetensors and JSON, nothing pickled, nothing half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from lmvae_fast.models.lmvae import LMVAE
+
+CONFIG, WEIGHTS, FORMAT = "config.json", "model.safetensors", "lmvae_fast-1"
+
+_CARD = """---
+library_name: lmvae_fast
+tags: [variational-autoencoder, text-generation]
+---
+# A language-model VAE ({system})
+
+Encoder `{encoder}`, decoder `{decoder}`, latent dimension {latent_dim}, {visibility} visibility.
+
+```python
+import lmvae_fast as lf
+model = lf.LMVAE.from_pretrained("<this folder or hub name>")
+posterior = model.encode(["a cat is a kind of animal"])
+print(model.decode(posterior.mu))
+```
+"""
+
+
+def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_frozen: bool | None = None) -> None:
+    """Write ``config.json``, ``model.safetensors`` (what trains), a model card, and the parts that a name cannot restore.
+
+    Args:
+        model: the model.
+        folder: made, or replaced if it holds a model of ours. Written beside its place first and renamed when complete.
+        include_frozen: store encoder and decoder whole in subfolders; default: those that did not come from a hub name.
+
+    Raises:
+        OutputError: the folder cannot be written, or holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
+        raise OutputError(f"{folder} exists and holds no model of ours", remedy="choose another folder or empty it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder.parent}: {error}", remedy="choose a writable folder") from error
+    try:
+        config = model.config
+        for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+            store = include_frozen if include_frozen is not None else part.source is None or Path(part.source).is_dir()
+            if store:
+                part.model.save_pretrained(temporary / name)
+                tokenizer = part.tokenizer if name == "encoder" else part.tokenizer.tokenizer
+                tokenizer.save_pretrained(temporary / name)
+                config = config.replace(**{name: f"./{name}"})
+        state = {name: value.contiguous() for name, value in model.trainable_state_dict().items()}
+        save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
+        (temporary / CONFIG).write_text(json.dumps({"format": FORMAT, **config.to_dict()}, indent=2) + "\n")
+        (temporary / "README.md").write_text(_CARD.format(**config.to_dict()))
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _replace(temporary, folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error}", remedy="free space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def from_pretrained(cls: type[LMVAE], source: str | os.PathLike[str], **overrides: Any) -> LMVAE:
+    """Load a folder that :func:`save_pretrained` wrote, or a Hugging Face hub name.
+
+    Args:
+        cls: LMVAE or a subclass.
+        source: folder or hub name.
+        overrides: configuration fields to change (``decoder="/another/place"``, ``dtype="bfloat16"``).
+
+    Raises:
+        CheckpointError: nothing there, truncated, corrupt, or of another kind.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is missing or unreadable: {error}", remedy="check the folder") from error
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise CheckpointError(
+            f"{folder} is no lmvae_fast model", limit=f"format {FORMAT!r} in {CONFIG}",
+            remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
+        )  # fmt: skip
+    try:
+        config = LMVAEConfig.from_dict({**values, **overrides})
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG} does not fit this version: {error}") from error
+    parts = {name: getattr(config, name) for name in ("encoder", "decoder")}
+    located = {name: str(folder / part) if part.startswith("./") else part for name, part in parts.items()}
+    model = cls(config.replace(**located))
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is missing, truncated or corrupt: {error}", remedy="restore it from a copy"
+        ) from error
+    model.load_trainable_state_dict(state)
+    return model.eval()
+
+
+@torch.no_grad()
+def copy_into(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copy a state into parameters of the same names and shapes; CheckpointError, before any is changed, otherwise."""
+    missing, unknown = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            "the weights belong to another model", value=f"missing {missing[:4]}, unknown {unknown[:4]}",
+            remedy="load them into a model of the configuration they were saved with",
+        )  # fmt: skip
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise CheckpointError(
+                f"weight {name} has another shape", value=list(state[name].shape), limit=list(parameter.shape)
+            )
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"no model at {name!r}: neither a folder nor to be had from the hub ({type(error).__name__})",
+            remedy="check the path or name, and the network",
+        ) from error
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / CONFIG).read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Put a complete folder in place of another; at every instant one of the two is whole."""
+    old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _fsync(folder.parent)
