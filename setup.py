@@ -28,7 +28,16 @@ ROOT = Path(__file__).resolve().parent
 # One set of flags per instruction set; `<op>_simd.cpp` is compiled once for each and picked at run time (csrc/dispatch.h).
 X86_ISAS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
+    "AVX512": [
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mprefer-vector-width=512",
+    ],
 }
 
 
@@ -56,7 +65,10 @@ class Csrc:
         except Exception as error:
             raise BuildFailed(f"torch is not importable at build time ({error}); use --no-build-isolation") from error
         self.torch = torch
-        self.cxx = shlex.split(os.environ.get("CXX", "")) or [c for c in (shutil.which("g++"), shutil.which("clang++")) if c][:1]
+        self.cxx = (
+            shlex.split(os.environ.get("CXX", ""))
+            or [c for c in (shutil.which("g++"), shutil.which("clang++")) if c][:1]
+        )
         if not self.cxx:
             raise BuildFailed("no C++ compiler: neither CXX is set nor g++ or clang++ on PATH")
         self.build_dir = build_dir
@@ -88,18 +100,32 @@ class Csrc:
 
         def add(source: Path, tag: str, extra: list[str]) -> None:
             obj = self.build_dir / f"{source.stem}{tag}.o"
-            out.append((source, obj, [*self.cxx, *self.flags(), *have, *extra, "-MMD", "-c", str(source), "-o", str(obj)]))
+            out.append(
+                (source, obj, [*self.cxx, *self.flags(), *have, *extra, "-MMD", "-c", str(source), "-o", str(obj)])
+            )
 
         for source in plain:
             add(source, "", [])
         for isa, isa_flags in {"DEFAULT": [], **self.isas}.items():
             for source in simd:
-                add(source, f".{isa}", [f"-DLMVAE_ISA={isa}", f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *isa_flags])
+                add(
+                    source,
+                    f".{isa}",
+                    [f"-DLMVAE_ISA={isa}", f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *isa_flags],
+                )
         if self.nvcc:
             for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
                 obj = self.build_dir / f"{source.stem}.cu.o"
                 archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90", "100")]
-                command = [self.nvcc, "-std=c++20", "-O3", "-Xcompiler", "-fPIC", *archs, *[f"-I{p}" for p in self.includes]]
+                command = [
+                    self.nvcc,
+                    "-std=c++20",
+                    "-O3",
+                    "-Xcompiler",
+                    "-fPIC",
+                    *archs,
+                    *[f"-I{p}" for p in self.includes],
+                ]
                 out.append((source, obj, [*command, "-MMD", "-c", str(source), "-o", str(obj)]))
         return out
 
@@ -117,7 +143,9 @@ class Csrc:
         source, obj, command = unit
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise BuildFailed(f"{source.relative_to(ROOT)} does not compile:\n{shlex.join(command)}\n{done.stderr[-4000:]}")
+            raise BuildFailed(
+                f"{source.relative_to(ROOT)} does not compile:\n{shlex.join(command)}\n{done.stderr[-4000:]}"
+            )
         if done.stderr.strip():
             print(done.stderr, file=sys.stderr)
         obj.with_suffix(".cmd").write_text(shlex.join(command))
@@ -131,7 +159,9 @@ class Csrc:
         jobs = int(os.environ.get("LMVAE_BUILD_JOBS", 0)) or len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(self.compile_one, todo))
-        libraries = ["-ltorch", "-ltorch_cpu", "-lc10"] + (["-lc10_cuda", "-ltorch_cuda", "-lcudart"] if self.nvcc else [])
+        libraries = ["-ltorch", "-ltorch_cpu", "-lc10"] + (
+            ["-lc10_cuda", "-ltorch_cuda", "-lcudart"] if self.nvcc else []
+        )
         # No -fopenmp here: GOMP_* symbols must come from whichever OpenMP run time this torch already carries, so that
         # torch.set_num_threads governs us too and no second thread pool appears.
         partial = target.with_suffix(".so.partial")
