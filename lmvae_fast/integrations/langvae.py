@@ -1,16 +1,126 @@
-"""LangVAE checkpoints (neuro-symbolic-ai/LangVAE 0.6) in and out, and the eager reference on the same files."""
+"""LangVAE checkpoints (neuro-symbolic-ai/LangVAE 0.6) as our models and back, and as the eager reference."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lmvae_fast.config import DTYPES, LMVAEConfig
 from lmvae_fast.errors import CheckpointError
-from lmvae_fast.integrations.langvae_files import LangVAEFolder, read_folder
+from lmvae_fast.integrations.langvae_files import POOLINGS, LangVAEFolder, read_folder, write_folder
+from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.models.encoders import Encoder
+from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.loading import load_pretrained, resolve_source
 from lmvae_fast.reference.langvae import ReferenceLangVAE
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    encoder: str | None = None,
+    decoder: str | None = None,
+    annotations: tuple[str, ...] = (),
+    **overrides: Any,
+) -> LMVAE:
+    """A model of system ``langvae`` from a folder that LangVAE 0.6 saved, in eval mode.
+
+    Args:
+        folder: the checkpoint folder; nothing in it is unpickled.
+        encoder, decoder: hub names or folders in place of the recorded ``model_path`` (which, when relative, is looked
+            for beside the checkpoint and then in the working directory).
+        annotations: names of the labels an annotated model was trained with, in the order of its one-hot columns; the
+            folder itself does not hold them.
+        overrides: further fields of :class:`~lmvae_fast.config.LMVAEConfig`. ``objective="langvae-0.6"`` and
+            ``free_running=True`` train as LangVAE does. ``dtype`` defaults to the one the decoder was saved in.
+    Raises:
+        CheckpointError: a file is missing, corrupt, of another kind, or does not fit the encoder or decoder; it names
+            the file, what was found, what was expected and the remedy.
+    """
+    contents = read_folder(folder, encoder=encoder, decoder=decoder)
+    if "dtype" not in overrides:
+        saved = load_pretrained(AutoConfig, contents.decoder_path, "decoder").dtype
+        name = str(saved).removeprefix("torch.")
+        overrides["dtype"] = name if name in DTYPES else "float32"
+    config = LMVAEConfig(
+        system="langvae",
+        encoder=contents.encoder_path,
+        decoder=contents.decoder_path,
+        latent_dim=contents.latent_dim,
+        max_len=contents.max_len,
+        pooling=contents.pooling,
+        normalize=contents.normalize,
+        conditional_decoder=contents.conditional,
+        annotations=tuple(annotations),
+        **overrides,
+    )
+    # LangVAE keeps the encoder in fp32 whatever the decoder is held in.
+    encoder_dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    text_encoder = Encoder.load(
+        contents.encoder_path, dtype=encoder_dtype, pooling=contents.pooling, normalize=contents.normalize
+    )
+    _check_encoder(contents, text_encoder.width, len(config.annotations))
+    language_model = Decoder.load(contents.decoder_path, dtype=getattr(torch, config.dtype), add_prefix_space=True)
+    _check_decoder(contents, language_model.num_layers, language_model.kv_heads, language_model.head_dim)
+    model = LMVAE(config, encoder=text_encoder, decoder=language_model)
+    with torch.no_grad():
+        model.posterior_head.weight.copy_(contents.posterior_weight)
+        model.projector.weight.copy_(contents.projector_weight)
+        model.projector.bias.copy_(contents.projector_bias)
+    return model.eval()
+
+
+def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write a folder that LangVAE 0.6.13 itself loads (``LangVAE.load_from_folder``), atomically.
+
+    The encoder and decoder are referred to by hub name or absolute folder. LangVAE needs transformers 4.48: tokenizers
+    and models saved by transformers 5 may be unreadable to it, whatever this function writes.
+
+    Args:
+        model: a LangVAE: linear projector of ``max_len + 1`` slots, rolling visibility, frozen encoder and decoder.
+        overwrite: replace an existing folder.
+    Raises:
+        CheckpointError: the model is something LangVAE cannot express; names the field.
+        OutputError: the folder exists (without ``overwrite``) or cannot be written.
+    """
+    config = model.config
+    for field, value, limit in (
+        ("visibility", config.visibility, ("rolling",)),
+        ("projector", config.projector, ("linear",)),
+        ("slots", config.slots, (config.max_len + 1,)),
+        ("embedding_shift", config.embedding_shift, (False,)),
+        ("pooling", config.pooling, POOLINGS),
+        ("train_encoder", config.train_encoder, (False,)),
+        ("train_decoder", config.train_decoder, (False,)),
+    ):
+        if value not in limit:
+            raise CheckpointError(
+                f"LangVAE cannot express a model with this {field}",
+                value=value,
+                limit=", ".join(map(str, limit)),
+                remedy="save it with model.save_pretrained",
+            )
+    # T5-like encoders need the encoder-only class; for all others AutoModel is the same class.
+    seq2seq = getattr(model.encoder.model.config, "is_encoder_decoder", False)
+    contents = LangVAEFolder(
+        latent_dim=config.latent_dim,
+        max_len=config.max_len,
+        encoder_path=_locate(model.encoder.source, "encoder"),
+        decoder_path=_locate(model.decoder.source, "decoder"),
+        pooling=str(config.pooling),
+        normalize=bool(config.normalize),
+        encoder_class="AutoModelForTextEncoding" if seq2seq else "AutoModel",
+        conditional=config.conditional_decoder,
+        posterior_weight=model.posterior_head.weight.detach(),
+        projector_weight=model.projector.weight.detach(),
+        projector_bias=model.projector.bias.detach(),
+    )
+    return write_folder(contents, folder, overwrite=overwrite)
 
 
 def load_reference(
@@ -27,60 +137,76 @@ def load_reference(
         encoder, decoder: hub names or folders in place of the recorded ones.
         attention: the decoder's Hugging Face attention implementation (default: its own choice).
     Raises:
-        CheckpointError: as :func:`read_folder`, or the weights do not fit the encoder or decoder loaded.
+        CheckpointError: as :func:`load_checkpoint`.
     """
     contents = read_folder(folder, encoder=encoder, decoder=decoder)
     encoder_class = getattr(transformers, contents.encoder_class)
-    # LangVAE's transformers loads encoders in fp32 and is told "auto" for decoders.
-    encoder_model = _load(encoder_class, contents.encoder_path, "encoder", dtype=torch.float32)
+    encoder_model = load_pretrained(encoder_class, contents.encoder_path, "encoder", dtype=torch.float32)
     options = {} if attention is None else {"attn_implementation": attention}
-    decoder_model = _load(AutoModelForCausalLM, contents.decoder_path, "decoder", dtype="auto", **options)
-    annotations = contents.posterior_weight.shape[1] - encoder_model.config.hidden_size
-    _check_fit(contents, encoder_model.config.hidden_size, decoder_model.config.get_text_config())
+    decoder_model = load_pretrained(AutoModelForCausalLM, contents.decoder_path, "decoder", dtype="auto", **options)
+    labels = contents.posterior_weight.shape[1] - encoder_model.config.hidden_size
+    _check_encoder(contents, encoder_model.config.hidden_size, labels)
     model = ReferenceLangVAE(
         encoder_model,
-        _load(AutoTokenizer, contents.encoder_path, "encoder"),
+        load_pretrained(AutoTokenizer, contents.encoder_path, "encoder tokenizer"),
         decoder_model,
-        _load(AutoTokenizer, contents.decoder_path, "decoder", add_prefix_space=True),
+        load_pretrained(AutoTokenizer, contents.decoder_path, "decoder tokenizer", add_prefix_space=True),
         latent_dim=contents.latent_dim,
         max_len=contents.max_len,
         pooling=contents.pooling,
         normalize=contents.normalize,
-        annotation_size=annotations,
+        annotation_size=labels,
         conditional=contents.conditional,
     )
+    _check_decoder(contents, len(model.context_hidden), model.kv_heads, model.head_dim)
     model.load_langvae_state(contents.encoder_state, contents.decoder_state)
     return model.eval()
 
 
-def _load(auto_class, path: str, part: str, **options):
-    try:
-        return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot load the {part} that the checkpoint names: {str(error).splitlines()[0]}",
-            value=path,
-            remedy=f"pass {part}=<folder or hub name>",
-        ) from error
-
-
-def _check_fit(contents: LangVAEFolder, encoder_width: int, decoder_config) -> None:
-    """The checkpoint's matrices against the encoder and decoder actually loaded."""
-    if contents.posterior_weight.shape[1] < encoder_width:
+def _check_encoder(contents: LangVAEFolder, width: int, labels: int) -> None:
+    found = contents.posterior_weight.shape[1]
+    if found < width:
         raise CheckpointError(
             "encoder.pt was made for a narrower encoder than the one loaded",
-            value=f"{encoder_width} features",
-            limit=f"at most {contents.posterior_weight.shape[1]}",
+            value=f"{width} features",
+            limit=f"at most {found}",
             remedy="pass encoder=<the encoder it was trained with>",
         )
-    heads = decoder_config.num_attention_heads
-    kv_heads = getattr(decoder_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(decoder_config, "head_dim", None) or decoder_config.hidden_size // heads
-    want = (decoder_config.num_hidden_layers, 2 * kv_heads * head_dim * (contents.max_len + 1))
-    if tuple(contents.projector_bias.shape) != want:
+    if found != width + labels:
+        raise CheckpointError(
+            "encoder.pt reads more than this encoder's features: it was trained with annotations or another encoder",
+            value=f"{found} inputs",
+            limit=f"{width} features + {labels} labels",
+            remedy=f"pass annotations=<its {found - width} label names>, or encoder=<the encoder it was trained with>",
+        )
+    into_projector = contents.projector_weight.shape[2]
+    if contents.conditional and into_projector != contents.latent_dim + labels:
+        raise CheckpointError(
+            "decoder.pt and encoder.pt disagree about the number of labels",
+            value=into_projector - contents.latent_dim,
+            limit=labels,
+            remedy="copy all files from one folder",
+        )
+
+
+def _check_decoder(contents: LangVAEFolder, layers: int, kv_heads: int, head_dim: int) -> None:
+    want = (layers, 2 * kv_heads * head_dim * (contents.max_len + 1))
+    found = tuple(contents.projector_bias.shape)
+    if found != want:
         raise CheckpointError(
             "decoder.pt was made for another decoder than the one loaded",
-            value=f"{contents.projector_bias.shape[0]} layers of {contents.projector_bias.shape[1]} rows",
+            value=f"{found[0]} layers of {found[1]} rows",
             limit=f"{want[0]} layers of {want[1]} rows (kv_heads {kv_heads}, head_dim {head_dim})",
             remedy="pass decoder=<the decoder it was trained with>",
         )
+
+
+def _locate(source: str | None, part: str) -> str:
+    """A hub name as it is, a folder as an absolute path."""
+    if source is None:
+        raise CheckpointError(
+            f"the {part} came from no folder or hub name that a checkpoint could refer to",
+            remedy=f"save the {part} with save_pretrained, load it from there, and save again",
+        )
+    source = resolve_source(source)
+    return str(Path(source).resolve()) if Path(source).is_dir() else source

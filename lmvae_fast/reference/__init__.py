@@ -4,6 +4,16 @@ Nothing here is fast or clever. Each file runs the Hugging Face model's own forw
 published system does so, with a key/value cache that we fill by hand.
 """
 
+from lmvae_fast.reference.langvae import LangVAELoss, ReferenceLangVAE
+from lmvae_fast.reference.optimus import OptimusLoss, ReferenceOptimus
 from lmvae_fast.reference.stepwise import StepwiseDecoder, stepwise_greedy, stepwise_logits
 
-__all__ = ["StepwiseDecoder", "stepwise_greedy", "stepwise_logits"]
+__all__ = [
+    "LangVAELoss",
+    "OptimusLoss",
+    "ReferenceLangVAE",
+    "ReferenceOptimus",
+    "StepwiseDecoder",
+    "stepwise_greedy",
+    "stepwise_logits",
+]

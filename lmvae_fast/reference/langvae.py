@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmvae_fast.config import OBJECTIVES
 from lmvae_fast.errors import ConfigError, LatentError
 from lmvae_fast.reference.stepwise import StepwiseDecoder
+from lmvae_fast.reference.text import add_prefix_space
 
 
 class LangVAELoss(NamedTuple):
@@ -41,14 +42,8 @@ class LangVAELoss(NamedTuple):
 
 
 def langvae_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Sets a decoder's tokenizer up as LangVAE does: the first word is read like any other, eos is the padding.
-
-    transformers 5 accepts ``add_prefix_space=True`` when loading and then does nothing with it where the tokenizer is a
-    plain ``tokenizer.json``; version 4 rewrote the pre-tokenizer. We do what version 4 did.
-    """
-    pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-    if hasattr(pre_tokenizer, "add_prefix_space"):
-        pre_tokenizer.add_prefix_space = True
+    """Sets a decoder's tokenizer up as LangVAE does: a space before the first word, and eos as padding."""
+    add_prefix_space(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -270,5 +270,5 @@ def test_reference_refuses_parts_that_do_not_fit(tmp_path, parts):
     deep = contents(**parts, projector_weight=torch.zeros(3, ROWS, NZ), projector_bias=torch.zeros(3, ROWS))
     with pytest.raises(CheckpointError, match=r"3 layers of 192 rows.*2 layers of 192 rows"):
         load_reference(write_folder(deep, tmp_path / "b"))
-    with pytest.raises(CheckpointError, match="cannot load the decoder"):
+    with pytest.raises(CheckpointError, match=r"decoder folder .* holds no config\.json"):
         load_reference(write_folder(contents(**parts), tmp_path / "c"), decoder=str(tmp_path))
