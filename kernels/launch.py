@@ -1,0 +1,55 @@
+"""How Triton kernels are launched: on the tensor's device, with explicit floating-point fusion, compile cases declared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+#: Said explicitly at every launch and in the compile gate: Triton changes the default between versions.
+FP_FUSION = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one shipped configuration: constexpr arguments and launch options."""
+
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel in one shipped configuration, for the compile gate.
+
+    name: unique within the op, e.g. "fwd-bf16-128". kernel: the @triton.jit function. signature: Triton types of the
+    run-time arguments in any order, e.g. {"x": "*bf16", "rows": "i64", "scale": "fp32"}; constants: the constexpr ones.
+    tensor_cores: a matrix instruction (mma or wgmma) must appear in the machine code. max_shared: bytes of shared memory
+    the kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100 block 227 KiB).
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    config: Config
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    tensor_cores: bool = False
+    max_shared: int = 163 * 1024
+
+
+TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, *args: Any, **constants: Any) -> None:
+    """Launch `kernel` on `device` (Triton itself takes the current one). Grids with a zero are no work and no launch."""
+    if 0 in grid:
+        return
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=FP_FUSION)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **config.constants, **constants, **options)
+    else:
+        kernel[grid](*args, **config.constants, **constants, **options)
