@@ -92,7 +92,8 @@ def save(
     copies = [_order(path)[1] for path in folder.glob(f"{name}*") if _order(path)[0] == step]
     final = folder / (name if not copies else f"{name}.{max(copies) + 1}")
     temporary = folder / f"{TEMPORARY}{os.getpid()}-{final.name}"
-    with output_errors(final, "earlier checkpoints are untouched"):
+    consequence = "earlier checkpoints are untouched"
+    with output_errors(final, consequence):
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # of a dead process that had our id
             temporary.mkdir(parents=True)
@@ -106,7 +107,7 @@ def save(
             fsync_folder(temporary)
             os.rename(temporary, final)
             fsync_folder(folder)
-            with replacing(final / MARKER) as marker:
+            with replacing(final / MARKER, consequence) as marker:
                 write_json(marker, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
         except Exception:
             # What has no manifest is of no use to anybody and would fill the disk further.

@@ -19,6 +19,17 @@ from lmvae_fast.training.packing import sorted_batches
 ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016 (arXiv 1509.00519), section 5.2
 
 
+def elbo_terms(out: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """The two sums of a batch's negative ELBO, fp64 scalars: NLL of its sentences' tokens, and their true KL.
+
+    Whatever the objective made of them: no KL threshold, no length weighting, and no padding, which LangVAE 0.6
+    predicts too but which is no part of a sentence's likelihood.
+    """
+    with torch.no_grad():
+        nll = torch.where(batch.token_index < batch.tokens[batch.rows], out.nll.double(), 0.0).sum()
+        return nll, kl_per_dim(out.mu, out.logvar).double().sum()
+
+
 def evaluate(
     model: Any,
     tokenized: Any,
@@ -50,10 +61,7 @@ def evaluate(
             batch = model.make_batch(tokenized, rows, pooled).to(device)
             with autocast():
                 out = model(batch, beta=beta, seed=((seed << 32) + i) % 2**62)
-            # LangVAE 0.6 also predicts padding; it is no part of a sentence's likelihood.
-            nll = torch.where(batch.token_index < batch.tokens[batch.rows], out.nll.double(), 0.0)
-            kl = kl_per_dim(out.mu, out.logvar).double().sum(-1)
-            part = torch.stack([out.loss.double() * len(rows), nll.sum(), kl.sum(), out.tokens.double().sum()])
+            part = torch.stack([out.loss.double() * len(rows), *elbo_terms(out, batch), out.tokens.double().sum()])
             mu = out.mu.double()
             # Variance from moments about the first batch's mean: no catastrophic cancellation for a far-off mean.
             shift = mu.mean(0) if shift is None else shift

@@ -7,6 +7,7 @@ entry.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -97,49 +98,41 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
         max_len=model.config.max_len,
         annotations=model.config.annotations,
         on_long=on_long,
+        fields=[field.name for field in dataclasses.fields(TokenizedSentences)],
     )
     return _from_tensors(cache.get("tokens", key, lambda: _to_tensors(model.tokenize(data, on_long=on_long))))
 
 
 def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
-    """Ragged lists as flat tensors with offsets; texts and the report as UTF-8 bytes."""
-    texts = [text.encode() for text in sentences.texts]
-    tensors = {
-        "ids": torch.tensor([token for ids in sentences.ids for token in ids], dtype=torch.int32),
-        "lengths": torch.tensor(sentences.lengths, dtype=torch.int32),
-        "texts": _bytes(b"".join(texts)),
-        "text_lengths": torch.tensor([len(text) for text in texts], dtype=torch.int32),
-        "source_rows": torch.tensor(sentences.source_rows, dtype=torch.int64),
-        "report": _bytes(json.dumps(sentences.report).encode()),
-    }
-    return tensors if sentences.annotations is None else tensors | {"annotations": sentences.annotations}
+    """The tensors of the sentences as they are, all else as JSON in bytes."""
+    values = {field.name: getattr(sentences, field.name) for field in dataclasses.fields(sentences)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    text = json.dumps({name: value for name, value in values.items() if name not in tensors})
+    return tensors | {"json": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
 
 
-def _from_tensors(tensors: Mapping[str, Tensor]) -> TokenizedSentences:
-    texts = tensors["texts"].numpy().tobytes()
-    ends = tensors["text_lengths"].cumsum(0).tolist()
-    return TokenizedSentences(
-        texts=[texts[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)],
-        ids=[part.tolist() for part in tensors["ids"].split(tensors["lengths"].tolist())],
-        annotations=tensors.get("annotations"),
-        source_rows=tensors["source_rows"].tolist(),
-        report=json.loads(tensors["report"].numpy().tobytes()),
-    )
+def _from_tensors(tensors: dict[str, Tensor]) -> TokenizedSentences:
+    values = json.loads(tensors.pop("json").numpy().tobytes())
+    return TokenizedSentences(**values, **tensors)
 
 
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def pooled_features(model: Any, sentences: TokenizedSentences, cache: TensorCache, *, batch_size: int) -> Tensor | None:
-    """Pooled encoder outputs [N, width] of tokenised sentences, cached or computed; None when the encoder trains."""
+def encoder_fingerprint(model: Any) -> str | None:
+    """sha256 of all that decides a sentence's pooled features; None when the encoder trains, so that nothing does."""
     if model.config.train_encoder:
         return None
-    key = content_key(
-        texts=sentences.texts,
-        encoder=model.encoder.fingerprint(),
-        tokenizer=tokenizer_fingerprint(model.encoder.tokenizer),
-    )
+    return content_key(encoder=model.encoder.fingerprint(), tokenizer=tokenizer_fingerprint(model.encoder.tokenizer))
+
+
+def pooled_features(
+    model: Any, sentences: TokenizedSentences, encoder: str | None, cache: TensorCache, *, batch_size: int
+) -> Tensor | None:
+    """Pooled encoder outputs [N, width] of tokenised sentences, cached or computed; None when the encoder trains.
+
+    encoder: `encoder_fingerprint(model)`.
+    """
+    if encoder is None:
+        return None
+    key = content_key(sentences=sentences.fingerprint(), encoder=encoder)
 
     def compute() -> dict[str, Tensor]:
         return {"pooled": model.pool(sentences, batch_size=batch_size).cpu()}

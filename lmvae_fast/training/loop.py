@@ -23,7 +23,7 @@ from lmvae_fast.errors import ConfigError, NumericalError
 from lmvae_fast.training import checkpoint, resume
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Record, TensorBoard
 from lmvae_fast.training.evaluate import evaluate
-from lmvae_fast.training.features import TensorCache, pooled_features, tokenized_sentences
+from lmvae_fast.training.features import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.guards import FiniteWatch, StopSignals
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.progress import Progress, TrainResult, Window
@@ -81,10 +81,11 @@ class Trainer:
         if eval_data is not None:
             self.eval_set = tokenized_sentences(model, eval_data, cache, on_long=config.on_long)
         self.eval_batch = config.eval_batch_size or config.batch_size
-        self.pooled = pooled_features(model, self.train_set, cache, batch_size=self.eval_batch)
+        encoder = encoder_fingerprint(model)
+        self.pooled = pooled_features(model, self.train_set, encoder, cache, batch_size=self.eval_batch)
         self.eval_pooled = None
         if self.eval_set is not None:
-            self.eval_pooled = pooled_features(model, self.eval_set, cache, batch_size=self.eval_batch)
+            self.eval_pooled = pooled_features(model, self.eval_set, encoder, cache, batch_size=self.eval_batch)
 
         self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
@@ -101,6 +102,9 @@ class Trainer:
         self.progress = Progress()
         self.window = Window(self.device)
         self.watch = FiniteWatch(self.device)
+        # On the CPU this costs nothing and finds the weights still good; on a GPU it would stall every step, so there
+        # the record is read where figures are read anyway: at log steps and before a checkpoint is written.
+        self.check_every_step = self.device.type == "cpu"
         self.log = MetricsLog(self.output_dir / "metrics.jsonl")
         self.callbacks: list[Callback] = [self.log]
         self.callbacks += [TensorBoard()] if config.tensorboard else []
@@ -111,7 +115,7 @@ class Trainer:
         self._plan: tuple[int, EpochPlan] | None = None
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
-        self.identity = resume.identity(config, model, self.train_set.fingerprint(), eval_print)
+        self.identity = resume.identity(config, model, encoder, self.train_set.fingerprint(), eval_print)
         torch.manual_seed(config.seed)
         if found is not None:
             self._restore(found)
@@ -230,7 +234,7 @@ class Trainer:
             self.watch.note("loss", out.loss, self.step * self.config.accumulation + i)
             # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
             self.scaler.scale(out.loss * (len(rows) / sentences)).backward()
-            self.window.add(out, len(rows), batch.num_tokens)
+            self.window.add(out, batch)
             self.progress.sentences += len(rows)
             self.progress.tokens += batch.num_tokens
         self.scaler.unscale_(self.optimizer)
@@ -240,8 +244,8 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         if not self.scaler.is_enabled():  # with a scaler an infinite norm is how it finds its scale: it skips the step
             self.watch.note("gradient norm", norm, self.step)
-        if self.device.type == "cpu":
-            self._stop_if_not_finite()  # costs nothing here, and the weights are then still good
+        if self.check_every_step:
+            self._stop_if_not_finite()
         self.window.add_step(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()

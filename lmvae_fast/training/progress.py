@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.training.callbacks import Record
+from lmvae_fast.training.evaluate import elbo_terms
 from lmvae_fast.training.guards import StopSignals
 
 
@@ -74,10 +75,11 @@ class Window:
         self.sentences, self.tokens, self.steps = (int(saved.get(n, 0)) for n in ("sentences", "tokens", "steps"))
         self.seconds = saved.get("seconds", 0.0)
 
-    def add(self, out: Any, sentences: int, tokens: int) -> None:
-        terms = [out.loss.detach() * sentences, out.reconstruction.detach().sum(), out.kl.detach().sum()]
-        self.sums[:3] += torch.stack([term.double() for term in terms])
-        self.sentences, self.tokens = self.sentences + sentences, self.tokens + tokens
+    def add(self, out: Any, batch: Any) -> None:
+        loss = out.loss.detach().double() * batch.batch_size
+        self.sums[:3] += torch.stack([loss, *elbo_terms(out, batch)])
+        self.sentences += batch.batch_size
+        self.tokens += batch.num_tokens
 
     def add_step(self, grad_norm: Tensor) -> None:
         # A step that the fp16 scaler skips has an infinite norm; it is not part of the mean.

@@ -51,7 +51,8 @@ def restore_optimizer(
                 limit=tuple(names[name].shape),
                 remedy="resume with the configuration the run was started with",
             )
-        state.setdefault(index[name], {})[key] = value
+        # A copy: what was read from a file may be memory-mapped, and the optimizer updates it in place.
+        state.setdefault(index[name], {})[key] = value.clone()
     groups = optimizer.state_dict()["param_groups"]
     # load_state_dict casts and moves as this optimizer's implementation (fused, foreach) needs it.
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -95,13 +95,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, consequence: str = "") -> Iterator[Path]:
     """A temporary path beside `path` that takes its name at the end of the block, unless the block raises.
 
     The block writes and fsyncs the file. Raises OutputError where the folder cannot be written.
     """
     temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"
-    with output_errors(path):
+    with output_errors(path, consequence):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary

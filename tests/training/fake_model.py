@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -28,22 +29,30 @@ class Config(SimpleNamespace):
 class Tokenizer:
     """Words to ids by hash; the two methods of a Hugging Face tokenizer that the feature cache reads."""
 
-    special_tokens_map: dict[str, str] = {}
+    special_tokens_map: ClassVar[dict[str, str]] = {}
 
     def get_vocab(self):
         return {str(i): i for i in range(VOCABULARY)}
 
 
 class FakeModel(nn.Module):
-    def __init__(self, *, dropout: float = 0.1, noise: bool = True, seed: int = 0, train_encoder: bool = False):
+    def __init__(
+        self,
+        *,
+        dropout: float = 0.1,
+        noise: bool = True,
+        seed: int = 0,
+        encoder_seed: int = 0,
+        train_encoder: bool = False,
+    ):
         super().__init__()
         self.config = Config(latent_dim=LATENT, max_len=8, annotations=[], train_encoder=train_encoder, dropout=dropout)
         self.beta, self.noise = 1.0, noise
         self.pool_calls = 0
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(encoder_seed)
+            self.table = nn.Embedding(VOCABULARY, FEATURES).requires_grad_(train_encoder)
             torch.manual_seed(seed)
-            self.table = nn.Embedding(VOCABULARY, FEATURES)
-            self.table.requires_grad_(train_encoder)
             self.posterior_head = nn.Linear(FEATURES, 2 * LATENT)
             self.dropout = nn.Dropout(dropout)
             self.output = nn.Linear(LATENT, VOCABULARY)
@@ -66,7 +75,9 @@ class FakeModel(nn.Module):
             rows.append(row)
         if not texts:
             raise DataError("there are no sentences")
-        return TokenizedSentences(texts, ids, None, rows, {"kept": len(texts)})
+        return TokenizedSentences(
+            texts=texts, spelled=texts, ids=ids, annotations=None, source_rows=rows, report={"kept": len(texts)}
+        )
 
     @torch.no_grad()
     def pool(self, sentences, batch_size=64):

@@ -16,7 +16,7 @@ def flat(plan):
 @pytest.mark.parametrize(("batch_size", "accumulation", "bucket"), [(8, 1, 4), (4, 2, 1), (3, 3, 100), (1, 1, 16)])
 def test_every_sentence_once(count, batch_size, accumulation, bucket):
     lengths = np.random.default_rng(count).integers(1, 30, count)
-    options = dict(seed=3, epoch=2, accumulation=accumulation, bucket_batches=bucket)
+    options = {"seed": 3, "epoch": 2, "accumulation": accumulation, "bucket_batches": bucket}
     plan = plan_epoch(lengths, batch_size, **options)
     assert sorted(flat(plan)) == list(range(count))
     assert len(plan) == steps_per_epoch(count, batch_size, accumulation)

@@ -1,0 +1,60 @@
+"""What the tests of the loop share: quick runs, and exact comparison of what runs leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lmvae_fast.config import TrainConfig
+from lmvae_fast.training import Callback, train
+from lmvae_fast.training.callbacks import read_records
+from tests.training.fake_model import FakeModel, sentences
+
+TIMING = ("seconds", "tokens_per_second")
+
+
+def settings(folder: Path, **changes) -> TrainConfig:
+    """A run of 24 steps (3 epochs of 8) that uses noise, dropout, warm-up and a beta that moves."""
+    options = {
+        "output_dir": str(folder), "epochs": 3, "batch_size": 8, "learning_rate": 0.05, "schedule": "cosine",
+        "warmup_steps": 3, "beta_cycles": 2, "log_every": 5, "tensorboard": False, "progress": False,
+    }  # fmt: skip
+    return TrainConfig(**{**options, **changes})
+
+
+def run(folder: Path, *callbacks, model=None, evaluated: bool = True, **changes):
+    eval_data = sentences(20, seed=1) if evaluated else None
+    return train(model or FakeModel(), sentences(60), eval_data, settings(folder, **changes), callbacks)
+
+
+class StopAt(Callback):
+    """Ends the run in order after given steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step(self, run) -> None:
+        if run.step in self.steps:
+            run.request_stop("test")
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    """Weights, optimizer and random states equal to the bit."""
+    for name in ("model", "optimizer", "random"):
+        one, two = load_file(first / f"{name}.safetensors"), load_file(second / f"{name}.safetensors")
+        assert one.keys() == two.keys()
+        for key in one:
+            assert torch.equal(one[key], two[key]), f"{name}: {key} differs"
+
+
+def untimed(history: list[dict]) -> list[dict]:
+    """Records without what depends on the clock."""
+    return [{key: value for key, value in record.items() if key not in TIMING} for record in history]
+
+
+def assert_same_history(first: Path, second: Path) -> None:
+    one, two = (untimed(read_records(folder / "metrics.jsonl")) for folder in (first, second))
+    assert one
+    assert one == two
