@@ -92,9 +92,10 @@ def intercept(monkeypatch, act):
             count[0] += 1
             n = count[0]
             act(n, False)
-            result = original(*args, **kwargs)
-            act(n, True)
-            return result
+            try:
+                return original(*args, **kwargs)
+            finally:
+                act(n, True)
 
         return wrapper
 
