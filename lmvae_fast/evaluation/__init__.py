@@ -1,0 +1,27 @@
+"""What a model is worth: likelihoods, use of the latent space, reconstruction."""
+
+from lmvae_fast.evaluation.evaluate import METRICS, EvaluationResult, evaluate
+from lmvae_fast.evaluation.metrics import (
+    active_units,
+    gaussian_log_density,
+    importance_weighted_log_likelihood,
+    kl_divergence,
+    mutual_information,
+    perplexity,
+)
+from lmvae_fast.evaluation.text import bleu, exact_match, token_accuracy
+
+__all__ = [
+    "METRICS",
+    "EvaluationResult",
+    "active_units",
+    "bleu",
+    "evaluate",
+    "exact_match",
+    "gaussian_log_density",
+    "importance_weighted_log_likelihood",
+    "kl_divergence",
+    "mutual_information",
+    "perplexity",
+    "token_accuracy",
+]
