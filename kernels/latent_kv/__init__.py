@@ -1,5 +1,6 @@
 """latent_kv: a latent z projected to every layer's keys and values, written straight into their cache slots."""
 
+from .adamw import LatentKVAdamW, latent_kv_adamw, latent_kv_norm
 from .op import latent_kv
 
-__all__ = ["latent_kv"]
+__all__ = ["LatentKVAdamW", "latent_kv", "latent_kv_adamw", "latent_kv_norm"]

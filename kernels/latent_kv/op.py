@@ -1,13 +1,100 @@
-"""Public function of latent_kv: checks, then the backend that runs this call."""
+"""latent_kv: registration, autograd and the public function. The truth is reference.py, the optimizer form adamw.py."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import backend, philox
+from ..registration import define, primitives, refuse_vmap
 from . import reference
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# ---- primitives ------------------------------------------------------------------------------------------------------
+
+
+def _fake_fwd(z, weight, bias, dropout, seed, dtype):
+    layers, two, heads, slots, dim, _ = weight.shape
+    return weight.new_empty((layers, two, z.shape[0], heads, slots, dim), dtype=dtype)
+
+
+def _fake_out(z, weight, bias, dropout, seed, out):
+    return None
+
+
+def _fake_bwd(grad, z, weight, dropout, seed, need_z, need_weight, need_bias):
+    dz = z.new_empty(tuple(z.shape) if need_z else (0,))
+    dweight = weight.new_empty(tuple(weight.shape) if need_weight else (0,))
+    return dz, dweight, weight.new_empty(tuple(weight.shape[:-1]) if need_bias else (0,))
+
+
+def _triton_fwd(z, weight, bias, dropout, seed, dtype):
+    from .triton import latent_kv_into
+
+    memory = _fake_fwd(z, weight, bias, dropout, seed, dtype)
+    latent_kv_into(z, weight, bias, dropout, seed, memory)
+    return memory
+
+
+def _triton_out(*args):
+    from .triton import latent_kv_into
+
+    latent_kv_into(*args)
+
+
+def _triton_bwd(*args):
+    from .triton import latent_kv_bwd
+
+    return latent_kv_bwd(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    z, weight, _, ctx.dropout, seed, _ = inputs
+    ctx.save_for_backward(z, weight, seed)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * 6
+    z, weight, seed = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    grads = ctx.primitives.latent_kv_bwd(grad, z, weight, ctx.dropout, seed, *need)
+    return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), None, None, None
+
+
+define(
+    "latent_kv_bwd(Tensor grad, Tensor z, Tensor weight, float dropout, Tensor? seed, bool need_z, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+    triton=_triton_bwd,
+)
+define(
+    "latent_kv_fwd(Tensor z, Tensor weight, Tensor? bias, float dropout, Tensor? seed, ScalarType dtype) -> Tensor",
+    fake=_fake_fwd,
+    triton=_triton_fwd,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+define(
+    "latent_kv_out(Tensor z, Tensor weight, Tensor? bias, float dropout, Tensor? seed, Tensor(a!) out) -> ()",
+    fake=_fake_out,
+    triton=_triton_out,
+)
+PRIMITIVES = ("latent_kv_fwd", "latent_kv_out", "latent_kv_bwd", "latent_kv_norm", "latent_kv_adamw")
+
+
+def _triton_check(facts: Any) -> str | None:
+    return "triton writes fp32, fp16 and bf16 memory" if facts.get("memory") == torch.float64 else None
+
+
+backend.register(
+    "latent_kv",
+    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, PRIMITIVES),
+    triton=backend.Support(backend.FLOATS, PRIMITIVES, _triton_check),
+)
+
+# ---- the public function ---------------------------------------------------------------------------------------------
 
 
 def latent_kv(
@@ -23,86 +110,95 @@ def latent_kv(
     """Project z to the keys and values of all layers: memory[l, s, b] = dropout(weight[l, s] @ z[b] + bias[l, s]).
 
     Args:
-        z: latents, ``[B, nz]``, of weight's dtype (under autocast any: it is cast to weight's).
-        weight: ``[L, 2, Hkv, M, D, nz]`` fp64/fp32/fp16/bf16, index 1 = (key, value). Any strides with the last dim
-            contiguous; slots are chosen by slicing it: ``weight[:, :, :, i:i + 1]``.
+        z: latents, ``[B, nz]``, of weight's dtype (under autocast of any floating dtype: it is cast to weight's).
+        weight: ``[L, 2, Hkv, M, D, nz]`` fp64, fp32, fp16 or bf16; index 1 is (key, value). Any strides; nothing is
+            copied while the last dim is contiguous, so slots are chosen by slicing: ``weight[:, :, :, i:i + 1]``.
         bias: ``[L, 2, Hkv, M, D]`` of weight's dtype, or None.
         dropout: probability of zeroing an element of the memory; the kept ones are scaled by 1 / (1 - dropout).
-        seed: of the dropout mask: None (drawn from torch's generator of the device), an int, or an int64 tensor [2] =
-            (seed, offset) on the device. The mask depends on it and on the linear index of the element only.
-        out: written in place and returned: ``[L, 2, B, Hkv, M, D]`` of any floating dtype and any strides with the last
-            dim contiguous, e.g. ``cache[:, :, :, :, 0:2 * M:2]``. No autograd through this form.
-        dtype: of the memory; default: out's, else autocast's, else weight's (a master weight in fp32 may give bf16 memory).
+        seed: of the dropout mask, as `philox.seed_tensor` takes it: None (drawn from torch's generator of the device),
+            an int, or an int64 tensor [2] = (seed, offset) on the device. The mask depends on it and on the element's
+            index only (`reference.keep_mask`), and is regenerated in backward, never stored.
+        out: written in place and returned: ``[L, 2, B, Hkv, M, D]`` of any floating dtype and any strides with the
+            last dim contiguous, e.g. every second position, ``cache[:, :, :, :, 0:2 * M:2]``. It has no autograd.
+        dtype: of the memory. Default: out's, else autocast's, else weight's. An fp32 master weight may give bf16
+            memory: products are then summed in fp32 and rounded once.
 
     Returns:
-        memory ``[L, 2, B, Hkv, M, D]``, contiguous unless ``out`` is given.
+        memory ``[L, 2, B, Hkv, M, D]``, contiguous unless ``out`` is given. Differentiable in z, weight and bias; their
+        gradients have their dtypes. dW [.., nz] is as large as the weight: `LatentKVAdamW` trains without making it.
 
     Raises:
-        ValueError: sizes that do not match, dropout outside [0, 1), out with gradients.
-        TypeError: dtypes or devices that are mixed.
+        ValueError: sizes that do not match, dropout outside [0, 1), `out` where a gradient is wanted.
+        TypeError: dtypes that are mixed or not floating, torch.func.vmap.
+        BackendError: a forced backend cannot run.
+
+    Source: the projector of LangVAE (arXiv 2505.00004, section 3; one linear map with dropout per layer), of which the
+    memory of Optimus (arXiv 2004.04092, section 3.2) and LlaMaVAE (arXiv 2312.13208) are cases.
     """
-    dtype = _check(z, weight, bias, dropout, out, dtype)
+    dtype = _check(z, weight, bias, out, dtype)
+    refuse_vmap("latent_kv", z, weight, bias, out)
+    philox.dropout_threshold(dropout)  # raises outside [0, 1)
     z = z.to(weight.dtype)
-    seed_tensor = _seed_tensor(seed, z.device) if dropout > 0.0 else None
-    memory = reference.latent_kv(z, weight, bias, dropout, seed_tensor, dtype)
-    if out is not None:
-        return out.copy_(memory)
-    return memory
+    pair = philox.seed_tensor(seed, z.device) if dropout > 0.0 else None
+    choice = backend.choose("latent_kv", weight, memory=dtype)
+    if choice == "reference":
+        memory = reference.latent_kv(z, weight, bias, dropout, pair, dtype)
+        return memory if out is None else out.copy_(memory)
+    if out is None:
+        return primitives(choice, z).latent_kv_fwd(z, weight, bias, dropout, pair, dtype)
+    with torch.no_grad():
+        primitives(choice, z).latent_kv_out(z, weight, bias, dropout, pair, out)
+    return out
 
 
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if isinstance(seed, Tensor):
-        if seed.shape != (2,) or seed.dtype != torch.int64:
-            raise ValueError(f"seed: want an int64 tensor [2] = (seed, offset), got {seed.dtype} {list(seed.shape)}")
-        return seed
-    if seed is None:
-        first = torch.randint(0, 2**62, (1,), device=device)
-        return torch.cat([first, torch.zeros_like(first)])
-    return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+def check_operands(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError or TypeError naming the argument and both sizes unless z, weight and bias belong together."""
+    if z.dim() != 2:
+        raise ValueError(f"z must be [B, nz], got {list(z.shape)}")
+    if weight.dim() != 6 or weight.shape[1] != 2:
+        raise ValueError(f"weight must be [L, 2, Hkv, M, D, nz], got {list(weight.shape)}")
+    if weight.shape[-1] != z.shape[1]:
+        raise ValueError(f"weight takes nz = {weight.shape[-1]} (its last dim), z has nz = {z.shape[1]}")
+    if weight.shape[-1] == 0:
+        raise ValueError("weight and z have nz = 0: a latent needs at least one dimension")
+    if weight.dtype not in backend.FLOATS_AND_DOUBLE or z.dtype not in backend.FLOATS_AND_DOUBLE:
+        raise TypeError(f"z is {z.dtype} and weight {weight.dtype}: both must be floating")
+    if z.dtype != weight.dtype and not torch.is_autocast_enabled(z.device.type):
+        raise TypeError(f"z is {z.dtype} and weight {weight.dtype}: they must have one dtype outside autocast")
+    if z.device != weight.device:
+        raise ValueError(f"z is on {z.device} and weight on {weight.device}")
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:-1]:
+        raise ValueError(f"bias must be {list(weight.shape[:-1])} (weight's dims but the last), got {list(bias.shape)}")
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"bias is {bias.dtype} and weight {weight.dtype}: they must have one dtype")
+    if bias.device != weight.device:
+        raise ValueError(f"bias is on {bias.device} and weight on {weight.device}")
 
 
 def _check(
-    z: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, out: Tensor | None, dtype: torch.dtype | None
+    z: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, dtype: torch.dtype | None
 ) -> torch.dtype:
     """Raise on bad input; return the memory's dtype."""
-    if z.dim() != 2:
-        raise ValueError(f"z: want [B, nz], got {list(z.shape)}")
-    if weight.dim() != 6 or weight.shape[1] != 2:
-        raise ValueError(f"weight: want [L, 2, Hkv, M, D, nz], got {list(weight.shape)}")
-    if weight.shape[-1] != z.shape[1]:
-        raise ValueError(f"weight: its last dim is {weight.shape[-1]}, but z has nz = {z.shape[1]}")
-    autocast = torch.is_autocast_enabled(z.device.type)
-    if weight.dtype not in _FLOATS or not z.is_floating_point():
-        raise TypeError(f"z, weight: want floating dtypes, got {z.dtype}, {weight.dtype}")
-    if z.dtype != weight.dtype and not autocast:
-        raise TypeError(f"z: its dtype is {z.dtype}, but weight's is {weight.dtype}")
-    if z.device != weight.device:
-        raise TypeError(f"z: it is on {z.device}, but weight is on {weight.device}")
-    if bias is not None:
-        if bias.shape != weight.shape[:-1]:
-            raise ValueError(f"bias: want {list(weight.shape[:-1])} (weight's dims but the last), got {list(bias.shape)}")
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"bias: its dtype is {bias.dtype}, but weight's is {weight.dtype}")
-        if bias.device != weight.device:
-            raise TypeError(f"bias: it is on {bias.device}, but weight is on {weight.device}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: want a probability in [0, 1), got {dropout}")
-    if out is not None:
-        layers, two, heads, slots, dim, _ = weight.shape
-        want = [layers, two, z.shape[0], heads, slots, dim]
-        if list(out.shape) != want:
-            raise ValueError(f"out: want {want} ([L, 2, B, Hkv, M, D]), got {list(out.shape)}")
-        if dim > 1 and out.numel() and out.stride(-1) != 1:
-            raise ValueError(f"out: its last dim must be contiguous (stride 1), got stride {out.stride(-1)}")
-        if out.device != z.device:
-            raise TypeError(f"out: it is on {out.device}, but z is on {z.device}")
-        if not out.is_floating_point() or (dtype is not None and dtype != out.dtype):
-            raise TypeError(f"out: its dtype is {out.dtype}, but the memory's is {dtype or 'floating'}")
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, weight, bias)):
-            raise ValueError("out: this form has no gradient, but z, weight or bias requires one; use torch.no_grad()")
-        return out.dtype
-    if dtype is not None:
-        if dtype not in _FLOATS:
-            raise TypeError(f"dtype: want a floating dtype, got {dtype}")
-        return dtype
-    return torch.get_autocast_dtype(z.device.type) if autocast else weight.dtype
+    check_operands(z, weight, bias)
+    if dtype is not None and dtype not in backend.FLOATS_AND_DOUBLE:
+        raise TypeError(f"dtype={dtype} is not a floating dtype that latent_kv writes")
+    if out is None:
+        if dtype is not None:
+            return dtype
+        autocast = torch.is_autocast_enabled(z.device.type) and weight.dtype != torch.float64
+        return torch.get_autocast_dtype(z.device.type) if autocast else weight.dtype
+    layers, two, heads, slots, dim, _ = weight.shape
+    want = [layers, two, z.shape[0], heads, slots, dim]
+    if list(out.shape) != want:
+        raise ValueError(f"out must be {want} ([L, 2, B, Hkv, M, D] for this z and weight), got {list(out.shape)}")
+    if dim > 1 and out.stride(-1) != 1:
+        raise ValueError(f"out must have a contiguous last dim (stride 1), got stride {out.stride(-1)}")
+    if out.device != z.device:
+        raise ValueError(f"out is on {out.device} and z on {z.device}")
+    if out.dtype not in backend.FLOATS_AND_DOUBLE or (dtype is not None and dtype != out.dtype):
+        raise TypeError(f"out is {out.dtype}, the memory asked for is {dtype or 'floating'}")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, weight, bias, out)):
+        raise ValueError("out= has no gradient, but z, weight, bias or out requires one: use torch.no_grad()")
+    return out.dtype

@@ -2,51 +2,68 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
+from .. import philox
 
 
-def _philox_words(index: Tensor, seed: Tensor) -> Tensor:
-    """Philox4x32-10 (Salmon et al., SC 2011): counter (index, 0, 0), key = seed -> int64 words [n, 4] in [0, 2^32)."""
-    c = [index & _MASK32, index >> 32, seed[1] & _MASK32, (seed[1] >> 32) & _MASK32]
-    c = [x.expand_as(index) for x in c]
-    k0, k1 = seed[0] & _MASK32, (seed[0] >> 32) & _MASK32
-
-    def mul(x: Tensor, m: int) -> tuple[Tensor, Tensor]:  # 32 x 32 -> (high, low) without overflowing int64
-        low, high = (x & 0xFFFF) * m, (x >> 16) * m
-        high = high + (low >> 16)
-        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-    for _ in range(10):
-        h0, l0 = mul(c[0], 0xD2511F53)
-        h1, l1 = mul(c[2], 0xCD9E8D57)
-        c = [h1 ^ c[1] ^ k0, l1, h0 ^ c[3] ^ k1, l0]
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return torch.stack(c, dim=-1)
-
-
-def keep_mask(shape: tuple[int, ...], p: float, seed: Tensor) -> Tensor:
-    """Bool mask of kept elements: a function of (seed, linear element index) only. seed: int64 [2] = (seed, offset)."""
-    numel = 1
-    for n in shape:
-        numel *= n
-    words = _philox_words(torch.arange((numel + 3) // 4, device=seed.device), seed).reshape(-1)[:numel]
-    return (words >= int(p * 2**32)).view(shape)
+def keep_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
+    """Which elements of a memory [L, 2, B, Hkv, M, D] a dropout keeps; a row of the stream is one [l, s, b]."""
+    rows = math.prod(shape[:3])
+    return philox.keep_mask(seed, (rows, math.prod(shape[3:])), p).view(tuple(shape))
 
 
 def latent_kv(
     z: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, seed: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """z [B, nz], weight [L, 2, Hkv, M, D, nz], bias [L, 2, Hkv, M, D] -> memory [L, 2, B, Hkv, M, D]."""
-    layers, two, heads, slots, dim, nz = weight.shape
-    memory = (z @ weight.reshape(-1, nz).T).view(z.shape[0], layers, two, heads, slots, dim)
+    memory = (z @ weight.reshape(-1, weight.shape[-1]).T).view(z.shape[0], *weight.shape[:-1])
     if bias is not None:
         memory = memory + bias
     memory = memory.permute(1, 2, 0, 3, 4, 5)
     if dropout > 0.0:
         assert seed is not None
-        keep = keep_mask(tuple(memory.shape), dropout, seed)
-        memory = torch.where(keep, memory * (1.0 / (1.0 - dropout)), torch.zeros_like(memory))
+        memory = memory * (keep_mask(memory.shape, dropout, seed) * (1.0 / (1.0 - dropout))).to(memory.dtype)
     return memory.to(dtype).contiguous()
+
+
+def weight_gradient(
+    weight: Tensor, grads: Sequence[Tensor], zs: Sequence[Tensor], dropout: float, seeds: Sequence[Tensor]
+) -> Tensor:
+    """dW [L, 2, Hkv, M, D, nz] from forwards' dmemory [L, 2, B, Hkv, M, D] and z [B, nz]; fp32 (fp64 for fp64)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+    for i, (grad, z) in enumerate(zip(grads, zs, strict=True)):
+        grad = grad.to(wide)
+        if dropout > 0.0:
+            grad = grad * (keep_mask(grad.shape, dropout, seeds[i]) * (1.0 / (1.0 - dropout)))
+        total += torch.einsum("lsbhmd,bn->lshmdn", grad, z.to(wide))
+    return total
+
+
+def adamw(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step in place: Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019), as torch.optim.AdamW."""
+    wide = grad.dtype
+    mean = exp_avg.to(wide).lerp(grad, 1.0 - beta1)
+    square = exp_avg_sq.to(wide) * beta2 + (1.0 - beta2) * grad * grad
+    bias1, bias2 = 1.0 - beta1 ** step.double(), 1.0 - beta2 ** step.double()
+    denominator = square.sqrt() / bias2.sqrt().to(wide) + eps
+    decayed = weight.to(wide) * (1.0 - lr.double() * weight_decay).to(wide)
+    weight.copy_(decayed - (lr.double() / bias1).to(wide) * mean / denominator)
+    exp_avg.copy_(mean)
+    exp_avg_sq.copy_(square)
