@@ -13,13 +13,18 @@ from .visibility import check_visibility, visibility_code
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def check_tensors(**arguments: object) -> None:
+    """TypeError for what is not a tensor; only memory_k and memory_v may be None."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor) and not (x is None and name in ("memory_k", "memory_v")):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def _check_floating(**tensors: Tensor | None) -> None:
     """All on one device, in one supported floating dtype."""
     given = {name: x for name, x in tensors.items() if x is not None}
     first_name, first = next(iter(given.items()))
     for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
         if x.dtype != first.dtype:
@@ -46,16 +51,15 @@ def _check_scores(scale: float, window: int | None, softcap: float | None) -> No
 def _check_integer(
     name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], size: int | None, device: torch.device
 ) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in dtypes:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a tensor of {' or '.join(str(d) for d in dtypes)}, got {got}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
     if x.dim() != 1 or (size is not None and x.numel() != size):
         raise ValueError(f"{name} must have shape ({'n' if size is None else size},), got {tuple(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, q on {device}: they must be on one device")
 
 
-def check_latent_attention(
+def check_packed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,7 +127,7 @@ def check_offsets(cu_seqlens: Tensor, tokens: int, slots: int, visibility: str, 
     return longest
 
 
-def check_latent_attention_decode(
+def check_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

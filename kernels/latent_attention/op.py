@@ -1,11 +1,105 @@
-"""Latent attention, as users call it."""
+"""latent_attention: registration, autograd, public functions. The truth is reference.py, the rules visibility.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .checks import check_latent_attention, check_latent_attention_decode, check_lengths, check_offsets
-from .reference import latent_attention_decode_reference, latent_attention_reference
+from .. import backend
+from ..registration import autocast, define, primitives, refuse_vmap
+from . import reference
+from .checks import check_decode, check_lengths, check_offsets, check_packed, check_tensors
+from .visibility import visibility_code
+
+# ---- primitives ------------------------------------------------------------------------------------------------------
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? memory_k, Tensor? memory_v"
+_OPTIONS = "Tensor cu_seqlens, int visibility, float scale, SymInt? max_seqlen, int? window, float? softcap"
+
+
+def _fake_fwd(q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_seqlen, window, softcap):
+    stats = q.new_empty((q.shape[0], q.shape[1], 2), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(tuple(q.shape)), stats
+
+
+def _fake_bwd(grad_out, q, k, v, memory_k, memory_v, out, stats, cu_seqlens, *options):
+    memory = (0,) if memory_k is None else tuple(memory_k.shape)
+    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), memory, memory)
+    return tuple(q.new_empty(shape) for shape in shapes)
+
+
+def _fake_decode(q, k_cache, v_cache, lengths, scale, window, softcap):
+    return q.new_empty(tuple(q.shape))
+
+
+def _triton_fwd(*args):
+    from .triton import latent_attention_fwd
+
+    return latent_attention_fwd(*args)
+
+
+def _triton_bwd(*args):
+    from .triton import latent_attention_bwd
+
+    return latent_attention_bwd(*args)
+
+
+def _triton_decode(*args):
+    from .triton_decode import latent_attention_decode
+
+    return latent_attention_decode(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, cu_seqlens, visibility, scale, max_seqlen, window, softcap = inputs
+    ctx.options = (visibility, scale, max_seqlen, window, softcap)
+    ctx.save_for_backward(*tensors, *output, cu_seqlens)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None) -> tuple:
+    rest = (None,) * 6
+    if grad_out is None:
+        return (None,) * 5 + rest
+    saved = ctx.saved_tensors
+    *grads, grad_memory_k, grad_memory_v = ctx.primitives.latent_attention_bwd(grad_out, *saved, *ctx.options)
+    memory = (None, None) if saved[3] is None else (grad_memory_k, grad_memory_v)
+    return (*grads, *memory, *rest)
+
+
+define(
+    f"latent_attention_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor stats, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+    triton=_triton_bwd,
+)
+define(
+    f"latent_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_fwd,
+    triton=_triton_fwd,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+define(
+    "latent_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale, int? window, "
+    "float? softcap) -> Tensor",
+    fake=_fake_decode,
+    triton=_triton_decode,
+)
+_PRIMITIVES = ("latent_attention_fwd", "latent_attention_bwd")
+backend.register(
+    "latent_attention",
+    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, _PRIMITIVES),
+    triton=backend.Support(backend.FLOATS, _PRIMITIVES),
+)
+backend.register(
+    "latent_attention_decode",
+    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("latent_attention_decode",)),
+    triton=backend.Support(backend.FLOATS, ("latent_attention_decode",)),
+)
+
+# ---- the public functions --------------------------------------------------------------------------------------------
 
 
 def latent_attention(
@@ -34,23 +128,31 @@ def latent_attention(
         visibility: "prefix", "rolling" or "interleaved": who sees what, as in ``visibility.py``. The last two need M >=
             the longest sentence.
         scale: the factor on q . k, usually D ** -0.5.
-        max_seqlen: the longest sentence's length or a bound on it. None: read from ``cu_seqlens``, which on CUDA
-            waits for the device.
+        max_seqlen: the longest sentence's length or a bound on it: saves CUDA from launching for sentences of T tokens.
         window: a token sees the last ``window`` cache positions up to and including its own (``visibility.py``).
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
 
     Returns:
-        [T, H, D], in the dtype of q. The gradient of every tensor is deterministic.
+        [T, H, D], in the dtype of q. Arithmetic is fp32 for half types. Every gradient is deterministic; saved for the
+        backward are the output and two numbers a row.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit. The values of ``cu_seqlens`` are
             checked on the CPU only; on CUDA that would wait for the device.
+        BackendError: when a forced backend cannot run.
     """
-    check_latent_attention(q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_seqlen, window, softcap)
-    if q.device.type == "cpu":
-        slots = 0 if memory_k is None else memory_k.shape[2]
+    check_tensors(q=q, k=k, v=v, memory_k=memory_k, memory_v=memory_v, cu_seqlens=cu_seqlens)
+    refuse_vmap("latent_attention", q, k, v, memory_k, memory_v, cu_seqlens)
+    q, k, v, memory_k, memory_v = autocast(q.device.type, q, k, v, memory_k, memory_v)
+    check_packed(q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_seqlen, window, softcap)
+    choice = backend.choose("latent_attention", q)
+    if choice != "reference":
+        options = (visibility_code(visibility), float(scale), max_seqlen, window, softcap)
+        return primitives(choice, q).latent_attention_fwd(q, k, v, memory_k, memory_v, cu_seqlens, *options)[0]
+    slots = 0 if memory_k is None else memory_k.shape[2]
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
         max_seqlen = check_offsets(cu_seqlens, q.shape[0], slots, visibility, max_seqlen)
-    return latent_attention_reference(
+    return reference.latent_attention(
         q,
         k,
         v,
@@ -90,8 +192,16 @@ def latent_attention_decode(
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values that do not fit. The values of ``lengths`` are
             checked on the CPU only.
+        BackendError: when a forced backend cannot run.
     """
-    check_latent_attention_decode(q, k_cache, v_cache, lengths, scale, window, softcap)
-    if q.device.type == "cpu":
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    refuse_vmap("latent_attention_decode", q, k_cache, v_cache, lengths)
+    q, k_cache, v_cache = autocast(q.device.type, q, k_cache, v_cache)
+    check_decode(q, k_cache, v_cache, lengths, scale, window, softcap)
+    choice = backend.choose("latent_attention_decode", q)
+    if choice != "reference":
+        run = primitives(choice, q).latent_attention_decode
+        return run(q, k_cache, v_cache, lengths, float(scale), window, softcap)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
         check_lengths(lengths, k_cache.shape[2])
-    return latent_attention_decode_reference(q, k_cache, v_cache, lengths, scale=scale, window=window, softcap=softcap)
+    return reference.latent_attention_decode(q, k_cache, v_cache, lengths, scale=scale, window=window, softcap=softcap)

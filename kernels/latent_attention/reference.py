@@ -8,7 +8,7 @@ from torch import Tensor
 from .visibility import visibility_mask
 
 
-def latent_attention_reference(
+def latent_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,9 +22,9 @@ def latent_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Same contract as ``latent_attention``; accumulates in fp32 (fp64 for fp64 inputs) and rounds once, at the end.
+    """Same contract as ``op.latent_attention``; accumulates in fp32 (fp64 for fp64 inputs) and rounds once, at the end.
 
-    No step synchronises the host when ``max_seqlen`` is given.
+    No step synchronises the host; without ``max_seqlen`` sentences are padded to all T tokens.
     """
     tokens, heads, _ = q.shape
     batch, kv_heads = cu_seqlens.numel() - 1, k.shape[1]
@@ -33,7 +33,7 @@ def latent_attention_reference(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     device = q.device
     if max_seqlen is None:
-        max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        max_seqlen = tokens
     start = cu_seqlens[:-1].long().unsqueeze(1)
     length = cu_seqlens[1:].long().unsqueeze(1) - start
     index = torch.arange(max_seqlen, device=device)
@@ -62,7 +62,7 @@ def latent_attention_reference(
     return out.flatten(0, 1).index_select(0, owner * max_seqlen + place).to(q.dtype)
 
 
-def latent_attention_decode_reference(
+def latent_attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -72,7 +72,7 @@ def latent_attention_decode_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Same contract as ``latent_attention_decode``; accumulates in fp32 (fp64 for fp64 inputs)."""
+    """Same contract as ``op.latent_attention_decode``; accumulates in fp32 (fp64 for fp64 inputs)."""
     batch, heads, _ = q.shape
     kv_heads, positions = k_cache.shape[1], k_cache.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32

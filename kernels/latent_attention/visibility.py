@@ -53,7 +53,7 @@ def token_position(index: Index, slots: int, visibility: str) -> Index:
 
 
 def slot_position(slot: Index, visibility: str, *, step: Index | None = None) -> Index:
-    """Cache position of memory slot ``slot``; under ``rolling``, at step ``step`` (0 or later), which is then required."""
+    """Cache position of memory slot ``slot``; under ``rolling`` at step ``step`` (0 or later), then required."""
     code = visibility_code(visibility)
     if code == PREFIX:
         return slot
@@ -99,10 +99,9 @@ def visibility_mask(
 ) -> Tensor:
     """Boolean [tokens, slots + tokens]: may token i (row) see slot j (column j) or token t (column slots + t)?
 
-    ``window`` counts cache positions; None means no window. Every row has its own token visible, so none is empty.
-    Raises ValueError for an unknown rule, a window below 1, or (rolling, interleaved) fewer slots than tokens.
+    ``window`` counts cache positions; None means no window. Every row has its own token visible, so none is empty. More
+    rows may be asked for than a rule has slots for (a bound on the longest sentence); the op refuses such sentences.
     """
-    check_visibility(tokens, slots, visibility, window)
     i = torch.arange(tokens, device=device).unsqueeze(1)
     j = torch.arange(slots, device=device).unsqueeze(0)
     t = torch.arange(tokens, device=device).unsqueeze(0)

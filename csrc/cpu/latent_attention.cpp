@@ -1,0 +1,168 @@
+// latent_attention on CPU: allocation, threads, and the checks that read values (kernels/latent_attention/checks.py has the
+// others). Arithmetic is in latent_attention_simd.cpp and latent_attention_decode_simd.cpp.
+#include "latent_attention.h"
+
+#include <atomic>
+#include <limits>
+#include <tuple>
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+namespace lmvae {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+Strided packed(const at::Tensor& x) {  // [tokens, heads, head_dim]
+  return {x.const_data_ptr(), 0, x.stride(1), x.stride(0), x.stride(2)};
+}
+Strided cached(const at::Tensor& x) {  // [batch, heads, rows, head_dim]
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+at::ScalarType stats_type(const at::Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Runs body(b, kv_head, workspace) for every pair, each on one thread; threads take the next pair when they are free, so
+// that long sentences do not leave the others waiting.
+template <typename F>
+void for_pairs(int64_t batch, int64_t kv_heads, int64_t workspace_bytes, double flops, F&& body) {
+  const int64_t pairs = batch * kv_heads;
+  if (pairs == 0) return;
+  constexpr double kWorthAThread = 2e5;  // some 5 us of arithmetic, what waking a thread costs
+  const int64_t threads = std::max<int64_t>(
+      1, std::min({static_cast<int64_t>(at::get_num_threads()), pairs, static_cast<int64_t>(flops / kWorthAThread)}));
+  const int64_t bytes = (workspace_bytes + 127) / 128 * 128;
+  const at::Tensor workspace = at::empty({threads * bytes}, at::kByte);
+  char* base = static_cast<char*>(workspace.mutable_data_ptr());
+  std::atomic<int64_t> next{0}, place{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; thread++) {
+      char* own = base + place.fetch_add(1) * bytes;
+      for (int64_t pair = next.fetch_add(1); pair < pairs; pair = next.fetch_add(1))
+        body(pair / kv_heads, pair % kv_heads, own);
+    }
+  });
+}
+
+// Fills what forward and backward share, once the values of cu_seqlens are found to fit. Returns the longest sentence.
+std::tuple<LatentAttentionArgs, int64_t, double> common_args(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                             const OptionalTensor& memory_k, const OptionalTensor& memory_v,
+                                                             const at::Tensor& cu_seqlens, int64_t visibility, double scale,
+                                                             std::optional<int64_t> max_seqlen, std::optional<int64_t> window,
+                                                             std::optional<double> softcap) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && memory_k.has_value() == memory_v.has_value(),
+              "latent_attention: q, k and v must be [T, heads, D], memory_k and memory_v both given or both None");
+  LatentAttentionArgs a{};
+  a.batch = cu_seqlens.numel() - 1, a.heads = q.size(1), a.kv_heads = k.size(1), a.head_dim = q.size(2);
+  a.q = packed(q), a.k = packed(k), a.v = packed(v);
+  if (memory_k.has_value()) a.memory_k = cached(*memory_k), a.memory_v = cached(*memory_v), a.slots = memory_k->size(2);
+  a.visibility = static_cast<Visibility>(visibility), a.scale = scale, a.softcap = softcap.value_or(0);
+  a.window = window.value_or(std::numeric_limits<int32_t>::max());
+
+  const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
+  a.cu_seqlens = cu;
+  const int64_t tokens = q.size(0);
+  TORCH_CHECK_VALUE(cu[0] == 0 && cu[a.batch] == tokens, "cu_seqlens must run from 0 to the ", tokens, " tokens of q, got ",
+                    cu[0], " to ", cu[a.batch]);
+  int64_t longest = 0;
+  double flops = 0;  // of the two products of a forward pass, roughly
+  for (int64_t b = 0; b < a.batch; b++) {
+    const int64_t length = cu[b + 1] - cu[b];
+    TORCH_CHECK_VALUE(length >= 0, "cu_seqlens must not decrease, but sentence ", b, " has ", length, " tokens");
+    longest = std::max(longest, length);
+    flops += 4.0 * a.heads * a.head_dim * length * (a.slots + length);
+  }
+  TORCH_CHECK_VALUE(!max_seqlen.has_value() || longest <= *max_seqlen, "max_seqlen is ", max_seqlen.value_or(0),
+                    ", but cu_seqlens holds a sentence of ", longest, " tokens");
+  TORCH_CHECK_VALUE(a.visibility == Visibility::Prefix || longest <= a.slots,
+                    "visibility needs one memory slot per token: the longest sentence has ", longest,
+                    " tokens, memory_k has ", a.slots, " slots");
+  return {a, longest, flops};
+}
+
+std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                       const OptionalTensor& memory_k, const OptionalTensor& memory_v,
+                                       const at::Tensor& cu_seqlens, int64_t visibility, double scale,
+                                       std::optional<int64_t> max_seqlen, std::optional<int64_t> window,
+                                       std::optional<double> softcap) {
+  const at::Tensor offsets = cu_seqlens.contiguous();
+  auto [a, longest, flops] =
+      common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
+  at::Tensor out = at::empty({q.size(0), a.heads, a.head_dim}, q.options());
+  at::Tensor stats = at::empty({q.size(0), a.heads, 2}, q.options().dtype(stats_type(q)));
+  a.out = out.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
+    const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
+    const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
+    for_pairs(a.batch, a.kv_heads, bytes, flops, [&, &a = a](int64_t b, int64_t h, void* own) { pair(a, b, h, own); });
+  });
+  return {out, stats};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bwd(
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& memory_k,
+    const OptionalTensor& memory_v, const at::Tensor& out, const at::Tensor& stats, const at::Tensor& cu_seqlens,
+    int64_t visibility, double scale, std::optional<int64_t> max_seqlen, std::optional<int64_t> window,
+    std::optional<double> softcap) {
+  const at::Tensor offsets = cu_seqlens.contiguous(), out_dense = out.contiguous(), stats_dense = stats.contiguous();
+  auto [a, longest, flops] =
+      common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
+  TORCH_CHECK(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(),
+              "latent_attention: the gradient must be like q, got ", grad_out.sizes());
+  const int64_t tokens = q.size(0);
+  at::Tensor grad_q = at::empty({tokens, a.heads, a.head_dim}, q.options());
+  at::Tensor grad_k = at::empty({tokens, a.kv_heads, a.head_dim}, q.options()), grad_v = at::empty(grad_k.sizes(), q.options());
+  const std::vector<int64_t> memory_shape =
+      memory_k.has_value() ? memory_k->sizes().vec() : std::vector<int64_t>{0};  // without memory: nothing, but a tensor
+  at::Tensor grad_memory_k = at::empty(memory_shape, q.options()), grad_memory_v = at::empty(memory_shape, q.options());
+  a.grad_out = packed(grad_out);
+  a.out = const_cast<void*>(out_dense.const_data_ptr()), a.stats = const_cast<void*>(stats_dense.const_data_ptr());
+  a.grad_q = grad_q.mutable_data_ptr(), a.grad_k = grad_k.mutable_data_ptr(), a.grad_v = grad_v.mutable_data_ptr();
+  if (memory_k.has_value())
+    a.grad_memory_k = grad_memory_k.mutable_data_ptr(), a.grad_memory_v = grad_memory_v.mutable_data_ptr();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
+    const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
+    const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
+    for_pairs(a.batch, a.kv_heads, bytes, flops, [&, &a = a](int64_t b, int64_t h, void* own) { pair(a, b, h, own); });
+  });
+  return {grad_q, grad_k, grad_v, grad_memory_k, grad_memory_v};
+}
+
+at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& lengths,
+                  double scale, std::optional<int64_t> window, std::optional<double> softcap) {
+  LatentAttentionDecodeArgs a{};
+  const int64_t batch = q.size(0), positions = k_cache.size(2);
+  a.heads = q.size(1), a.kv_heads = k_cache.size(1), a.head_dim = q.size(2);
+  a.scale = scale, a.softcap = softcap.value_or(0), a.window = window.value_or(std::numeric_limits<int32_t>::max());
+  a.q = {q.const_data_ptr(), q.stride(0), q.stride(1), 0, q.stride(2)};
+  a.k = cached(k_cache), a.v = cached(v_cache);
+  const at::Tensor counts = lengths.to(at::kLong).contiguous();
+  const int64_t* count = counts.const_data_ptr<int64_t>();
+  double flops = 0;
+  for (int64_t b = 0; b < batch; b++) {
+    TORCH_CHECK_VALUE(count[b] >= 0 && count[b] <= positions, "lengths must be 0 to the ", positions,
+                      " positions of k_cache, got ", count[b], " in row ", b);
+    flops += 4.0 * a.heads * a.head_dim * std::min(count[b], a.window);
+  }
+  at::Tensor out = at::empty({batch, a.heads, a.head_dim}, q.options());
+  a.out = out.mutable_data_ptr();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_decode", [&] {
+    const int64_t bytes = LMVAE_PICK(latent_attention_decode_workspace<scalar_t>(a));
+    const auto pair = LMVAE_PICK(latent_attention_decode<scalar_t>);
+    for_pairs(batch, a.kv_heads, bytes, 4 * flops, [&](int64_t b, int64_t h, void* own) { pair(a, b, h, count[b], own); });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
+  m.impl("latent_attention_fwd", &fwd);
+  m.impl("latent_attention_bwd", &bwd);
+  m.impl("latent_attention_decode", &decode);
+}
+
+}  // namespace lmvae
