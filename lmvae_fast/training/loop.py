@@ -33,6 +33,7 @@ from lmvae_fast.training.state import (
     random_tensors,
     restore_optimizer,
     restore_random,
+    seed_all,
     trainable_parameters,
 )
 
@@ -49,8 +50,9 @@ def train(
     """Train what the model trains, in place, on the device the model is on.
 
     model: an LMVAE. train_data, eval_data: what `model.tokenize` takes (strings, Examples, a SentenceDataset) or its
-    result. Seeds torch's generators with config.seed. Writes checkpoints, `metrics.jsonl` and TensorBoard files below
-    config.output_dir. Ctrl-C and SIGTERM finish the step, save, and return with `stop_reason` set to the signal.
+    result. Seeds torch's, numpy's and Python's global generators with config.seed. Writes checkpoints, `metrics.jsonl`
+    and TensorBoard files below config.output_dir. Ctrl-C and SIGTERM finish the step, save, and return with
+    `stop_reason` set to the signal.
 
     Raises: ConfigError, DataError (nothing to train on), OutputError (folder unwritable or full; before the first step
     where it can be known, and otherwise with the earlier checkpoints whole), CheckpointError (resume),
@@ -116,7 +118,7 @@ class Trainer:
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
         self.identity = resume.identity(config, model, encoder, self.train_set.fingerprint(), eval_print)
-        torch.manual_seed(config.seed)
+        seed_all(config.seed)
         if found is not None:
             self._restore(found)
 

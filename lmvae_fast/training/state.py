@@ -58,6 +58,13 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch's, numpy's and Python's global generators, so that a run depends on nothing drawn before it."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_tensors() -> dict[str, Tensor]:
     """The states of torch's CPU and CUDA generators, of numpy's global one and of Python's, as tensors."""
     states = {"torch": torch.get_rng_state()}

@@ -101,11 +101,11 @@ class FakeModel(nn.Module):
     def forward(self, batch, *, beta=None, eps=None, seed=None):
         beta = self.beta if beta is None else beta
         mu, logvar = self.posterior_head(batch.pooled).chunk(2, dim=-1)
-        mu, logvar = mu.float(), logvar.float()
-        noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(seed)) if self.noise else 0.0
+        mu, logvar = full(mu), full(logvar)
+        noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(seed)).to(mu) if self.noise else 0.0
         z = mu + noise * torch.exp(0.5 * logvar)
-        logits = self.output(self.dropout(z))[batch.rows].float()
-        nll = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        logits = self.output(self.dropout(z))[batch.rows]
+        nll = nn.functional.cross_entropy(full(logits), batch.labels, reduction="none")
         terms = combine(segment_sum(nll, batch.cu_seqlens), batch.tokens, kl_per_dim(mu, logvar).sum(-1), beta)
         return SimpleNamespace(
             loss=terms.loss, reconstruction=terms.reconstruction, kl=terms.kl, beta=beta, nll=nll.detach(),
@@ -122,6 +122,11 @@ class FakeModel(nn.Module):
             raise CheckpointError("other parameters")
         for name, value in own.items():
             value.copy_(state[name])
+
+
+def full(tensor):
+    """At least float32."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def sentences(count: int = 60, seed: int = 0) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.training import Callback, train
 from lmvae_fast.training.callbacks import read_records
+from tests.reference.tiny import SENTENCES
 from tests.training.fake_model import FakeModel, sentences
 
 TIMING = ("seconds", "tokens_per_second")
@@ -25,8 +27,17 @@ def settings(folder: Path, **changes) -> TrainConfig:
 
 
 def run(folder: Path, *callbacks, model=None, evaluated: bool = True, **changes):
-    eval_data = sentences(20, seed=1) if evaluated else None
-    return train(model or FakeModel(), sentences(60), eval_data, settings(folder, **changes), callbacks)
+    """Train on 60 sentences, evaluate on 20."""
+    make = sentences if model is None or isinstance(model, FakeModel) else plain_sentences
+    eval_data = make(20, seed=1) if evaluated else None
+    return train(model or FakeModel(), make(60), eval_data, settings(folder, **changes), callbacks)
+
+
+def plain_sentences(count: int, seed: int = 0) -> list[str]:
+    """Sentences of 2 to 7 words that the tiny tokenizer has whole tokens for."""
+    words = " ".join(SENTENCES).split()
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(words, k=draw.randint(2, 7))) for _ in range(count)]
 
 
 class StopAt(Callback):
