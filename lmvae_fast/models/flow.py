@@ -85,7 +85,7 @@ class CouplingFlow(nn.Module):
         hidden: int | Sequence[int] = 512,
         kind: str = "allinone",
         clamp: float = 2.0,
-        permutation: str | None | Sequence[Tensor] = "hard",
+        permutation: str | Sequence[Tensor] | None = "hard",
         cond_dim: int = 0,
         *,
         activation: str = "relu",

@@ -1,0 +1,135 @@
+"""Latents in files: safetensors, npy or jsonl, read block by block and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lmvae_fast.errors import DataError, LatentError
+
+FORMATS = (".safetensors", ".npy", ".jsonl")
+
+
+def count_latents(path: str | os.PathLike[str]) -> int:
+    """Rows in a latent file, without reading their values."""
+    path = _checked(path)
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    return int(_open_array(path)[1][0])
+
+
+def read_latents(
+    path: str | os.PathLike[str], *, latent_dim: int, block: int = 1024, skip: int = 0
+) -> Iterator[Tensor]:
+    """Blocks of latents, float32 ``[n <= block, latent_dim]``, beginning at row ``skip``.
+
+    ``.safetensors``: the tensor ``z``, or the only one; ``.npy``: an array (memory-mapped); ``.jsonl``: one
+    ``{"z": [...]}`` or bare list per line.
+
+    Raises:
+        DataError: missing, empty or unreadable file (with the line number for jsonl).
+        LatentError: latents of another width.
+    """
+    path = _checked(path)
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(path, latent_dim, block, skip)
+        return
+    read, shape = _open_array(path)
+    if len(shape) != 2 or shape[1] != latent_dim:
+        raise LatentError(f"latents in {path}", value=list(shape), limit=f"[N, {latent_dim}]")
+    if shape[0] == 0:
+        raise DataError(f"{path} holds no latents", value=list(shape), remedy="check what wrote it")
+    for start in range(skip, shape[0], block):
+        yield read(start, min(start + block, shape[0])).float()
+
+
+def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tensor]) -> None:
+    """Write latents ``[N, latent_dim]`` as ``.safetensors`` (tensor ``z``), ``.npy`` or ``.jsonl``."""
+    path = Path(path)
+    z = (latents if isinstance(latents, Tensor) else torch.cat(list(latents))).detach().cpu().float().contiguous()
+    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
+    if path.suffix == ".safetensors":
+        save_file({"z": z}, temporary)
+    elif path.suffix == ".npy":
+        np.save(temporary, z.numpy())
+    elif path.suffix == ".jsonl":
+        temporary.write_text("".join(json.dumps({"z": row}) + "\n" for row in z.tolist()))
+    else:
+        raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(FORMATS))
+    temporary.replace(path)
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no latent file at {path}", remedy="check the path")
+    if path.suffix not in FORMATS:
+        raise DataError("unknown latent file format", value=path.suffix or path.name, limit=", ".join(FORMATS))
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty", value="0 bytes", remedy="check what wrote it")
+    return path
+
+
+def _open_array(path: Path):
+    """(function (start, stop) -> rows, shape) of a safetensors or npy file."""
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return lambda start, stop: torch.from_numpy(np.array(array[start:stop])), array.shape
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            if "z" not in names and len(names) != 1:
+                raise DataError(
+                    f"{path} holds several tensors and none is named z", value=", ".join(names[:5]), remedy="name it z"
+                )
+            name = "z" if "z" in names else names[0]
+            shape = tuple(file.get_slice(name).get_shape())
+
+        def read(start: int, stop: int) -> Tensor:
+            with safe_open(path, "pt") as file:
+                return file.get_slice(name)[start:stop]
+
+        return read, shape
+    except (SafetensorError, ValueError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is truncated or corrupt: {error}", remedy="write it again") from error
+
+
+def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int) -> Iterator[Tensor]:
+    rows: list[list[float]] = []
+    seen = 0
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            seen += 1
+            if seen <= skip:
+                continue
+            try:
+                values = json.loads(line)
+                values = values["z"] if isinstance(values, dict) else values
+                row = [float(value) for value in values]
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{path} line {number} is no latent: {error}", value=line[:60].strip(), limit='{"z": [numbers]}'
+                ) from error
+            if len(row) != latent_dim:
+                raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
+            rows.append(row)
+            if len(rows) == block:
+                yield torch.tensor(rows)
+                rows = []
+    if rows:
+        yield torch.tensor(rows)
+    if not seen:
+        raise DataError(f"{path} holds no latents", remedy="check what wrote it")
