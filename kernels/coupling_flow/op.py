@@ -1,12 +1,92 @@
-"""coupling_flow, as users call it."""
+"""coupling_flow: registration, autograd and the public function. The truth is reference.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from .. import backend
+from ..registration import define, primitives, refuse_vmap
 from . import reference
-from .checks import check_coupling_flow
-from .spec import FlowParams
+from .checks import MEMORY, check_coupling_flow
+from .spec import FlowParams, saved_columns
+
+# What the forward primitive keeps for backward (csrc/cpu/coupling_flow.cpp has the same numbers): 0 is nothing.
+_KEEP = {name: i + 1 for i, name in enumerate(MEMORY)}
+
+# ---- primitives --------------------------------------------------------------------------------------------------------
+
+_PLAN = "Tensor theta, Tensor constants, Tensor indices, int[] ints, float[] floats, bool inverse"
+
+
+def _compute_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fake_fwd(x, cond, theta, constants, indices, ints, floats, inverse, keep):
+    wide = _compute_type(x)
+    size = x.shape[0] * saved_columns(ints) if keep == _KEEP["save"] else 0
+    if keep == _KEEP["recompute"] and x.dtype != wide:
+        size = x.shape[0] * x.shape[1]
+    return x.new_empty(tuple(x.shape)), x.new_empty(x.shape[0], dtype=wide), x.new_empty(size, dtype=wide)
+
+
+def _fake_bwd(dy, dlogdet, y, saved, cond, theta, constants, indices, ints, floats, inverse, batch, want_cond):
+    dx = theta.new_empty((batch, ints[0]))
+    return dx, theta.new_empty((batch, ints[1]) if want_cond else (0,)), torch.empty_like(theta)
+
+
+def _triton_fwd(*args):
+    from .triton import coupling_flow_fwd
+
+    return coupling_flow_fwd(*args)
+
+
+def _triton_bwd(*args):
+    from .triton import coupling_flow_bwd
+
+    return coupling_flow_bwd(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, cond, theta, constants, indices, ctx.ints, ctx.floats, ctx.inverse, keep = inputs
+    y, _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.batch = x.shape[0]
+    keep_y = keep == _KEEP["recompute"]
+    ctx.save_for_backward(y if keep_y else None, saved, cond, theta, constants, indices)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None, _: Tensor | None) -> tuple:
+    y, saved, cond, *flats = ctx.saved_tensors
+    want_cond = cond is not None and ctx.needs_input_grad[1]
+    dx, dcond, dtheta = ctx.primitives.coupling_flow_bwd(
+        dy, dlogdet, y, saved, cond, *flats, ctx.ints, ctx.floats, ctx.inverse, ctx.batch, want_cond
+    )
+    return dx, dcond if want_cond else None, dtheta, None, None, None, None, None, None
+
+
+define(
+    "coupling_flow_bwd(Tensor? dy, Tensor? dlogdet, Tensor? y, Tensor saved, Tensor? cond, "
+    f"{_PLAN}, SymInt batch, bool want_cond) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+    triton=_triton_bwd,
+)
+define(
+    f"coupling_flow_fwd(Tensor x, Tensor? cond, {_PLAN}, int keep) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_fwd,
+    triton=_triton_fwd,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+backend.register(
+    "coupling_flow",
+    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("coupling_flow_fwd", "coupling_flow_bwd")),
+)
+
+# ---- the public function -----------------------------------------------------------------------------------------------
 
 
 def coupling_flow(
@@ -14,7 +94,8 @@ def coupling_flow(
 ) -> tuple[Tensor, Tensor]:
     """The flow y = T(x), or its inverse, and the log-determinant of the Jacobian of the map that was run.
 
-    Differentiable once in x, cond and params.theta, in both directions; soft permutations are fixed.
+    Differentiable once in x, cond and params.theta, in both directions; soft permutations are fixed. Under autocast it
+    computes in the dtype of params.theta (the inverse of a rounded flow is not its inverse).
 
     Args:
         x: [B, dim], dim 2 to 1024; fp32, fp16, bf16 or fp64, any strides, B may be 0.
@@ -28,9 +109,24 @@ def coupling_flow(
         y: [B, dim] in the dtype of x. logdet: [B] in natural-log units, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        TypeError, ValueError: for types, dtypes, devices, ranks or sizes that do not fit, naming both.
+        TypeError, ValueError: for types, dtypes, devices, ranks or sizes that do not fit, naming both. BackendError when
+            a forced backend cannot run.
 
     Source: FrEIA 0.2, AllInOneBlock, GLOWCouplingBlock, RNVPCouplingBlock and ActNorm; arXiv 1807.03039, 1605.08803.
     """
+    refuse_vmap("coupling_flow", x, cond)
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x = x.to(params.theta.dtype)
+        cond = cond if cond is None else cond.to(params.theta.dtype)
     check_coupling_flow(x, params, cond, memory)
-    return reference.coupling_flow(x, params, cond=cond, inverse=inverse)
+    choice = backend.choose("coupling_flow", x)
+    if choice == "reference":
+        return reference.coupling_flow(x, params, cond=cond, inverse=inverse)
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or params.theta.requires_grad or (cond is not None and cond.requires_grad)
+    )
+    ints, floats = params.spec.plan
+    run = primitives(choice, x).coupling_flow_fwd
+    keep = _KEEP[memory] if needs_grad else 0
+    y, logdet, _ = run(x, cond, params.theta, params.constants, params.indices, ints, floats, inverse, keep)
+    return y, logdet

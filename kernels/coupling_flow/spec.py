@@ -233,6 +233,30 @@ def _encode(stage: Stage) -> list[int]:
     return ints
 
 
+def saved_columns(ints: list[int]) -> int:
+    """Numbers per row that memory="save" keeps: of each stage its input, the subnets' output and hidden activations."""
+    dim, position, total = ints[0], 2, 0
+
+    def read() -> int:
+        nonlocal position
+        position += 1
+        return ints[position - 1]
+
+    while position < len(ints):
+        repeat, period = read(), read()
+        for _ in range(period):
+            columns = dim
+            if read():  # a coupling
+                split, active, _squash, _conditional, subnets = (read() for _ in range(5))
+                columns += 2 * (split if active == 0 else dim - split)
+                for _ in range(subnets):
+                    read()  # activation
+                    columns += sum(read() for _ in range(read()))
+            position += 2  # affine, permutation
+            total += repeat * columns
+    return total
+
+
 @dataclass(frozen=True)
 class FlowParams:
     """A spec and its numbers: `theta` (trained), `constants` (soft permutations; theta's dtype), `indices` (int32)."""
