@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lmvae_fast.config import DTYPES, LMVAEConfig
 from lmvae_fast.errors import CheckpointError
@@ -105,8 +105,10 @@ def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: 
                 limit=", ".join(map(str, limit)),
                 remedy="save it with model.save_pretrained",
             )
-    # T5-like encoders need the encoder-only class; for all others AutoModel is the same class.
-    seq2seq = getattr(model.encoder.model.config, "is_encoder_decoder", False)
+    # AutoModel would give T5's encoder a decoder that wants inputs of its own. (is_encoder_decoder does not tell:
+    # T5EncoderModel clears it.)
+    network = model.encoder.model
+    whole = type(network) is MODEL_MAPPING.get(type(network.config), None)
     contents = LangVAEFolder(
         latent_dim=config.latent_dim,
         max_len=config.max_len,
@@ -114,7 +116,7 @@ def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: 
         decoder_path=_locate(model.decoder.source, "decoder"),
         pooling=str(config.pooling),
         normalize=bool(config.normalize),
-        encoder_class="AutoModelForTextEncoding" if seq2seq else "AutoModel",
+        encoder_class="AutoModel" if whole else "AutoModelForTextEncoding",
         conditional=config.conditional_decoder,
         posterior_weight=model.posterior_head.weight.detach(),
         projector_weight=model.projector.weight.detach(),

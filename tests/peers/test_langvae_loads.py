@@ -1,0 +1,15 @@
+"""``make test-peers``: the real LangVAE reads our checkpoints and agrees with the reference and the parallel pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.peers.check_langvae_loads import check_golden, check_labels, failures
+
+pytestmark = pytest.mark.peers
+
+
+@pytest.mark.parametrize("name", ["langvae_gpt2", "langvae_llama"])
+@pytest.mark.parametrize("check", [check_golden, check_labels])
+def test_langvae_loads_and_agrees(shared, tmp_path, name, check):
+    assert failures(check(shared / "golden" / name, tmp_path)) == []
