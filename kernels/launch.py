@@ -26,16 +26,18 @@ class CompileCase:
     """One kernel in one shipped configuration, for the compile gate.
 
     name: unique within the op, e.g. "fwd-bf16-128". kernel: the @triton.jit function. signature: Triton types of the
-    run-time arguments in any order, e.g. {"x": "*bf16", "rows": "i64", "scale": "fp32"}; constants: the constexpr ones.
-    tensor_cores: a matrix instruction (mma or wgmma) must appear in the machine code. max_shared: bytes of shared memory
+    run-time arguments in any order, e.g. {"x": "*bf16", "rows": "i32", "scale": "fp32", "stride_d": 1}; an int is a value
+    that Triton makes a constant of (it does so for 1). constants: the constexpr arguments beside those of `config`.
+    unaligned: pointers that are not 16-byte aligned. tensor_cores: a matrix instruction (mma or wgmma) must appear in the machine code. max_shared: bytes of shared memory
     the kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100 block 227 KiB).
     """
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | int]
     config: Config
     constants: Mapping[str, Any] = field(default_factory=dict)
+    unaligned: tuple[str, ...] = ()
     tensor_cores: bool = False
     max_shared: int = 163 * 1024
 
@@ -43,7 +45,9 @@ class CompileCase:
 TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, *args: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, *args: Any, **constants: Any
+) -> None:
     """Launch `kernel` on `device` (Triton itself takes the current one). Grids with a zero are no work and no launch."""
     if 0 in grid:
         return

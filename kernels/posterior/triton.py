@@ -28,7 +28,9 @@ def posterior_fwd_kernel(
         col = start + tl.arange(0, BLOCK_D).to(tl.int64)
         ok = row_ok[:, None] & (col < dim)[None, :]
         m = tl.load(mu + row[:, None] * stride_mu_b + col[None, :] * stride_mu_d, mask=ok, other=0.0).to(tl.float32)
-        lv = tl.load(logvar + row[:, None] * stride_lv_b + col[None, :] * stride_lv_d, mask=ok, other=0.0).to(tl.float32)
+        lv = tl.load(logvar + row[:, None] * stride_lv_b + col[None, :] * stride_lv_d, mask=ok, other=0.0).to(
+            tl.float32
+        )
         k = 0.5 * (m * m + exp_(lv) - lv - 1.0)
         if MODE == 1:
             k = k * (k > target).to(tl.float32)  # a product, so that Inf and NaN show as in torch
@@ -61,7 +63,9 @@ def posterior_bwd_kernel(
     for start in range(0, dim, BLOCK_D):
         col = start + tl.arange(0, BLOCK_D).to(tl.int64)
         ok = row_ok[:, None] & (col < dim)[None, :]
-        lv = tl.load(logvar + row[:, None] * stride_lv_b + col[None, :] * stride_lv_d, mask=ok, other=0.0).to(tl.float32)
+        lv = tl.load(logvar + row[:, None] * stride_lv_b + col[None, :] * stride_lv_d, mask=ok, other=0.0).to(
+            tl.float32
+        )
         dm = tl.zeros((ROWS, BLOCK_D), tl.float32)
         dl = tl.zeros((ROWS, BLOCK_D), tl.float32)
         if HAS_DZ:
@@ -95,9 +99,10 @@ def posterior_bwd_kernel(
 
 # ---- configurations and launchers ------------------------------------------------------------------------------------
 
-# Rows and columns of a program, by the smallest power of two that holds a row: 1024 elements each, eight per thread.
+# Rows and columns of a program, by the smallest power of two that holds a row: 512 elements, four per thread (with eight,
+# the 64-bit addresses of the narrow shapes spill on sm_80); 1024 for long rows, whose addresses are cheap.
 _CONFIGS = {
-    block: Config({"ROWS": max(1, 1024 // block), "BLOCK_D": block}, num_warps=4)
+    block: Config({"ROWS": max(1, 512 // block), "BLOCK_D": block}, num_warps=4)
     for block in (16, 32, 64, 128, 256, 512, 1024)
 }
 
@@ -146,8 +151,8 @@ def posterior_bwd(dz, dkl, mu, logvar, kl, seed, num_samples, mode, target):
 def _cases() -> list[CompileCase]:
     cases = []
     sizes = {"batch": "i32", "dim": "i32", "samples": "i32", "target": "fp32"}
-    strides = {"stride_mu_b": "i32", "stride_mu_d": "i32", "stride_lv_b": "i32", "stride_lv_d": "i32"}
-    grads = {"stride_dz_s": "i32", "stride_dz_b": "i32", "stride_dz_d": "i32", "stride_dkl": "i32"}
+    strides = {"stride_mu_b": "i32", "stride_mu_d": 1, "stride_lv_b": "i32", "stride_lv_d": 1}
+    grads = {"stride_dz_s": "i32", "stride_dz_b": "i32", "stride_dz_d": 1, "stride_dkl": "i32"}
     for dtype in TRITON_TYPES.values():
         io = {"mu": f"*{dtype}", "logvar": f"*{dtype}", "seed": "*i64", "kl": "*fp32", **sizes, **strides}
         for block, config in _CONFIGS.items():

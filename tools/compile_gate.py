@@ -1,0 +1,180 @@
+"""Compile every Triton kernel in every shipped configuration for sm_80, sm_90 and sm_100, without a GPU.
+
+    python tools/compile_gate.py [op ...] [--update] [--jobs N]
+
+Reads `COMPILE_CASES` of each kernels/<op>/triton.py and fails when a kernel does not compile, spills registers, uses more
+shared memory than its case allows, or lacks a tensor-core instruction where one is meant. The outcome is compared with
+the checked-in table benchmarks/results/compile_gate.json: a case that is missing there, or that has lost its tensor-core
+instructions since, fails too. `--update` rewrites the rows of the ops given. Registers are recorded and shown, not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+# The gate compiles; the interpreter, which the tests use, would replace the very functions it needs.
+os.environ.pop("TRITON_INTERPRET", None)
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "compile_gate.json"
+TARGETS = (80, 90, 100)
+MATRIX_SASS = re.compile(r"\b(HMMA|QMMA|IMMA|DMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b")
+MATRIX_PTX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+
+
+def ops() -> list[str]:
+    """Ops that have Triton kernels, by folder."""
+    return sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton.py"))
+
+
+def cases_of(op: str) -> list:
+    return importlib.import_module(f"lmvae_fast.kernels.{op}.triton").COMPILE_CASES
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read_cubin(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    if "REG" not in found:
+        raise RuntimeError(f"cuobjdump says nothing about registers: {usage.stdout}{usage.stderr}")
+    out = {"registers": found["REG"], "spill_bytes": found.get("STACK", 0) + found.get("LOCAL", 0)}
+    if sass.returncode == 0:
+        out["matrix_sass"] = len(MATRIX_SASS.findall(sass.stdout))
+    return out
+
+
+def compile_case(job: tuple[str, int, int]) -> tuple[str, dict]:
+    """(op, index of the case, compute capability) -> its key in the table and what the compiler made of it."""
+    op, index, capability = job
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lmvae_fast.kernels.launch import FP_FUSION
+
+    case = cases_of(op)[index]
+    key = f"{op}/{case.name}/sm_{capability}"
+    # An int in the signature is an argument that Triton turns into a constant (a unit stride); pointers are 16-aligned,
+    # as torch's allocations are: that is what the JIT specialises to, and what the table should describe.
+    fixed = {name: kind for name, kind in case.signature.items() if isinstance(kind, int)}
+    constants = {**case.config.constants, **case.constants, **fixed}
+    signature = {n: "constexpr" if n in constants else case.signature.get(n, "") for n in case.kernel.arg_names}
+    missing = [name for name, kind in signature.items() if not kind]
+    if missing:
+        return key, {"error": f"arguments without a type: {', '.join(missing)}"}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(case.kernel.arg_names)
+        if signature[name].startswith("*") and name not in case.unaligned
+    }
+    source = ASTSource(case.kernel, signature, constants, attrs)
+    options = dict(num_warps=case.config.num_warps, num_stages=case.config.num_stages, enable_fp_fusion=FP_FUSION)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        row = {"shared": compiled.metadata.shared, **_read_cubin(compiled.asm["cubin"])}
+        row["matrix_ptx"] = len(MATRIX_PTX.findall(compiled.asm["ptx"]))
+    except Exception as error:
+        return key, {"error": f"{type(error).__name__}: {error}"[-1500:]}
+    return key, row
+
+
+def judge(case, row: dict, recorded: dict | None) -> list[str]:
+    """Why this row fails the gate; empty when it passes. `recorded` is its row in the table, None while updating."""
+    if "error" in row:
+        return [row["error"]]
+    problems = []
+    if row["spill_bytes"]:
+        problems.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared"] > case.max_shared:
+        problems.append(f"{row['shared']} bytes of shared memory, allowed {case.max_shared}")
+    matrix = max(row["matrix_ptx"], row.get("matrix_sass", 0))
+    if case.tensor_cores and not matrix:
+        problems.append("no tensor-core instruction")
+    if recorded is not None and max(recorded.get("matrix_ptx", 0), recorded.get("matrix_sass", 0)) and not matrix:
+        problems.append("lost its tensor-core instructions")
+    return problems
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help="ops to compile (default: all that have Triton kernels)")
+    parser.add_argument("--update", action="store_true", help="rewrite the table's rows of these ops")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args(arguments)
+    try:
+        import triton
+    except ImportError:
+        print("compile gate: triton is not installed here, nothing can be compiled", file=sys.stderr)
+        return 2
+    unknown = sorted(set(options.ops) - set(ops()))
+    if unknown:
+        parser.error(f"no Triton kernels for {', '.join(unknown)}; there are {', '.join(ops())}")
+    selected = options.ops or ops()
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"cases": {}}
+
+    jobs, by_key = [], {}
+    for op in selected:
+        names = [case.name for case in cases_of(op)]
+        if len(set(names)) != len(names):
+            print(f"compile gate: {op} has two cases of one name", file=sys.stderr)
+            return 1
+        for index, case in enumerate(cases_of(op)):
+            for capability in TARGETS:
+                jobs.append((op, index, capability))
+                by_key[f"{op}/{case.name}/sm_{capability}"] = case
+    with ProcessPoolExecutor(options.jobs) as pool:
+        rows = dict(pool.map(compile_case, jobs, chunksize=4))
+
+    failures = []
+    for key, row in sorted(rows.items()):
+        recorded = None if options.update else table["cases"].get(key)
+        problems = judge(by_key[key], row, recorded)
+        if not options.update and key not in table["cases"]:
+            problems.append("not in the table (run with --update and commit it)")
+        failures += [f"{key}: {problem}" for problem in problems]
+        if "error" not in row:
+            was = table["cases"].get(key, {}).get("registers")
+            note = f" (was {was})" if was not in (None, row["registers"]) else ""
+            print(
+                f"{key}: {row['registers']} registers{note}, {row['shared']} B shared, {row['spill_bytes']} B spilled, "
+                f"{max(row['matrix_ptx'], row.get('matrix_sass', 0))} tensor-core instructions"
+            )
+    gone = [k for k in table["cases"] if k.split("/")[0] in selected and k not in rows]
+    if options.update:
+        kept = {k: v for k, v in table["cases"].items() if k.split("/")[0] not in selected}
+        good = {key: row for key, row in rows.items() if "error" not in row}
+        table = {"triton": triton.__version__, "cases": dict(sorted({**kept, **good}.items()))}
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        head = f'{{"triton": {json.dumps(table["triton"])}, "cases": {{\n'
+        lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table["cases"].items())
+        TABLE.write_text(head + lines + "\n}}\n")
+    else:
+        failures += [f"{key}: in the table but no longer compiled (run with --update)" for key in gone]
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    print(f"compile gate: {len(rows)} kernels for sm_{'/'.join(map(str, TARGETS))}, {len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
