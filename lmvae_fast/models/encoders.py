@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmvae_fast.errors import ConfigError, TokenizerError
@@ -80,7 +87,8 @@ class Encoder(nn.Module):
     ) -> Encoder:
         """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had."""
         config = load_pretrained(AutoConfig, name, "encoder")
-        auto_class = AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
+        # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
+        auto_class = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
         model = load_pretrained(auto_class, name, "encoder", dtype=dtype)
         tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
         return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
