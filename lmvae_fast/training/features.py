@@ -112,8 +112,8 @@ def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
 
 
 def _from_tensors(tensors: dict[str, Tensor]) -> TokenizedSentences:
-    values = json.loads(tensors.pop("json").numpy().tobytes())
-    return TokenizedSentences(**values, **tensors)
+    values: dict[str, Any] = json.loads(tensors.pop("json").numpy().tobytes())
+    return TokenizedSentences(**(values | tensors))
 
 
 def encoder_fingerprint(model: Any) -> str | None:

@@ -22,7 +22,6 @@ from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, NumericalError
 from lmvae_fast.training import checkpoint, resume
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Record, TensorBoard
-from lmvae_fast.training.evaluate import evaluate
 from lmvae_fast.training.features import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.guards import FiniteWatch, StopSignals
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
@@ -36,6 +35,7 @@ from lmvae_fast.training.state import (
     seed_all,
     trainable_parameters,
 )
+from lmvae_fast.training.validation import validate
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -288,7 +288,7 @@ class Trainer:
         self._tell("on_log", record)
 
     def _evaluate(self) -> None:
-        figures = evaluate(
+        figures = validate(
             self.model,
             self.eval_set,
             self.eval_pooled,

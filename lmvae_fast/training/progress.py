@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.training.callbacks import Record
-from lmvae_fast.training.evaluate import elbo_terms
 from lmvae_fast.training.guards import StopSignals
+from lmvae_fast.training.validation import elbo_terms
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
-from lmvae_fast.training import Callback, checkpoint, evaluate, train
+from lmvae_fast.training import Callback, checkpoint, train
 from lmvae_fast.training.callbacks import read_records
 from lmvae_fast.training.loop import Trainer
 from lmvae_fast.training.schedule import beta_at, learning_rate_factor
+from lmvae_fast.training.validation import validate
 from tests.training.fake_model import FakeModel, sentences
 from tests.training.helpers import StopAt, assert_same_checkpoint, run, settings
 
@@ -103,7 +104,7 @@ def test_history_is_exact_means(tmp_path):
     result = run(tmp_path, model=model, epochs=1, log_every=8, learning_rate=1e-12, beta_schedule="constant")
     train_record, eval_record = result.history
     tokenized = model.tokenize(sentences(60))
-    figures = evaluate(model, tokenized, model.pool(tokenized), batch_size=7, beta=1.0)
+    figures = validate(model, tokenized, model.pool(tokenized), batch_size=7, beta=1.0)
     for name in ("loss", "reconstruction", "kl", "elbo"):
         assert train_record[name] == pytest.approx(figures[name], rel=1e-5)
     assert (train_record["kind"], eval_record["kind"]) == ("train", "eval")
@@ -112,11 +113,11 @@ def test_history_is_exact_means(tmp_path):
     assert read_records(tmp_path / "metrics.jsonl") == result.history
 
 
-def test_evaluate_against_its_definition():
+def test_validate_against_its_definition():
     model = FakeModel(dropout=0.5).train()
     tokenized = model.tokenize(sentences(33))
     state = torch.get_rng_state()
-    figures = evaluate(model, tokenized, model.pool(tokenized), batch_size=33, beta=0.5, seed=3)
+    figures = validate(model, tokenized, model.pool(tokenized), batch_size=33, beta=0.5, seed=3)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     model.eval()
@@ -126,13 +127,13 @@ def test_evaluate_against_its_definition():
     assert figures["kl"] == pytest.approx(out.kl.mean().item())
     assert figures["loss"] == pytest.approx((out.reconstruction + 0.5 * out.kl).mean().item())
     assert figures["elbo"] == pytest.approx(-(out.reconstruction + out.kl).mean().item())
-    assert figures["nll_per_token"] == pytest.approx((out.reconstruction.sum() / out.tokens.sum()).item())
+    assert figures["reconstruction_per_token"] == pytest.approx((out.reconstruction.sum() / out.tokens.sum()).item())
     assert figures["active_units"] == (out.mu.var(0) >= 0.01).sum()
-    split = evaluate(model, tokenized, None, batch_size=5, beta=0.5, seed=3)
+    split = validate(model, tokenized, None, batch_size=5, beta=0.5, seed=3)
     assert split["active_units"] == figures["active_units"]
     with torch.no_grad():
         model.posterior_head.weight[:2].zero_()
-    assert evaluate(model, tokenized, None, batch_size=5, beta=0.5)["active_units"] == 2
+    assert validate(model, tokenized, None, batch_size=5, beta=0.5)["active_units"] == 2
 
 
 # -- how a run ends --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""The figures of a held-out set that training itself needs: ELBO, reconstruction, KL, active units.
+"""The figures of a held-out set that training itself goes by: loss, ELBO, reconstruction, KL, active units.
 
-Costlier ones (importance-weighted perplexity, mutual information, BLEU) are in `lmvae_fast.evaluation`.
+They cost one pass over packed batches and the cached features. `lmvae_fast.evaluate` has the costlier ones
+(importance-weighted perplexity, mutual information, BLEU).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def elbo_terms(out: Any, batch: Any) -> tuple[Tensor, Tensor]:
         return nll, kl_per_dim(out.mu, out.logvar).double().sum()
 
 
-def evaluate(
+def validate(
     model: Any,
     tokenized: Any,
     pooled: Tensor | None,
@@ -43,8 +44,9 @@ def evaluate(
     """Evaluate a model on every sentence of `tokenized`, one sample of z each, in eval mode.
 
     Returns means over sentences, in nats: `loss` (the training objective at this beta), `reconstruction` (summed NLL of
-    a sentence's tokens), `kl` (true KL, without any threshold), `elbo` = -(reconstruction + kl), and `nll_per_token`,
-    `active_units` (dimensions whose posterior mean varies by at least 0.01 over the set), `sentences`.
+    a sentence's tokens), `kl` (true KL, without any threshold) and `elbo` = -(reconstruction + kl); besides them
+    `reconstruction_per_token`, `active_units` (dimensions whose posterior mean varies by at least 0.01 over the set)
+    and `sentences`.
 
     The noise depends on `seed` and the batch only, so two evaluations of the same weights agree to the bit; torch's
     generators are left as they were. Raises NumericalError when a figure is not finite,
@@ -79,7 +81,7 @@ def evaluate(
         "reconstruction": reconstruction,
         "kl": kl_mean,
         "elbo": -(reconstruction + kl_mean),
-        "nll_per_token": reconstruction / tokens,
+        "reconstruction_per_token": reconstruction / tokens,
         "active_units": float((variance >= ACTIVE_UNIT_VARIANCE).sum()),
         "sentences": float(count),
     }

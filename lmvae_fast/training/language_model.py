@@ -1,0 +1,75 @@
+"""Plain language-model training of a decoder on sentences, before it is frozen under a latent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from lmvae_fast.kernels.lm_head_loss import lm_head_loss
+from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.tokenization import TokenizedSentences
+from lmvae_fast.training.packing import plan_epoch
+
+
+def train_language_model(
+    model: LMVAE,
+    sentences: TokenizedSentences,
+    *,
+    epochs: int = 1,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
+    """Train the model's decoder alone, without memory, at the positions its tokens will have under the memory.
+
+    AdamW with linear warm-up over 5 % of the steps and cosine decay, gradient norm clipped at 1. The decoder is left
+    frozen or trainable as it was.
+
+    Args:
+        model: its decoder is trained in place; nothing else changes.
+        sentences: from ``model.tokenize``.
+        epochs, batch_size, learning_rate, seed: of the training.
+        on_step: called with (step, total steps, loss in nats per token) after every step.
+
+    Returns:
+        the loss of every step.
+    """
+    decoder = model.decoder
+    shift = 0 if model.config.visibility == "prefix" else 1
+    frozen = torch.zeros(len(sentences), 1)  # the encoder is not asked
+    plans = [plan_epoch(sentences.lengths, batch_size, seed=seed, epoch=epoch) for epoch in range(epochs)]
+    batches = [batch for plan in plans for step in plan.steps for batch in step]
+    before = [(parameter, parameter.requires_grad) for parameter in decoder.model.parameters()]
+    optimizer = torch.optim.AdamW(decoder.model.requires_grad_().parameters(), lr=learning_rate, weight_decay=0.01)
+    warmup = max(1, len(batches) // 20)
+    losses = []
+    try:
+        for step, rows in enumerate(batches):
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / len(batches))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * min((step + 1) / warmup, decay)
+            batch = model.make_batch(sentences, rows, frozen).to(model.device)
+            hidden = decoder.hidden(
+                batch.input_ids, None, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, rows=batch.rows,
+                token_index=batch.token_index + shift,
+            )  # fmt: skip
+            weights = torch.full((batch.num_tokens,), 1.0 / batch.num_tokens, device=model.device)
+            loss, _ = lm_head_loss(
+                hidden, decoder.head_weight, batch.labels, bias=decoder.head_bias, token_weights=weights,
+                softcap=decoder.softcap,
+            )  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(decoder.model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            if on_step is not None:
+                on_step(step + 1, len(batches), losses[-1])
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+    return losses
