@@ -1,14 +1,19 @@
-"""The algorithm in plain torch: chunks of tokens, the gradient made while the chunk's logits exist.
+"""The algorithm in plain torch: chunks of tokens, the gradient made while a chunk's logits exist.
 
-Runs anywhere torch runs; used where neither the C++ extension nor Triton can.
+What the backend `reference` runs: everywhere torch runs, on any device, with neither the C++ extension nor Triton.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .reference import IGNORE_INDEX
+
+Options = tuple[float, float, int]  # softcap (0: none), logit_scale, chunk
 
 
 def forward(
@@ -16,54 +21,93 @@ def forward(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    row_scale: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    need: tuple[bool, bool, bool],
-    chunk: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    token_weights: Tensor | None,
+    options: Options,
+    want: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One pass over the tokens.
 
-    `need` says which of (hidden, weight, bias) want a gradient. Returns nll [T]; the Jacobian rows d nll_t / d hidden_t
-    [T, H], *not* scaled by `row_scale`; and d/d weight [V, H], d/d bias [V] of sum_t row_scale_t nll_t.
+    `want` says which of (hidden, weight, bias) get a gradient. Returns loss; nll [T]; the rows d nll_t / d hidden_t
+    [T, H], *not* weighted; and d loss / d weight [V, H], d loss / d bias [V] in the accumulation type.
     """
+    softcap, logit_scale, chunk = options
     acc = torch.promote_types(hidden.dtype, torch.float32)
-    need_hidden, need_weight, need_bias = need
+    want_hidden, want_weight, want_bias = want
     tokens = hidden.shape[0]
     nll = hidden.new_zeros(tokens, dtype=acc)
-    jac = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-    dweight = torch.zeros_like(weight, dtype=acc, memory_format=torch.contiguous_format) if need_weight else None
-    dbias = weight.new_zeros(weight.shape[0], dtype=acc) if need_bias else None
+    jac = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+    dweight = torch.zeros_like(weight, dtype=acc, memory_format=torch.contiguous_format) if want_weight else None
+    dbias = weight.new_zeros(weight.shape[0], dtype=acc) if want_bias else None
 
     for start in range(0, tokens, chunk):
-        rows = slice(start, start + chunk)
+        rows = slice(start, min(start + chunk, tokens))
         h, valid = hidden[rows], labels[rows] != IGNORE_INDEX
         target = labels[rows].where(valid, 0)[:, None]
         logits = h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
         logits = logits.to(acc)
         if logit_scale != 1.0:
             logits = logits.mul_(logit_scale)
-        capped_slope = None
-        if softcap is not None:
+        slope = None
+        if softcap > 0:
             logits = logits.div_(softcap).tanh_()
-            capped_slope = 1 - logits * logits
+            slope = 1 - logits * logits
             logits.mul_(softcap)
         lse = torch.logsumexp(logits, dim=1, keepdim=True)
         nll[rows] = (lse - logits.gather(1, target)).squeeze(1).where(valid, 0)
-        if not any(need):
+        if not any(want):
             continue
         grad = logits.sub_(lse).exp_()  # softmax - onehot, zero where ignored
-        grad.scatter_add_(1, target, grad.new_full((), -1.0).expand_as(target))
+        grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
         grad = grad.where(valid[:, None], 0)
-        if capped_slope is not None:
-            grad.mul_(capped_slope)
+        if slope is not None:
+            grad.mul_(slope)
         if jac is not None:
             jac[rows] = (grad.to(weight.dtype) @ weight).mul_(logit_scale)
         if dweight is not None or dbias is not None:
-            if row_scale is not None:
-                grad.mul_(row_scale[rows, None])
+            if token_weights is not None:
+                grad.mul_(token_weights[rows, None])
             if dbias is not None:
                 dbias.add_(grad.sum(0), alpha=logit_scale)
             if dweight is not None:
                 dweight.addmm_(grad.T, h.to(acc), alpha=logit_scale)
-    return nll, jac, dweight, dbias
+    loss = nll.sum() if token_weights is None else (nll * token_weights).sum()
+    return loss, nll, jac, dweight, dbias
+
+
+def token_scale(dloss: Tensor | None, dnll: Tensor | None, token_weights: Tensor | None, nll: Tensor) -> Tensor:
+    """[T]: what nll_t counts for in what is differentiated, from the gradients of loss and nll (one may be None)."""
+    if dloss is None:
+        return dnll
+    scale = dloss.expand_as(nll) if token_weights is None else dloss * token_weights
+    return scale if dnll is None else scale + dnll
+
+
+class Chunked(torch.autograd.Function):
+    """(hidden, weight, labels, bias, token_weights, options, want) -> (loss, nll)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, labels, bias, token_weights, options, want):
+        loss, nll, jac, dweight, dbias = forward(hidden, weight, labels, bias, token_weights, options, want)
+        ctx.save_for_backward(hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return loss, nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, dnll: Tensor | None):
+        hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias = ctx.saved_tensors
+        if dloss is None and dnll is None:
+            return (None,) * 7
+        scale = token_scale(dloss, dnll, token_weights, nll)
+        dhidden = None if jac is None else (jac * scale[:, None]).to(hidden.dtype)
+        if dnll is not None and (dweight is not None or dbias is not None):
+            want = (False, dweight is not None, dbias is not None)
+            *_, dweight, dbias = forward(hidden, weight, labels, bias, scale, ctx.options, want)
+        factor = dloss if dnll is None else 1.0
+        if dweight is not None:
+            dweight = (dweight * factor).to(weight.dtype)
+        if dbias is not None:
+            dbias = (dbias * factor).to(bias.dtype)
+        dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
+        return dhidden, dweight, None, dbias, dtoken, None, None

@@ -1,58 +1,139 @@
-"""lm_head_loss: registration, autograd and the public function."""
+"""lm_head_loss: registration, autograd and the public function. The truth is reference.py."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import chunked
+from .. import backend
+from ..registration import autocast, define, primitives, refuse_vmap
+from .chunked import Chunked, token_scale
 from .reference import IGNORE_INDEX
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+# ---- primitive -----------------------------------------------------------------------------------------------------
 
-class _LmHeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk):
-        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        nll, jac, dweight, dbias = chunked.forward(
-            hidden, weight, labels, bias, token_weights, softcap, logit_scale, need, chunk
+
+def _fake_fwd(
+    hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk, want_hidden, want_weight, want_bias
+):
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    tokens, width, vocabulary = hidden.shape[0], hidden.shape[1], weight.shape[0]
+    return (
+        hidden.new_empty((), dtype=acc),
+        hidden.new_empty((tokens,), dtype=acc),
+        hidden.new_empty((tokens if want_hidden else 0, width)),
+        hidden.new_empty((vocabulary if want_weight else 0, width), dtype=acc),
+        hidden.new_empty((vocabulary if want_bias else 0,), dtype=acc),
+    )
+
+
+def _triton_fwd(*args):
+    from .triton import lm_head_loss_fwd
+
+    return lm_head_loss_fwd(*args)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, labels, bias, token_weights, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, labels, bias, token_weights, *output[1:])
+
+
+def _backward(ctx: Any, dloss, dnll, djac, ddweight, ddbias) -> tuple:
+    """Rows of jac are d nll_t / d hidden_t: any gradient of loss and nll is exact for hidden. The gradients of weight
+    and bias were summed with the token weights known in forward; one that comes through nll has others."""
+    if djac is not None or ddweight is not None or ddbias is not None:
+        raise RuntimeError("lm_head_loss: its gradient is made in forward and cannot be differentiated again")
+    nothing = (None,) * 6
+    if dloss is None and dnll is None:
+        return (None,) * 5 + nothing
+    hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias = ctx.saved_tensors
+    softcap, logit_scale, chunk, want_hidden, want_weight, want_bias = ctx.options
+    scale = token_scale(dloss, dnll, token_weights, nll)
+    dhidden = (jac * scale[:, None]).to(hidden.dtype) if want_hidden else None
+    if dnll is not None and (want_weight or want_bias):
+        run = ctx.primitives.lm_head_loss_fwd
+        *_, dweight, dbias = run(
+            hidden, weight, labels, bias, scale, softcap, logit_scale, chunk, False, want_weight, want_bias
         )
-        loss = nll.sum() if token_weights is None else (nll * token_weights).sum()
-        ctx.save_for_backward(hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias)
-        ctx.settings, ctx.need = (softcap, logit_scale, chunk), need
-        ctx.set_materialize_grads(False)
-        return loss, nll
+    factor = dloss if dnll is None else 1.0
+    dweight = (dweight * factor).to(weight.dtype) if want_weight else None
+    dbias = (dbias * factor).to(bias.dtype) if want_bias else None
+    dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
+    return dhidden, dweight, None, dbias, dtoken, *nothing
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, grad_nll):
-        hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias = ctx.saved_tensors
-        softcap, logit_scale, chunk = ctx.settings
-        if grad_loss is None and grad_nll is None:
-            return (None,) * 8
-        dtoken = None
-        if grad_loss is None:
-            row_scale = grad_nll
-        else:
-            row_scale = grad_loss.expand_as(nll) if token_weights is None else grad_loss * token_weights
-            row_scale = row_scale if grad_nll is None else row_scale + grad_nll
-            if ctx.needs_input_grad[4]:
-                dtoken = grad_loss * nll
-        dhidden = None if jac is None else (jac * row_scale[:, None]).to(hidden.dtype)
-        if dweight is not None or dbias is not None:
-            if grad_nll is not None:  # the weighting known in forward was not the one that came back: make them anew
-                need = (False, dweight is not None, dbias is not None)
-                _, _, dweight, dbias = chunked.forward(
-                    hidden, weight, labels, bias, row_scale, softcap, logit_scale, need, chunk
-                )
-                scale = 1.0
-            else:
-                scale = grad_loss
-            dweight = None if dweight is None else (dweight * scale).to(weight.dtype)
-            dbias = None if dbias is None else (dbias * scale).to(bias.dtype)
-        return dhidden, dweight, None, dbias, dtoken, None, None, None
+
+define(
+    "lm_head_loss_fwd(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? token_weights, float softcap, "
+    "float logit_scale, int chunk, bool want_hidden, bool want_weight, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_fwd,
+    triton=_triton_fwd,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+backend.register(
+    "lm_head_loss",
+    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("lm_head_loss_fwd",)),
+    triton=backend.Support(backend.FLOATS, ("lm_head_loss_fwd",)),
+)
+
+# ---- the public function -------------------------------------------------------------------------------------------
+
+
+def _check_labels(labels: Tensor, vocabulary: int) -> None:
+    bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocabulary)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"lm_head_loss: labels[{at}] is {int(labels[at])}, outside the vocabulary [0, {vocabulary}) "
+            f"(weight has {vocabulary} rows; only {IGNORE_INDEX} is ignored)"
+        )
+
+
+def _check(hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk) -> None:
+    if hidden.dim() != 2:
+        raise ValueError(f"lm_head_loss: hidden must be [tokens, width], got shape {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"lm_head_loss: weight must be [vocabulary, {hidden.shape[1]}] as hidden is {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("lm_head_loss: weight has an empty vocabulary (0 rows)")
+    if hidden.dtype not in _FLOATS:
+        raise TypeError(f"lm_head_loss: hidden must be fp32, fp16, bf16 or fp64, got {hidden.dtype}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"lm_head_loss: labels must be int64, got {labels.dtype}")
+    for name, value, shape in (
+        ("labels", labels, (hidden.shape[0],)),
+        ("bias", bias, (weight.shape[0],)),
+        ("token_weights", token_weights, (hidden.shape[0],)),
+    ):
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(
+                f"lm_head_loss: {name} must have shape {shape} (hidden {tuple(hidden.shape)}, weight "
+                f"{tuple(weight.shape)}), got {tuple(value.shape)}"
+            )
+    for name, value in (("weight", weight), ("labels", labels), ("bias", bias), ("token_weights", token_weights)):
+        if value is None:
+            continue
+        if value.device != hidden.device:
+            raise ValueError(f"lm_head_loss: {name} is on {value.device}, hidden on {hidden.device}")
+        if name in ("weight", "bias") and value.dtype != hidden.dtype:
+            raise TypeError(f"lm_head_loss: {name} is {value.dtype}, hidden is {hidden.dtype}")
+        if name == "token_weights" and not value.dtype.is_floating_point:
+            raise TypeError(f"lm_head_loss: token_weights must be floating, got {value.dtype}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"lm_head_loss: softcap must be > 0 and finite, or None, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"lm_head_loss: logit_scale must be finite, got {logit_scale}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"lm_head_loss: chunk must be >= 1 token, got {chunk}")
 
 
 def lm_head_loss(
@@ -94,63 +175,19 @@ def lm_head_loss(
         ValueError, TypeError: shapes, dtypes or devices that do not fit together; on CPU also labels out of range.
             On CUDA there is no host synchronisation: such a label is caught on the device.
     """
-    _check(hidden, weight, labels, bias, token_weights, softcap, chunk)
+    hidden, weight, bias = autocast(hidden.device.type, hidden, weight, bias)
+    _check(hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk)
+    refuse_vmap("lm_head_loss", hidden, weight, labels, bias, token_weights)
     if token_weights is not None:
         token_weights = token_weights.to(torch.promote_types(hidden.dtype, torch.float32))
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_labels(labels, weight.shape[0])
-    if chunk is None:
-        chunk = 32 if hidden.device.type == "cpu" else 512
-    return _LmHeadLoss.apply(
-        hidden, weight, labels, bias, token_weights,
-        None if softcap is None else float(softcap), float(logit_scale), chunk,
-    )  # fmt: skip
-
-
-def _check_labels(labels: Tensor, vocabulary: int) -> None:
-    bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocabulary)
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise ValueError(
-            f"lm_head_loss: labels[{at}] is {int(labels[at])}, outside the vocabulary [0, {vocabulary}) "
-            f"(weight has {vocabulary} rows; only {IGNORE_INDEX} is ignored)"
-        )
-
-
-def _check(hidden, weight, labels, bias, token_weights, softcap, chunk) -> None:
-    if hidden.dim() != 2:
-        raise ValueError(f"lm_head_loss: hidden must be [tokens, width], got shape {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"lm_head_loss: weight must be [vocabulary, {hidden.shape[1]}] as hidden is {tuple(hidden.shape)}, "
-            f"got {tuple(weight.shape)}"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError("lm_head_loss: weight has an empty vocabulary (0 rows)")
-    if hidden.dtype not in _FLOATS:
-        raise TypeError(f"lm_head_loss: hidden must be fp32, fp16, bf16 or fp64, got {hidden.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"lm_head_loss: labels must be int64, got {labels.dtype}")
-    for name, value, shape in (
-        ("labels", labels, (hidden.shape[0],)),
-        ("bias", bias, (weight.shape[0],)),
-        ("token_weights", token_weights, (hidden.shape[0],)),
-    ):
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(
-                f"lm_head_loss: {name} must have shape {shape} (hidden {tuple(hidden.shape)}, weight "
-                f"{tuple(weight.shape)}), got {tuple(value.shape)}"
-            )
-    for name, value in (("weight", weight), ("labels", labels), ("bias", bias), ("token_weights", token_weights)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise ValueError(f"lm_head_loss: {name} is on {value.device}, hidden on {hidden.device}")
-        if name in ("weight", "bias") and value.dtype != hidden.dtype:
-            raise TypeError(f"lm_head_loss: {name} is {value.dtype}, hidden is {hidden.dtype}")
-        if name == "token_weights" and not value.dtype.is_floating_point:
-            raise TypeError(f"lm_head_loss: token_weights must be floating, got {value.dtype}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"lm_head_loss: softcap must be > 0 or None, got {softcap}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"lm_head_loss: chunk must be >= 1 token, got {chunk}")
+    grad = torch.is_grad_enabled()
+    want = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    cap = 0.0 if softcap is None else float(softcap)
+    choice = backend.choose("lm_head_loss", hidden)
+    if choice == "reference":
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_labels(labels, weight.shape[0])
+        options = (cap, float(logit_scale), chunk or (32 if hidden.device.type == "cpu" else 512))
+        return Chunked.apply(hidden, weight, labels, bias, token_weights, options, want)
+    run = primitives(choice, hidden).lm_head_loss_fwd
+    return run(hidden, weight, labels, bias, token_weights, cap, float(logit_scale), chunk or 0, *want)[:2]

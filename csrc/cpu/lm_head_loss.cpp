@@ -1,0 +1,288 @@
+// lm_head_loss on CPU. One pass over the vocabulary in blocks, as flash attention does over keys: for a group of tokens,
+// each block of the head's rows gives logits, the running softmax, and its share of sum_v softmax_v weight_v while the
+// block is in the cache. No buffer has a vocabulary dimension, so the frozen head costs two matrix products and memory
+// of the size of hidden. A trained head takes a second pass (logits again, then d weight block by block).
+//
+// Work is cut into (group of tokens) x (range of the vocabulary); what ranges have gathered is merged at the end, in
+// a fixed order: the result depends on the number of threads but not on their timing.
+#include "lm_head_loss.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+namespace lmvae {
+namespace {
+
+constexpr int64_t kIgnore = -100;
+
+struct Plan {
+  int64_t groups, ranges, group_tokens;
+};
+
+// The cut with the shortest estimated time. Every group reads and repacks its range of the head, which costs about as
+// much as kPack tokens' products. Ranges need partial sums [ranges, tokens, width]: held under 1/16 of the logits' size.
+Plan make_plan(int64_t tokens, int64_t width, int64_t vocab, int64_t threads, bool accumulate) {
+  constexpr int64_t kMaxGroup = 512, kPack = 64;
+  const int64_t most = accumulate ? std::max<int64_t>(1, vocab / (16 * std::max<int64_t>(1, width))) : threads;
+  Plan best{1, 1, 0};
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int64_t groups = (tokens + kMaxGroup - 1) / kMaxGroup; groups <= std::max<int64_t>(1, (tokens + 31) / 32); groups++) {
+    const int64_t size = ((tokens + groups - 1) / groups + 31) / 32 * 32;
+    const int64_t used = (tokens + size - 1) / size;
+    for (int64_t ranges = 1; ranges <= std::min(threads, most); ranges++) {
+      const int64_t waves = (used * ranges + threads - 1) / threads;
+      const double cost = static_cast<double>(waves) * static_cast<double>(size + kPack) / static_cast<double>(ranges);
+      if (cost < best_cost * 0.999) best_cost = cost, best = {used, ranges, size};
+    }
+    if (groups > 4 * threads + (tokens + kMaxGroup - 1) / kMaxGroup) break;
+  }
+  return best;
+}
+
+// A thread's logits of one tile, on cache line boundaries.
+template <typename C>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : memory_(n + 64 / sizeof(C)) {}
+  C* data() {
+    void* p = memory_.data();
+    size_t room = memory_.size() * sizeof(C);
+    return static_cast<C*>(std::align(64, 64, p, room));
+  }
+
+ private:
+  std::vector<C> memory_;
+};
+
+template <typename C>
+struct Call {
+  HeadProblem problem;
+  LogitForm<C> form;
+  const int64_t* labels;            // [tokens]
+  std::vector<int64_t> rows;        // tokens that are not ignored
+  std::vector<int64_t> row_labels;  // their labels
+
+  std::unique_ptr<HeadEngine<C>> engine(bool amx) const {
+    if constexpr (std::is_same_v<C, float>) {
+      if (amx) return make_amx_engine(problem);
+    }
+    return make_gemm_engine<C>(problem);
+  }
+};
+
+// First pass. states [ranges][tokens], acc [ranges][tokens][width] (null: no gradient). False: take the other engine.
+template <typename C>
+bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* states, C* acc) {
+  const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width, vocab = call.problem.vocab;
+  std::atomic<bool> good{true};
+  at::parallel_for(0, plan.groups * plan.ranges, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto engine = call.engine(amx);
+    const int64_t tile = engine->tile_tokens(), block = engine->block_columns();
+    const int64_t blocks = (vocab + block - 1) / block;
+    Scratch<C> s(tile * block);
+    std::vector<C> alpha(tile);
+    const Product next = acc == nullptr ? Product::None : Product::Hidden;
+    for (int64_t unit = begin; unit < end && good; unit++) {
+      const int64_t group = unit / plan.ranges, range = unit % plan.ranges;
+      const int64_t g0 = group * plan.group_tokens, count = std::min(plan.group_tokens, n - g0);
+      TokenState<C>* state = states + range * n + g0;
+      if (!engine->set_tokens(&call.rows[g0], count, next)) { good = false; break; }
+      for (int64_t b = blocks * range / plan.ranges; b < blocks * (range + 1) / plan.ranges; b++) {
+        const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
+        if (!engine->set_block(v0, columns, next)) { good = false; break; }
+        for (int64_t t = 0; t < count; t += tile) {
+          const int64_t rows = std::min(tile, count - t);
+          engine->scores(t, rows, s.data(), block);
+          LMVAE_PICK(head_online<C>)(s.data(), block, rows, columns, call.form, &call.row_labels[g0 + t], v0, state + t,
+                                     alpha.data(), acc != nullptr);
+          if (acc != nullptr) engine->accumulate(t, rows, alpha.data(), s.data(), block);
+        }
+      }
+      if (acc == nullptr) continue;
+      for (int64_t t = 0; t < count; t++)
+        std::copy_n(engine->acc_row(t), width, acc + (range * n + g0 + t) * width);
+    }
+  });
+  return good;
+}
+
+// Merges the ranges; writes nll and the rows of d nll / d hidden (jac null: none), and what the second pass needs.
+template <typename T, typename C>
+void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, const C* acc, C* nll, T* jac,
+            std::vector<TokenDone<C>>* done) {
+  const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width;
+  const int64_t grain = jac == nullptr ? 4096 : std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    std::vector<const C*> parts(plan.ranges);
+    std::vector<C> factors(plan.ranges);
+    for (int64_t i = begin; i < end; i++) {
+      TokenState<C> all;
+      for (int64_t r = 0; r < plan.ranges; r++) {
+        const TokenState<C>& s = states[r * n + i];
+        all.max = s.max > all.max ? s.max : all.max;
+        if (s.label_slope != 0 || s.label != 0) all.label = s.label, all.label_slope = s.label_slope;
+      }
+      for (int64_t r = 0; r < plan.ranges; r++) {
+        const TokenState<C>& s = states[r * n + i];
+        factors[r] = s.max == -INFINITY ? C(0) : std::exp(s.max - all.max);
+        all.sum += s.sum * factors[r];
+      }
+      // With M the greater of the two maxima: others = sum of what is not the label, total = all, both times e^-M.
+      const C top = all.label > all.max ? all.label : all.max;
+      const C shrink = all.max == -INFINITY && top != -INFINITY ? C(0) : std::exp(all.max - top);
+      const C others = all.sum * shrink, label = std::exp(all.label - top), total = others + label;
+      C value = all.label > all.max ? std::log1p(others) : (top - all.label) + std::log(total);
+      if (all.label == INFINITY) value = NAN;
+      const C miss = others / total;  // 1 - softmax(label)
+      nll[call.rows[i]] = value;
+      if (done != nullptr) (*done)[i] = {top, C(1) / total, value != value ? value : -miss, C(0)};
+      if (jac == nullptr) continue;
+      const C scale = value != value ? value : call.form.scale;
+      for (int64_t r = 0; r < plan.ranges; r++) {
+        parts[r] = acc + (r * n + i) * width;
+        factors[r] *= scale * shrink / total;
+      }
+      const T* row = static_cast<const T*>(call.problem.weight) + call.row_labels[i] * call.problem.weight_row;
+      LMVAE_PICK(head_jacobian<T, C>)(parts.data(), factors.data(), plan.ranges, row, -scale * miss * all.label_slope,
+                                      jac + call.rows[i] * width, width);
+    }
+  });
+}
+
+// Second pass: d/d weight and d/d bias (each may be null) of sum_t factor_t nll_t, both in C and dense.
+template <typename C>
+bool weigh(const Call<C>& call, bool amx, const std::vector<TokenDone<C>>& done, C* dweight, C* dbias) {
+  constexpr int64_t kGroup = 512;
+  const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width, vocab = call.problem.vocab;
+  std::atomic<bool> good{true};
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto engine = call.engine(amx);
+    const int64_t tile = engine->tile_tokens(), block = engine->block_columns(), blocks = (vocab + block - 1) / block;
+    Scratch<C> s(tile * block);
+    std::vector<double> sums(block);
+    const Product next = dweight == nullptr ? Product::None : Product::Weight;
+    for (int64_t unit = begin; unit < end; unit++) {
+      for (int64_t g0 = 0; g0 < n; g0 += kGroup) {
+        const int64_t count = std::min(kGroup, n - g0);
+        if (!engine->set_tokens(&call.rows[g0], count, next)) { good = false; return; }
+        for (int64_t b = blocks * unit / threads; b < blocks * (unit + 1) / threads; b++) {
+          const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
+          if (!engine->set_block(v0, columns, next)) { good = false; return; }
+          std::fill(sums.begin(), sums.end(), 0.0);
+          for (int64_t t = 0; t < count; t += tile) {
+            const int64_t rows = std::min(tile, count - t);
+            engine->scores(t, rows, s.data(), block);
+            LMVAE_PICK(head_gradient<C>)(s.data(), block, rows, columns, call.form, &call.row_labels[g0 + t], v0, &done[g0 + t]);
+            if (dbias != nullptr) LMVAE_PICK(head_column_sums<C>)(s.data(), block, rows, columns, sums.data());
+            if (dweight != nullptr) engine->take_gradient(t, rows, s.data(), block);
+          }
+          for (int64_t j = 0; dbias != nullptr && j < columns; j++) dbias[v0 + j] += static_cast<C>(sums[j]);
+          if (dweight != nullptr) engine->weight_gradient(dweight + v0 * width, g0 > 0);
+        }
+      }
+    }
+  });
+  return good;
+}
+
+at::Tensor dense_rows(const at::Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // loss, nll, jac, dweight, dbias
+
+template <typename T>
+Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::Tensor& labels_in,
+            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& token_weights, double softcap,
+            double scale, bool want_hidden, bool want_weight, bool want_bias) {
+  using C = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const at::Tensor hidden = dense_rows(hidden_in), weight = dense_rows(weight_in), labels = labels_in.contiguous();
+  const int64_t tokens = hidden.size(0), width = hidden.size(1), vocab = weight.size(0);
+  const auto acc_type = c10::CppTypeToScalarType<C>::value;
+  const auto acc_options = hidden.options().dtype(acc_type);
+
+  Call<C> call;
+  call.problem = {hidden.const_data_ptr(), weight.const_data_ptr(), hidden.stride(0), weight.stride(0), tokens, width, vocab,
+                  hidden.scalar_type()};
+  call.labels = labels.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t label = call.labels[t];
+    if (label == kIgnore) continue;
+    TORCH_CHECK_VALUE(label >= 0 && label < vocab, "lm_head_loss: labels[", t, "] is ", label, ", outside the vocabulary [0, ",
+                      vocab, ") (weight has ", vocab, " rows; only ", kIgnore, " is ignored)");
+    call.rows.push_back(t);
+    call.row_labels.push_back(label);
+  }
+  const int64_t n = static_cast<int64_t>(call.rows.size());
+  at::Tensor bias_acc;
+  if (bias.has_value()) bias_acc = bias->to(acc_type).contiguous();
+  call.form = {bias.has_value() ? bias_acc.const_data_ptr<C>() : nullptr, static_cast<C>(scale), static_cast<C>(softcap)};
+
+  at::Tensor nll = at::zeros({tokens}, acc_options);
+  at::Tensor jac = n == tokens ? at::empty({want_hidden ? tokens : 0, width}, hidden.options())
+                               : at::zeros({want_hidden ? tokens : 0, width}, hidden.options());
+  at::Tensor dweight = at::empty({want_weight ? vocab : 0, width}, acc_options);
+  at::Tensor dbias = at::zeros({want_bias ? vocab : 0}, acc_options);
+  if (n == 0) return {at::zeros({}, acc_options), nll, jac, dweight.zero_(), dbias};
+
+  const bool second = want_weight || want_bias;
+  const Plan plan = make_plan(n, width, vocab, at::get_num_threads(), want_hidden);
+  std::vector<TokenDone<C>> done(second ? n : 0);
+  bool amx = have_amx() && acc_type == at::kFloat && width >= 1;
+  {
+    std::vector<TokenState<C>> states(plan.ranges * n);
+    std::unique_ptr<C[]> acc(want_hidden ? new C[plan.ranges * n * width] : nullptr);
+    if (!gather(call, plan, amx, states.data(), acc.get())) {
+      amx = false;
+      states.assign(states.size(), {});
+      gather(call, plan, amx, states.data(), acc.get());
+    }
+    finish<T, C>(call, plan, states.data(), acc.get(), nll.mutable_data_ptr<C>(),
+                 want_hidden ? jac.mutable_data_ptr<T>() : nullptr, second ? &done : nullptr);
+  }
+  at::Tensor weights;
+  if (token_weights.has_value()) weights = token_weights->to(acc_type).contiguous();
+  const C* w = token_weights.has_value() ? weights.const_data_ptr<C>() : nullptr;
+  double loss = 0;
+  for (int64_t t = 0; t < tokens; t++)
+    loss += static_cast<double>(nll.const_data_ptr<C>()[t]) * (w == nullptr ? 1.0 : static_cast<double>(w[t]));
+  if (second) {
+    for (int64_t i = 0; i < n; i++) done[i].factor = static_cast<C>(scale) * (w == nullptr ? C(1) : w[call.rows[i]]);
+    C* dw = want_weight ? dweight.mutable_data_ptr<C>() : nullptr;
+    C* db = want_bias ? dbias.mutable_data_ptr<C>() : nullptr;
+    weigh(call, amx, done, dw, db);
+  }
+  return {at::full({}, loss, acc_options), nll, jac, dweight, dbias};
+}
+
+Outputs lm_head_loss_fwd(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels,
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& token_weights,
+                         double softcap, double scale, int64_t /*chunk*/, bool want_hidden, bool want_weight, bool want_bias) {
+  switch (hidden.scalar_type()) {
+    case at::kDouble:
+      return run<double>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+    case at::kBFloat16:
+      return run<c10::BFloat16>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+    case at::kHalf:
+      return run<c10::Half>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+    default:
+      return run<float>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+  }
+}
+
+}  // namespace
+}  // namespace lmvae
+
+TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) { m.impl("lm_head_loss_fwd", lmvae::lm_head_loss_fwd); }
