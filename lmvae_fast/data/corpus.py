@@ -131,25 +131,21 @@ class _Block:
             size *= len(options)
         return size
 
-    def sentence(self, index: int) -> tuple[str, tuple[str, ...], dict[str, str]]:
-        """Text, labels and factors of sentence ``index`` in [0, size)."""
+    def factors(self, index: int) -> dict[str, str]:
+        """Factors of sentence ``index`` in [0, size)."""
         chosen = []
         for options in self.choices:
             index, place = divmod(index, len(options))
             chosen.append(options[place])
         quantifier, modifier, adverb, adjunct = chosen
-        noun = self.noun
-        number = "mass" if noun.plural is None else "singular" if quantifier in ("a", "the") else "plural"
-        thing = self.fact.thing
+        noun, thing = self.noun, self.fact.thing
         if self.predicate == "if":
             adjunct, thing = (part.strip() for part in thing.split("="))
-        subject = _noun_phrase(noun, quantifier, modifier, number)
-        words = _clause(self.predicate, subject, number == "plural", self.fact.holds, thing, adverb, adjunct)
-        factors = {
+        return {
             "predicate": self.predicate,
             "topic": noun.topic,
             "subject": noun.singular,
-            "number": number,
+            "number": "mass" if noun.plural is None else "singular" if quantifier in ("a", "the") else "plural",
             "quantifier": quantifier,
             "modifier": modifier,
             "object": thing,
@@ -157,10 +153,16 @@ class _Block:
             "adverb": adverb,
             "adjunct": adjunct,
         }
+
+    def sentence(self, index: int) -> tuple[str, tuple[str, ...], dict[str, str]]:
+        """Text, labels and factors of sentence ``index`` in [0, size)."""
+        factors = self.factors(index)
+        words = _clause(self.noun, factors)
         return " ".join(word for word, _ in words), tuple(label for _, label in words), factors
 
 
-def _noun_phrase(noun: Noun, quantifier: str, modifier: str, number: str) -> list[str]:
+def _noun_phrase(noun: Noun, factors: dict[str, str]) -> list[str]:
+    quantifier, modifier, number = factors["quantifier"], factors["modifier"], factors["number"]
     head = noun.plural if number == "plural" and noun.plural is not None else noun.singular
     words = [head] if modifier == "none" else [modifier, head]
     if quantifier == "a":
@@ -172,10 +174,11 @@ def _labelled(words: str | Sequence[str], label: str) -> list[Word]:
     return [(word, label) for word in (words.split() if isinstance(words, str) else words)]
 
 
-def _clause(
-    predicate: str, subject: list[str], plural: bool, holds: bool, thing: str, adverb: str, adjunct: str
-) -> list[Word]:
-    """The words and roles of a sentence, from its parts."""
+def _clause(noun: Noun, factors: dict[str, str]) -> list[Word]:
+    """The words and roles of the sentence with these factors. Nothing else goes in: they say all there is to say."""
+    predicate, thing, adverb, adjunct = (factors[name] for name in ("predicate", "object", "adverb", "adjunct"))
+    plural, holds = factors["number"] == "plural", factors["negation"] == "affirmative"
+    subject = _noun_phrase(noun, factors)
     be = "are" if plural else "is"
     negation = [] if holds else [("not", "ARGM-NEG")]
     often = [] if adverb == "none" else [(adverb, "ARGM-MNR" if adverb == "easily" else "ARGM-TMP")]
@@ -231,15 +234,15 @@ def _blocks() -> tuple[_Block, ...]:
 
 @lru_cache(maxsize=1)
 def _factors() -> dict[str, tuple[str, ...]]:
-    values: dict[str, set[str]] = {name: set() for name in _blocks()[0].sentence(0)[2]}
+    values: dict[str, set[str]] = {name: set() for name in _blocks()[0].factors(0)}
     for block in _blocks():
-        # Choices are free of each other: sentence 0 takes every first option, and the rest are one option away from it.
-        step = 1
-        for options in block.choices:
-            for place in range(len(options)):
-                for name, value in block.sentence(place * step)[2].items():
-                    values[name].add(value)
-            step *= len(options)
+        choices = block.choices
+        # The first and the last quantifier show every grammatical number; the choices are their own values.
+        for index in (0, len(choices[0]) - 1):
+            for name, value in block.factors(index).items():
+                values[name].add(value)
+        for name, options in zip(("quantifier", "modifier", "adverb", "adjunct"), choices, strict=True):
+            values[name].update(options)
     return {name: tuple(sorted(found)) for name, found in values.items()}
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -231,7 +231,12 @@ def _batches(model: Any, sentences: Any, pooled: Tensor | None, batch_size: int)
     device = next(model.parameters()).device
     for start in range(0, len(sentences), batch_size):
         rows = range(start, min(start + batch_size, len(sentences)))
-        yield model.make_batch(sentences, rows, pooled).to(device), rows
+        batch = model.make_batch(sentences, rows, pooled).to(device)
+        if getattr(model.config, "objective", None) == "langvae-0.6":
+            # That objective predicts the batch's padding too; it is no part of a sentence's likelihood.
+            own = batch.token_index < batch.tokens[batch.rows]
+            batch = replace(batch, labels=torch.where(own, batch.labels, -100))
+        yield batch, rows
 
 
 def _noise(rows: range, samples: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
