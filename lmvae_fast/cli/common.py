@@ -1,0 +1,88 @@
+"""What several commands share: options, configuration merging, output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from lmvae_fast.config import read_mapping
+from lmvae_fast.errors import ConfigError
+
+console = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Model = Annotated[Path, typer.Argument(help="Folder of a trained model (or a Hugging Face hub name).")]
+Backend = Annotated[
+    str, typer.Option("--backend", help="Kernels to use: auto, reference, cpp, triton, cuda.", envvar="LMVAE_BACKEND")
+]
+Sample = Annotated[bool, typer.Option("--sample/--greedy", help="Draw tokens instead of taking the most probable.")]
+Temperature = Annotated[float, typer.Option(help="Of the draw.")]
+TopK = Annotated[int, typer.Option(help="Draw among the K most probable tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option(help="Draw among the most probable tokens that reach this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    json.dump(value, sys.stdout, indent=2, default=str)
+    sys.stdout.write("\n")
+
+
+def load_model(source: Path | str, device: str | None = None):
+    """The model in a folder (ours, or a LangVAE checkpoint) or of a hub name, in evaluation mode."""
+    import torch
+
+    from lmvae_fast.models.lmvae import LMVAE
+
+    folder = Path(source)
+    if (folder / "decoder_cfg.json").is_file():
+        from lmvae_fast.integrations.langvae import load_checkpoint
+
+        model = load_checkpoint(folder)
+    else:
+        # A training run keeps its model in a subfolder.
+        model = LMVAE.from_pretrained(folder / "model" if (folder / "model" / "config.json").is_file() else source)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def generation_config(sample: bool, temperature: float, top_k: int, top_p: float, seed: int | None, **other: Any):
+    """GenerationConfig from the flags."""
+    from lmvae_fast.config import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed if sample else None, **other
+    )
+
+
+def merged(config: Path | None, sections: tuple[str, ...], flags: dict[str, dict[str, Any]], sets: list[str]):
+    """Configuration by section: the file's, then the flags that were given, then ``--set section.field=value``.
+
+    Raises ConfigError for a section or a --set that does not exist.
+    """
+    values: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    if config is not None:
+        for section, fields in read_mapping(config).items():
+            if section not in values or not isinstance(fields, dict):
+                raise ConfigError(
+                    f"{config} has an unknown section", value=section, limit=", ".join(sections),
+                    remedy="put fields below one of these",
+                )  # fmt: skip
+            values[section].update(fields)
+    for section, fields in flags.items():
+        values[section].update({name: value for name, value in fields.items() if value is not None})
+    for item in sets:
+        name, separator, text = item.partition("=")
+        section, dot, field = name.partition(".")
+        if not separator or not dot or section not in values:
+            raise ConfigError(
+                "--set wants section.field=value", value=item, limit=f"sections {', '.join(sections)}",
+                remedy="for example --set train.grad_clip=0.5",
+            )  # fmt: skip
+        values[section][field] = yaml.safe_load(text)
+    return values

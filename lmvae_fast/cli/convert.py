@@ -1,0 +1,45 @@
+"""``lmvae-fast convert``: between our model folders and LangVAE's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmvae_fast.cli.app import app
+from lmvae_fast.cli.common import Json, console, load_model, print_json
+from lmvae_fast.errors import ConfigError
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A LangVAE 0.6 checkpoint folder, or a model folder of ours.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="lmvae_fast or langvae.")] = "lmvae_fast",
+    encoder: Annotated[str | None, typer.Option(help="Encoder in place of the recorded one.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="Decoder in place of the recorded one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a LangVAE checkpoint to a model folder, or back; nothing is unpickled.
+
+    Example: `lmvae-fast convert langvae_checkpoint/ model/`
+    """
+    from lmvae_fast.integrations.langvae import load_checkpoint, save_checkpoint
+
+    if to not in ("lmvae_fast", "langvae"):
+        raise ConfigError("--to", value=to, limit="lmvae_fast, langvae")
+    if (source / "decoder_cfg.json").is_file():
+        parts = {name: value for name, value in (("encoder", encoder), ("decoder", decoder)) if value is not None}
+        model = load_checkpoint(source, **parts)
+    else:
+        model = load_model(source, device="cpu")
+    if to == "langvae":
+        save_checkpoint(model, target, overwrite=overwrite)
+    else:
+        model.save_pretrained(target)
+    if as_json:
+        print_json({"source": str(source), "target": str(target), "format": to})
+    else:
+        console.print(f"{source} -> {target} ({to})")

