@@ -203,36 +203,36 @@ class SentenceDataset(Sequence[Example]):
         """How often each whitespace-separated word occurs."""
         return Counter(word for text in self.texts for word in text.split())
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[SentenceDataset, SentenceDataset]:
+    def split(self, *, held_out: float, seed: int = 0) -> tuple[SentenceDataset, SentenceDataset]:
         """Part the dataset at random into ``(train, held_out)`` with no sentence in both.
 
         Rows with the same text stay together. Each part keeps the order of the rows. The parting depends only on the
-        texts, ``fraction`` and ``seed``: it is the same on every platform and Python version.
+        texts, ``held_out`` and ``seed``: it is the same on every platform and Python version.
 
         Args:
-            fraction: share of the distinct sentences that is held out, in (0, 1); 0.1 keeps nine tenths for training.
+            held_out: share of the distinct sentences that is held out, in (0, 1); 0.1 keeps nine tenths for training.
             seed: non-negative integer.
 
         Raises:
-            DataError: fraction out of range, or so few distinct sentences that a part would be empty.
+            DataError: the share is out of range, or so few distinct sentences that a part would be empty.
         """
-        if not isinstance(fraction, (int, float)) or not 0.0 < fraction < 1.0:
+        if not isinstance(held_out, (int, float)) or not 0.0 < held_out < 1.0:
             raise DataError(
-                "split fraction is out of range", value=fraction, limit="0 < fraction < 1, the share held out"
+                "held_out is out of range", value=held_out, limit="0 < held_out < 1, a share of the sentences"
             )
         # A dict keeps first occurrences in order (a set would order by the process's hash seed).
         distinct = list(dict.fromkeys(self.texts))
-        num_held_out = round(fraction * len(distinct))
+        num_held_out = round(held_out * len(distinct))
         if num_held_out in (0, len(distinct)):
             raise DataError(
                 "a part of the split would be empty",
-                value=f"{len(distinct)} distinct sentences at fraction {fraction}",
-                remedy="use more sentences or another fraction",
+                value=f"{len(distinct)} distinct sentences with held_out={held_out}",
+                remedy="use more sentences or another share",
             )
-        held_out = set(shuffled(distinct, seed)[:num_held_out])
+        outside = set(shuffled(distinct, seed)[:num_held_out])
         return (
-            self.select(row for row, text in enumerate(self.texts) if text not in held_out),
-            self.select(row for row, text in enumerate(self.texts) if text in held_out),
+            self.select(row for row, text in enumerate(self.texts) if text not in outside),
+            self.select(row for row, text in enumerate(self.texts) if text in outside),
         )
 
     def filter_length(self, min_words: int = 1, max_words: int | None = None) -> SentenceDataset:

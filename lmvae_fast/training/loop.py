@@ -137,7 +137,7 @@ class Trainer:
             raise ConfigError(
                 "schedule='plateau' and early_stop go by an evaluation figure",
                 value="eval_data=None",
-                remedy="give eval_data, for instance dataset.split(0.1, seed=0)",
+                remedy="give eval_data, for instance dataset.split(held_out=0.1, seed=0)",
             )
 
     # -- what callbacks may read -------------------------------------------------------------------------------------

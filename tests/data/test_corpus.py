@@ -167,7 +167,7 @@ def test_shares_follow_weights_up_to_capacity():
 
 
 def test_held_out_sentences_are_not_trained_on(default):
-    train, held_out = default.split(0.1, seed=0)
+    train, held_out = default.split(held_out=0.1, seed=0)
     assert (len(train), len(held_out)) == (18000, 2000)
     assert not set(train.texts) & set(held_out.texts)
     # What is held out is new as a whole, not in its words.

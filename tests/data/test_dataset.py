@@ -96,19 +96,19 @@ def test_line_breaks_inside_a_sentence_become_spaces():
 
 def test_split_is_disjoint_complete_and_the_same_everywhere():
     data = SentenceDataset.from_iterable([f"sentence {i}" for i in range(20)])
-    train, held_out = data.split(0.25, seed=3)
+    train, held_out = data.split(held_out=0.25, seed=3)
     assert len(held_out) == 5
     assert sorted(train.texts + held_out.texts) == sorted(data.texts)
     assert not set(train.texts) & set(held_out.texts)
     # Recorded: it must not change with the Python version or the process's hash seed.
     assert held_out.texts == ["sentence 1", "sentence 5", "sentence 8", "sentence 12", "sentence 13"]
-    assert data.split(0.25, seed=4)[1].texts != held_out.texts
+    assert data.split(held_out=0.25, seed=4)[1].texts != held_out.texts
 
 
 def test_split_keeps_equal_sentences_together():
     data = SentenceDataset.from_iterable(["a", "b", "a", "c", "a", "d"] * 3)
     for seed in range(8):
-        train, held_out = data.split(0.5, seed=seed)
+        train, held_out = data.split(held_out=0.5, seed=seed)
         assert len(set(train.texts)) == len(set(held_out.texts)) == 2
         assert not set(train.texts) & set(held_out.texts)
         assert len(train) + len(held_out) == len(data)
@@ -117,12 +117,12 @@ def test_split_keeps_equal_sentences_together():
 def test_split_refuses_what_would_leave_a_part_empty():
     data = SentenceDataset.from_iterable(["a", "b"])
     for fraction in (0.0, 1.0, -0.1, 2, float("nan")):
-        with pytest.raises(DataError, match="fraction"):
-            data.split(fraction)
+        with pytest.raises(DataError, match="held_out"):
+            data.split(held_out=fraction)
     with pytest.raises(DataError, match="empty"):
-        data.split(0.1)
+        data.split(held_out=0.1)
     with pytest.raises(DataError, match="seed"):
-        data.split(0.5, seed=-1)
+        data.split(held_out=0.5, seed=-1)
 
 
 def test_filter_length_counts_what_it_drops():

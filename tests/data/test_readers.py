@@ -206,7 +206,7 @@ def test_worldtree(shared):
     assert data[1].text == "fertilizers contain nitrogen"
     assert data[1].labels == ("ARG0", "V", "ARG1")
     assert {"V", "ARG0", "ARG1", "ARG2", "ARGM-TMP"} <= set(data.label_set())
-    train, held_out = data.split(0.1, seed=0)
+    train, held_out = data.split(held_out=0.1, seed=0)
     assert not set(train.texts) & set(held_out.texts)
 
 
