@@ -119,4 +119,4 @@ def load_data(options: dict, seed: int):
         dataset = read(options["path"], **reading)
     if options.get("eval_path"):
         return dataset, read(options["eval_path"], **reading)
-    return dataset.split(1.0 - options.get("held_out", 0.1), seed=seed)
+    return dataset.split(held_out=options.get("held_out", 0.1), seed=seed)
