@@ -12,7 +12,7 @@
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -45,30 +45,6 @@ LMVAE_INLINE float exp_(float x) {
   return p * bits_to_float(static_cast<uint32_t>(n1 + 127) << 23) * bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
 }
 LMVAE_INLINE double exp_(double x) { return std::exp(x); }
-
-// ln(x) for normal x in (0, 1] (Cephes' logf); relative accuracy holds up to x = 1 - 2^-24.
-LMVAE_INLINE float log_unit(float x) {
-  const uint32_t bits = float_to_bits(x);
-  float e = static_cast<float>(static_cast<int32_t>(bits >> 23) - 126);
-  float m = bits_to_float((bits & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
-  const bool low = m < 0.707106781186547524f;
-  e = low ? e - 1.0f : e;
-  m = low ? m + m - 1.0f : m - 1.0f;
-  const float z = m * m;
-  float y = 7.0376836292e-2f;
-  y = y * m - 1.1514610310e-1f;
-  y = y * m + 1.1676998740e-1f;
-  y = y * m - 1.2420140846e-1f;
-  y = y * m + 1.4249322787e-1f;
-  y = y * m - 1.6668057665e-1f;
-  y = y * m + 2.0000714765e-1f;
-  y = y * m - 2.4999993993e-1f;
-  y = y * m + 3.3333331174e-1f;
-  y = y * m * z;
-  y = y + e * -2.12194440e-4f;
-  y = y - 0.5f * z;
-  return (m + y) + e * 0.693359375f;
-}
 
 // ---- rows in and out -------------------------------------------------------------------------------------------------
 
@@ -119,95 +95,192 @@ LMVAE_INLINE void store_row(const float* x, c10::Half* y, int64_t n) {
   for (; i < n; i++) y[i] = static_cast<c10::Half>(x[i]);
 }
 
-// ---- the random stream (kernels/philox.py is its definition) ---------------------------------------------------------
+// ---- the random stream (kernels/philox.py is its definition) -----------------------------------------------------------
 
-constexpr int kLanes = 16;  // Philox blocks computed side by side
+// One vector register of this instruction set, through the compilers' vector types (GCC and Clang).
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+typedef float VecF __attribute__((vector_size(4 * kWidth)));
+typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
+typedef uint64_t VecQ __attribute__((vector_size(4 * kWidth)));  // kWidth / 2 lanes
 
-struct Words { uint32_t x[4][kLanes]; };
+constexpr int kBlocks = kWidth / 2;  // Philox blocks computed side by side
+constexpr int kLanes = 16;           // blocks that a fill may compute and write beyond its last one, at most
 
-// Words of blocks first .. first + 15 of the stream (seed, offset): Philox4x32-10, counter = (block, offset), key = seed.
-LMVAE_INLINE Words philox_blocks(uint64_t seed, uint64_t offset, uint64_t first) {
-  Words w;
-  const uint32_t o0 = static_cast<uint32_t>(offset), o1 = static_cast<uint32_t>(offset >> 32);
-#pragma omp simd
-  for (int l = 0; l < kLanes; l++) {
-    const uint64_t block = first + static_cast<uint64_t>(l);
-    uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = o0, c3 = o1;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; round++) {
-      const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-      c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-      c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-      c1 = static_cast<uint32_t>(b);
-      c3 = static_cast<uint32_t>(a);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    w.x[0][l] = c0;
-    w.x[1][l] = c1;
-    w.x[2][l] = c2;
-    w.x[3][l] = c3;
-  }
-  return w;
+// Products of the low halves of 64-bit lanes. Only low halves matter in Philox, so nothing is ever masked or blended.
+LMVAE_INLINE VecQ mul_low(VecQ a, VecQ b) {
+#if defined(__AVX512F__)
+  return (VecQ)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VecQ)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (VecQ)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
 }
 
-// Two standard normals from two words. u1 = ((a >> 8) + 1) / 2^24 in (0, 1], u2 = (b >> 8) / 2^24; the quarter turn
-// nearest to u2 is taken off in integers, so sine and cosine see an angle in [-pi/4, pi/4] without rounding.
-LMVAE_INLINE void box_muller(uint32_t a, uint32_t b, float* n0, float* n1) {
-  const float u1 = static_cast<float>(static_cast<int32_t>((a >> 8) + 1u)) * 0x1p-24f;
-  const float radius = std::sqrt(-2.0f * log_unit(u1));
-  const int32_t turn = static_cast<int32_t>(b >> 8);
-  const int32_t quarter = (turn + (1 << 21)) >> 22;
-  const float t = static_cast<float>(turn - (quarter << 22)) * 3.7450702e-7f;  // 2 pi / 2^24
-  const float z = t * t;
-  float s = -1.9515295891e-4f;
-  s = s * z + 8.3321608736e-3f;
+// [a0, b0, a1, b1, ...] of two registers, into 2 * kWidth elements.
+LMVAE_INLINE void store_zipped(VecF a, VecF b, float* out) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  _mm512_storeu_ps(out, _mm512_permutex2var_ps((__m512)a, low, (__m512)b));
+  _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps((__m512)a, high, (__m512)b));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
+  _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+#else
+  for (int l = 0; l < kWidth; l++) out[2 * l] = a[l], out[2 * l + 1] = b[l];
+#endif
+}
+
+LMVAE_INLINE VecF sqrt_(VecF x) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_sqrt_ps((__m256)x);
+#else
+  VecF y;
+  for (int l = 0; l < kWidth; l++) y[l] = std::sqrt(x[l]);
+  return y;
+#endif
+}
+
+// ln(x) for normal x in (0, 1] (Cephes' logf); relative accuracy holds up to x = 1 - 2^-24.
+LMVAE_INLINE VecF log_unit(VecF x) {
+  const VecI bits = (VecI)x;
+  VecF e = __builtin_convertvector((bits >> 23) - 126, VecF);
+  VecF m = (VecF)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+  const VecI low = m < 0.707106781186547524f;          // -1 where true
+  e = e + __builtin_convertvector(low, VecF);
+  m = m - 1.0f + (VecF)((VecI)m & low);
+  const VecF z = m * m;
+  VecF y = 7.0376836292e-2f * m - 1.1514610310e-1f;
+  y = y * m + 1.1676998740e-1f;
+  y = y * m - 1.2420140846e-1f;
+  y = y * m + 1.4249322787e-1f;
+  y = y * m - 1.6668057665e-1f;
+  y = y * m + 2.0000714765e-1f;
+  y = y * m - 2.4999993993e-1f;
+  y = y * m + 3.3333331174e-1f;
+  y = y * m * z;
+  y = y + e * -2.12194440e-4f;
+  y = y - 0.5f * z;
+  return (m + y) + e * 0.693359375f;
+}
+
+// Two standard normals from two words. u = ((a >> 8) + 1) / 2^24 in (0, 1], v = (b >> 8) / 2^24; the quarter turn nearest
+// to v is taken off in integers, so sine and cosine see an angle in [-pi/4, pi/4] without rounding.
+LMVAE_INLINE void box_muller(VecU a, VecU b, VecF* n0, VecF* n1) {
+  const VecF u = __builtin_convertvector((VecI)((a >> 8) + 1u), VecF) * 0x1p-24f;
+  const VecF radius = sqrt_(-2.0f * log_unit(u));
+  const VecI turn = (VecI)(b >> 8);
+  const VecI quarter = (turn + (1 << 21)) >> 22;
+  const VecF t = __builtin_convertvector(turn - (quarter << 22), VecF) * 3.7450702e-7f;  // 2 pi / 2^24
+  const VecF z = t * t;
+  VecF s = -1.9515295891e-4f * z + 8.3321608736e-3f;
   s = s * z - 1.6666654611e-1f;
   s = s * z * t + t;
-  float c = 2.443315711809948e-5f;
-  c = c * z - 1.388731625493765e-3f;
+  VecF c = 2.443315711809948e-5f * z - 1.388731625493765e-3f;
   c = c * z + 4.166664568298827e-2f;
   c = c * z * z - 0.5f * z + 1.0f;
-  const bool swap = quarter & 1;
-  const float cosine = swap ? s : c, sine = swap ? c : s;
-  const uint32_t flip_cos = static_cast<uint32_t>((quarter + 1) & 2) << 30, flip_sin = static_cast<uint32_t>(quarter & 2) << 30;
-  *n0 = radius * bits_to_float(float_to_bits(cosine) ^ flip_cos);
-  *n1 = radius * bits_to_float(float_to_bits(sine) ^ flip_sin);
-}
-LMVAE_INLINE void box_muller(uint32_t a, uint32_t b, double* n0, double* n1) {
-  const double radius = std::sqrt(-2.0 * std::log(static_cast<double>((a >> 8) + 1u) * 0x1p-24));
-  const double angle = static_cast<double>(b >> 8) * (6.283185307179586476925 * 0x1p-24);
-  *n0 = radius * std::cos(angle);
-  *n1 = radius * std::sin(angle);
+  const VecI swap = -(quarter & 1);
+  const VecI cosine = ((VecI)c & ~swap) | ((VecI)s & swap), sine = ((VecI)s & ~swap) | ((VecI)c & swap);
+  *n0 = radius * (VecF)(cosine ^ (((quarter + 1) & 2) << 30));
+  *n1 = radius * (VecF)(sine ^ ((quarter & 2) << 30));
 }
 
-// Normals of `blocks` blocks from `first` on: out[4 * i + k] is word k's normal of block first + i. Writes in whole
-// groups of 16 blocks, so `out` must have room for 4 * round_up(blocks, 16) elements.
-template <typename A>
-LMVAE_INLINE void normal_fill(A* out, uint64_t seed, uint64_t offset, uint64_t first, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; b += kLanes) {
-    const Words w = philox_blocks(seed, offset, first + static_cast<uint64_t>(b));
-    A n[4][kLanes];
-#pragma omp simd
-    for (int l = 0; l < kLanes; l++) {
-      box_muller(w.x[0][l], w.x[1][l], &n[0][l], &n[1][l]);
-      box_muller(w.x[2][l], w.x[3][l], &n[2][l], &n[3][l]);
+// The key schedule and offset of one stream, spread over a register once.
+struct Stream {
+  VecQ k0[10], k1[10], c2, c3;
+  Stream(uint64_t seed, uint64_t offset) {
+    const VecQ zero = {};
+    uint32_t a = static_cast<uint32_t>(seed), b = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; round++, a += 0x9E3779B9u, b += 0xBB67AE85u) k0[round] = zero + a, k1[round] = zero + b;
+    c2 = zero + (offset & 0xffffffffu);
+    c3 = zero + (offset >> 32);
+  }
+};
+
+// Philox4x32-10 of blocks first .. first + kBlocks - 1. Lanes of `even`: [x0, x2] of each block in turn; `odd`: [x1, x3].
+LMVAE_INLINE void philox(const Stream& s, uint64_t first, VecU* even, VecU* odd) {
+  VecQ block;
+  for (int l = 0; l < kBlocks; l++) block[l] = first + static_cast<uint64_t>(l);
+  VecQ c0 = block, c1 = block >> 32, c2 = s.c2, c3 = s.c3;
+  const VecQ zero = {}, m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++) {
+    const VecQ p0 = mul_low(c0, m0), p1 = mul_low(c2, m1);
+    c0 = (p1 >> 32) ^ c1 ^ s.k0[round];
+    c2 = (p0 >> 32) ^ c3 ^ s.k1[round];
+    c1 = p1;
+    c3 = p0;
+  }
+  *even = (VecU)((c0 & 0xffffffffu) | (c2 << 32));
+  *odd = (VecU)((c1 & 0xffffffffu) | (c3 << 32));
+}
+
+// Normals of `blocks` blocks from `first` on: out[4 * i + k] is word k's normal of block first + i. Writes whole registers:
+// `out` must have room for 4 * blocks + 4 * kLanes elements. Two chains at a time, since one alone waits on multipliers.
+LMVAE_INLINE void normal_fill(float* out, uint64_t seed, uint64_t offset, uint64_t first, int64_t blocks) {
+  const Stream stream(seed, offset);
+  for (int64_t b = 0; b < blocks; b += 2 * kBlocks) {
+    VecU even[2], odd[2];
+    VecF n0, n1;
+    philox(stream, first + static_cast<uint64_t>(b), &even[0], &odd[0]);
+    philox(stream, first + static_cast<uint64_t>(b + kBlocks), &even[1], &odd[1]);
+    box_muller(even[0], odd[0], &n0, &n1);
+    store_zipped(n0, n1, out + 4 * b);
+    box_muller(even[1], odd[1], &n0, &n1);
+    store_zipped(n0, n1, out + 4 * (b + kBlocks));
+  }
+}
+
+// The same uniforms at full precision; speed does not matter here.
+LMVAE_INLINE void normal_fill(double* out, uint64_t seed, uint64_t offset, uint64_t first, int64_t blocks) {
+  const Stream stream(seed, offset);
+  for (int64_t b = 0; b < blocks; b += kBlocks) {
+    VecU even, odd;
+    philox(stream, first + static_cast<uint64_t>(b), &even, &odd);
+    for (int l = 0; l < kWidth; l++) {
+      const double radius = std::sqrt(-2.0 * std::log(static_cast<double>((even[l] >> 8) + 1u) * 0x1p-24));
+      const double angle = static_cast<double>(odd[l] >> 8) * (6.283185307179586476925 * 0x1p-24);
+      out[4 * b + 2 * l] = radius * std::cos(angle);
+      out[4 * b + 2 * l + 1] = radius * std::sin(angle);
     }
-    A* o = out + 4 * b;
-    for (int l = 0; l < kLanes; l++)
-      for (int k = 0; k < 4; k++) o[4 * l + k] = n[k][l];
+  }
+}
+
+// The words themselves. Room as above.
+LMVAE_INLINE void words_fill(uint32_t* out, uint64_t seed, uint64_t offset, uint64_t first, int64_t blocks) {
+  const Stream stream(seed, offset);
+  for (int64_t b = 0; b < blocks; b += kBlocks) {
+    VecU even, odd;
+    philox(stream, first + static_cast<uint64_t>(b), &even, &odd);
+    store_zipped((VecF)even, (VecF)odd, reinterpret_cast<float*>(out + 4 * b));
   }
 }
 
 // Dropout factors of the same elements: `scale` where word >> 8 >= threshold (kept), 0 elsewhere. Room as above.
 LMVAE_INLINE void keep_fill(float* out, uint32_t threshold, float scale, uint64_t seed, uint64_t offset, uint64_t first,
                             int64_t blocks) {
-  for (int64_t b = 0; b < blocks; b += kLanes) {
-    const Words w = philox_blocks(seed, offset, first + static_cast<uint64_t>(b));
-    float* o = out + 4 * b;
-    for (int l = 0; l < kLanes; l++)
-      for (int k = 0; k < 4; k++) o[4 * l + k] = (w.x[k][l] >> 8) >= threshold ? scale : 0.0f;
+  const Stream stream(seed, offset);
+  const VecF zero = {};
+  const VecI bits = (VecI)(zero + scale);
+  const int32_t least = static_cast<int32_t>(threshold);
+  for (int64_t b = 0; b < blocks; b += kBlocks) {
+    VecU even, odd;
+    philox(stream, first + static_cast<uint64_t>(b), &even, &odd);
+    const VecI keep0 = (VecI)(even >> 8) >= least, keep1 = (VecI)(odd >> 8) >= least;
+    store_zipped((VecF)(bits & keep0), (VecF)(bits & keep1), out + 4 * b);
   }
 }
 
