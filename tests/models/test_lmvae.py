@@ -1,0 +1,296 @@
+"""The whole model: losses against their formulas, options, bad input, memory, saving and loading."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lmvae_fast as lf
+from lmvae_fast.data import Example
+from lmvae_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LatentError,
+    OutputError,
+    TokenizerError,
+    UnsupportedDecoderError,
+)
+from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.models.encoders import Encoder, pool
+from lmvae_fast.models.tokenization import SentenceTokenizer
+from tests.models.tiny import make_decoder, make_model
+from tests.reference.tiny import tiny_encoder, tiny_tokenizer
+
+TEXTS = ["a cat is a kind of animal", "dogs eat meat", "water boils", "the sun is a star"]
+
+
+def test_loss_is_its_formula():
+    model = make_model("gpt2", dtype=torch.float64, max_len=30).eval()
+    sentences = model.tokenize(TEXTS)
+    batch = model.make_batch(sentences)
+    eps = torch.randn(4, 6, dtype=torch.float64)
+    out = model(batch, beta=0.3, eps=eps)
+    z = out.mu + eps * torch.exp(0.5 * out.logvar)
+    torch.testing.assert_close(out.z, z)
+    kl = 0.5 * (out.mu**2 + out.logvar.exp() - out.logvar - 1).sum(1)
+    kl = torch.where(kl > 2.0, kl, 0.0)
+    torch.testing.assert_close(out.kl, kl)
+    nll = model.score(batch, z)
+    torch.testing.assert_close(out.reconstruction, nll)
+    torch.testing.assert_close(out.loss, (nll + 0.3 * kl).mean())
+    assert out.tokens.tolist() == [len(ids) + 1 for ids in sentences.ids]
+    # A sentence alone has the same figures as in the batch: nothing leaks between packed neighbours.
+    for row in range(4):
+        alone = model(model.make_batch(sentences, [row]), beta=0.3, eps=eps[row : row + 1])
+        torch.testing.assert_close(alone.reconstruction[0], out.reconstruction[row])
+
+
+def test_length_normalised_loss_and_beta_attribute():
+    model = make_model("gpt2", dtype=torch.float64, length_normalize=True, kl_mode="sum").eval()
+    model.beta = 0.25
+    eps = torch.zeros(4, 6, dtype=torch.float64)
+    out = model(TEXTS, eps=eps)
+    batch = model.make_batch(model.tokenize(TEXTS))
+    expected = (model.score(batch, out.mu) / batch.tokens + 0.25 * out.kl).mean()
+    torch.testing.assert_close(out.loss, expected)
+    assert out.beta == 0.25
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"visibility": "prefix", "slots": 4}, {"visibility": "interleaved"}, {"projector": "mlp"},
+    {"embedding_shift": True}, {"projector": "none", "visibility": "prefix", "embedding_shift": True},
+    {"system": "optimus"}, {"system": "optimus", "train_encoder": False, "train_decoder": False},
+    {"free_running": True}, {"free_running": True, "objective": "langvae-0.6"}, {"kl_mode": "free_bits", "kl_target": 0.1},
+])  # fmt: skip
+def test_every_trained_parameter_gets_a_gradient(options):
+    model = make_model("llama", **options).train()
+    out = model(TEXTS, beta=1.0)
+    out.loss.backward()
+    missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert not missing
+    assert all(torch.isfinite(value.grad).all() for value in model.parameters() if value.grad is not None)
+    assert all(value.grad is None for value in model.parameters() if not value.requires_grad)
+    assert len(model.decode(out.z.detach())) == 4
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "qwen2"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_encoders_ignore_padding(family, pooling):
+    encoder = Encoder(tiny_encoder(family, vocab_size=320), tiny_tokenizer(), pooling=pooling, normalize=True)
+    together = encoder(*encoder.tokenize(TEXTS))
+    alone = torch.cat([encoder(*encoder.tokenize([text])) for text in TEXTS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(4))
+
+
+def test_pooling_by_hand():
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    torch.testing.assert_close(pool(hidden, mask, "mean")[0], hidden[0, :2].mean(0))
+    torch.testing.assert_close(pool(hidden, mask, "last"), torch.stack([hidden[0, 1], hidden[1, 2]]))
+    torch.testing.assert_close(pool(hidden, mask, "cls"), hidden[:, 0])
+
+
+def test_pooled_features_give_the_same_loss():
+    model = make_model("gpt2").eval()
+    sentences = model.tokenize(TEXTS)
+    pooled = model.pool(sentences, batch_size=3)
+    eps = torch.randn(2, 6)
+    a = model(model.make_batch(sentences, [2, 0], pooled), beta=1.0, eps=eps)
+    b = model(model.make_batch(sentences, [2, 0]), beta=1.0, eps=eps)
+    torch.testing.assert_close(a.loss, b.loss)
+
+
+def test_annotations_reach_encoder_and_decoder():
+    labels = ("ARG0", "V", "ARG1")
+    model = make_model("gpt2", annotations=labels, conditional_decoder=True, max_len=12).eval()
+    examples = [Example("dogs eat meat", ("ARG0", "V", "ARG1")), Example("dogs eat meat", ("ARG1", "V", "ARG0"))]
+    batch = model.make_batch(model.tokenize(examples))
+    weights = torch.linspace(0.1, 1, 12) / 12
+    torch.testing.assert_close(batch.annotations[0], weights[:3])
+    torch.testing.assert_close(batch.annotations[1], weights[[2, 1, 0]])
+    out = model(batch, beta=0.0, eps=torch.zeros(2, 6))
+    assert not torch.equal(out.mu[0], out.mu[1])
+    same_z = model.score(batch, torch.zeros(2, 6))
+    assert same_z[0] != same_z[1]
+    assert len(model.decode(out.z, annotations=batch.annotations)) == 2
+    with pytest.raises(LatentError, match="labels"):
+        model.decode(out.z)
+    with pytest.raises(DataError, match="unknown label"):
+        model.tokenize([Example("dogs eat", ("ARG0", "VERB"))])
+    with pytest.raises(DataError, match="no labels"):
+        model.tokenize(["dogs eat"])
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor any operation made, in elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().size() < 2**40:
+                self.largest = max(self.largest, tensor.untyped_storage().size() // max(tensor.element_size(), 1))
+        return out
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_no_tensor_of_tokens_times_vocabulary_in_a_training_step(kernels):
+    vocabulary = 40_000
+    torch.manual_seed(0)
+    config = lf.LMVAEConfig(latent_dim=4, max_len=16)
+    _, decoder = make_decoder("gpt2", vocab_size=vocabulary, layers=1)
+    encoder = Encoder(tiny_encoder("bert", vocab_size=320), tiny_tokenizer())
+    model = lf.LMVAE(config, encoder=encoder, decoder=decoder).train()
+    batch = model.make_batch(model.tokenize(["the cats and the dogs eat meat"] * 16))
+    assert batch.num_tokens > 100
+    with lf.backend(kernels), _LargestTensor() as seen:
+        model(batch, beta=1.0).loss.backward()
+    # The head's own weight has vocabulary * 32 elements; one chunk of 32 tokens as many; all tokens would be more.
+    assert seen.largest <= 32 * vocabulary < batch.num_tokens * vocabulary
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: hf.MambaForCausalLM(hf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=320)), "Mamba"),
+        (lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=320)), "Bloom"),
+        (lambda: hf.GraniteForCausalLM(hf.GraniteConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            vocab_size=320, logits_scaling=4.0)), "leaves out"),
+    ],
+)  # fmt: skip
+def test_decoders_that_we_would_compute_wrong_are_refused(model, message):
+    with pytest.raises(UnsupportedDecoderError, match=message):
+        Decoder(model().eval(), SentenceTokenizer(tiny_tokenizer()))
+
+
+def test_a_decoder_outside_lmvae_says_whose_it_is():
+    model, _ = make_decoder("gpt2")
+    with pytest.raises(UnsupportedDecoderError, match="set_attn_implementation"):
+        model(torch.tensor([[1, 2]]))
+
+
+def test_tokenizers_without_an_end_are_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(TokenizerError, match="eos_token"):
+        SentenceTokenizer(tokenizer)
+    assert SentenceTokenizer(tokenizer, eos_token_id=[2, 5]).eos_token_id == 2
+    tokenizer.pad_token = None
+    with pytest.raises(TokenizerError, match="pad_token"):
+        Encoder(tiny_encoder("bert", vocab_size=320), tokenizer)
+    with pytest.raises(ConfigError, match="no pooler"):
+        Encoder(tiny_encoder("t5", vocab_size=320), tiny_tokenizer(), pooling="pooler")
+
+
+def test_sentences_too_long_empty_or_unknown():
+    model = make_model("gpt2", max_len=5)
+    long = "the cat and the dog and the bird"
+    assert model.tokenize([long, "dogs"]).report == {"kept": 2, "truncated": 1, "dropped": 0, "empty": 0}
+    dropped = model.tokenize([long, "", "dogs"], on_long="drop")
+    assert dropped.report == {"kept": 1, "truncated": 0, "dropped": 1, "empty": 1} and dropped.source_rows == [2]
+    with pytest.raises(DataError, match="on_long"):
+        model.tokenize([long], on_long="error")
+    with pytest.raises(DataError, match="no sentence is left"):
+        model.tokenize([long], on_long="drop")
+    with pytest.raises(DataError, match="sentence 1 is empty"):
+        model.encode(["dogs", " "])
+    with pytest.raises(DataError, match="no sentences"):
+        model.tokenize([])
+    with pytest.raises(DataError, match="list"):
+        model.tokenize("dogs")
+    small = make_model("gpt2")
+    small.decoder.vocab_size = 10
+    with pytest.raises(DataError, match="does not know"):
+        small.tokenize(["dogs"])
+
+
+def test_contradictory_parts_are_refused():
+    _, decoder = make_decoder("gpt2", train=True)
+    encoder = Encoder(tiny_encoder("bert", vocab_size=320), tiny_tokenizer())
+    with pytest.raises(ConfigError, match="disagree"):
+        lf.LMVAE(lf.LMVAEConfig(latent_dim=4, max_len=9), encoder=encoder, decoder=decoder)
+    _, decoder = make_decoder("gpt2", max_positions=8)
+    with pytest.raises(ConfigError, match="8 positions"):
+        lf.LMVAE(lf.LMVAEConfig(latent_dim=4, max_len=9), encoder=encoder, decoder=decoder)
+    _, decoder = make_decoder("mistral", window=4)
+    with pytest.raises(UnsupportedDecoderError, match="window"):
+        lf.LMVAE(lf.LMVAEConfig(latent_dim=4, max_len=9), encoder=encoder, decoder=decoder)
+
+
+@pytest.mark.parametrize("options", [{}, {"system": "optimus"}, {"projector": "mlp", "embedding_shift": True}])
+def test_saving_and_loading(tmp_path, options):
+    model = make_model("llama", **options).eval()
+    model.save_pretrained(tmp_path / "m")
+    again = lf.LMVAE.from_pretrained(tmp_path / "m")
+    eps = torch.randn(4, 6)
+    a, b = (each(TEXTS, beta=1.0, eps=eps).loss for each in (model, again))
+    assert torch.equal(a, b)
+    assert not again.training
+    model.save_pretrained(tmp_path / "m")  # replaces its own
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+    assert "lf.LMVAE.from_pretrained" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_folders_that_are_no_model_of_ours(tmp_path):
+    model = make_model("gpt2")
+    folder = tmp_path / "m"
+    model.save_pretrained(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match="truncated"):
+        lf.LMVAE.from_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "latent_dim": 7}))
+    with pytest.raises(CheckpointError, match="shape"):
+        lf.LMVAE.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "colour": "blue"}))
+    with pytest.raises(CheckpointError, match="colour"):
+        lf.LMVAE.from_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no lmvae_fast model"):
+        lf.LMVAE.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="remedy"):
+        lf.LMVAE.from_pretrained("nobody/nothing-here")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious.txt").write_text("keep")
+    with pytest.raises(OutputError, match="no model of ours"):
+        model.save_pretrained(other)
+    assert (other / "precious.txt").read_text() == "keep"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="writable"):
+        model.save_pretrained(tmp_path / "file" / "m")
+
+
+def test_seeds_govern_everything():
+    model = make_model("gpt2").train()
+    batch = model.make_batch(model.tokenize(TEXTS))
+    torch.manual_seed(5)
+    a = model(batch, beta=1.0).loss
+    torch.manual_seed(5)
+    assert torch.equal(a, model(batch, beta=1.0).loss)
+    assert not torch.equal(a, model(batch, beta=1.0).loss)
+    assert torch.equal(model(batch, beta=1.0, seed=3).loss, model(batch, beta=1.0, seed=3).loss)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_bf16_decoder_is_near_fp32(family):
+    full = make_model(family).eval()
+    half = make_model(family, dtype=torch.bfloat16).eval()
+    assert half.projector.weight.dtype == torch.float32
+    eps = torch.randn(4, 6)
+    a, b = full(TEXTS, beta=1.0, eps=eps), half(TEXTS, beta=1.0, eps=eps)
+    torch.testing.assert_close(a.loss, b.loss, rtol=0.02, atol=0.0)
+    half(TEXTS, beta=1.0, eps=eps).loss.backward()
+    assert half.projector.weight.grad.dtype == torch.float32
+    assert len(half.decode(b.z.detach())) == 4
