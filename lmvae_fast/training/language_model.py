@@ -1,9 +1,13 @@
-"""Plain language-model training of a decoder on sentences, before it is frozen under a latent."""
+"""A decoder of one's own: a small GPT-2 made for given sentences, and plain language-model training of any decoder.
+
+For machines and languages without a pretrained decoder; it is frozen under a latent afterwards.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -73,3 +77,55 @@ def train_language_model(
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
     return losses
+
+
+def make_decoder(
+    folder: str | os.PathLike[str],
+    texts: Sequence[str],
+    *,
+    layers: int = 4,
+    width: int = 256,
+    heads: int = 4,
+    positions: int = 64,
+    vocabulary: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write an untrained GPT-2 and a tokenizer made from ``texts`` as an ordinary Hugging Face folder.
+
+    Args:
+        folder: where.
+        texts: sentences the tokenizer is made from.
+        layers, width, heads, positions: of the GPT-2.
+        vocabulary: tokens of a byte-level BPE; None for one token per word of the texts, for a closed vocabulary.
+        seed: of the weights.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    end, unknown = "<|endoftext|>", "[UNK]"
+    if vocabulary is None:
+        words = sorted({word for text in texts for word in text.split()})
+        ids = {word: index for index, word in enumerate([end, unknown, *words])}
+        backend = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[end, unknown], initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end, unk_token=unknown
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=len(tokenizer), n_layer=layers, n_embd=width, n_head=heads, n_positions=positions,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
