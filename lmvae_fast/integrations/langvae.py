@@ -78,8 +78,8 @@ def load_checkpoint(
 def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write a folder that LangVAE 0.6.13 itself loads (``LangVAE.load_from_folder``), atomically.
 
-    The encoder and decoder are referred to by hub name or absolute folder. LangVAE needs transformers 4.48: tokenizers
-    and models saved by transformers 5 may be unreadable to it, whatever this function writes.
+    The encoder and decoder are referred to by hub name or absolute folder. LangVAE runs on transformers 4.48 only:
+    parts that transformers 5 saved, which that version cannot read, are copied into the checkpoint in its terms.
 
     Args:
         model: a LangVAE: linear projector of ``max_len + 1`` slots, rolling visibility, frozen encoder and decoder.

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmvae_fast.errors import CheckpointError, OutputError
+from lmvae_fast.errors import CheckpointError, LMVAEError, OutputError
+from lmvae_fast.integrations.legacy_parts import needs_legacy_copy, write_legacy_copy
 
 FILES = ("model_config.json", "environment.json", "encoder_cfg.json", "encoder.pt", "decoder_cfg.json", "decoder.pt")
 POOLINGS = ("mean", "cls", "last")
@@ -126,8 +127,8 @@ def read_folder(
 
     posterior = _posterior_weight(root / "encoder.pt", latent_dim)
     weight, bias = _projector(root / "decoder.pt", latent_dim, max_len, conditional)
-    encoder_path = encoder or _entry(encoder_cfg, root / "encoder_cfg.json", "model_path", str)
-    decoder_path = decoder or _entry(decoder_cfg, root / "decoder_cfg.json", "model_path", str)
+    encoder_path = encoder or _recorded(encoder_cfg, root, "encoder")
+    decoder_path = decoder or _recorded(decoder_cfg, root, "decoder")
     return LangVAEFolder(
         latent_dim=latent_dim,
         max_len=max_len,
@@ -146,6 +147,9 @@ def read_folder(
 def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write a folder that LangVAE 0.6.13 loads. It appears complete or not at all: temporary folder, fsync, rename.
 
+    An encoder or decoder folder that LangVAE's transformers could not read is copied into the checkpoint in a form that
+    it can (``legacy_parts.py``), and referred to there.
+
     Args:
         overwrite: replace an existing folder; otherwise one that is not empty is an error.
     Raises:
@@ -159,6 +163,8 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         temporary.chmod(0o755)  # mkdtemp makes it private
+        encoder_path = _place_part(contents.encoder_path, "encoder_model", temporary, target)
+        decoder_path = _place_part(contents.decoder_path, "decoder_model", temporary, target)
         _write_json(
             temporary / "model_config.json",
             {
@@ -182,7 +188,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
         _write_json(
             temporary / "encoder_cfg.json",
             {
-                "model_path": contents.encoder_path,
+                "model_path": encoder_path,
                 "latent_size": contents.latent_dim,
                 "automodel_preset": preset,
                 "caching": False,
@@ -191,7 +197,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
         _write_json(
             temporary / "decoder_cfg.json",
             {
-                "model_path": contents.decoder_path,
+                "model_path": decoder_path,
                 "latent_size": contents.latent_dim,
                 "max_len": contents.max_len,
                 "conditional": contents.conditional,
@@ -199,10 +205,12 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
             },
         )
         for name, state in (("encoder.pt", contents.encoder_state), ("decoder.pt", contents.decoder_state)):
-            with open(temporary / name, "wb") as file:
-                torch.save(state, file)
-                _sync(file)
+            torch.save(state, temporary / name)
+        for path in temporary.rglob("*"):
+            _sync(path)
         _replace(temporary, target)
+    except LMVAEError:
+        raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise OutputError(
             f"cannot write checkpoint: {error}",
@@ -314,6 +322,21 @@ def _projector(path: Path, latent_dim: int, max_len: int, conditional: bool) -> 
     return weights, biases
 
 
+def _place_part(path: str, name: str, temporary: Path, target: Path) -> str:
+    """Where LangVAE shall find an encoder or decoder: as given, or as a legacy copy inside the checkpoint."""
+    if not (Path(path).is_dir() and needs_legacy_copy(Path(path))):
+        return path
+    write_legacy_copy(Path(path), temporary / name)
+    return str(target / name)
+
+
+def _recorded(cfg: dict[str, Any], root: Path, part: str) -> str:
+    """``model_path`` as recorded; a copy inside the checkpoint is found also when the checkpoint was moved."""
+    path = _entry(cfg, root / f"{part}_cfg.json", "model_path", str)
+    inside = root / f"{part}_model"
+    return str(inside) if Path(path).name == inside.name and inside.is_dir() else path
+
+
 def _resolve(path: str, root: Path, part: str) -> str:
     """A folder relative to the checkpoint (or to the working directory, as LangVAE reads it), else a hub name."""
     for candidate in (root / Path(path).expanduser(), Path(path).expanduser()):
@@ -330,14 +353,15 @@ def _resolve(path: str, root: Path, part: str) -> str:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(values, file)
-        _sync(file)
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(temporary: Path, target: Path) -> None:
@@ -355,8 +379,4 @@ def _replace(temporary: Path, target: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old.parent, ignore_errors=True)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(target.parent)

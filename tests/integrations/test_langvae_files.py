@@ -16,6 +16,7 @@ from lmvae_fast.errors import CheckpointError, OutputError
 from lmvae_fast.integrations import langvae_files
 from lmvae_fast.integrations.langvae import load_reference
 from lmvae_fast.integrations.langvae_files import FILES, LangVAEFolder, read_folder, write_folder
+from lmvae_fast.integrations.legacy_parts import write_legacy_copy
 from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 NZ, MAX_LEN, LAYERS, WIDTH = 4, 5, 2, 24  # encoder width 24: the tiny encoder's
@@ -240,7 +241,7 @@ class TestWriting:
 
 @pytest.fixture
 def parts(tmp_path):
-    """A tiny BERT and a tiny Llama of two layers with a shared tokenizer, saved."""
+    """A tiny BERT and a tiny Llama of two layers with a shared tokenizer, saved so that no copy is needed."""
     tokenizer = tiny_tokenizer()
     for name, model in (
         ("encoder", tiny_encoder("bert", vocab_size=len(tokenizer))),
@@ -248,7 +249,8 @@ def parts(tmp_path):
     ):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    return {"encoder_path": str(tmp_path / "encoder"), "decoder_path": str(tmp_path / "decoder")}
+        write_legacy_copy(tmp_path / name, tmp_path / f"old_{name}")
+    return {"encoder_path": str(tmp_path / "old_encoder"), "decoder_path": str(tmp_path / "old_decoder")}
 
 
 def test_reference_from_a_written_folder(tmp_path, parts):

@@ -3,7 +3,8 @@
 Makes a virtual environment of its own for LangVAE (it needs transformers 4.48) in ``.venv-langvae``, once. From each
 golden checkpoint we load a model, write it with ``save_checkpoint``, and let LangVAE read that folder back, decode, and
 take a training step on sentences of unequal length (the golden records have no padding). A second model, written with
-random weights, has labels in encoder and decoder.
+random weights, has labels in encoder and decoder. A third consists of tiny parts saved by transformers 5, which
+LangVAE's transformers 4.48 can read only as the copies that ``save_checkpoint`` makes.
 
 usage: python -m tests.peers.check_langvae_loads            (or ``make test-peers``)
 """
@@ -20,13 +21,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.integrations.langvae import load_checkpoint, load_reference, save_checkpoint
 from lmvae_fast.integrations.langvae_files import read_folder, write_folder
+from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.reference.langvae import pool_annotations
+from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VENV = REPOSITORY / ".venv-langvae"
 SENTENCES = ["ice", "a cat is a", "the sun", "plants need light to grow"]
+RECORD = REPOSITORY / "tests" / "golden" / "padded.json"
+RECORDING: dict[str, dict] | None = None  # filled by --record
+NEW_DECODERS = ("gpt2", "llama", "qwen2", "gpt_neox")
 BETA, TARGET_KL = 0.7, 0.5
 
 
@@ -106,6 +113,8 @@ def check_golden(golden: Path, folder: Path) -> dict[str, float | bool]:
         "target_kl": torch.tensor([TARGET_KL]),
     }
     theirs, decoded = run_langvae(written, inputs, SENTENCES, folder)
+    if RECORDING is not None:
+        RECORDING[golden.name] = padded_record(theirs, eps)
     reference = load_reference(written)
     figures = compare(reference, theirs, eps)
     figures["decoded ids equal"] = torch.equal(theirs["decode_ids"], record["decode_ids"])
@@ -122,6 +131,23 @@ def check_golden(golden: Path, folder: Path) -> dict[str, float | bool]:
         *(relative(model.projector.bias.grad[i], theirs[f"grad.decoder.context_hidden.{i}.bias"]) for i in layers),
     )
     return figures
+
+
+def padded_record(theirs: dict, eps: torch.Tensor) -> dict:
+    """LangVAE's own figures on the padded batch, small enough to keep beside the tests."""
+    return {
+        "sentences": SENTENCES,
+        "eps": eps.tolist(),
+        "beta": BETA,
+        "target_kl": TARGET_KL,
+        "target_ids": theirs["target_ids"].tolist(),
+        **{name: theirs[name].item() for name in ("loss", "recon_loss", "kl_loss")},
+        "gradient_norms": {
+            name.removeprefix("grad."): value.norm().item()
+            for name, value in theirs.items()
+            if name.startswith("grad.")
+        },
+    }
 
 
 def check_labels(golden: Path, folder: Path) -> dict[str, float | bool]:
@@ -158,6 +184,37 @@ def check_labels(golden: Path, folder: Path) -> dict[str, float | bool]:
     return compare(reference, theirs, eps, labels)
 
 
+def check_new_parts(decoder: str, folder: Path) -> dict[str, float | bool]:
+    """Encoder and decoder saved by the transformers of this environment; a rotary base that is not the default."""
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    for name, part in (
+        ("encoder", tiny_encoder("bert", vocab_size=size)),
+        ("decoder", tiny_decoder(decoder, layers=2, vocab_size=size)),
+    ):
+        part.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    config = folder / "decoder" / "config.json"
+    values = json.loads(config.read_text())
+    if "rope_parameters" in values:
+        values["rope_parameters"]["rope_theta"] = 50.0
+        config.write_text(json.dumps(values))
+    model = LMVAE(
+        LMVAEConfig(encoder=str(folder / "encoder"), decoder=str(folder / "decoder"), latent_dim=8, max_len=10)
+    )
+    written = save_checkpoint(model, folder / "written")
+    generator = torch.Generator().manual_seed(5)
+    eps = torch.randn(len(SENTENCES), 8, generator=generator)
+    z = torch.randn(3, 8, generator=generator)
+    inputs = {"z": z, "eps": eps, "beta": torch.tensor([BETA]), "target_kl": torch.tensor([TARGET_KL])}
+    theirs, decoded = run_langvae(written, inputs, SENTENCES, folder)
+    reference = load_reference(written)
+    figures = compare(reference, theirs, eps)
+    figures["decoded ids equal"] = torch.equal(theirs["decode_ids"], reference.decode_ids(z))
+    figures["decoded sentences equal"] = decoded == reference.decode(z)
+    return figures
+
+
 LIMITS = {"probabilities, max abs": 2e-5, "loss, relative": 1e-5, "kl, relative": 1e-5}
 
 
@@ -179,15 +236,24 @@ def failures(figures: dict[str, float | bool]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, default=REPOSITORY.parent / "shared" / "golden")
+    parser.add_argument("--record", action="store_true", help=f"write LangVAE's padded figures to {RECORD.name}")
     arguments = parser.parse_args()
+    global RECORDING
+    RECORDING = {} if arguments.record else None
+    checks = [
+        (check, golden) for golden in sorted(arguments.golden.iterdir()) for check in (check_golden, check_labels)
+    ]
+    checks += [(check_new_parts, decoder) for decoder in NEW_DECODERS]
     status = 0
-    for golden in sorted(arguments.golden.iterdir()):
-        for check in (check_golden, check_labels):
-            with tempfile.TemporaryDirectory() as temporary:
-                figures = check(golden, Path(temporary))
-            bad = failures(figures)
-            status |= bool(bad)
-            print(json.dumps({"model": golden.name, "check": check.__name__, **figures, "failed": bad}, indent=1))
+    for check, subject in checks:
+        with tempfile.TemporaryDirectory() as temporary:
+            figures = check(subject, Path(temporary))
+        bad = failures(figures)
+        status |= bool(bad)
+        name = getattr(subject, "name", subject)
+        print(json.dumps({"model": name, "check": check.__name__, **figures, "failed": bad}, indent=1), flush=True)
+    if RECORDING is not None:
+        RECORD.write_text(json.dumps(RECORDING, indent=1) + "\n")
     return status
 
 
