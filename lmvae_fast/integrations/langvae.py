@@ -17,6 +17,7 @@ from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.encoders import Encoder
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.loading import load_pretrained, resolve_source
+from lmvae_fast.models.projectors import LinearProjector
 from lmvae_fast.reference.langvae import ReferenceLangVAE
 
 
@@ -70,8 +71,9 @@ def load_checkpoint(
     model = LMVAE(config, encoder=text_encoder, decoder=language_model)
     with torch.no_grad():
         model.posterior_head.weight.copy_(contents.posterior_weight)
-        model.projector.weight.copy_(contents.projector_weight)
-        model.projector.bias.copy_(contents.projector_bias)
+        projector = _linear_projector(model)
+        projector.weight.copy_(contents.projector_weight)
+        projector.bias.copy_(contents.projector_bias)
     return model.eval()
 
 
@@ -109,6 +111,7 @@ def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: 
     # T5EncoderModel clears it.)
     network = model.encoder.model
     whole = type(network) is MODEL_MAPPING.get(type(network.config), None)
+    projector = _linear_projector(model)
     contents = LangVAEFolder(
         latent_dim=config.latent_dim,
         max_len=config.max_len,
@@ -119,8 +122,8 @@ def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: 
         encoder_class="AutoModel" if whole else "AutoModelForTextEncoding",
         conditional=config.conditional_decoder,
         posterior_weight=model.posterior_head.weight.detach(),
-        projector_weight=model.projector.weight.detach(),
-        projector_bias=model.projector.bias.detach(),
+        projector_weight=projector.weight.detach(),
+        projector_bias=projector.bias.detach(),
     )
     return write_folder(contents, folder, overwrite=overwrite)
 
@@ -163,6 +166,13 @@ def load_reference(
     _check_decoder(contents, len(model.context_hidden), model.kv_heads, model.head_dim)
     model.load_langvae_state(contents.encoder_state, contents.decoder_state)
     return model.eval()
+
+
+def _linear_projector(model: LMVAE) -> LinearProjector:
+    projector = model.projector
+    if not isinstance(projector, LinearProjector):
+        raise CheckpointError("LangVAE has a linear projector", value=type(projector).__name__)
+    return projector
 
 
 def _check_encoder(contents: LangVAEFolder, width: int, labels: int) -> None:

@@ -207,7 +207,7 @@ class ReferenceLangVAE(nn.Module):
             z = torch.cat([z, annotations.to(z)], dim=1)
         shape = (len(z), 2, self.kv_heads, self.max_len + 1, self.head_dim)
         layers = [
-            nn.functional.dropout(layer(z.to(layer.weight.dtype)), self.dropout, self.training).view(shape)
+            nn.functional.dropout(layer(z.to(self.decoder.dtype)), self.dropout, self.training).view(shape)
             for layer in self.context_hidden
         ]
         return torch.stack(layers).transpose(1, 2)

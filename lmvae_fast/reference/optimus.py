@@ -215,4 +215,4 @@ class ReferenceOptimus(nn.Module):
 
     def generate(self, z: Tensor, **options) -> str:
         """The text of :meth:`generate_ids`."""
-        return self.decoder_tokenizer.decode(self.generate_ids(z, **options), skip_special_tokens=True)
+        return self.decoder_tokenizer.batch_decode([self.generate_ids(z, **options)], skip_special_tokens=True)[0]

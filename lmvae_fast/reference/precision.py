@@ -8,7 +8,7 @@ Rotary angles stay in fp32 as the models have them: they depend on the position 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class PlainRMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (self.weight + self.offset)
 
 
-def _plain_norm(norm: nn.Module) -> PlainRMSNorm:
+def _plain_norm(norm: Any) -> PlainRMSNorm:
     """The same norm without the cast, proved on a sample: weight or 1 + weight, whichever the original computes."""
     eps = getattr(norm, "variance_epsilon", None) or norm.eps
     x = torch.randn(4, norm.weight.shape[-1], dtype=norm.weight.dtype, device=norm.weight.device)

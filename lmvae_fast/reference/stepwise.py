@@ -21,6 +21,7 @@ what its paper describes, `prefix` is Optimus (arXiv 2004.04092), LlaMaVAE (arXi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def read_token(
     past: list[tuple[Tensor, Tensor]],
     position: int,
     embedding_shift: Tensor | None,
-) -> tuple[Tensor, DynamicCache]:
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The decoder's own forward on one token per sentence, over the given cache entries.
 
     Args:
@@ -72,7 +73,7 @@ def read_token(
         position: position id of this token, the same for every sentence.
         embedding_shift: [B, H], added to the token's embedding, or None.
     Returns:
-        logits [B, V] and the cache, one entry longer.
+        logits [B, V], and per layer this token's own key and value, each [B, Hkv, 1, D].
     """
     # Without a config every layer of DynamicCache keeps all it is given, so that a window acts through the mask alone.
     cache = DynamicCache()
@@ -84,15 +85,16 @@ def read_token(
         embeds = embeds + embedding_shift[:, None]
     position_ids = torch.full((ids.shape[0], 1), position, dtype=torch.int64, device=ids.device)
     out = model(inputs_embeds=embeds, position_ids=position_ids, past_key_values=cache, use_cache=True)
-    lengths = {layer.get_seq_length() for layer in cache.layers}
-    if len(cache.layers) != len(past) or lengths != {past[0][0].shape[2] + 1}:
+    layers: list[Any] = list(cache.layers)
+    lengths = {layer.get_seq_length() for layer in layers}
+    if len(layers) != len(past) or lengths != {past[0][0].shape[2] + 1}:
         raise UnsupportedDecoderError(
             f"{type(model).__name__} does not append one key and value per layer and token to a plain cache",
-            value=f"{len(cache.layers)} layers of lengths {sorted(lengths)}",
+            value=f"{len(layers)} layers of lengths {sorted(lengths)}",
             limit=f"{len(past)} layers of length {past[0][0].shape[2] + 1}",
             remedy="use a decoder whose layers all have ordinary key/value attention",
         )
-    return out.logits[:, -1], cache
+    return out.logits[:, -1], [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in layers]
 
 
 class StepwiseDecoder:
@@ -182,11 +184,10 @@ class StepwiseDecoder:
         position = token_position(self.visibility, self.step_index, self.num_slots)
         hook = self._add_residual()
         try:
-            logits, cache = read_token(self.model, ids, self._past(ids.shape[0]), position, self.embedding_shift)
+            logits, new = read_token(self.model, ids, self._past(ids.shape[0]), position, self.embedding_shift)
         finally:
             if hook is not None:
                 hook.remove()
-        new = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
         if self._tokens is None or self.visibility == "rolling":  # rolling looks back one token only
             self._tokens = new
         else:
