@@ -117,7 +117,7 @@ class Trainer:
         self._plan: tuple[int, EpochPlan] | None = None
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
-        self.identity = resume.identity(config, model, encoder, self.train_set.fingerprint(), eval_print)
+        self.identity = resume.identity(config, model, self.train_set.fingerprint(), eval_print)
         seed_all(config.seed)
         if found is not None:
             self._restore(found)

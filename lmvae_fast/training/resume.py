@@ -11,6 +11,7 @@ import torch
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, OutputError
 from lmvae_fast.training import checkpoint
+from lmvae_fast.training.state import frozen_fingerprint
 
 # Fields that leave every step as it was ...
 FREE = {
@@ -46,14 +47,12 @@ def find(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
     return checkpoint.load(path)
 
 
-def identity(
-    config: TrainConfig, model: Any, encoder: str | None, train_data: str, eval_data: str | None
-) -> dict[str, Any]:
-    """What a checkpoint records of the run it belongs to; encoder and data as fingerprints."""
+def identity(config: TrainConfig, model: Any, train_data: str, eval_data: str | None) -> dict[str, Any]:
+    """What a checkpoint records of the run it belongs to; the data and what is frozen as fingerprints."""
     return {
         "train_config": config.to_dict(),
         "model_config": model.config.to_dict(),
-        "encoder": encoder,
+        "frozen": frozen_fingerprint(model),
         "train_data": train_data,
         "eval_data": eval_data,
         "torch": torch.__version__,
@@ -76,8 +75,8 @@ def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
             remedy="give the same data (and on_long), or start a new output_dir",
         )
     changed = _differences(saved["model_config"], current["model_config"])
-    if saved["encoder"] != current["encoder"]:
-        changed["frozen encoder's weights"] = ("those of the run", "others")
+    if saved["frozen"] != current["frozen"]:
+        changed["weights of the frozen parts"] = ("those of the run", "others")
     if changed:
         raise CheckpointError(
             f"the checkpoint belongs to another model: {_show(changed)}", remedy="build the model it was trained with"

@@ -11,11 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.errors import CheckpointError
+from lmvae_fast.training.storage import fingerprint_tensors
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of everything that requires a gradient, in the model's order (shared ones once)."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen_fingerprint(model: nn.Module, samples: int = 256) -> str:
+    """sha256 over names, shapes and evenly spaced values of what does not train.
+
+    A checkpoint holds none of it, so this is how a resumed run knows that it stands on the same frozen parts. Sampled,
+    because hashing the whole of a large decoder takes longer than many a run's first epoch.
+    """
+    sampled = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            sampled[f"{name} {tuple(parameter.shape)}"] = flat[:: max(1, flat.numel() // samples)]
+    return fingerprint_tensors(sampled)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

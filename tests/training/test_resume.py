@@ -133,7 +133,7 @@ def test_other_recipe_data_or_model_is_refused(tmp_path):
         run(tmp_path, resume=True, batch_size=4)
     with pytest.raises(CheckpointError, match="another model: dropout"):
         run(tmp_path, resume=True, model=FakeModel(dropout=0.3))
-    with pytest.raises(CheckpointError, match="another model: frozen encoder"):
+    with pytest.raises(CheckpointError, match="another model: weights of the frozen parts"):
         run(tmp_path, resume=True, model=FakeModel(encoder_seed=1))
     with pytest.raises(DataError, match="other training sentences"):
         train(FakeModel(), sentences(59), sentences(20, seed=1), settings(tmp_path, resume=True))
