@@ -136,6 +136,10 @@ class TensorBoard(Callback):
     def on_evaluate(self, run: Run, record: Record) -> None:
         self._write(record)
 
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        if self.writer is not None:
+            self.writer.flush()  # what a resume goes on from is then on disk
+
     def on_train_end(self, run: Run, result: TrainResult | None) -> None:
         if self.writer is not None:
             self.writer.close()

@@ -327,7 +327,7 @@ class Trainer:
         tensors = {
             "model": self.model.trainable_state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
-            "random": random_tensors(),
+            "random": random_tensors(self.device),
         }
         state = {
             "progress": asdict(self.progress),
@@ -359,7 +359,7 @@ class Trainer:
         self.model.beta = found.state["beta"]
         self.last_checkpoint = found.path
         checkpoint.set_aside(self.folder, after=found.path)
-        restore_random(found.tensors["random"])
+        restore_random(found.tensors["random"], self.device)
 
     def _result(self) -> TrainResult:
         best = self.progress.best

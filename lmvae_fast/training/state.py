@@ -80,12 +80,11 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def random_tensors() -> dict[str, Tensor]:
-    """The states of torch's CPU and CUDA generators, of numpy's global one and of Python's, as tensors."""
+def random_tensors(device: torch.device | None = None) -> dict[str, Tensor]:
+    """The states of torch's CPU generator, of the device's if it is a GPU, of numpy's global one and of Python's."""
     states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for i, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"cuda.{i}"] = state
+    if device is not None and device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     version, words, gauss = random.getstate()
     states["python"] = torch.tensor([version, *words], dtype=torch.int64)
     states["python.gauss"] = torch.tensor([] if gauss is None else [gauss], dtype=torch.float64)
@@ -97,14 +96,12 @@ def random_tensors() -> dict[str, Tensor]:
     return states
 
 
-def restore_random(states: Mapping[str, Tensor]) -> None:
+def restore_random(states: Mapping[str, Tensor], device: torch.device | None = None) -> None:
     """Put the states of `random_tensors` back. Raises CheckpointError if they do not fit the generators."""
     try:
         torch.set_rng_state(states["torch"])
-        cuda = [states[f"cuda.{i}"] for i in range(sum(name.startswith("cuda.") for name in states))]
-        if cuda and torch.cuda.is_available():
-            for i, state in enumerate(cuda[: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(state, i)
+        if device is not None and device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
         version, *words = states["python"].tolist()
         gauss = states["python.gauss"].tolist()
         random.setstate((version, tuple(words), gauss[0] if gauss else None))

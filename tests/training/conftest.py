@@ -1,4 +1,4 @@
-"""One thread for the loop's tests: their tensors are tiny, and threads that wait for each other cost most of the time."""
+"""One thread: these tensors are tiny, and threads that wait for each other would cost most of the time."""
 
 import pytest
 import torch
