@@ -74,6 +74,11 @@ class RecordingAttention(PackedAttention):
                 value=f"{value.shape[-1]} and {query.shape[-1]}",
                 remedy="use a decoder with one head_dim",
             )
+        if layer in self.shapes:
+            raise UnsupportedDecoderError(
+                f"layer {layer} attends more than once, so a memory would not stand for entries of its cache",
+                remedy="use a decoder with one attention per layer",
+            )
         self.shapes[layer] = (query.shape[1], key.shape[1], key.shape[2])
         self.windows[layer] = window
         return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)

@@ -24,6 +24,10 @@ from lmvae_fast.models.tokenization import SentenceTokenizer
 
 logger = logging.getLogger(__name__)
 
+_EXAMINED = (5, 3)  # tokens of the two sentences that every decoder is examined with
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+_DECODERS = "use a decoder with key-value attention in every layer (GPT-2, Llama, Qwen, Mistral, Gemma, ...)"
+
 
 class Decoder(nn.Module):
     """A causal language model whose attention also sees a memory.
@@ -49,8 +53,7 @@ class Decoder(nn.Module):
         config = model.config.get_text_config(decoder=True)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
-        self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
+        self.vocab_size, self.hidden_size = self._embedding.shape
         model.requires_grad_(train)
         self.train(False)
         tokenizer.check_ids(self.vocab_size)
@@ -72,6 +75,12 @@ class Decoder(nn.Module):
         return self.model.base_model
 
     @property
+    def _embedding(self) -> Tensor:
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
     def head_weight(self) -> Tensor:
         """Weight of the head, ``[vocabulary, hidden]``."""
         return self.model.get_output_embeddings().weight
@@ -84,12 +93,12 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return self.model.get_input_embeddings().weight.dtype
+        return self._embedding.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.model.get_input_embeddings().weight.device
+        return self._embedding.device
 
     def train(self, mode: bool = True) -> Decoder:
         """A frozen decoder stays in evaluation mode: its dropout belongs to its own pre-training."""
@@ -169,26 +178,81 @@ class Decoder(nn.Module):
         )
         return out.last_hidden_state.squeeze(0)
 
-    @torch.no_grad()
     def _examine(self) -> None:
-        """Learn the head geometry, and prove on five tokens that our path computes this model's own logits."""
+        """Learn the head geometry, and prove on eight packed tokens that our path computes this model's own logits."""
         name = type(self.model).__name__
-        # Ids away from the special ones; as many as positions allow.
-        ids = torch.arange(5, device=self.device) * 7 % self.vocab_size
         try:
-            self.model.set_attn_implementation("eager")
-            mask = torch.ones_like(ids[None])
-            expected = self.model(input_ids=ids[None], attention_mask=mask, use_cache=False).logits[0].float()
-            self.model.set_attn_implementation(ATTENTION)
-        except (ValueError, AttributeError, TypeError) as error:
+            expected, plain = self._eager_logits()
+            seen, got = self._packed_logits()
+        except UnsupportedDecoderError as error:
+            if "handed over" in error.problem:
+                raise UnsupportedDecoderError(
+                    f"{name} does not pass keyword arguments down to its attention", remedy=_DECODERS
+                ) from error
+            raise
+        except (ValueError, AttributeError, TypeError, RuntimeError, KeyError, IndexError) as error:
             raise UnsupportedDecoderError(
-                f"{name} has no attention that can be replaced: {error}",
-                remedy="use a decoder with key-value attention in every layer (GPT-2, Llama, Qwen, Mistral, Gemma, ...)",
+                f"{name} cannot be run through our attention: {error}", remedy=_DECODERS
             ) from error
-        cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=self.device)
-        seen = RecordingAttention(None, "prefix", cu_seqlens, 5)
-        hidden = self._run(ids, torch.arange(5, device=self.device), None, seen)
-        layers = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        self._check_layers(name, seen)
+        self.num_layers = len(seen.shapes)
+        self.num_heads, self.kv_heads, self.head_dim = seen.shapes[0]
+        self.windows = seen.windows
+        # Another order of the same sums: some units in the last place per layer. Eager attention works in float32 at best.
+        eps = max(torch.finfo(self.dtype).eps, torch.finfo(torch.float32).eps)
+        tolerance = min(16 * eps * self.num_layers**0.5, 0.1)
+        last = slice(_EXAMINED[0], None)
+        if not _relative(expected[last], plain) > 0:
+            raise UnsupportedDecoderError(
+                f"{name} takes no notice of position ids, so a memory cannot stand before its tokens", remedy=_DECODERS
+            )
+        difference = _relative(got, expected)
+        if not difference <= tolerance:
+            raise UnsupportedDecoderError(
+                f"{name} computes something that our attention or head leaves out",
+                value=f"logits off by {difference:.2e} of their norm", limit=f"{tolerance:.1e}",
+                remedy="report the model; scaled logits, attention sinks and biased scores are not honoured yet",
+            )  # fmt: skip
+        dropped = max(without_attention_dropout(module) for module in seen.modules.values())
+        if self.trains and dropped:
+            logger.warning("%s: dropout %.2g on attention weights is switched off (our attention has none)", name, dropped)
+
+    @torch.no_grad()
+    def _eager_logits(self) -> tuple[Tensor, Tensor]:
+        """The model's own logits of both examined sentences ``[8, vocabulary]``, and of the second at positions 0, 1, 2."""
+        self.model.set_attn_implementation("eager")
+        first, second = self._examined_ids().split(_EXAMINED)
+
+        def logits(ids: Tensor, positions: Tensor) -> Tensor:
+            out = self.model(
+                input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), position_ids=positions[None],
+                use_cache=False,
+            )  # fmt: skip
+            return out.logits[0].float()
+
+        places = torch.arange(len(first), device=self.device)
+        plain = logits(second, places[: len(second)])
+        return torch.cat([logits(first, places), logits(second, 2 * places[: len(second)] + 1)]), plain
+
+    @torch.no_grad()
+    def _packed_logits(self) -> tuple[RecordingAttention, Tensor]:
+        """The same two sentences packed through our attention: what its layers asked for, and the logits."""
+        self.model.set_attn_implementation(ATTENTION)
+        lengths = torch.tensor([0, *_EXAMINED], device=self.device)
+        seen = RecordingAttention(None, "prefix", lengths.cumsum(0).to(torch.int32), max(_EXAMINED))
+        # The second sentence stands at positions 1, 3, 5, as tokens between slots do.
+        positions = torch.cat([torch.arange(n, device=self.device) for n in _EXAMINED])
+        positions[_EXAMINED[0] :] = 2 * positions[_EXAMINED[0] :] + 1
+        hidden = self._run(self._examined_ids(), positions, None, seen)
+        return seen, self.logits(hidden).float()
+
+    def _examined_ids(self) -> Tensor:
+        return torch.arange(1, sum(_EXAMINED) + 1, device=self.device) * 7 % self.vocab_size
+
+    def _check_layers(self, name: str, seen: RecordingAttention) -> None:
+        """Raises UnsupportedDecoderError unless every layer came through our attention, alike, and with its window."""
+        config = self.model.config.get_text_config(decoder=True)
+        layers = getattr(config, "num_hidden_layers", None)
         if not seen.shapes or sorted(seen.shapes) != list(range(layers or len(seen.shapes))):
             raise UnsupportedDecoderError(
                 f"{name} has layers without keys and values, which a memory cannot reach",
@@ -199,20 +263,14 @@ class Decoder(nn.Module):
                 f"{name} has layers of different head geometry", value=sorted(set(seen.shapes.values())),
                 limit="one (heads, kv_heads, head_dim) in all layers",
             )  # fmt: skip
-        self.num_layers = len(seen.shapes)
-        self.num_heads, self.kv_heads, self.head_dim = seen.shapes[0]
-        self.windows = seen.windows
-        got = self.logits(hidden).float()
-        # Another order of the same sums: some units in the last place per layer. Eager attention works in float32 at best.
-        eps = max(torch.finfo(self.dtype).eps, torch.finfo(torch.float32).eps)
-        tolerance = min(16 * eps * self.num_layers**0.5, 0.1)
-        difference = ((got - expected).norm() / expected.norm()).item()
-        if not difference <= tolerance:
-            raise UnsupportedDecoderError(
-                f"{name} computes something that our attention or head leaves out",
-                value=f"logits off by {difference:.2e} of their norm", limit=f"{tolerance:.1e}",
-                remedy="report the model; scaled logits, attention sinks and biased scores are not honoured yet",
-            )  # fmt: skip
-        dropped = max(without_attention_dropout(module) for module in seen.modules.values())
-        if self.trains and dropped:
-            logger.warning("%s: dropout %.2g on attention weights is switched off (our attention has none)", name, dropped)
+        # A window that acts through Hugging Face's mask alone would be lost on us, and eight tokens would not show it.
+        for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+            if kind not in _LAYER_KINDS or (kind == "sliding_attention" and seen.windows.get(layer) is None):
+                raise UnsupportedDecoderError(
+                    f"{name}: layer {layer} is of a kind we do not honour", value=kind, limit=", ".join(_LAYER_KINDS),
+                    remedy=_DECODERS,
+                )  # fmt: skip
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()

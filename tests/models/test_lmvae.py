@@ -24,7 +24,7 @@ from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.encoders import Encoder, pool
 from lmvae_fast.models.tokenization import SentenceTokenizer
 from tests.models.tiny import make_decoder, make_model
-from tests.reference.tiny import tiny_encoder, tiny_tokenizer
+from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 TEXTS = ["a cat is a kind of animal", "dogs eat meat", "water boils", "the sun is a star"]
 
@@ -165,11 +165,32 @@ def test_no_tensor_of_tokens_times_vocabulary_in_a_training_step(kernels):
         (lambda: hf.GraniteForCausalLM(hf.GraniteConfig(
             hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
             vocab_size=320, logits_scaling=4.0)), "leaves out"),
+        (lambda: hf.StableLmForCausalLM(hf.StableLmConfig(
+            hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+            vocab_size=320)), "keyword arguments"),
+        (lambda: hf.T5ForConditionalGeneration(hf.T5Config(
+            vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)), "T5"),
+        (lambda: _llama_that_ignores_positions(), "position ids"),
+        (lambda: _llama_with_a_layer_of_kind("chunked_attention"), "chunked_attention"),
+        (lambda: _llama_with_a_layer_of_kind("sliding_attention"), "sliding_attention"),
     ],
 )  # fmt: skip
 def test_decoders_that_we_would_compute_wrong_are_refused(model, message):
     with pytest.raises(UnsupportedDecoderError, match=message):
         Decoder(model().eval(), SentenceTokenizer(tiny_tokenizer()))
+
+
+def _llama_that_ignores_positions():
+    model = tiny_decoder("llama", vocab_size=320)
+    rotary = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: rotary(x, torch.arange(x.shape[1])[None])
+    return model
+
+
+def _llama_with_a_layer_of_kind(kind):
+    model = tiny_decoder("llama", vocab_size=320)
+    model.config.layer_types = ["full_attention", "full_attention", kind]
+    return model
 
 
 def test_a_decoder_outside_lmvae_says_whose_it_is():
