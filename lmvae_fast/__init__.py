@@ -49,7 +49,43 @@ _PUBLIC = {
     "NumericalError": "lmvae_fast.errors",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 - all of them are strings
+__all__ = [
+    "LMVAE",
+    "Batch",
+    "Callback",
+    "CheckpointError",
+    "ConfigError",
+    "CouplingFlow",
+    "DataError",
+    "Decoder",
+    "Encoder",
+    "Example",
+    "Generated",
+    "GenerationConfig",
+    "Injection",
+    "LMVAEConfig",
+    "LMVAEError",
+    "LMVAEOutput",
+    "LatentError",
+    "NumericalError",
+    "OutputError",
+    "Posterior",
+    "SentenceDataset",
+    "TokenizerError",
+    "TrainConfig",
+    "TrainResult",
+    "UnsupportedDecoderError",
+    "__version__",
+    "arithmetic",
+    "backend",
+    "evaluate",
+    "generate",
+    "generate_corpus",
+    "interpolate",
+    "read",
+    "train",
+    "traverse",
+]
 
 if TYPE_CHECKING:
     from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig

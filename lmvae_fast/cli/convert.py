@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,8 @@ def convert(
     if to not in ("lmvae_fast", "langvae"):
         raise ConfigError("--to", value=to, limit="lmvae_fast, langvae")
     if (source / "decoder_cfg.json").is_file():
-        parts = {name: value for name, value in (("encoder", encoder), ("decoder", decoder)) if value is not None}
+        given = {"encoder": encoder, "decoder": decoder}
+        parts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         model = load_checkpoint(source, **parts)
     else:
         model = load_model(source, device="cpu")

@@ -28,7 +28,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 700,
     language_model_epochs: Annotated[int, typer.Option(help="Epochs of the decoder's own training.")] = 1,
     sentences: Annotated[int, typer.Option(help="Sentences of the bundled corpus.")] = SENTENCES,
-    encoder: Annotated[str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")] = MINILM,  # noqa: E501
+    encoder: Annotated[str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")] = MINILM,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     as_json: Json = False,
 ) -> None:

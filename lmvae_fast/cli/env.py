@@ -31,7 +31,7 @@ def collect() -> dict:
             importlib.import_module(f"lmvae_fast.kernels.{module.name}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     built, extension = backend.extension()
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)

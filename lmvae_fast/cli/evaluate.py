@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -39,7 +39,7 @@ def evaluate(
         sentences = sentences[:limit] if limit else sentences
     else:
         where = int(column) if column is not None and column.isdigit() else column
-        reading = {name: value for name, value in (("column", where), ("limit", limit)) if value is not None}
+        reading: dict[str, Any] = {name: value for name, value in (("column", where), ("limit", limit)) if value is not None}
         sentences = read(data, **reading)
     chosen = METRICS if metrics == "all" else tuple(name.strip() for name in metrics.split(","))
     with use_backend(backend):

@@ -38,7 +38,7 @@ def generate(
     output: Annotated[Path | None, typer.Option(help="File to write (jsonl, or txt for bare texts); continues one begun.")] = None,  # noqa: E501
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the output anew.")] = False,
     batch_size: Annotated[int, typer.Option(help="Sentences decoded at a time.")] = 64,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens per sentence; default: the model's max_len.")] = None,  # noqa: E501
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens per sentence; default: the model's max_len.")] = None,
     sample: Sample = False,
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
@@ -89,6 +89,7 @@ def generate(
     else:
         from lmvae_fast.data import read
 
+        assert texts is not None
         sentences = read(texts).texts
         mu = loaded.encode(sentences).mu.cpu()
         total, source = len(sentences), _file_hash(texts)

@@ -13,6 +13,7 @@ import torch
 
 from lmvae_fast.integrations.langvae import load_reference, save_checkpoint
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.projectors import LinearProjector
 
 
 def compare(model: LMVAE, texts: Sequence[str], scratch: Path, *, seed: int = 0, runs: int = 5) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def compare(model: LMVAE, texts: Sequence[str], scratch: Path, *, seed: int = 0,
     pooled = model.pool(sentences)
     # Both sides use encoder features computed once: LangVAE caches them too.
     features = reference.pooled(reference.target_ids(texts))
-    reference.pooled = lambda ids: features  # type: ignore[method-assign]
+    reference.pooled = lambda target_ids: features  # type: ignore[method-assign]
     try:
         model.config = released
         batch = model.make_batch(sentences, pooled=pooled)
@@ -87,12 +88,13 @@ def _gradients(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[float, dic
     model.zero_grad()
     value = loss()
     value.backward()
-    out = {}
+    out: dict[str, Any] = {}
     if isinstance(model, LMVAE):
+        assert isinstance(model.projector, LinearProjector)
         out["head"] = model.posterior_head.weight.grad
         for layer in range(model.decoder.num_layers):
-            out[f"weight.{layer}"] = model.projector.weight.grad[layer]
-            out[f"bias.{layer}"] = model.projector.bias.grad[layer]
+            for name in ("weight", "bias"):
+                out[f"{name}.{layer}"] = getattr(model.projector, name).grad[layer]
     else:
         out["head"] = model.linear.weight.grad
         for layer, linear in enumerate(model.context_hidden):

@@ -47,7 +47,9 @@ class Report:
 
     def cards(self, figures: Iterable[tuple[str, str]]) -> None:
         """Large figures: (value, what it is)."""
-        cells = (f"<div class=card><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in figures)
+        cells = (
+            f"<div class=card><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in figures
+        )
         self.parts.append(f"<div class=cards>{''.join(cells)}</div>")
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -94,10 +96,11 @@ def _cell(value: Any) -> str:
 def style() -> None:
     """Matplotlib settings of our figures (no display is needed)."""
     import matplotlib
+    from cycler import cycler
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update({
         "figure.figsize": (9, 3.4), "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.alpha": 0.25, "axes.edgecolor": "#8891a5", "font.size": 10, "svg.fonttype": "none",
-        "axes.prop_cycle": matplotlib.cycler(color=["#2f6db3", "#d9822b", "#1f7a4d", "#a33c5b", "#6b5bb5", "#5b657a"]),
+        "axes.prop_cycle": cycler(color=["#2f6db3", "#d9822b", "#1f7a4d", "#a33c5b", "#6b5bb5", "#5b657a"]),
     })  # fmt: skip

@@ -36,7 +36,7 @@ def train(
     on_long: Annotated[str | None, typer.Option(help="Sentences over max_len: truncate, drop or error.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with sections model, train and data; flags override.")] = None,  # noqa: E501
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")] = None,  # noqa: E501
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")] = None,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -126,7 +127,7 @@ class LMVAE(nn.Module):
         return features
 
     def make_batch(
-        self, sentences: TokenizedSentences, rows: Sequence[int] | None = None, pooled: Tensor | None = None
+        self, sentences: TokenizedSentences, rows: Sequence[int] | np.ndarray | None = None, pooled: Tensor | None = None
     ) -> Batch:
         """Pack some sentences; ``pooled`` are the features of *all* sentences (``[N, width]``), or None to run the encoder."""
         rows = range(len(sentences)) if rows is None else rows
@@ -140,7 +141,7 @@ class LMVAE(nn.Module):
             labels = [sentence + [pad] * (longest - len(sentence)) for sentence in ids]
             tokens = [sum(token != pad for token in sentence) for sentence in labels]
         else:
-            labels = [(sentence + [eos])[: self.config.max_len] for sentence in ids]
+            labels = [[*sentence, eos][: self.config.max_len] for sentence in ids]
             tokens = [len(sentence) for sentence in labels]
         inputs = [[bos, *sentence[:-1]] for sentence in labels]
         index = torch.tensor(list(rows), dtype=torch.int64)

@@ -64,7 +64,7 @@ def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_fro
             store = include_frozen if include_frozen is not None else part.source is None or Path(part.source).is_dir()
             if store:
                 part.model.save_pretrained(temporary / name)
-                tokenizer = part.tokenizer if name == "encoder" else part.tokenizer.tokenizer
+                tokenizer: Any = part.tokenizer if name == "encoder" else part.tokenizer.tokenizer
                 tokenizer.save_pretrained(temporary / name)
                 config = config.replace(**{name: f"./{name}"})
         state = {name: value.contiguous() for name, value in model.trainable_state_dict().items()}

@@ -61,7 +61,7 @@ class SentenceTokenizer:
         tokenizer = load_pretrained(AutoTokenizer, name, "decoder tokenizer", add_prefix_space=add_prefix_space)
         # transformers 5 drops the option for tokenizers that are a plain tokenizer.json; 4 set it on the pre-tokenizer.
         pre_tokenizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
-        if add_prefix_space and hasattr(pre_tokenizer, "add_prefix_space"):
+        if add_prefix_space and pre_tokenizer is not None and hasattr(pre_tokenizer, "add_prefix_space"):
             pre_tokenizer.add_prefix_space = True
         config = config.get_text_config(decoder=True)
         tokens = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

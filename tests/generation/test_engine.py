@@ -10,10 +10,10 @@ from lmvae_fast.errors import ConfigError, LatentError
 from lmvae_fast.generation.engine import generate
 from lmvae_fast.generation.greedy import greedy_ids
 from lmvae_fast.generation.sampling import filtered_probabilities, select_tokens
-from lmvae_fast.reference.stepwise import stepwise_greedy
-from tests.models.tiny import make_decoder, make_model
-from tests.models.test_parallel_pass import problem
 from lmvae_fast.models.injection import Injection
+from lmvae_fast.reference.stepwise import stepwise_greedy
+from tests.models.test_parallel_pass import problem
+from tests.models.tiny import make_decoder, make_model
 
 
 @pytest.mark.parametrize("visibility", ["prefix", "rolling", "interleaved"])
@@ -28,7 +28,7 @@ def test_static_cache_gives_the_oracles_tokens(family, visibility):
     got = greedy_ids(decoder, injection, steps)
     start = torch.full((memory.shape[2],), decoder.tokenizer.bos_token_id)
     model.set_attn_implementation("eager")
-    expected, logits = stepwise_greedy(
+    expected, _ = stepwise_greedy(
         model, start, steps, injection.memory, visibility=visibility, embedding_shift=shift, output_residual=residual
     )
     assert torch.equal(got, expected)

@@ -31,7 +31,8 @@ def make_model(family="gpt2", encoder="bert", *, dtype=torch.float32, seed=0, **
     full = resolve(config)
     _, decoder = make_decoder(family, dtype=dtype, train=full.train_decoder)
     part = Encoder(
-        tiny.tiny_encoder(encoder, vocab_size=len(tiny.tiny_tokenizer())).to(dtype), tiny.tiny_tokenizer(), pooling=full.pooling, normalize=full.normalize,
+        tiny.tiny_encoder(encoder, vocab_size=len(tiny.tiny_tokenizer())).to(dtype), tiny.tiny_tokenizer(),
+        pooling=full.pooling, normalize=full.normalize,
         train=full.train_encoder,
     )  # fmt: skip
     return LMVAE(config, encoder=part, decoder=decoder)
