@@ -6,17 +6,9 @@ made, so that a run never starts on a configuration it would not survive.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
 
-import yaml
-
+from lmvae_fast.config_base import ConfigBase
 from lmvae_fast.errors import ConfigError
 
 SYSTEMS = ("langvae", "optimus")
@@ -32,107 +24,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MONITORS = ("elbo", "reconstruction", "loss")
 ON_LONG = ("truncate", "drop", "error")
 
-Config = TypeVar("Config", bound="_Config")
-
-
-class _Config:
-    """What all configurations share: conversion to and from dictionaries and files."""
-
-    @classmethod
-    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Build from a mapping; raises ConfigError naming every field that does not exist."""
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            close = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
-            hints = ", ".join(f"{name} -> {match[0]}" for name, match in close.items() if match)
-            raise ConfigError(
-                f"unknown field(s) in {cls.__name__}",
-                value=", ".join(unknown),
-                limit=", ".join(known),
-                remedy=f"did you mean {hints}?" if hints else "remove them",
-            )
-        # JSON and YAML have lists where we keep tuples (frozen, hashable).
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary that :meth:`from_dict` reads back; tuples become lists."""
-        values = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    def replace(self: Config, **changes: Any) -> Config:
-        """A copy with some fields changed (checked like a new one)."""
-        return type(self).from_dict({**self.to_dict(), **changes})
-
-    @classmethod
-    def from_file(cls: type[Config], path: str | os.PathLike[str]) -> Config:
-        """Read from a ``.json``, ``.yaml`` or ``.yml`` file."""
-        return cls.from_dict(read_mapping(path))
-
-    def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON or YAML, by the file's ending."""
-        path = Path(path)
-        if path.suffix in (".yaml", ".yml"):
-            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
-        else:
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    def _choice(self, name: str, allowed: tuple[str, ...], optional: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        if value not in allowed:
-            close = difflib.get_close_matches(str(value), allowed, 1)
-            raise ConfigError(
-                f"{type(self).__name__}.{name} is not a known value",
-                value=repr(value),
-                limit=", ".join(allowed),
-                remedy=f"did you mean {close[0]!r}?" if close else "choose one of those",
-            )
-
-    def _number(
-        self,
-        name: str,
-        low: float | None = None,
-        high: float | None = None,
-        *,
-        integer: bool = False,
-        optional: bool = False,
-        open_low: bool = False,
-    ) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        kind = "an integer" if integer else "a finite number"
-        allowed = f"{kind}" + (f" {'>' if open_low else '>='} {low}" if low is not None else "")
-        allowed += f" and <= {high}" if high is not None else ""
-        good = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-        good = good and value == value and abs(value) != float("inf")
-        good = good and (low is None or (value > low if open_low else value >= low)) and (high is None or value <= high)
-        if not good:
-            raise ConfigError(
-                f"{type(self).__name__}.{name} is out of range", value=repr(value), limit=allowed, remedy="change it"
-            )
-
-
-def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file; raises ConfigError if there is none."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read configuration file {path}: {error}", remedy="check the path") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:] or 'YAML'}: {error}", remedy="mend it") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} does not hold a mapping", value=type(values).__name__, limit="field: value lines")
-    return values
-
 
 @dataclass(frozen=True)
-class LMVAEConfig(_Config):
+class LMVAEConfig(ConfigBase):
     """What a model is. Fields left at ``None`` take the value of the system's preset (``models/systems.py``).
 
     Attributes:
@@ -142,7 +36,8 @@ class LMVAEConfig(_Config):
         latent_dim: width nz of the latent z.
         max_len: the most tokens predicted for a sentence, its end-of-sentence token included.
         visibility: what a token sees of the memory: ``prefix``, ``rolling`` or ``interleaved`` (docs/architecture.md).
-        slots: memory slots per layer. Rolling and interleaved need ``max_len + 1`` or more.
+        slots: memory slots per layer. Rolling and interleaved need ``max_len`` or more and take ``max_len + 1`` by
+            default, as LangVAE does; prefix takes 1.
         pooling: ``mean``, ``cls``, ``last`` or ``pooler`` (BERT's tanh pooler) over the encoder's last hidden states.
         normalize: L2-normalise the pooled vector.
         projector: ``linear`` (own K and V per slot), ``shared`` (one vector as key and as value), ``mlp`` (linear after a
@@ -205,11 +100,12 @@ class LMVAEConfig(_Config):
         self._number("projector_hidden", 1, integer=True, optional=True)
         self._number("projector_dropout", 0.0, 0.999, optional=True)
         self._number("kl_target", 0.0, optional=True)
-        for name in ("encoder", "decoder"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ConfigError(
-                    f"LMVAEConfig.{name} must be a model name or folder", value=repr(getattr(self, name))
-                )
+        self._text("encoder")
+        self._text("decoder")
+        self._flag(
+            "normalize", "embedding_shift", "length_normalize", "free_running", "train_encoder", "train_decoder",
+            "conditional_decoder", "add_prefix_space",
+        )  # fmt: skip
         if not isinstance(self.annotations, tuple) or not all(isinstance(label, str) for label in self.annotations):
             raise ConfigError(
                 "LMVAEConfig.annotations must be a tuple of label names", value=repr(self.annotations), limit="strings"
@@ -229,6 +125,11 @@ class LMVAEConfig(_Config):
                 "projector='none' with embedding_shift=false leaves the latent no way into the decoder",
                 remedy="enable one of them",
             )
+        if self.objective == "langvae-0.6" and self.length_normalize:
+            raise ConfigError(
+                "objective='langvae-0.6' has a length weighting of its own", value="length_normalize=True",
+                remedy="use objective='elbo' or length_normalize=False",
+            )  # fmt: skip
         if self.projector_hidden is not None and self.projector not in (None, "mlp"):
             raise ConfigError(
                 "projector_hidden belongs to projector='mlp'",
@@ -244,7 +145,7 @@ class LMVAEConfig(_Config):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Config):
+class TrainConfig(ConfigBase):
     """How a model is trained.
 
     Attributes:
@@ -330,12 +231,18 @@ class TrainConfig(_Config):
         self._number("weight_decay", 0.0)
         self._number("plateau_factor", 0.0, 0.9999, open_low=True)
         self._number("grad_clip", 0.0, optional=True, open_low=True)
-        for name in ("beta",):
-            self._number(name, 0.0)
+        self._number("beta", 0.0)
         for name in ("beta_zero", "beta_increase"):
             self._number(name, 0.0, 1.0)
-        if len(self.adam_betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
-            raise ConfigError("TrainConfig.adam_betas", value=self.adam_betas, limit="two numbers in [0, 1)")
+        betas = self.adam_betas
+        good = isinstance(betas, tuple) and len(betas) == 2
+        if not good or not all(isinstance(beta, (int, float)) and 0.0 <= beta < 1.0 for beta in betas):
+            raise ConfigError("TrainConfig.adam_betas is out of range", value=betas, limit="two numbers in [0, 1)")
+        self._text("output_dir")
+        self._text("cache_dir", optional=True)
+        self._flag("tensorboard", "progress")
+        if not isinstance(self.resume, bool):
+            self._text("resume")
         if self.beta_zero + self.beta_increase > 1.0:
             raise ConfigError(
                 "beta_zero and beta_increase are shares of one cycle",
@@ -346,7 +253,7 @@ class TrainConfig(_Config):
 
 
 @dataclass(frozen=True)
-class GenerationConfig(_Config):
+class GenerationConfig(ConfigBase):
     """How latents become text.
 
     Attributes:
@@ -372,6 +279,7 @@ class GenerationConfig(_Config):
         self._number("top_p", 0.0, 1.0, open_low=True)
         self._number("seed", 0, integer=True, optional=True)
         self._number("batch_size", 1, integer=True)
+        self._flag("do_sample")
         if not self.do_sample and (self.temperature != 1.0 or self.top_k != 0 or self.top_p != 1.0):
             raise ConfigError(
                 "temperature, top_k and top_p only act when tokens are drawn",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
-from lmvae_fast.errors import ConfigError
+from lmvae_fast.errors import ConfigError, OutputError
 from lmvae_fast.models.systems import resolve
 
 
@@ -43,6 +43,16 @@ def test_files_round_trip(tmp_path, suffix, config):
         (lambda: LMVAEConfig(conditional_decoder=True), "annotations"),
         (lambda: LMVAEConfig(annotations=("A", "A")), "repeat"),
         (lambda: LMVAEConfig(encoder=""), "encoder"),
+        (lambda: LMVAEConfig(train_encoder="false"), "true or false"),
+        (lambda: LMVAEConfig(conditional_decoder=None), "true or false"),
+        (lambda: LMVAEConfig(objective="langvae-0.6", length_normalize=True), "length weighting"),
+        (lambda: LMVAEConfig.from_dict({1: 2}), "unknown"),
+        (lambda: TrainConfig(adam_betas=0.9), "two numbers"),
+        (lambda: TrainConfig(adam_betas=("a", "b")), "two numbers"),
+        (lambda: TrainConfig(output_dir=3), "output_dir"),
+        (lambda: TrainConfig(resume=3), "resume"),
+        (lambda: TrainConfig(tensorboard="no"), "true or false"),
+        (lambda: GenerationConfig(do_sample="yes"), "true or false"),
         (lambda: TrainConfig(beta_zero=0.7, beta_increase=0.5), "sum <= 1"),
         (lambda: TrainConfig(learning_rate=0.0), "> 0"),
         (lambda: TrainConfig(adam_betas=(0.9, 1.0)), "adam_betas"),
@@ -80,3 +90,17 @@ def test_presets_fill_open_fields_only():
     assert resolve(LMVAEConfig(visibility="prefix", slots=4)).slots == 4
     assert resolve(LMVAEConfig(projector="mlp", latent_dim=8)).projector_hidden == 32
     assert resolve(full) == full
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1E-3", ".1e-2", "0.001"])
+def test_yaml_reads_every_way_to_write_a_number(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"learning_rate: {text}\noutput_dir: 1e-3run\n")
+    config = TrainConfig.from_file(file)
+    assert config.learning_rate == 1e-3
+    assert config.output_dir == "1e-3run"
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(OutputError, match="nowhere"):
+        TrainConfig().to_file(tmp_path / "nowhere" / "c.json")

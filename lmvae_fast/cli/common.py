@@ -11,7 +11,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from lmvae_fast.config import read_mapping
+from lmvae_fast.config_base import parse_yaml, read_mapping
 from lmvae_fast.errors import ConfigError
 
 console = Console()
@@ -84,5 +84,8 @@ def merged(config: Path | None, sections: tuple[str, ...], flags: dict[str, dict
                 "--set wants section.field=value", value=item, limit=f"sections {', '.join(sections)}",
                 remedy="for example --set train.grad_clip=0.5",
             )  # fmt: skip
-        values[section][field] = yaml.safe_load(text)
+        try:
+            values[section][field] = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigError("--set wants a YAML value", value=item, remedy="quote it") from error
     return values
