@@ -55,7 +55,7 @@ def train_language_model(
             decay = 0.5 + 0.5 * math.cos(math.pi * step / len(batches))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min((step + 1) / warmup, decay)
-            batch = model.make_batch(sentences, rows, frozen).to(model.device)
+            batch = model.make_batch(sentences, rows.tolist(), frozen).to(model.device)
             hidden = decoder.hidden(
                 batch.input_ids, None, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, rows=batch.rows,
                 token_index=batch.token_index + shift,

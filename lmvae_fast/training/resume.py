@@ -67,19 +67,19 @@ def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises DataError for other training data, CheckpointError for another model, ConfigError for another recipe; warns
     of what changes the run's course without breaking it (length, evaluation, thread count, torch version).
     """
-    if saved["train_data"] != current["train_data"]:
-        raise DataError(
-            "the run being resumed was started on other training sentences",
-            value=current["train_data"][:16],
-            limit=saved["train_data"][:16],
-            remedy="give the same data (and on_long), or start a new output_dir",
-        )
     changed = _differences(saved["model_config"], current["model_config"])
     if saved["frozen"] != current["frozen"]:
         changed["weights of the frozen parts"] = ("those of the run", "others")
     if changed:
         raise CheckpointError(
             f"the checkpoint belongs to another model: {_show(changed)}", remedy="build the model it was trained with"
+        )
+    if saved["train_data"] != current["train_data"]:
+        raise DataError(
+            "the run being resumed was started on other training sentences",
+            value=current["train_data"][:16],
+            limit=saved["train_data"][:16],
+            remedy="give the same data (and on_long), or start a new output_dir",
         )
     changed = _differences(saved["train_config"], current["train_config"])
     fixed = {name: pair for name, pair in changed.items() if name not in FREE | CHANGEABLE}
