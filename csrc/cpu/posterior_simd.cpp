@@ -1,12 +1,14 @@
 // posterior_sample, rows [begin, end): one pass over mu and logvar in tiles that stay in the first-level cache. A tile is
 // either some whole rows or a piece of one row; its noise is one contiguous range of Philox blocks either way.
+#include <type_traits>
+
 #include "posterior.h"
 #include "simd_math.h"
 
 namespace lmvae::LMVAE_ISA {
 
 constexpr int64_t kTile = 1024;  // elements of a tile: six float rows of it fit in 32 KB
-constexpr int64_t kSlack = 4 * kLanes;
+constexpr int64_t kSlack = 4 * kLanes;  // what normal_fill may write beyond the tile
 
 LMVAE_INLINE int64_t pad4(int64_t n) { return (n + 3) / 4 * 4; }
 
@@ -29,22 +31,38 @@ LMVAE_INLINE A kl_mask(A mu, A lv, A e, A target) {
 
 template <typename A>
 struct Tile {
-  alignas(64) A mu[kTile + kSlack], lv[kTile + kSlack], std[kTile + kSlack], e[kTile + kSlack], eps[kTile + kSlack],
-      out[kTile + kSlack], dz[kTile + kSlack], sum[kTile + kSlack];
+  alignas(64) A mu[kTile], lv[kTile], std[kTile], e[kTile], eps[kTile + kSlack], dz[kTile], dmu[kTile], dlv[kTile];
 };
 
+// A dense block of rows x pitch in the arithmetic type: the tensor's own memory where it is already that, else a copy.
 template <typename T>
-LMVAE_INLINE void load_tile(const T* x, int64_t row_stride, int64_t col_stride, acc_t<T>* y, int64_t rows, int64_t cols,
-                            int64_t pitch) {
-  for (int64_t r = 0; r < rows; r++) {
-    load_row(x + r * row_stride, col_stride, y + r * pitch, cols);
-    for (int64_t c = cols; c < pitch; c++) y[r * pitch + c] = 0;  // padding computes, and must not raise
+LMVAE_INLINE const acc_t<T>* read_tile(const void* base, int64_t offset, int64_t row_stride, int64_t col_stride,
+                                       acc_t<T>* copy, int64_t rows, int64_t cols, int64_t pitch) {
+  const T* x = static_cast<const T*>(base) + offset;
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    if (col_stride == 1 && pitch == cols && (rows == 1 || row_stride == pitch)) return x;
   }
+  for (int64_t r = 0; r < rows; r++) {
+    load_row(x + r * row_stride, col_stride, copy + r * pitch, cols);
+    for (int64_t c = cols; c < pitch; c++) copy[r * pitch + c] = 0;  // padding is computed on, and never stored
+  }
+  return copy;
 }
 
+// Where to compute an output block: its place in the (dense) output, else a buffer for write_tile to store from.
 template <typename T>
-LMVAE_INLINE void store_tile(const acc_t<T>* x, T* y, int64_t row_stride, int64_t rows, int64_t cols, int64_t pitch) {
-  if (pitch == cols && row_stride == cols) return store_row(x, y, rows * cols);
+LMVAE_INLINE acc_t<T>* output_tile(void* base, int64_t offset, int64_t row_stride, acc_t<T>* buffer, int64_t rows,
+                                   int64_t cols, int64_t pitch) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    if (pitch == cols && (rows == 1 || row_stride == pitch)) return static_cast<T*>(base) + offset;
+  }
+  return buffer;
+}
+template <typename T>
+LMVAE_INLINE void write_tile(const acc_t<T>* x, void* base, int64_t offset, int64_t row_stride, int64_t rows, int64_t cols,
+                             int64_t pitch) {
+  T* y = static_cast<T*>(base) + offset;
+  if (static_cast<const void*>(x) == static_cast<const void*>(y)) return;
   for (int64_t r = 0; r < rows; r++) store_row(x + r * pitch, y + r * row_stride, cols);
 }
 
@@ -52,7 +70,7 @@ template <typename T, KlMode mode>
 void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t dim = a.dim, row_blocks = pad4(dim) / 4;
-  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / std::max<int64_t>(1, pad4(dim)));
+  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / pad4(dim));
   const A target = static_cast<A>(a.target);
   Tile<A> t;
   A total[kTile];
@@ -61,23 +79,27 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
     std::fill_n(total, rows, A(0));
     for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
       const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch;
-      load_tile(static_cast<const T*>(a.mu) + r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
-      load_tile(static_cast<const T*>(a.logvar) + r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv,
-                rows, cols, pitch);
+      const A* mu = read_tile<T>(a.mu, r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
+      const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv, rows, cols, pitch);
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) t.std[i] = exp_(A(0.5) * t.lv[i]);
+      for (int64_t i = 0; i < n; i++) {
+        A e;
+        exp_half_and_full(lv[i], &t.std[i], &e);
+        t.e[i] = kl_term<A, mode>(mu[i], lv[i], e, target);
+      }
       for (int64_t r = 0; r < rows; r++) {
         A sum = 0;
-        const A *m = t.mu + r * pitch, *l = t.lv + r * pitch;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < cols; c++) sum += kl_term<A, mode>(m[c], l[c], exp_(l[c]), target);
+        for (int64_t c = 0; c < cols; c++) sum += t.e[r * pitch + c];
         total[r] += sum;
       }
       for (int64_t s = 0; s < a.samples; s++) {
         normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
+        const int64_t at = (s * a.batch + r0) * dim + c0;
+        A* z = output_tile<T>(a.z, at, dim, t.dmu, rows, cols, pitch);
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) t.out[i] = t.mu[i] + t.std[i] * t.eps[i];
-        store_tile(t.out, static_cast<T*>(a.z) + (s * a.batch + r0) * dim + c0, dim, rows, cols, pitch);
+        for (int64_t i = 0; i < n; i++) z[i] = mu[i] + t.std[i] * t.eps[i];
+        write_tile<T>(z, a.z, at, dim, rows, cols, pitch);
       }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -91,51 +113,52 @@ template <typename T, KlMode mode>
 void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t dim = a.dim, row_blocks = pad4(dim) / 4;
-  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / std::max<int64_t>(1, pad4(dim)));
+  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / pad4(dim));
   const A target = static_cast<A>(a.target);
   Tile<A> t;
   for (int64_t r0 = begin; r0 < end; r0 += rows_per_tile) {
     const int64_t rows = std::min(rows_per_tile, end - r0);
     for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
-      const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch;
-      load_tile(static_cast<const T*>(a.logvar) + r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv,
-                rows, cols, pitch);
-      std::fill_n(t.sum, n, A(0));  // sum over samples of dz
-      std::fill_n(t.out, n, A(0));  // sum over samples of dz * eps, then dlogvar
-      if (a.dz != nullptr) {
+      const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch, at = r0 * dim + c0;
+      const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv, rows, cols, pitch);
+      A* dmu = output_tile<T>(a.dmu, at, dim, t.dmu, rows, cols, pitch);
+      A* dlv = output_tile<T>(a.dlogvar, at, dim, t.dlv, rows, cols, pitch);
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) t.std[i] = A(0.5) * exp_(A(0.5) * t.lv[i]);
-        for (int64_t s = 0; s < a.samples; s++) {
-          normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
-          load_tile(static_cast<const T*>(a.dz) + s * a.dz_sample + r0 * a.dz_row + c0 * a.dz_col, a.dz_row, a.dz_col, t.dz,
-                    rows, cols, pitch);
+      for (int64_t i = 0; i < n; i++) exp_half_and_full(lv[i], &t.std[i], &t.e[i]);
+      for (int64_t s = 0; a.dz != nullptr && s < a.samples; s++) {
+        normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
+        const A* dz = read_tile<T>(a.dz, s * a.dz_sample + r0 * a.dz_row + c0 * a.dz_col, a.dz_row, a.dz_col, t.dz, rows, cols, pitch);
+        if (s == 0) {
 #pragma omp simd
-          for (int64_t i = 0; i < n; i++) {
-            t.sum[i] += t.dz[i];
-            t.out[i] += t.dz[i] * t.eps[i];
-          }
+          for (int64_t i = 0; i < n; i++) dmu[i] = dz[i], dlv[i] = dz[i] * t.eps[i];
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < n; i++) dmu[i] += dz[i], dlv[i] += dz[i] * t.eps[i];
         }
+      }
+      if (a.dz == nullptr) {
+        std::fill_n(dmu, n, A(0));
+        std::fill_n(dlv, n, A(0));
+      } else {
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) t.out[i] *= t.std[i];
+        for (int64_t i = 0; i < n; i++) dlv[i] *= A(0.5) * t.std[i];
       }
       if (a.dkl != nullptr) {
-        load_tile(static_cast<const T*>(a.mu) + r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
+        const A* mu = read_tile<T>(a.mu, r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
         for (int64_t r = 0; r < rows; r++) {
           A g = static_cast<const A*>(a.dkl)[(r0 + r) * a.dkl_row];
           if (mode == KlMode::SampleThreshold) g *= static_cast<const A*>(a.kl_saved)[r0 + r] > target ? A(1) : A(0);
-          const A *m = t.mu + r * pitch, *l = t.lv + r * pitch;
-          A *dm = t.sum + r * pitch, *dl = t.out + r * pitch;
+          const int64_t row = r * pitch;
 #pragma omp simd
-          for (int64_t c = 0; c < cols; c++) {
-            const A e = exp_(l[c]);
-            const A gk = g * kl_mask<A, mode>(m[c], l[c], e, target);
-            dm[c] += gk * m[c];
-            dl[c] += A(0.5) * gk * (e - A(1));
+          for (int64_t i = row; i < row + pitch; i++) {
+            const A gk = g * kl_mask<A, mode>(mu[i], lv[i], t.e[i], target);
+            dmu[i] += gk * mu[i];
+            dlv[i] += A(0.5) * gk * (t.e[i] - A(1));
           }
         }
       }
-      store_tile(t.sum, static_cast<T*>(a.dmu) + r0 * dim + c0, dim, rows, cols, pitch);
-      store_tile(t.out, static_cast<T*>(a.dlogvar) + r0 * dim + c0, dim, rows, cols, pitch);
+      write_tile<T>(dmu, a.dmu, at, dim, rows, cols, pitch);
+      write_tile<T>(dlv, a.dlogvar, at, dim, rows, cols, pitch);
     }
   }
 }

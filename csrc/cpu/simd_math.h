@@ -23,14 +23,15 @@ namespace lmvae::LMVAE_ISA {
 LMVAE_INLINE float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
 LMVAE_INLINE uint32_t float_to_bits(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
 
-// e^x. Range reduction by two constants, the minimax polynomial of Cephes' expf, scaling in two halves so that results
-// below the smallest normal number and above the largest come out as torch's do.
-LMVAE_INLINE float exp_(float x) {
-  float c = x > 89.0f ? 89.0f : x;  // comparisons written so that NaN stays NaN
+// e^x - 1 of the part of x that is left after taking n * ln 2 off, and n. Range reduction by two constants, the minimax
+// polynomial of Cephes' expf. x is clamped where e^x is 0 or Inf anyway; comparisons are written so that NaN stays NaN.
+struct Reduced { float q; int32_t n; };
+LMVAE_INLINE Reduced reduce_exp(float x) {
+  float c = x > 89.0f ? 89.0f : x;
   c = c < -104.0f ? -104.0f : c;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, kept in the low bits
   const float shifted = c * 1.44269504088896341f + magic;
-  const int32_t n = static_cast<int32_t>(float_to_bits(shifted)) - static_cast<int32_t>(float_to_bits(magic));
+  const int32_t n = static_cast<int32_t>(float_to_bits(shifted) - float_to_bits(magic));
   const float nf = shifted - magic;
   float r = c - nf * 0.693359375f;
   r = r - nf * -2.12194440e-4f;
@@ -40,10 +41,27 @@ LMVAE_INLINE float exp_(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const int32_t n1 = n >> 1, n2 = n - n1;
-  return p * bits_to_float(static_cast<uint32_t>(n1 + 127) << 23) * bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
+  return {p * (r * r) + r, n};
 }
+
+// e^x. Scaling in two halves: results below the smallest normal number and above the largest come out as torch's do.
+LMVAE_INLINE float exp_(float x) {
+  const Reduced a = reduce_exp(x);
+  const int32_t n1 = a.n >> 1, n2 = a.n - n1;
+  return (a.q + 1.0f) * bits_to_float(static_cast<uint32_t>(n1 + 127) << 23) * bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
+}
+
+// e^(x/2) and e^x for little more than one of them. The square is taken of 1 + q as a sum of two floats, so that its error
+// does not double.
+LMVAE_INLINE void exp_half_and_full(float x, float* half, float* full) {
+  const Reduced a = reduce_exp(0.5f * x);
+  const int32_t n1 = a.n >> 1, n2 = a.n - n1;
+  const float s1 = bits_to_float(static_cast<uint32_t>(n1 + 127) << 23), s2 = bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
+  const float high = a.q + 1.0f, low = a.q - (high - 1.0f);
+  *half = high * s1 * s2;
+  *full = (high * high + 2.0f * high * low) * s1 * s2 * s1 * s2;
+}
+LMVAE_INLINE void exp_half_and_full(double x, double* half, double* full) { *half = std::exp(0.5 * x), *full = std::exp(x); }
 LMVAE_INLINE double exp_(double x) { return std::exp(x); }
 
 // ---- rows in and out -------------------------------------------------------------------------------------------------
