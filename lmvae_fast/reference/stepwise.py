@@ -132,8 +132,11 @@ class StepwiseDecoder:
         self.num_slots = 0 if memory is None else memory.shape[-2]
         self.step_index = 0
         self._tokens: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values of tokens read
+        self._slots: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values of the memory
         if memory is not None:
             self._check(memory)
+            # Taken apart once: at every step it would cost a gradient of the whole memory's size.
+            self._slots = [(layer[0], layer[1]) for layer in memory.unbind(0)]
 
     def _check(self, memory: Tensor) -> None:
         config = self.model.config.get_text_config()
@@ -159,10 +162,10 @@ class StepwiseDecoder:
         tokens = self._tokens or [(empty, empty)] * memory.shape[0]
         return [
             (
-                past_entries(self.visibility, self.step_index, slots[0], keys),
-                past_entries(self.visibility, self.step_index, slots[1], values),
+                past_entries(self.visibility, self.step_index, slot_keys, keys),
+                past_entries(self.visibility, self.step_index, slot_values, values),
             )
-            for slots, (keys, values) in zip(memory, tokens, strict=True)
+            for (slot_keys, slot_values), (keys, values) in zip(self._slots, tokens, strict=True)
         ]
 
     def step(self, ids: Tensor) -> Tensor:
