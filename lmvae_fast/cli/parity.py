@@ -110,7 +110,7 @@ def _step(model: Any, loss: Callable[[], torch.Tensor]) -> None:
 
 
 def _same_ids(model: LMVAE, reference: Any, z: torch.Tensor) -> bool:
-    from lmvae_fast.generation.greedy import greedy_ids
+    from lmvae_fast.models.greedy import greedy_ids
 
     ours = greedy_ids(model.decoder, model.inject(z), model.config.max_len)
     return bool(torch.equal(ours, reference.decode_ids(z)))

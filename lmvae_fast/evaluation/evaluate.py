@@ -6,17 +6,17 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmvae_fast.errors import ConfigError, DataError, NumericalError
 from lmvae_fast.evaluation import metrics as figures
 from lmvae_fast.evaluation import text as text_figures
+from lmvae_fast.models.modes import evaluating
 
 #: What ``evaluate`` can compute, in its order. ``perplexity`` costs ``num_importance_samples`` passes over the data.
 METRICS = ("elbo", "active_units", "mutual_information", "perplexity", "bleu", "exact_match", "token_accuracy")
@@ -113,7 +113,7 @@ def evaluate(
     """
     started = time.perf_counter()
     _check(metrics, batch_size, num_importance_samples, seed)
-    with _eval_mode(model):
+    with evaluating(model):
         sentences: Any = data if hasattr(data, "ids") else model.tokenize(data, on_long=on_long)
         if len(sentences) < (2 if "active_units" in metrics else 1):
             raise DataError(
@@ -253,18 +253,6 @@ def _noise(rows: range, samples: int, width: int, seed: int) -> tuple[Tensor, Te
         first[place] = torch.randn(width, generator=source)
         noise[:, place] = torch.randn(samples, width, generator=source)
     return first, noise
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    # Frozen parts of a model in train mode stay in eval mode: every module's own state is restored.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check(metrics: Sequence[str], batch_size: int, num_importance_samples: int, seed: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from lmvae_fast.generation.sampling import select_tokens
 from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Rows:
 def _run(model, blocks, config, limit, seed, first_index) -> Iterator[Generated]:
     eos = model.decoder.tokenizer.eos_token_id
     waiting = _Waiting(model, blocks)
-    with _decoding(model):
+    with evaluating(model):  # never held while a consumer has control
         first = waiting.take(config.batch_size)
         if first is None:
             return
@@ -171,7 +171,7 @@ def _run(model, blocks, config, limit, seed, first_index) -> Iterator[Generated]
     started, emitted = first_index + rows.size, first_index
     done: dict[int, Generated] = {}
     while rows.size:
-        with _decoding(model):
+        with evaluating(model):
             logits = model.decoder.step(rows.token, rows.cache, rows.injection)
             steps = torch.tensor([len(ids) for ids in rows.ids])
             rows.token = select_tokens(logits, config, seed=seed, sentence=torch.tensor(rows.index), step=steps)
@@ -187,7 +187,7 @@ def _run(model, blocks, config, limit, seed, first_index) -> Iterator[Generated]
         for (row, finished), text in zip(ended, texts, strict=True):
             done[rows.index[row]] = Generated(rows.index[row], text.strip(), rows.ids[row], finished)
         free = deque(row for row, _ in ended)
-        with _decoding(model):
+        with evaluating(model):
             while free and (injection := waiting.take(len(free))) is not None:
                 taken = [free.popleft() for _ in range(injection.batch_size)]
                 rows.start(taken, injection, started)
@@ -197,17 +197,3 @@ def _run(model, blocks, config, limit, seed, first_index) -> Iterator[Generated]
         while emitted in done:
             yield done.pop(emitted)
             emitted += 1
-
-
-@contextmanager
-def _decoding(model: LMVAE):
-    """Evaluation mode without gradients around one piece of work; never held while a consumer has control."""
-    training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-

@@ -160,7 +160,7 @@ class CouplingFlow(nn.Module):
         views = self.named_views()
         for i, stage in enumerate(self.spec.stages):
             if stage.permutation == "hard":
-                index, inverse = hard_permutation(views[f"stages.{i}.index"], self.spec.dim)
+                _, inverse = hard_permutation(views[f"stages.{i}.index"], self.spec.dim)
                 if not torch.equal(inverse, views[f"stages.{i}.inverse"]):
                     raise ValueError(f"stage {i}: the stored inverse permutation does not undo the permutation")
             elif stage.permutation == "soft":

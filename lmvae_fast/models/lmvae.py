@@ -18,7 +18,9 @@ from lmvae_fast.kernels.posterior import posterior_sample
 from lmvae_fast.models.batch import Batch, pack
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.encoders import Encoder, Posterior
+from lmvae_fast.models.greedy import greedy_ids
 from lmvae_fast.models.injection import Injection
+from lmvae_fast.models.modes import evaluating
 from lmvae_fast.models.objective import combine, kl_per_dim, kl_reduce, segment_sum
 from lmvae_fast.models.projectors import LinearProjector, SharedProjector
 from lmvae_fast.models.systems import resolve
@@ -82,17 +84,20 @@ class LMVAE(nn.Module):
         self.embedding_shift = None
         if config.embedding_shift:
             self.embedding_shift = nn.Linear(self.injected_dim, decoder.hidden_size, bias=False)
-        # What trains is held in float32 (float64 for a float64 model) whatever the frozen parts are held in.
-        master = torch.float64 if dtype == torch.float64 else torch.float32
         for module in (self.posterior_head, self.projector, self.embedding_shift):
             if module is not None:
-                module.to(device=decoder.device, dtype=master)
+                module.to(device=decoder.device, dtype=self._master_dtype)
         decoder.check_positions(int(config.slots or 0), config.max_len, str(config.visibility))
 
     @property
     def injected_dim(self) -> int:
         """Width of what goes into the projector: z, and the pooled labels of a conditional decoder."""
         return self.config.latent_dim + len(self.config.annotations) * self.config.conditional_decoder
+
+    @property
+    def _master_dtype(self) -> torch.dtype:
+        """Dtype of what trains: float32, or float64 for a float64 model, whatever the frozen parts are held in."""
+        return torch.float64 if self.config.dtype == "float64" else torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -112,16 +117,17 @@ class LMVAE(nn.Module):
 
     @torch.no_grad()
     def pool(self, sentences: TokenizedSentences, batch_size: int = 64, progress: Any = None) -> Tensor:
-        """Pooled features of a frozen encoder, float32 ``[N, width]`` on the CPU; sorted by length to pad little.
+        """Pooled features of a frozen encoder, ``[N, width]`` on the CPU, float32 (float64 of a float64 model).
 
-        ``progress``: called with the number of sentences done after every batch, if given.
+        Sentences are read sorted by length, to pad little. ``progress``: called with the number of sentences done after
+        every batch, if given.
         """
         order = sorted(range(len(sentences)), key=lambda row: -len(sentences.ids[row]))
-        features = torch.empty(len(sentences), self.encoder.width)
+        features = torch.empty(len(sentences), self.encoder.width, dtype=self._master_dtype)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids, mask = self.encoder.tokenize([sentences.spelled[row] for row in rows])
-            features[rows] = self.encoder(ids.to(self.device), mask.to(self.device)).float().cpu()
+            features[rows] = self.encoder(ids.to(self.device), mask.to(self.device)).to(features)
             if progress is not None:
                 progress(len(rows))
         return features
@@ -160,12 +166,15 @@ class LMVAE(nn.Module):
         )
 
     def encode(self, inputs: Batch | Sequence[Any]) -> Posterior:
-        """Posterior of a batch, or of sentences (then without a graph, in batches of 64)."""
+        """Posterior of a batch; or of sentences, then without a graph, in evaluation mode and in batches of 64.
+
+        Raises DataError for an empty sentence, and for what :func:`~lmvae_fast.models.tokenization.tokenize` refuses.
+        """
         if isinstance(inputs, Batch):
             return self._posterior(inputs)
         sentences = self.tokenize(inputs, on_empty="error")
         parts = []
-        with torch.no_grad():
+        with evaluating(self):
             for start in range(0, len(sentences), 64):
                 rows = range(start, min(start + 64, len(sentences)))
                 parts.append(self._posterior(self.make_batch(sentences, rows).to(self.device)))
@@ -193,6 +202,11 @@ class LMVAE(nn.Module):
                     "a conditional decoder needs the pooled labels beside z", limit=f"[{z.shape[0]}, labels]",
                     remedy="pass annotations (model.make_batch makes them)",
                 )  # fmt: skip
+            if annotations.shape != (z.shape[0], len(self.config.annotations)):
+                raise LatentError(
+                    "pooled labels do not fit the latents", value=list(annotations.shape),
+                    limit=[z.shape[0], len(self.config.annotations)],
+                )  # fmt: skip
             z = torch.cat([z, annotations.to(z)], dim=-1)
         memory = shift = None
         if self.projector is not None:
@@ -204,6 +218,11 @@ class LMVAE(nn.Module):
     def check_latents(self, z: Tensor, *, finite: bool = True) -> None:
         """Raises LatentError unless z is floating, ``[batch, latent_dim]`` and (``finite``) without NaN or Inf."""
         width = self.config.latent_dim
+        if not isinstance(z, Tensor):
+            raise LatentError(
+                "latents must be a tensor", value=type(z).__name__, limit=f"floating [batch, {width}]",
+                remedy="torch.as_tensor(latents)",
+            )  # fmt: skip
         if z.dim() != 2 or z.shape[1] != width or not z.is_floating_point():
             raise LatentError(
                 "latents do not fit the model", value=f"{z.dtype} {list(z.shape)}", limit=f"floating [batch, {width}]",
@@ -267,7 +286,7 @@ class LMVAE(nn.Module):
     def _token_weights(self, batch: Batch) -> Tensor:
         """How much each token's NLL counts in the loss, ``[T]``, so that one weighted sum is the reconstruction."""
         sentences = max(batch.batch_size, 1)
-        tokens = batch.tokens.to(torch.float32)
+        tokens = batch.tokens.to(self._master_dtype)
         if self.config.objective == "langvae-0.6":
             return (tokens.sum() / sentences**2).expand(batch.num_tokens)
         weights = torch.ones_like(tokens) if not self.config.length_normalize else 1.0 / tokens.clamp_min(1)
@@ -291,8 +310,6 @@ class LMVAE(nn.Module):
     @torch.no_grad()
     def greedy_inputs(self, batch: Batch, injection: Injection) -> Tensor:
         """Decoder inputs ``[T]`` when the decoder reads its own greedy output instead of the sentence (LangVAE)."""
-        from lmvae_fast.generation.greedy import greedy_ids  # generation builds on models; this is its one use here
-
         ids = greedy_ids(self.decoder, injection.detach(), max(batch.max_seqlen - 1, 0))
         start = ids.new_full((ids.shape[0], 1), self.decoder.tokenizer.bos_token_id)
         return torch.cat([start, ids], dim=1)[batch.rows, batch.token_index]
@@ -300,11 +317,15 @@ class LMVAE(nn.Module):
     # Decoding -------------------------------------------------------------------------------------------------------
 
     def decode(self, z: Tensor, *, annotations: Tensor | None = None, **options: Any) -> list[str]:
-        """Text of latents ``[batch, latent_dim]``; options are the fields of GenerationConfig. Greedy by default."""
-        from lmvae_fast.generation.engine import generate
+        """Text of latents ``[batch, latent_dim]``; options are the fields of GenerationConfig. Greedy by default.
 
-        if z.dim() == 1:
+        Raises LatentError for latents that do not fit or are not finite, ConfigError for bad options.
+        """
+        from lmvae_fast.generation.engine import generate  # it builds on this module; the one upward import of models
+
+        if isinstance(z, Tensor) and z.dim() == 1:
             z = z.unsqueeze(0)
+        self.check_latents(z, finite=False)  # generate takes iterables too, decode does not
         return [out.text for out in generate(self, z, GenerationConfig.from_dict(options), annotations=annotations)]
 
     # Saving ---------------------------------------------------------------------------------------------------------
@@ -360,6 +381,13 @@ class LMVAE(nn.Module):
                     f"the {name} given and the configuration disagree about training it",
                     value=f"{name}.trains={part.trains}, train_{name}={wanted}", remedy="make them equal",
                 )  # fmt: skip
+        for name in ("pooling", "normalize"):
+            if getattr(encoder, name) != getattr(config, name):
+                raise ConfigError(
+                    f"the encoder given and the configuration disagree about {name}",
+                    value=f"encoder.{name}={getattr(encoder, name)!r}, {name}={getattr(config, name)!r}",
+                    remedy="make them equal",
+                )
         if config.projector == "none" and config.visibility != "prefix":
             raise ConfigError(
                 f"{config.visibility} visibility is about memory slots, and projector='none' makes none",

@@ -155,7 +155,7 @@ def tokenize(
         DataError: nothing is left, a sentence is refused by the two options, a label is unknown or missing, or a token
             id lies outside the embedding.
     """
-    rows = [(item, None) if isinstance(item, str) else (item.text, item.labels) for item in examples]
+    rows = text_and_labels(examples)
     if not rows:
         raise DataError("there are no sentences", value=0, limit="at least one", remedy="check the data's source")
     encoded = tokenizer.encode([text for text, _ in rows])
@@ -195,6 +195,23 @@ def tokenize(
     spelled = tokenizer.decode(ids)
     texts = [text.strip() for text in spelled]
     return TokenizedSentences(texts, spelled, ids, torch.stack(features) if features else None, kept, report)
+
+
+def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | None]]:
+    """Text and labels of each sentence, given as a string or as an object with ``text`` and ``labels``.
+
+    Raises DataError for a row that is neither.
+    """
+    rows: list[tuple[str, Sequence[str] | None]] = []
+    for row, item in enumerate(examples):
+        text = item if isinstance(item, str) else getattr(item, "text", None)
+        if not isinstance(text, str):
+            raise DataError(
+                f"row {row} is no sentence", value=f"{type(item).__name__} {str(item)[:60]}",
+                limit="a string, or an example with text and labels", remedy="SentenceDataset.from_iterable takes mappings",
+            )  # fmt: skip
+        rows.append((text, None if isinstance(item, str) else getattr(item, "labels", None)))
+    return rows
 
 
 def label_features(words: Sequence[str] | None, labels: Sequence[str], max_len: int, row: int = 0) -> Tensor:

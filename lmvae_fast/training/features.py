@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmvae_fast.errors import OutputError
-from lmvae_fast.models.tokenization import TokenizedSentences
+from lmvae_fast.models.tokenization import TokenizedSentences, text_and_labels
 from lmvae_fast.training.storage import fingerprint_tensors, replacing, write_tensors
 
 
@@ -90,7 +90,7 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
     data = data if isinstance(data, Sequence) else list(data)  # read an iterator once
     if isinstance(data, str) or not data:
         return model.tokenize(data, on_long=on_long)  # raises, and says what is wrong with it
-    rows = [(item, None) if isinstance(item, str) else (item.text, item.labels) for item in data]
+    rows = text_and_labels(data)
     key = content_key(
         rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         tokenizer=tokenizer_fingerprint(model.decoder.tokenizer.tokenizer),

@@ -8,8 +8,8 @@ import torch
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, LatentError
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.generation.greedy import greedy_ids
 from lmvae_fast.generation.sampling import filtered_probabilities, select_tokens
+from lmvae_fast.models.greedy import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.stepwise import stepwise_greedy
 from tests.models.test_parallel_pass import problem

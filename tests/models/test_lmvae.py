@@ -228,6 +228,8 @@ def test_sentences_too_long_empty_or_unknown():
         model.tokenize([])
     with pytest.raises(DataError, match="list"):
         model.tokenize("dogs")
+    with pytest.raises(DataError, match="row 1 is no sentence"):
+        model.tokenize(["dogs", 3])
     small = make_model("gpt2")
     small.decoder.vocab_size = 10
     with pytest.raises(DataError, match="does not know"):
@@ -239,6 +241,9 @@ def test_contradictory_parts_are_refused():
     encoder = Encoder(tiny_encoder("bert", vocab_size=320), tiny_tokenizer())
     with pytest.raises(ConfigError, match="disagree"):
         lf.LMVAE(lf.LMVAEConfig(latent_dim=4, max_len=9), encoder=encoder, decoder=decoder)
+    _, frozen = make_decoder("gpt2")
+    with pytest.raises(ConfigError, match="pooling='cls'"):
+        lf.LMVAE(lf.LMVAEConfig(latent_dim=4, max_len=9, pooling="cls"), encoder=encoder, decoder=frozen)
     _, decoder = make_decoder("gpt2", max_positions=8)
     with pytest.raises(ConfigError, match="8 positions"):
         lf.LMVAE(lf.LMVAEConfig(latent_dim=4, max_len=9), encoder=encoder, decoder=decoder)
@@ -291,6 +296,37 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="writable"):
         model.save_pretrained(tmp_path / "file" / "m")
+
+
+def test_latents_that_do_not_fit():
+    model = make_model("gpt2", annotations=("A", "V"), conditional_decoder=True)
+    labels = torch.zeros(2, 2)
+    for z in (torch.zeros(2, 7), torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6).numpy(), [[0.0] * 6]):
+        with pytest.raises(LatentError, match=r"\[batch, 6\]"):
+            model.decode(z, annotations=labels)
+    with pytest.raises(LatentError, match="row 1"):
+        model.decode(torch.tensor([[0.0] * 6, [float("nan")] * 6]), annotations=labels)
+    with pytest.raises(LatentError, match="labels"):
+        model.decode(torch.zeros(2, 6))
+    with pytest.raises(LatentError, match=r"\[2, 2\]"):
+        model.decode(torch.zeros(2, 6), annotations=torch.zeros(2, 5))
+
+
+def test_encoding_sentences_is_in_evaluation_mode():
+    model = make_model("gpt2", system="optimus").train()
+    assert torch.equal(model.encode(TEXTS).mu, model.encode(TEXTS).mu)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_float64_model_is_float64_throughout():
+    model = make_model("gpt2", dtype=torch.float64).eval()
+    sentences = model.tokenize(TEXTS[:3])  # three: a third is not exact in float32
+    pooled = model.pool(sentences)
+    assert pooled.dtype == torch.float64
+    eps = torch.randn(3, 6, dtype=torch.float64)
+    for batch in (model.make_batch(sentences), model.make_batch(sentences, pooled=pooled)):
+        out = model(batch, beta=1.0, eps=eps)
+        assert abs(out.loss - (out.reconstruction + out.kl).mean()) < 1e-13 * out.loss
 
 
 def test_seeds_govern_everything():
