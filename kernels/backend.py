@@ -64,6 +64,7 @@ class Row(NamedTuple):
 class _State:
     forced: str = "auto"
     ops: dict[str, dict[str, Support]] = field(default_factory=dict)
+    missing: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
     chosen: dict[tuple, str] = field(default_factory=dict)
     extension: tuple[bool, str] = (False, "not looked for")
     triton: tuple[bool, str] = (False, "not looked for")
@@ -105,12 +106,30 @@ _state = _State(forced=_check_name(os.environ.get("LMVAE_BACKEND", "auto") or "a
 def register(op: str, **backends: Support) -> None:
     """Declare an op's backends, e.g. `register("posterior_sample", cpp=Support(...), triton=Support(...))`.
 
-    `reference` is always there and takes everything.
+    `reference` is always there and takes everything. Call it after `registration.define` of the op's primitives: which of
+    them the C++ extension implements is looked up here, once (the look-up itself cannot be traced).
     """
     for name in backends:
         if name not in BACKENDS or name == "reference":
             raise ValueError(f"{op}: {name!r} is not one of {', '.join(BACKENDS[:-1])}")
+        _state.missing[(op, name)] = tuple(p for p in backends[name].primitives if not _implemented(name, p))
     _state.ops[op] = backends
+
+
+def _implemented(name: str, primitive: str) -> bool:
+    """Whether the C++ extension has this primitive; Triton's launchers are registered from Python and always there."""
+    if name == "triton":
+        return True
+    try:
+        key = "CPU" if name == "cpp" else "CUDA"
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace(name)}::{primitive}", key)
+    except RuntimeError:  # not even its schema exists
+        return False
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the query; the answer never changes within a process
+def _has_kernel(primitive: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(primitive, key)
 
 
 def why_not(op: str, name: str, device: str, dtype: torch.dtype, facts: Mapping[str, Any]) -> str | None:
@@ -132,11 +151,8 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, facts: Mapping[
     if name in ("cpp", "cuda"):
         if not _state.extension[0]:
             return f"the C++ extension is not loaded: {_state.extension[1]}"
-        key = "CPU" if name == "cpp" else "CUDA"
-        space = namespace(name)
-        for primitive in support.primitives:
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{space}::{primitive}", key):
-                return f"the C++ extension was built without {primitive}"
+        if _state.missing[(op, name)]:
+            return f"the C++ extension was built without {', '.join(_state.missing[(op, name)])}"
     return support.check(facts) if support.check is not None else None
 
 

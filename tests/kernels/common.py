@@ -327,7 +327,7 @@ def _narrow_addresses(kernel: ast.FunctionDef) -> list[str]:
     }
     for node in ast.walk(kernel):
         text = ast.unparse(node) if isinstance(node, (ast.Call, ast.BinOp)) else ""
-        if isinstance(node, ast.Call) and text.startswith("tl.program_id") and id(node) not in casts:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.program_id" and id(node) not in casts:
             problems.append(f"line {node.lineno}: {text} without .to(tl.int64)")
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             sides = [node.left, node.right]
