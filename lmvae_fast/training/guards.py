@@ -42,25 +42,20 @@ class StopSignals:
 
 
 class FiniteWatch:
-    """Remembers, on the device, the first micro-batch or step whose figure was NaN or infinite.
+    """Remembers, on the device, the position of the first figure that was NaN or infinite.
 
     `note` costs a few tiny launches and no synchronisation; `first` reads the record on the host.
     """
 
-    KINDS = ("loss", "gradient norm")
-
     def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((len(self.KINDS),), -1, dtype=torch.int64, device=device)
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def note(self, kind: str, value: Tensor, position: int) -> None:
-        """Record `position` (any non-negative number that the caller can read back) if `value` is not finite."""
-        first = self._first[self.KINDS.index(kind)]
-        bad = ~torch.isfinite(value.detach()) & (first < 0)
-        first.copy_(torch.where(bad, position, first))
+    def note(self, value: Tensor, position: int) -> None:
+        """Record `position` (a number >= 0 that the caller can read back) if `value` is the first that is not finite."""
+        bad = ~torch.isfinite(value.detach()) & (self._first < 0)
+        self._first = torch.where(bad, position, self._first)
 
-    def first(self) -> tuple[str, int] | None:
-        """(kind, position) of the first bad figure, a loss before the gradient norm it spoils; None if all is well."""
-        for kind, position in zip(self.KINDS, self._first.tolist(), strict=True):
-            if position >= 0:
-                return kind, position
-        return None
+    def first(self) -> int | None:
+        """The position of the first bad figure; None if all is well."""
+        position = int(self._first)
+        return None if position < 0 else position

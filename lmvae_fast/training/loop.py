@@ -233,7 +233,7 @@ class Trainer:
             seed = int(torch.randint(2**62, ()))
             with self._autocast():
                 out = self.model(batch, beta=beta, seed=seed)
-            self.watch.note("loss", out.loss, self.step * self.config.accumulation + i)
+            self.watch.note(out.loss, self._position(i))
             # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
             self.scaler.scale(out.loss * (len(rows) / sentences)).backward()
             self.window.add(out, batch)
@@ -245,7 +245,7 @@ class Trainer:
         if self.config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         if not self.scaler.is_enabled():  # with a scaler an infinite norm is how it finds its scale: it skips the step
-            self.watch.note("gradient norm", norm, self.step)
+            self.watch.note(norm, self._position(self.config.accumulation))
         if self.check_every_step:
             self._stop_if_not_finite()
         self.window.add_step(norm)
@@ -253,16 +253,23 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _position(self, part: int) -> int:
+        """A number for each figure that is watched: the losses of a step's micro-batches, then its gradient norm."""
+        return self.step * (self.config.accumulation + 1) + part
+
     def _stop_if_not_finite(self) -> None:
-        bad = self.watch.first()
-        if bad is None:
+        position = self.watch.first()
+        if position is None:
             return
-        kind, position = bad
-        step, micro = divmod(position, self.config.accumulation) if kind == "loss" else (position, None)
+        step, part = divmod(position, self.config.accumulation + 1)
         batches = self._batches(step)
+        if part < self.config.accumulation:
+            kind, batches = "loss", batches[part : part + 1]
+        else:
+            kind = "gradient norm"
         rows: list[int] = []
-        for part in batches if micro is None else batches[micro : micro + 1]:
-            rows += self.model.make_batch(self.train_set, part, self.pooled).indices.tolist()
+        for batch in batches:
+            rows += self.model.make_batch(self.train_set, batch, self.pooled).indices.tolist()
         error = NumericalError(
             f"the {kind} of step {step + 1} is NaN or infinite",
             value=f"dataset rows {rows}",

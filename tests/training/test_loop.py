@@ -59,9 +59,9 @@ def test_it_learns(tmp_path):
     assert result.tokens_per_second > 0
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (3, 3), (1, 8)])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (8, 2), (1, 8)])
 def test_accumulation_equals_the_big_batch(tmp_path, batch_size, accumulation):
-    """k micro-batches of b are one batch of k * b, also in the last, smaller step of an epoch (60 is no multiple)."""
+    """k micro-batches of b are one batch of k * b, also where they are unequal: 60 sentences are 3 * 16 + 8 + 4."""
     models = []
     for i, (size, parts) in enumerate([(batch_size * accumulation, 1), (batch_size, accumulation)]):
         # float64 shows that the sums are the same but for rounding; noise is drawn per micro-batch, so it is off
@@ -116,6 +116,11 @@ def test_history_is_exact_means(tmp_path):
 def test_validate_against_its_definition():
     model = FakeModel(dropout=0.5).train()
     tokenized = model.tokenize(sentences(33))
+
+    def draw(*_):  # as a module with dropout would, say; changes nothing else
+        torch.rand(1)
+
+    model.posterior_head.register_forward_hook(draw)
     state = torch.get_rng_state()
     figures = validate(model, tokenized, model.pool(tokenized), batch_size=33, beta=0.5, seed=3)
     assert torch.equal(state, torch.get_rng_state())
@@ -165,7 +170,7 @@ def test_not_a_number_stops_the_run(tmp_path, gradient_only, accumulation, check
     """Names step, rows and the last good checkpoint, in both ways of looking: at once (CPU) and where figures are read
     (as on a GPU)."""
     model = Poisoned(after=8 * accumulation, gradient_only=gradient_only)
-    config = settings(tmp_path, batch_size=8 // accumulation, accumulation=accumulation, save_every=2, log_every=3)
+    config = settings(tmp_path, batch_size=8 // accumulation, accumulation=accumulation, save_every=8, log_every=24)
     trainer = Trainer(model, sentences(60), None, config, ())
     trainer.check_every_step = check_every_step
     with pytest.raises(NumericalError, match="gradient norm" if gradient_only else "loss") as caught:
@@ -173,7 +178,7 @@ def test_not_a_number_stops_the_run(tmp_path, gradient_only, accumulation, check
     error = caught.value
     assert 41 in error.rows
     assert len(error.rows) <= (8 if gradient_only else 8 // accumulation)
-    assert 9 <= error.step <= 16, "the second epoch"
+    assert 9 <= error.step < 16, "in the second epoch, some steps before its figures are read at step 16"
     assert f"step {error.step} is NaN" in str(error)
     assert str(error.rows) in str(error)
     assert str(error.checkpoint) in str(error)
@@ -248,7 +253,7 @@ def test_early_stop_and_best(tmp_path):
                 with torch.no_grad():
                     run.model.output.weight.add_(torch.randn_like(run.model.output.weight))
 
-    options = dict(eval_every=2, save_every=2, early_stop=3, keep_checkpoints=1, beta_schedule="constant", epochs=9)  # noqa: C408
+    options = dict(eval_every=2, save_every=2, early_stop=3, keep_checkpoints=1, beta_schedule="constant", epochs=9)
     result = run(tmp_path, Spoil(), **options)
     assert result.stop_reason == "early_stop"
     assert result.best["step"] == 6
