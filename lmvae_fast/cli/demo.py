@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,9 @@ class _Demo:
         self.figures: dict[str, Any] = {"sentences": len(self.train_set), "held_out": len(self.held_out)}
         self.timings: dict[str, float] = {}
         output.mkdir(parents=True, exist_ok=True)
+        # An earlier demonstration in the same folder: its checkpoints would be taken for a run to continue.
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(output / name, ignore_errors=True)
 
     def say(self, text: str) -> None:
         if not self.quiet:
