@@ -25,6 +25,7 @@ class PlanReader {
   flow::Plan read() {
     plan_.dim = next();
     plan_.cond_dim = next();
+    TORCH_CHECK(plan_.dim >= 2 && plan_.dim <= flow::kMaxDim, "coupling_flow: dim must be 2 to 1024, got ", plan_.dim);
     plan_.max_width = std::max(plan_.dim, plan_.cond_dim);
     while (at_ < ints_.size()) {
       const int64_t repeat = next(), period = next();
@@ -255,7 +256,7 @@ void backward(const flow::Plan& plan, Numbers<T>& numbers, const Tensor& dy, con
   const int64_t batch = dy.size(0);
   const double work = 2.0 * plan.theta * batch / std::max<size_t>(1, plan.stages.size());
   const int threads = team_size(work);
-  const int64_t tile = flow::even_tile(batch, flow::kTileRows * threads);
+  const int64_t tile = std::min(batch, flow::kTileRows * threads);
   const flow::BackwardMemory<T> size(plan, tile, saved != nullptr, nullptr, 0);
   Tensor memory = at::empty({size.shared + threads * size.own}, dy.options());
   flow::Barrier barrier;
@@ -302,7 +303,8 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow_bwd(const OptionalTensor& dy, c
   } else {
     AT_DISPATCH_FLOATING_TYPES(grad_y.scalar_type(), "coupling_flow_bwd", [&] {
       Numbers<scalar_t> numbers(plan, cond, theta, constants, indices, batch, inverse);
-      const scalar_t* from = start.const_data_ptr<scalar_t>();
+      // Without stages nothing was kept, and nothing will be read.
+      const scalar_t* from = (plan.stages.empty() ? grad_y : start).const_data_ptr<scalar_t>();
       backward<scalar_t>(plan, numbers, grad_y, grad_logdet, recompute ? from : nullptr, recompute ? nullptr : from, dx, dcond,
                          dtheta);
     });

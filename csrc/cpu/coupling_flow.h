@@ -74,7 +74,7 @@ struct ForwardRows {
   T* workspace;
 };
 
-// A barrier for threads that meet every few microseconds: they spin, and yield when others need the core.
+// A barrier for threads that meet every few microseconds: they spin, and sleep when somebody is late.
 struct Barrier {
   alignas(64) std::atomic<int> waiting{0};
   alignas(64) std::atomic<int> phase{0};
@@ -100,6 +100,7 @@ struct Backward {
   Barrier* barrier;
 };
 
+constexpr int64_t kMaxDim = 1024;  // spec.py refuses more
 // Rows of one thread in flight: their activations stay in the second-level cache.
 constexpr int64_t kTileRows = 256;
 // A team with fewer rows computes the elementwise part in every thread.
@@ -190,7 +191,7 @@ struct BackwardMemory {
         own = mine.used;
         mine = Cutter<T>{base == nullptr ? nullptr : base + shared + rank * own};
       }
-      panel = mine.take(std::max(plan.max_width, tile) * kPanel<T>);
+      panel = mine.take(std::max(plan.max_width * kPanel<T>, tile * std::max(plan.max_width, kPanel<T>)));
       u = mine.take(saved ? 0 : tile * plan.dim);
       my_post = mine.take(plan.smooth && !saved ? tile * plan.max_width : 0);
       post = mine.take(plan.smooth ? tile * plan.max_width : 0);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace lmvae::LMVAE_ISA {
 namespace {
@@ -26,6 +27,10 @@ struct Simd {
   typedef T R __attribute__((vector_size(kVectorBytes)));
   static constexpr int W = kVectorBytes / sizeof(T);
 };
+
+// A sum runs over at most kChain terms before it is added to the rest: long chains of fp32 additions lose digits. Tiles of
+// rows are multiples of it, so that sums over the batch do not depend on the tiles.
+constexpr int64_t kChain = 128;
 
 // B given as [N, K] (row n, column k at b[n * ld + k]) instead of [K, N].
 enum class Layout { kRows, kTransposed };
@@ -53,36 +58,38 @@ __attribute__((noinline)) void micro(
   using V = typename Simd<T>::V;
   using R = typename Simd<T>::R;
   constexpr int W = Simd<T>::W;
-  R acc[MR][NV];
+  for (int64_t l0 = 0; l0 == 0 || l0 < k; l0 += kChain) {
+    const int64_t l1 = std::min(k, l0 + kChain);
+    R acc[MR][NV] = {};
+    for (int64_t l = l0; l < l1; ++l) {
+      if (!kUnitCol) {  // a new line of A per step, at a stride no hardware prefetcher follows
+        __builtin_prefetch(a + 24 * a_stride);
+        __builtin_prefetch(a + 24 * a_stride + MR - 1);
+      }
+      R row[NV];
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+      for (int j = 0; j < NV; ++j) row[j] = *reinterpret_cast<const V*>(b + j * W);
+      b += ldb;
 #pragma GCC unroll 16
-    for (int j = 0; j < NV; ++j) {
-      acc[i][j] = start == Start::kZero   ? R{}
-                  : start == Start::kBias ? R(*reinterpret_cast<const V*>(bias + j * W))
-                                          : R(*reinterpret_cast<const V*>(c + i * ldc + j * W));
+      for (int i = 0; i < MR; ++i) {
+        const T value = kUnitCol ? a[i * a_stride] : a[i];
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; ++j) acc[i][j] += value * row[j];
+      }
+      a += kUnitCol ? 1 : a_stride;
     }
-  }
-  for (int64_t l = 0; l < k; ++l) {
-    R row[NV];
-#pragma GCC unroll 16
-    for (int j = 0; j < NV; ++j) row[j] = *reinterpret_cast<const V*>(b + j * W);
-    b += ldb;
+    const Start add = l0 > 0 ? Start::kAccumulate : start;
+    const bool clip = relu && l1 == k;
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const T value = kUnitCol ? a[i * a_stride] : a[i];
 #pragma GCC unroll 16
-      for (int j = 0; j < NV; ++j) acc[i][j] += value * row[j];
-    }
-    a += kUnitCol ? 1 : a_stride;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 16
-    for (int j = 0; j < NV; ++j) {
-      R out = acc[i][j];
-      if (relu) out = out < 0 ? R{} : out;  // NaN passes, as in torch
-      *reinterpret_cast<V*>(c + i * ldc + j * W) = out;
+      for (int j = 0; j < NV; ++j) {
+        R out = acc[i][j];
+        if (add == Start::kBias) out += R(*reinterpret_cast<const V*>(bias + j * W));
+        if (add == Start::kAccumulate) out += R(*reinterpret_cast<const V*>(c + i * ldc + j * W));
+        if (clip) out = out < 0 ? R{} : out;  // NaN passes, as in torch
+        *reinterpret_cast<V*>(c + i * ldc + j * W) = out;
+      }
     }
   }
 }
@@ -109,27 +116,66 @@ void panel(const Product<T>& p, const T* b, int64_t ldb, T* c, int64_t ldc, Star
   }
 }
 
+// Transposes W x W elements in registers: interleaving rows i and i + W/2, log2(W) times.
+template <typename T>
+inline __attribute__((always_inline)) void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+  using V = typename Simd<T>::V;
+  using R = typename Simd<T>::R;
+  using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef I M __attribute__((vector_size(kVectorBytes)));
+  constexpr int W = Simd<T>::W;
+  M low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / 2 + (i % 2) * W;
+    high[i] = low[i] + W / 2;
+  }
+  R rows[W], next[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = *reinterpret_cast<const V*>(from + i * ld_from);
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) *reinterpret_cast<V*>(to + i * ld_to) = rows[i];
+}
+
+// Columns [n0, n0 + width) of B as [k][NR], padded with zeros.
 template <typename T>
 void pack(const Product<T>& p, int64_t n0, int64_t width, T* out) {
-  constexpr int64_t NR = 2 * Simd<T>::W;
+  using V = typename Simd<T>::V;
+  constexpr int64_t W = Simd<T>::W, NR = 2 * W;
   if (p.layout == Layout::kRows) {
-    for (int64_t l = 0; l < p.k; ++l) {
-      T* row = out + l * NR;
-      std::memcpy(row, p.b + l * p.ldb + n0, width * sizeof(T));
-      for (int64_t j = width; j < NR; ++j) row[j] = 0;
+    const T* from = p.b + n0;
+    if (width == NR) {
+      for (int64_t l = 0; l < p.k; ++l, from += p.ldb, out += NR) {
+        *reinterpret_cast<V*>(out) = *reinterpret_cast<const V*>(from);
+        *reinterpret_cast<V*>(out + W) = *reinterpret_cast<const V*>(from + W);
+      }
+      return;
+    }
+    for (int64_t l = 0; l < p.k; ++l, from += p.ldb, out += NR) {
+      for (int64_t j = 0; j < NR; ++j) out[j] = j < width ? from[j] : T(0);
     }
     return;
   }
-  constexpr int64_t kBlock = 16;
-  for (int64_t l0 = 0; l0 < p.k; l0 += kBlock) {
-    const int64_t l1 = std::min(p.k, l0 + kBlock);
-    for (int64_t j = 0; j < width; ++j) {
-      const T* source = p.b + (n0 + j) * p.ldb;
-      for (int64_t l = l0; l < l1; ++l) out[l * NR + j] = source[l];
+  const T* from = p.b + n0 * p.ldb;
+  int64_t l = 0;
+  if (width == NR) {
+    for (; l + W <= p.k; l += W) {
+      transpose(from + l, p.ldb, out + l * NR, NR);
+      transpose(from + W * p.ldb + l, p.ldb, out + l * NR + W, NR);
     }
-    for (int64_t j = width; j < NR; ++j) {
-      for (int64_t l = l0; l < l1; ++l) out[l * NR + j] = 0;
-    }
+  }
+  for (; l < p.k; ++l) {
+    for (int64_t j = 0; j < NR; ++j) out[l * NR + j] = j < width ? from[j * p.ldb + l] : T(0);
   }
 }
 
@@ -141,6 +187,22 @@ void product(const Product<T>& p, T* scratch) {
     for (; n + kWide <= p.n; n += kWide) {
       panel<T, 8, kUnitCol>(p, p.b + n, p.ldb, p.c + n, p.ldc, p.start, p.bias ? p.bias + n : nullptr);
     }
+  }
+  if (!kUnitCol && p.m > p.n) {
+    // A is the larger: all of B packed, and A read once, a strip of kTileM columns at a time.
+    const int64_t panels = (p.n - n) / NR;
+    for (int64_t j = 0; j < panels; ++j) pack(p, n + j * NR, NR, scratch + j * NR * p.k);
+    Product<T> strip = p;
+    for (int64_t i = 0; i < p.m; i += kTileM) {
+      strip.m = std::min<int64_t>(kTileM, p.m - i);
+      strip.a = p.a + i * p.a_row;
+      for (int64_t j = 0; j < panels; ++j) {
+        const int64_t c = n + j * NR;
+        panel<T, 2, kUnitCol>(strip, scratch + j * NR * p.k, NR, p.c + i * p.ldc + c, p.ldc, p.start,
+                              p.bias ? p.bias + c : nullptr);
+      }
+    }
+    n += panels * NR;
   }
   for (; n + NR <= p.n; n += NR) {
     const T* bias = p.bias ? p.bias + n : nullptr;
@@ -172,7 +234,7 @@ void product(const Product<T>& p, T* scratch) {
   }
 }
 
-// scratch: k * 2 * W elements.
+// scratch: k * 2 * W elements; k * n when a_row is 1 and m > n.
 template <typename T>
 void gemm(const Product<T>& p, T* scratch) {
   if (p.m == 0 || p.n == 0) return;

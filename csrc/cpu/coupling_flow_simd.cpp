@@ -17,7 +17,8 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
-#include <sched.h>
+
+static_assert(lmvae::flow::kTileRows % lmvae::LMVAE_ISA::kChain == 0);
 
 namespace lmvae::LMVAE_ISA {
 namespace {
@@ -70,13 +71,12 @@ Vec<T> squash(const Stage& s, const Vec<T>& raw) {
   return (Vec<T>(T(0.5)) * raw).tanh();  // 2 sigmoid(u) - 1
 }
 
-// d squash / d raw.
+// d squash / d raw, given squash(raw).
 template <typename T>
-Vec<T> squash_slope(const Stage& s, const Vec<T>& raw) {
+Vec<T> squash_slope(const Stage& s, const Vec<T>& raw, const Vec<T>& squashed) {
   const Vec<T> one(T(1));
   if (s.squash == flow::kAtan) return Vec<T>(T(0.636)) / (one + raw * raw);
-  const Vec<T> t = squash(s, raw);
-  const Vec<T> slope = one - t * t;
+  const Vec<T> slope = one - squashed * squashed;
   return s.squash == flow::kTanh ? slope : Vec<T>(T(0.5)) * slope;
 }
 
@@ -316,7 +316,11 @@ void column_sums(const T* matrix, int64_t ld, int64_t rows, int64_t width, T* su
   for (int64_t i = 0; i < width; i += W) {
     const int64_t n = width - i;
     Vec<T> sum = first ? Vec<T>(T(0)) : load(sums + i, n);
-    for (int64_t r = 0; r < rows; ++r) sum = sum + load(matrix + r * ld + i, n);
+    for (int64_t r0 = 0; r0 < rows; r0 += kChain) {
+      Vec<T> part(T(0));
+      for (int64_t r = r0; r < std::min(rows, r0 + kChain); ++r) part = part + load(matrix + r * ld + i, n);
+      sum = sum + part;
+    }
     store(sums + i, sum, n);
   }
 }
@@ -388,45 +392,41 @@ void affine_gradient(const Call<T>& call, const Stage& s, T* u, T* g, T* through
   }
 }
 
+// What the gradient of one row wants of its coupling, each function computed once: e = exp(log_scale), `slope`
+// = d log_scale / d raw, and, when v is not nullptr, the coupling's y side v = [x_passive, x_active e + t].
+template <typename T>
+void coupling_factors(const Call<T>& call, const Stage& s, const T* x, const T* raw, T* e, T* slope, T* v) {
+  constexpr int64_t W = Vec<T>::size();
+  if (v != nullptr) std::memcpy(v, x, call.plan->dim * sizeof(T));
+  const Vec<T> clamp(static_cast<T>(s.clamp)), gain(static_cast<T>(s.gain));
+  for (int64_t i = 0; i < s.active_width; i += W) {
+    const int64_t n = s.active_width - i;
+    const Vec<T> r = gain * load(raw + i, n), squashed = squash(s, r), factor = (clamp * squashed).exp();
+    store(e + i, factor, n);
+    store(slope + i, clamp * gain * squash_slope(s, r, squashed), n);
+    if (v != nullptr) {
+      store(v + s.active + i, load(x + s.active + i, n) * factor + gain * load(raw + s.active_width + i, n), n);
+    }
+  }
+}
+
 // The coupling's gradient for one row, active half: g in place, d_raw out.
 // Forward:  v = x e + t:          dx = g e,  dt = g,     ds = g x e + d_logdet.
 // Inverse:  x = (v - t) / e:      dv = g/e,  dt = -g/e,  ds = -g x - d_logdet.
 template <typename T>
-void coupling_gradient(const Call<T>& call, const Stage& s, const T* x, const T* raw, T d_logdet, T* g, T* d_raw) {
+void coupling_gradient(const Call<T>& call, const Stage& s, const T* x, const T* e, const T* slope, T d_logdet, T* g,
+                       T* d_raw) {
   constexpr int64_t W = Vec<T>::size();
-  const Vec<T> clamp(static_cast<T>(s.clamp)), gain(static_cast<T>(s.gain)), dl(d_logdet);
-  const int64_t width = s.active_width;
-  for (int64_t i = 0; i < width; i += W) {
-    const int64_t n = width - i;
-    const Vec<T> r = gain * load(raw + i, n), log_scale = clamp * squash(s, r), xi = load(x + s.active + i, n);
-    const Vec<T> gi = load(g + s.active + i, n);
-    Vec<T> dx, ds, dt;
-    if (!call.inverse) {
-      dx = gi * log_scale.exp();
-      dt = gi;
-      ds = dx * xi + dl;
-    } else {
-      dx = gi * log_scale.neg().exp();
-      dt = dx.neg();
-      ds = (gi * xi + dl).neg();
-    }
-    store(g + s.active + i, dx, n);
-    store(d_raw + i, ds * clamp * gain * squash_slope(s, r), n);
-    store(d_raw + width + i, dt * gain, n);
-  }
-}
-
-// The coupling's y side of one row: x with its active half rescaled and shifted.
-template <typename T>
-void couple_value(const Call<T>& call, const Stage& s, const T* x, const T* raw, T* v) {
-  constexpr int64_t W = Vec<T>::size();
-  std::memcpy(v, x, call.plan->dim * sizeof(T));
-  if (!s.coupling) return;
-  const Vec<T> clamp(static_cast<T>(s.clamp)), gain(static_cast<T>(s.gain));
+  const Vec<T> gain(static_cast<T>(s.gain)), dl(d_logdet);
   for (int64_t i = 0; i < s.active_width; i += W) {
     const int64_t n = s.active_width - i;
-    const Vec<T> e = (clamp * squash(s, gain * load(raw + i, n))).exp();
-    store(v + s.active + i, load(x + s.active + i, n) * e + gain * load(raw + s.active_width + i, n), n);
+    const Vec<T> gi = load(g + s.active + i, n), xi = load(x + s.active + i, n), ei = load(e + i, n);
+    const Vec<T> dx = call.inverse ? gi / ei : gi * ei;
+    const Vec<T> dt = call.inverse ? dx.neg() : gi;
+    const Vec<T> ds = call.inverse ? (gi * xi + dl).neg() : dx * xi + dl;
+    store(g + s.active + i, dx, n);
+    store(d_raw + i, ds * load(slope + i, n), n);
+    store(d_raw + s.active_width + i, dt * gain, n);
   }
 }
 
@@ -455,31 +455,24 @@ void stage_rows_gradient(const Call<T>& call, const Stage& s, const T* x, const 
     }
     std::swap(g, spare);
   };
-  auto affine = [&] {
-    if (!s.affine) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      T* u = out.through_u + r * dim;
-      couple_value(call, s, x + r * dim, raw + r * 2 * s.active_width, u);
-      affine_gradient(call, s, u, g + r * dim, out.through + r * dim);
-    }
-  };
-  auto coupling = [&] {
-    if (!s.coupling) return;
+  auto affine_row = [&](int64_t r) { affine_gradient(call, s, out.through_u + r * dim, g + r * dim, out.through + r * dim); };
+  if (!call.inverse) permute();
+  if (s.coupling) {
+    alignas(64) T e[flow::kMaxDim], slope[flow::kMaxDim];
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * 2 * s.active_width;
-      coupling_gradient(call, s, x + r * dim, raw + at, d_logdet[r], g + r * dim, out.d_raw + at);
+      coupling_factors(call, s, x + r * dim, raw + at, e, slope, s.affine ? out.through_u + r * dim : nullptr);
+      if (s.affine && !call.inverse) affine_row(r);
+      coupling_gradient(call, s, x + r * dim, e, slope, d_logdet[r], g + r * dim, out.d_raw + at);
     }
     nets_input_gradient(call, s, kept, out.d_raw, d_hidden, g, grad_cond, rows, panel);
-  };
-  if (call.inverse) {
-    coupling();
-    affine();
-    permute();
-  } else {
-    permute();
-    affine();
-    coupling();
+  } else if (s.affine) {
+    std::memcpy(out.through_u, x, rows * dim * sizeof(T));
   }
+  if (s.affine && (call.inverse || !s.coupling)) {
+    for (int64_t r = 0; r < rows; ++r) affine_row(r);
+  }
+  if (call.inverse) permute();
 }
 
 // dW (+)= A^T G, this thread's share of it: of the rows of dW or of its columns, whichever there are more of.
@@ -557,15 +550,15 @@ void meet(flow::Barrier& b, int threads) {
   if (b.waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
     b.waiting.store(0, std::memory_order_relaxed);
     b.phase.store(phase + 1, std::memory_order_release);
+    b.phase.notify_all();
     return;
   }
-  for (int64_t spins = 0; b.phase.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < 4000) {
-      pause_cpu();
-    } else {
-      sched_yield();
-    }
+  constexpr int kSpins = 2000;  // some 30 us; then the core is better used by whoever holds the others up
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (b.phase.load(std::memory_order_acquire) != phase) return;
+    pause_cpu();
   }
+  b.phase.wait(phase, std::memory_order_acquire);
 }
 
 }  // namespace

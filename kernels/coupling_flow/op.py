@@ -115,7 +115,7 @@ def coupling_flow(
     Source: FrEIA 0.2, AllInOneBlock, GLOWCouplingBlock, RNVPCouplingBlock and ActNorm; arXiv 1807.03039, 1605.08803.
     """
     refuse_vmap("coupling_flow", x, cond)
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         x = x.to(params.theta.dtype)
         cond = cond if cond is None else cond.to(params.theta.dtype)
     check_coupling_flow(x, params, cond, memory)

@@ -1,0 +1,472 @@
+"""coupling_flow against its reference: values, gradients, both directions, both memory modes, layouts, bad input.
+
+FrEIA itself is the oracle in tests/integrations/test_freia.py; here plain torch in fp64 is.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmvae_fast.kernels.backend import BackendError, backend
+from lmvae_fast.kernels.coupling_flow import Coupling, FlowParams, FlowSpec, Stage, Subnet, coupling_flow, reference
+from lmvae_fast.kernels.coupling_flow.spec import saved_columns
+from lmvae_fast.models.flow import CouplingFlow
+
+from .common import (
+    LAYOUTS,
+    ODD_SIZES,
+    GuardedAllocations,
+    assert_deterministic,
+    assert_fullgraph_equal,
+    assert_op_within_error_rule,
+    lay_out,
+    on_backend,
+    opcheck,
+    raises_naming,
+    require,
+    run_with_grads,
+)
+
+FAST = ("cpp", "triton")
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+DIRECTIONS = (False, True)
+MEMORY = ("save", "recompute")
+
+
+def allinone(dim, hidden=(24,), blocks=2, cond_dim=0, activation="relu", permutation="hard", affine="softplus"):
+    split = dim - dim // 2
+    net = Subnet(hidden, activation)
+    block = Stage(Coupling(split, 1, (net,), 2.0, "tanh", 0.1, cond_dim > 0), affine, permutation)
+    return FlowSpec(dim, cond_dim, (block,) * blocks)
+
+
+def glow(dim, hidden=(24,), blocks=2, cond_dim=0, squash="atan", nets=1, split=None, activation="relu"):
+    split = split or dim - dim // 2
+    net = (Subnet(hidden, activation),) * nets
+    first, second = (Coupling(split, i, net, 1.5, squash, 1.0, cond_dim > 0) for i in (0, 1))
+    return FlowSpec(dim, cond_dim, (Stage(first), Stage(second, "exp", "hard")) * blocks)
+
+
+# One spec per thing that a kernel does differently.
+SPECS = {
+    "allinone": allinone(12),
+    "allinone, soft": allinone(11, permutation="soft"),
+    "allinone, conditional": allinone(9, cond_dim=5),
+    "two hidden layers, gelu": allinone(10, hidden=(20, 33), activation="gelu"),
+    "three hidden layers, silu, conditional": allinone(7, hidden=(5, 17, 9), activation="silu", cond_dim=3),
+    "linear subnets": allinone(8, hidden=()),
+    "glow": glow(12),
+    "glow, uneven split, tanh": glow(10, split=3, squash="tanh"),
+    "rnvp, sigmoid clamp, conditional": glow(9, nets=2, squash="sigmoid", cond_dim=2),
+    "rnvp, gelu": glow(6, nets=2, activation="gelu"),
+    "sigmoid scale": allinone(6, affine="sigmoid"),
+    "exp scale alone, permutations alone": FlowSpec(
+        7,
+        0,
+        (Stage(None, "exp"), Stage(None, None, "hard"), Stage(None, None, "soft"), Stage(None, "softplus", "hard")),
+    ),
+}
+
+
+class Bound:
+    """A spec with numbers: calls of (x, theta[, cond]) for the op and for the reference, and matching inputs."""
+
+    def __init__(self, spec: FlowSpec, dtype=torch.float32, spread: float = 0.3):
+        self.spec = spec
+        flow = CouplingFlow.from_spec(spec).double()
+        flow._reset(None)  # again, so that soft permutations and their inverses are exact to fp64
+        with torch.no_grad():
+            flow.theta.add_(spread * torch.randn_like(flow.theta) * (flow.theta.abs() < 0.5))
+        self.theta = flow.theta.detach().to(dtype)
+        self.constants, self.indices = flow.constants.to(dtype), flow.indices
+
+    def inputs(self, batch: int, layout: str = "dense") -> list[torch.Tensor]:
+        dtype = self.theta.dtype
+        tensors = [lay_out(torch.randn(batch, self.spec.dim).to(dtype), layout), self.theta]
+        if self.spec.cond_dim:
+            tensors.append(lay_out(torch.randn(batch, self.spec.cond_dim).to(dtype), layout))
+        return tensors
+
+    def params(self, theta: torch.Tensor) -> FlowParams:
+        return FlowParams(self.spec, theta, self.constants.to(theta.dtype), self.indices)
+
+    def op(self, x, theta, cond=None, *, inverse=False, memory="save"):
+        return coupling_flow(x, self.params(theta), cond=cond, inverse=inverse, memory=memory)
+
+    def plain(self, x, theta, cond=None, *, inverse=False, memory="save"):
+        return reference.coupling_flow(x, self.params(theta), cond=cond, inverse=inverse)
+
+    @property
+    def grad_names(self) -> tuple[str, ...]:
+        return ("x", "theta", "cond") if self.spec.cond_dim else ("x", "theta")
+
+
+def check(name: str, bound: Bound, inputs: list[torch.Tensor], **kwargs) -> None:
+    assert_op_within_error_rule(
+        on_backend(bound.op, name), bound.plain, inputs, ("y", "logdet"), bound.grad_names, **kwargs
+    )
+
+
+# ---- values and gradients ----------------------------------------------------------------------------------------------
+
+
+# memory="recompute" rebuilds the states with the rounding errors of one more pass, which a badly conditioned flow enlarges
+# (docs/kernels/coupling_flow.md): its gradients meet the rule on flows near their initialisation, like those at the start
+# of training, and stay within the rms rule on the others (test_recompute_far_from_initialisation).
+SPREAD = {"save": 0.1, "recompute": 0.02}
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("inverse", DIRECTIONS)
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("spec", SPECS)
+def test_error_rule_for_every_kind_of_stage(name, spec, inverse, memory):
+    require("coupling_flow", name)
+    bound = Bound(SPECS[spec], spread=SPREAD[memory])
+    check(name, bound, bound.inputs(19), inverse=inverse, memory=memory)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("inverse", DIRECTIONS)
+def test_recompute_far_from_initialisation(name, inverse):
+    require("coupling_flow", name)
+    for spec in SPECS.values():
+        bound = Bound(spec)
+        inputs = bound.inputs(19)
+        outputs, grads, weights = run_with_grads(
+            on_backend(bound.op, name), inputs, inverse=inverse, memory="recompute"
+        )
+        truth, truth_grads, _ = run_with_grads(bound.plain, [t.double() for t in inputs], weights, inverse=inverse)
+        for ours, exact in zip([*outputs, *grads], [*truth, *truth_grads], strict=True):
+            ratio = (ours.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+            assert ratio < 1e-4
+
+
+def test_a_flow_without_stages_is_the_identity():
+    require("coupling_flow", "cpp")
+    bound = Bound(FlowSpec(4, 0, ()))
+    x, theta = bound.inputs(3)
+    for memory in MEMORY:
+        (y, logdet), (dx, _), weights = run_with_grads(on_backend(bound.op, "cpp"), [x, theta], memory=memory)
+        assert torch.equal(y, x)
+        assert (logdet == 0).all()
+        torch.testing.assert_close(dx, weights[0].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("inverse", DIRECTIONS)
+def test_error_rule_in_half_types(name, dtype, inverse, memory):
+    require("coupling_flow", name, dtype)
+    for spec in ("allinone", "rnvp, sigmoid clamp, conditional", "two hidden layers, gelu"):
+        bound = Bound(SPECS[spec], dtype, spread=0.1)
+        check(name, bound, bound.inputs(17), inverse=inverse, memory=memory)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dim", [n for n in ODD_SIZES if n >= 2])
+def test_error_rule_at_odd_dims(name, dim):
+    require("coupling_flow", name)
+    bound = Bound(allinone(dim, hidden=(31,)))
+    check(name, bound, bound.inputs(5))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 17, 31, 95, 96, 97, 127, 130, 257])
+def test_error_rule_at_odd_batches(name, batch):
+    # 4 and 96 are where the CPU kernel changes how threads share the work, 256 rows fill a tile
+    require("coupling_flow", name)
+    bound = Bound(glow(6, hidden=(33,)), spread=0.02)
+    check(name, bound, bound.inputs(batch), inverse=batch % 2 == 1, memory=MEMORY[batch // 2 % 2])
+
+
+def test_error_rule_at_the_largest_dim():
+    require("coupling_flow", "cpp")
+    bound = Bound(allinone(1024, hidden=(48,), blocks=2), spread=0.01)
+    check("cpp", bound, bound.inputs(6))
+
+
+@pytest.mark.parametrize("inverse", DIRECTIONS)
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("choice", ["reference", "cpp"])
+def test_gradcheck_in_fp64(choice, inverse, memory):
+    require("coupling_flow", choice, torch.float64)
+    for spec in ("allinone, soft", "rnvp, sigmoid clamp, conditional", "two hidden layers, gelu", "glow"):
+        bound = Bound(SPECS[spec], torch.float64)
+        inputs = [t.requires_grad_() for t in bound.inputs(3)]
+        run = on_backend(bound.op, choice)
+        assert torch.autograd.gradcheck(
+            lambda *a, run=run: run(*a, inverse=inverse, memory=memory),
+            inputs,
+            eps=1e-6,
+            atol=1e-7,
+            rtol=1e-5,
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize("choice", ["reference", "cpp"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_inverse_undoes_forward_and_logdet_is_the_jacobians(choice, spec):
+    require("coupling_flow", choice, torch.float64)
+    bound = Bound(SPECS[spec], torch.float64)
+    x, theta, *cond = bound.inputs(4)
+    with backend(choice):
+        y, logdet = bound.op(x, theta, *cond)
+        back, logdet_back = bound.op(y, theta, *cond, inverse=True)
+        torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(logdet_back, -logdet, rtol=1e-10, atol=1e-10)
+        for row in range(2):
+            c = [t[row : row + 1] for t in cond]
+            jacobian = torch.autograd.functional.jacobian(
+                lambda v, c=c: bound.op(v[None], theta, *c)[0][0], x[row].clone()
+            )
+            torch.testing.assert_close(logdet[row], torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-9, atol=1e-9)
+
+
+def test_recompute_keeps_nothing_that_grows_with_depth():
+    require("coupling_flow", "cpp")
+    for blocks in (1, 10):
+        bound = Bound(allinone(16, blocks=blocks))
+        x, theta = bound.inputs(32)
+        ints, floats = bound.spec.plan
+        forward = torch.ops.lmvae_fast.coupling_flow_fwd
+        args = (x, None, theta, bound.constants, bound.indices, ints, floats, False)
+        assert forward(*args, 0)[2].numel() == 0
+        assert forward(*args, 2)[2].numel() == 0
+        assert forward(*args, 1)[2].numel() == 32 * saved_columns(ints) == 32 * blocks * (16 + 16 + 24)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("wanted", ["x", "theta", "y", "logdet"])
+def test_gradients_that_nobody_asked_for(name, wanted):
+    require("coupling_flow", name)
+    bound = Bound(SPECS["glow"], spread=0.02)
+    grads = []
+    for run in (on_backend(bound.op, name), bound.plain):
+        x, theta = (
+            t.clone().requires_grad_(wanted != other) for t, other in zip(bound.inputs(5), ("theta", "x"), strict=True)
+        )
+        x.data.copy_(torch.linspace(-1, 1, x.numel()).view_as(x))
+        y, logdet = run(x, theta)
+        loss = {"y": y.square().sum(), "logdet": logdet.sum()}.get(wanted, y.sum() + logdet.square().sum())
+        loss.backward()
+        grads.append([t.grad for t in (x, theta) if t.grad is not None])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# ---- layouts, memory, special values -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(name, layout):
+    require("coupling_flow", name)
+    bound = Bound(SPECS["allinone, conditional"])
+    check(name, bound, bound.inputs(6, layout))
+
+
+def test_theta_inside_a_larger_storage():
+    require("coupling_flow", "cpp")
+    bound = Bound(SPECS["allinone"])
+    x, theta = bound.inputs(7)
+    check("cpp", bound, [x, torch.cat([theta.new_full((3,), float("nan")), theta])[3:]])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_empty_batch(name):
+    require("coupling_flow", name)
+    for memory in MEMORY:
+        bound = Bound(SPECS["rnvp, sigmoid clamp, conditional"])
+        outputs, grads, _ = run_with_grads(on_backend(bound.op, name), bound.inputs(0), memory=memory)
+        assert [tuple(t.shape) for t in outputs] == [(0, 9), (0,)]
+        assert (grads[1] == 0).all()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("spec", ["glow", "three hidden layers, silu, conditional"])
+@pytest.mark.parametrize("batch", [3, 50, 300])
+def test_nothing_is_written_outside_its_tensor(spec, memory, batch):
+    require("coupling_flow", "cpp")
+    bound = Bound(SPECS[spec])
+    with backend("cpp"), GuardedAllocations() as guards:
+        run_with_grads(bound.op, bound.inputs(batch), memory=memory)
+    guards.check()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_large_magnitudes(name):
+    require("coupling_flow", name)
+    bound = Bound(SPECS["allinone"])
+    x, theta = bound.inputs(8)
+    check(name, bound, [x * 1e4, theta * 30])
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_inf_and_nan_stay_in_their_row(name, value):
+    require("coupling_flow", name)
+    bound = Bound(SPECS["allinone"])
+    x, theta = bound.inputs(5)
+    clean = on_backend(bound.op, name)(x, theta)
+    x = x.clone()
+    x[2, 3] = value
+    (y, logdet), (y_plain, logdet_plain) = on_backend(bound.op, name)(x, theta), bound.plain(x, theta)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(y[others], clean[0][others], rtol=0, atol=0)
+    torch.testing.assert_close(logdet[others], clean[1][others], rtol=0, atol=0)
+    assert torch.equal(y[2].isfinite(), y_plain[2].isfinite())
+    assert logdet[2].isfinite() == logdet_plain[2].isfinite()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("batch", [1, 40, 300])
+def test_same_bits_run_after_run_and_for_any_number_of_threads(memory, batch):
+    require("coupling_flow", "cpp")
+    bound = Bound(allinone(16, hidden=(200, 64), cond_dim=3, activation="silu"))
+    assert_deterministic(on_backend(bound.op, "cpp"), bound.inputs(batch), memory=memory)
+    assert_deterministic(on_backend(bound.op, "cpp"), bound.inputs(batch), inverse=True, memory=memory)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    require("coupling_flow", "cpp")
+    bound = Bound(allinone(64, hidden=(256,), blocks=4))
+    x, theta = bound.inputs(300)
+    with backend("cpp"):
+        whole = bound.op(x, theta)
+        for rows in (1, 3, 64, 200):
+            for ours, expected in zip(bound.op(x[:rows], theta), whole, strict=True):
+                torch.testing.assert_close(ours, expected[:rows], rtol=0, atol=0)
+
+
+# ---- torch's machinery -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_fullgraph_compile_equals_eager(memory):
+    require("coupling_flow", "cpp")
+    bound = Bound(SPECS["rnvp, sigmoid clamp, conditional"])
+    assert_fullgraph_equal(bound.op, bound.inputs(6), memory=memory)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    require("coupling_flow", "cpp", dtype)
+    bound = Bound(SPECS["allinone, conditional"], dtype)
+    x, theta, cond = bound.inputs(5)
+    ints, floats = bound.spec.plan
+    for keep in (0, 1, 2):
+        args = (
+            x.requires_grad_(),
+            cond,
+            theta.requires_grad_(),
+            bound.constants,
+            bound.indices,
+            ints,
+            floats,
+            False,
+            keep,
+        )
+        tests = ("test_schema", "test_faketensor") if keep == 0 else None  # nothing kept: no backward
+        opcheck("coupling_flow_fwd", args, **({"test_utils": tests} if tests else {}))
+    y, logdet, saved = torch.ops.lmvae_fast.coupling_flow_fwd(
+        *(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    )
+    flats = (theta.detach(), bound.constants, bound.indices, ints, floats, False)
+    opcheck("coupling_flow_bwd", (torch.ones_like(y), None, y, saved, cond, *flats, 5, True))
+
+
+def test_autocast_computes_in_the_dtype_of_theta():
+    require("coupling_flow", "cpp")
+    bound = Bound(SPECS["allinone"])
+    x, theta = bound.inputs(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, logdet = bound.op(x.bfloat16(), theta)
+    expected = bound.op(x.bfloat16().float(), theta)
+    torch.testing.assert_close((y, logdet), expected, rtol=0, atol=0)
+
+
+def test_vmap_is_refused():
+    bound = Bound(SPECS["allinone"])
+    x, theta = bound.inputs(4)
+    with raises_naming(TypeError, "vmap"):
+        torch.func.vmap(lambda row: bound.op(row[None], theta)[0])(x)
+
+
+def test_forced_backend_that_cannot_run_says_why():
+    bound = Bound(SPECS["allinone"])
+    with backend("cuda"), pytest.raises(BackendError, match="cuda"):
+        bound.op(*bound.inputs(2))
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named_with_both_sizes():
+    bound = Bound(SPECS["allinone, conditional"])
+    x, theta, cond = bound.inputs(4)
+    params = bound.params(theta)
+    with raises_naming(ValueError, "x", 8, 9):
+        coupling_flow(x[:, :8], params, cond=cond)
+    with raises_naming(ValueError, "x", "rank 2"):
+        coupling_flow(x[0], params, cond=cond)
+    with raises_naming(TypeError, "x", "float64", "float32"):
+        coupling_flow(x.double(), params, cond=cond)
+    with raises_naming(TypeError, "x", "int64"):
+        coupling_flow(x.long(), params, cond=cond)
+    with raises_naming(ValueError, "x", "meta", "cpu"):
+        coupling_flow(x.to("meta"), params, cond=cond)
+    with raises_naming(ValueError, "cond", 5):
+        coupling_flow(x, params)
+    with raises_naming(ValueError, "cond", 4, 5):
+        coupling_flow(x, params, cond=cond[:, :4])
+    with raises_naming(ValueError, "cond", 3, 4):
+        coupling_flow(x, params, cond=cond[:3])
+    with raises_naming(TypeError, "cond", "float64"):
+        coupling_flow(x, params, cond=cond.double())
+    with raises_naming(ValueError, "memory", "none"):
+        coupling_flow(x, params, cond=cond, memory="none")
+    with raises_naming(ValueError, "theta", theta.numel(), theta.numel() - 1):
+        coupling_flow(x, FlowParams(bound.spec, theta[1:], bound.constants, bound.indices), cond=cond)
+    with raises_naming(TypeError, "indices", "int64"):
+        coupling_flow(x, FlowParams(bound.spec, theta, bound.constants, bound.indices.long()), cond=cond)
+    with raises_naming(TypeError, "params"):
+        coupling_flow(x, theta, cond=cond)
+
+
+def test_bad_specs_are_refused():
+    net = (Subnet((4,)),)
+    for clamp in (0.0, -1.0, float("nan"), float("inf")):
+        with raises_naming(ValueError, "clamp", clamp):
+            Coupling(2, 1, net, clamp)
+    for make, words in (
+        (lambda: FlowSpec(1, 0, ()), ("dim", 1)),
+        (lambda: FlowSpec(1025, 0, ()), ("dim", 1025, 1024)),
+        (lambda: FlowSpec(4, -1, ()), ("cond_dim", -1)),
+        (lambda: FlowSpec(4, 0, (Stage(Coupling(4, 1, net)),)), ("split", 4)),
+        (lambda: FlowSpec(4, 0, (Stage(Coupling(2, 1, net, conditional=True)),)), ("conditional", "cond_dim")),
+        (lambda: Coupling(2, 2, net), ("active", 2)),
+        (lambda: Coupling(2, 1, net * 3), ("subnets", 3)),
+        (lambda: Coupling(2, 1, net, gain=0.0), ("gain", 0.0)),
+        (lambda: Coupling(2, 1, net, squash="relu"), ("squash", "relu")),
+        (lambda: Subnet((0,)), ("hidden", 0)),
+        (lambda: Subnet((4,), "tanh"), ("activation", "tanh")),
+        (lambda: Stage(affine="relu"), ("affine", "relu")),
+        (lambda: Stage(permutation="random"), ("permutation", "random")),
+    ):
+        with raises_naming(ValueError, *words):
+            make()
+
+
+def test_a_corrupt_permutation_never_reaches_memory():
+    require("coupling_flow", "cpp")
+    bound = Bound(SPECS["allinone"])
+    x, theta = bound.inputs(2)
+    for value in (-1, 12, 2**31 - 1):
+        indices = bound.indices.clone()
+        indices[5] = value
+        with backend("cpp"), pytest.raises(RuntimeError, match="index outside"):
+            coupling_flow(x, FlowParams(bound.spec, theta, bound.constants, indices))
