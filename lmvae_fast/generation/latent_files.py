@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmvae_fast.errors import DataError, LatentError
+from lmvae_fast.errors import DataError, LatentError, OutputError
 
 FORMATS = (".safetensors", ".npy", ".jsonl")
 
@@ -53,19 +53,25 @@ def read_latents(
 
 
 def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tensor]) -> None:
-    """Write latents ``[N, latent_dim]`` as ``.safetensors`` (tensor ``z``), ``.npy`` or ``.jsonl``."""
+    """Write latents ``[N, latent_dim]`` as ``.safetensors`` (tensor ``z``), ``.npy`` or ``.jsonl``, whole or not at all.
+
+    Raises DataError for another ending, OutputError when the file cannot be written.
+    """
     path = Path(path)
     z = (latents if isinstance(latents, Tensor) else torch.cat(list(latents))).detach().cpu().float().contiguous()
     temporary = path.with_name(f".{path.name}.partial{path.suffix}")
-    if path.suffix == ".safetensors":
-        save_file({"z": z}, temporary)
-    elif path.suffix == ".npy":
-        np.save(temporary, z.numpy())
-    elif path.suffix == ".jsonl":
-        temporary.write_text("".join(json.dumps({"z": row}) + "\n" for row in z.tolist()))
-    else:
+    if path.suffix not in FORMATS:
         raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(FORMATS))
-    temporary.replace(path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file({"z": z}, temporary)
+        elif path.suffix == ".npy":
+            np.save(temporary, z.numpy())
+        else:
+            temporary.write_text("".join(json.dumps({"z": row}) + "\n" for row in z.tolist()))
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {path}: {error}", remedy="free space or choose another place") from error
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:

@@ -154,10 +154,12 @@ def latent_of(model: LMVAE, item: str | Tensor) -> Tensor:
     """The posterior mean ``[latent_dim]`` of a sentence, or the latent itself, checked."""
     if isinstance(item, str):
         return model.encode([item]).mu[0]
-    if item.dim() == 2 and item.shape[0] == 1:
-        item = item[0]
-    model.check_latents(item.unsqueeze(0))
-    return item.to(model.device)
+    if isinstance(item, Tensor) and item.dim() == 1:
+        item = item.unsqueeze(0)
+    model.check_latents(item)
+    if item.shape[0] != 1:
+        raise LatentError("one latent is wanted", value=list(item.shape), limit=f"[{item.shape[1]}]", remedy="pick a row")
+    return item[0].to(model.device)
 
 
 def _slerp(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:

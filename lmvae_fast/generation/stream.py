@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import OutputError
+from lmvae_fast.errors import ConfigError, OutputError
 from lmvae_fast.generation.engine import generate, token_limit
 from lmvae_fast.models.lmvae import LMVAE
 
@@ -54,10 +54,11 @@ def generate_file(
         number of lines in the file.
 
     Raises:
+        ConfigError: a draw without a seed.
         OutputError: the output cannot be written, or belongs to another model, other latents or other settings.
     """
     if config.do_sample and config.seed is None:
-        raise OutputError("a drawn output can only be continued under a seed", value="seed=None", remedy="set seed")
+        raise ConfigError("a drawn output can only be continued under a seed", value="seed=None", remedy="set seed")
     token_limit(model, config)
     output = Path(output)
     meta_path = output.with_name(output.name + ".meta.json")

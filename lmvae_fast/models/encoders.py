@@ -18,14 +18,14 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lmvae_fast.errors import ConfigError, TokenizerError
+from lmvae_fast.errors import ConfigError, DataError, TokenizerError
 from lmvae_fast.kernels.posterior import posterior_sample
 from lmvae_fast.models.loading import load_pretrained
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(z | x) = N(mu, diag(exp(logvar))) of ``batch`` sentences; both ``[batch, latent_dim]``, float32."""
+    """q(z | x) = N(mu, diag(exp(logvar))); both ``[batch, latent_dim]``, float32 (float64 of a float64 model)."""
 
     mu: Tensor
     logvar: Tensor
@@ -89,7 +89,9 @@ class Encoder(nn.Module):
         config = load_pretrained(AutoConfig, name, "encoder")
         # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
         auto_class = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-        model = load_pretrained(auto_class, name, "encoder", dtype=dtype)
+        # Many checkpoints come without the pooler, which is not used unless it is asked for.
+        may_lack = () if pooling == "pooler" else ("pooler.",)
+        model = load_pretrained(auto_class, name, "encoder", may_lack=may_lack, dtype=dtype)
         tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
         return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
 
@@ -109,13 +111,22 @@ class Encoder(nn.Module):
         return self
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit."""
+        """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit.
+
+        Raises DataError when the tokenizer makes ids that the encoder has no embedding for.
+        """
         longest = getattr(self.model.config, "max_position_embeddings", None)
         limit = min(self.tokenizer.model_max_length, longest or 10**9)
         encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
         )
-        return encoded["input_ids"], encoded["attention_mask"]
+        ids, rows = encoded["input_ids"], self.model.get_input_embeddings().weight.shape[0]
+        if ids.numel() and int(ids.max()) >= rows:
+            raise DataError(
+                "the encoder's tokenizer made a token the encoder does not know", value=int(ids.max()), limit=f"< {rows}",
+                remedy="use the encoder's own tokenizer",
+            )  # fmt: skip
+        return ids, encoded["attention_mask"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -51,11 +52,12 @@ def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_fro
         OutputError: the folder cannot be written, or holds something else.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_ours(folder):
         raise OutputError(f"{folder} exists and holds no model of ours", remedy="choose another folder or empty it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary.chmod(0o755)  # mkdtemp makes it private
     except OSError as error:
         raise OutputError(f"cannot write to {folder.parent}: {error}", remedy="choose a writable folder") from error
     try:
@@ -69,13 +71,14 @@ def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_fro
                 config = config.replace(**{name: f"./{name}"})
         state = {name: value.contiguous() for name, value in model.trainable_state_dict().items()}
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
-        (temporary / CONFIG).write_text(json.dumps({"format": FORMAT, **config.to_dict()}, indent=2) + "\n")
+        header = {"format": FORMAT, "weights_sha256": _sha256(temporary / WEIGHTS)}
+        (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / "README.md").write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
             if file.is_file():
                 _fsync(file)
         _replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {folder}: {error}", remedy="free space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -90,7 +93,8 @@ def from_pretrained(cls: type[LMVAE], source: str | os.PathLike[str], **override
         overrides: configuration fields to change (``decoder="/another/place"``, ``dtype="bfloat16"``).
 
     Raises:
-        CheckpointError: nothing there, truncated, corrupt, or of another kind.
+        CheckpointError: nothing there, truncated, corrupt (its sha256 is not the recorded one), or of another kind.
+        ConfigError: an override is unknown or contradicts the rest.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -104,20 +108,16 @@ def from_pretrained(cls: type[LMVAE], source: str | os.PathLike[str], **override
             f"{folder} is no lmvae_fast model", limit=f"format {FORMAT!r} in {CONFIG}",
             remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
         )  # fmt: skip
+    digest = values.pop("weights_sha256", None)
     try:
-        config = LMVAEConfig.from_dict({**values, **overrides})
+        config = LMVAEConfig.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG} does not fit this version: {error}") from error
+    config = config.replace(**overrides)
+    state = _read_weights(folder / WEIGHTS, digest)
     parts = {name: getattr(config, name) for name in ("encoder", "decoder")}
     located = {name: str(folder / part) if part.startswith("./") else part for name, part in parts.items()}
     model = cls(config.replace(**located))
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} is missing, truncated or corrupt: {error}", remedy="restore it from a copy"
-        ) from error
     model.load_trainable_state_dict(state)
     return model.eval()
 
@@ -134,12 +134,38 @@ def copy_into(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if parameter.shape != state[name].shape:
             raise CheckpointError(
-                f"weight {name} has another shape", value=list(state[name].shape), limit=list(parameter.shape)
-            )
+                f"weight {name} has another shape", value=list(state[name].shape), limit=list(parameter.shape),
+                remedy="load it into a model of the configuration it was saved with",
+            )  # fmt: skip
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
 
 
+
+
+def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        damaged = digest is not None and _sha256(path) != digest
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is missing, truncated or corrupt: {error}", remedy="restore it from a copy"
+        ) from error
+    if damaged:
+        raise CheckpointError(
+            f"{path} is corrupt: its sha256 is not the one in {CONFIG}", limit=digest,
+            remedy="restore it from a copy; after a change on purpose, remove weights_sha256 from the configuration",
+        )  # fmt: skip
+    return state
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _download(name: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import DataError, LatentError, OutputError
+from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
 from lmvae_fast.generation.latent_files import count_latents, read_latents, write_latents
 from lmvae_fast.generation.stream import generate_file
 from tests.models.tiny import make_model
@@ -103,5 +103,5 @@ def test_bad_files(model, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
     with pytest.raises(DataError, match="truncated"):
         list(read_latents(tmp_path / "cut.safetensors", latent_dim=4))
-    with pytest.raises(OutputError, match="seed"):
+    with pytest.raises(ConfigError, match="seed"):
         run(model, tmp_path / "w.npy", tmp_path / "o.jsonl", GenerationConfig(do_sample=True))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmvae_fast as lf
@@ -274,6 +275,9 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(CheckpointError, match="truncated"):
         lf.LMVAE.from_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="sha256"):
+        lf.LMVAE.from_pretrained(folder)
     (folder / "model.safetensors").write_bytes(weights)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "latent_dim": 7}))
@@ -296,6 +300,38 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="writable"):
         model.save_pretrained(tmp_path / "file" / "m")
+    with pytest.raises(OutputError, match="no model of ours"):
+        model.save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_parts_that_are_damaged_or_lack_weights(tmp_path, part):
+    folder = tmp_path / "m"
+    make_model("gpt2").save_pretrained(folder)
+    file = folder / part / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith("weight") and "pooler" not in name)
+    save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 missing"):
+        lf.LMVAE.from_pretrained(folder)
+    save_file({**tensors, name: torch.cat([tensors[name]] * 2)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=part):
+        lf.LMVAE.from_pretrained(folder)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=part):
+        lf.LMVAE.from_pretrained(folder)
+
+
+def test_a_pooler_is_needed_only_where_it_is_used(tmp_path):
+    folder = tmp_path / "m"
+    make_model("gpt2").save_pretrained(folder)
+    file = folder / "encoder" / "model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "pooler" not in key}, file, {"format": "pt"})
+    lf.LMVAE.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="pooler"):
+        lf.LMVAE.from_pretrained(folder, pooling="pooler")
+    with pytest.raises(ConfigError, match="poling"):
+        lf.LMVAE.from_pretrained(folder, poling="pooler")
 
 
 def test_latents_that_do_not_fit():
