@@ -88,11 +88,12 @@ def uniform(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = tor
 def normal(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normals of `shape`, computed in fp64 and rounded once to `dtype`. seed: int64 [2]."""
     rows, cols = _rows_cols(shape)
-    pairs = (words(seed, rows, -(-cols // 4) * 4) >> 8).to(torch.float64).view(rows, -1, 2)
+    padded = -(-cols // 4) * 4
+    pairs = (words(seed, rows, padded) >> 8).to(torch.float64).view(rows, padded // 2, 2)
     radius = torch.sqrt(-2.0 * torch.log((pairs[..., 0] + 1.0) * 2.0**-24))
     angle = pairs[..., 1] * (2.0 * math.pi * 2.0**-24)
     both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return both.view(rows, both.shape[1] * 2)[:, :cols].reshape(shape).to(dtype)
+    return both.view(rows, padded)[:, :cols].reshape(shape).to(dtype)
 
 
 def dropout_threshold(p: float) -> int:

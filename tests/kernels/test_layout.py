@@ -1,0 +1,77 @@
+"""The house rules that hold for every op at once: where its files are, what imports what, 64-bit addresses."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .common import assert_int64_addresses
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/op.py"))
+WITH_TRITON = [op for op in OPS if (ROOT / "kernels" / op / "triton.py").exists()]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, relative ones resolved to lmvae_fast.kernels...."""
+    package = ["lmvae_fast", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            found.add(".".join([*base, node.module or ""]).strip("."))
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_where_its_name_says(op):
+    for path in (f"kernels/{op}/reference.py", f"kernels/{op}/__init__.py", f"tests/kernels/test_{op}.py"):
+        assert (ROOT / path).exists(), f"{path} is missing"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_know_no_model(path):
+    wrong = {m for m in imports(path) if m.startswith("lmvae_fast") and not m.startswith("lmvae_fast.kernels")}
+    assert not wrong
+    if path.name == "reference.py":
+        assert not any("triton" in m for m in imports(path)), "a reference is plain torch"
+
+
+def test_the_folder_imported_under_its_bare_name_does_nothing():
+    """transformers probes for a PyPI package called kernels: ours, found from the repository root, must be inert."""
+    code = "import sys; before = set(sys.modules); import kernels; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['kernels']"
+
+
+@pytest.mark.parametrize("op", WITH_TRITON)
+def test_triton_addresses_are_64_bit(op):
+    pytest.importorskip("triton")
+    assert_int64_addresses(importlib.import_module(f"lmvae_fast.kernels.{op}.triton"))
+
+
+@pytest.mark.parametrize("op", WITH_TRITON)
+def test_triton_kernels_are_in_the_compile_gate(op):
+    pytest.importorskip("triton")
+    module = importlib.import_module(f"lmvae_fast.kernels.{op}.triton")
+    gated = {case.kernel.fn.__name__ for case in module.COMPILE_CASES}
+    tree = ast.parse((ROOT / "kernels" / op / "triton.py").read_text())
+    kernels = {
+        n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.decorator_list and n.name.endswith("_kernel")
+    }
+    assert kernels <= gated, f"not in COMPILE_CASES: {sorted(kernels - gated)}"
+
+
+def test_the_address_check_can_fail():
+    source = "import triton\n@triton.jit\ndef k(x, stride):\n    i = tl.program_id(0)\n    y = x + i * stride\n"
+    kernel = ast.parse(source).body[1]
+    from .common import _narrow_addresses
+
+    assert len(_narrow_addresses(kernel)) == 2
