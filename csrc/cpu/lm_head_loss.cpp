@@ -3,8 +3,8 @@
 // block is in the cache. No buffer has a vocabulary dimension, so the frozen head costs two matrix products and memory
 // of the size of hidden. A trained head takes a second pass (logits again, then d weight block by block).
 //
-// Work is cut into (group of tokens) x (range of the vocabulary); what ranges have gathered is merged at the end, in
-// a fixed order: the result depends on the number of threads but not on their timing.
+// Work is cut into (group of tokens) x (range of the vocabulary); what ranges have gathered is merged at the end in a
+// fixed order, so that results are the same bits run after run and on any number of threads.
 #include "lm_head_loss.h"
 
 #include <algorithm>
@@ -30,22 +30,22 @@ struct Plan {
   int64_t groups, ranges, group_tokens;
 };
 
-// The cut with the shortest estimated time. Every group reads and repacks its range of the head, which costs about as
-// much as kPack tokens' products. Ranges need partial sums [ranges, tokens, width]: held under 1/16 of the logits' size.
-Plan make_plan(int64_t tokens, int64_t width, int64_t vocab, int64_t threads, bool accumulate) {
+// Ranges of the vocabulary need partial sums [ranges, tokens, width]: held under 1/12 of the size the logits would have.
+// They change the order of additions, so they depend on shapes alone and results do not depend on the number of threads.
+// Groups of tokens change nothing but the time: each repacks the head, which costs about as much as kPack tokens'
+// products, and more than kMaxGroup tokens leave the cache.
+Plan make_plan(int64_t tokens, int64_t width, int64_t vocab, int64_t tile, bool accumulate) {
   constexpr int64_t kMaxGroup = 512, kPack = 64;
-  const int64_t most = accumulate ? std::max<int64_t>(1, vocab / (16 * std::max<int64_t>(1, width))) : threads;
-  Plan best{1, 1, 0};
-  double best_cost = std::numeric_limits<double>::infinity();
-  for (int64_t groups = (tokens + kMaxGroup - 1) / kMaxGroup; groups <= std::max<int64_t>(1, (tokens + 31) / 32); groups++) {
-    const int64_t size = ((tokens + groups - 1) / groups + 31) / 32 * 32;
-    const int64_t used = (tokens + size - 1) / size;
-    for (int64_t ranges = 1; ranges <= std::min(threads, most); ranges++) {
-      const int64_t waves = (used * ranges + threads - 1) / threads;
-      const double cost = static_cast<double>(waves) * static_cast<double>(size + kPack) / static_cast<double>(ranges);
-      if (cost < best_cost * 0.999) best_cost = cost, best = {used, ranges, size};
-    }
-    if (groups > 4 * threads + (tokens + kMaxGroup - 1) / kMaxGroup) break;
+  const int64_t most = accumulate ? vocab / (12 * std::max<int64_t>(1, width)) : vocab / 512;
+  const int64_t ranges = most >= 4 ? 4 : most >= 2 ? 2 : 1;
+  const int64_t threads = at::get_num_threads(), fewest = (tokens + kMaxGroup - 1) / kMaxGroup;
+  Plan best{1, ranges, 0};
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t cut = fewest; cut <= fewest + threads; cut++) {
+    const int64_t size = ((tokens + cut - 1) / cut + tile - 1) / tile * tile;
+    const int64_t groups = (tokens + size - 1) / size;
+    const int64_t cost = (groups * ranges + threads - 1) / threads * (size + kPack);
+    if (cost < best_cost) best_cost = cost, best = {groups, ranges, size};
   }
   return best;
 }
@@ -90,9 +90,9 @@ bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* stat
     at::AutoDispatchBelowADInplaceOrView guard;
     auto engine = call.engine(amx);
     const int64_t tile = engine->tile_tokens(), block = engine->block_columns();
-    const int64_t blocks = (vocab + block - 1) / block;
-    Scratch<C> s(tile * block);
-    std::vector<C> alpha(tile);
+    const int64_t blocks = (vocab + block - 1) / block, phase = engine->phase_tokens();
+    Scratch<C> s(std::min(phase, plan.group_tokens) * block);
+    std::vector<C> alpha(phase);
     const Product next = acc == nullptr ? Product::None : Product::Hidden;
     for (int64_t unit = begin; unit < end && good; unit++) {
       const int64_t group = unit / plan.ranges, range = unit % plan.ranges;
@@ -102,12 +102,17 @@ bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* stat
       for (int64_t b = blocks * range / plan.ranges; b < blocks * (range + 1) / plan.ranges; b++) {
         const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
         if (!engine->set_block(v0, columns, next)) { good = false; break; }
-        for (int64_t t = 0; t < count; t += tile) {
-          const int64_t rows = std::min(tile, count - t);
-          engine->scores(t, rows, s.data(), block);
-          LMVAE_PICK(head_online<C>)(s.data(), block, rows, columns, call.form, &call.row_labels[g0 + t], v0, state + t,
-                                     alpha.data(), acc != nullptr);
-          if (acc != nullptr) engine->accumulate(t, rows, alpha.data(), s.data(), block);
+        for (int64_t p = 0; p < count; p += phase) {
+          const int64_t stop = std::min(p + phase, count);
+          for (int64_t t = p; t < stop; t += tile) {
+            const int64_t rows = std::min(tile, stop - t);
+            C* logits = s.data() + (t - p) * block;
+            engine->scores(t, rows, logits, block);
+            LMVAE_PICK(head_online<C>)(logits, block, rows, columns, call.form, &call.row_labels[g0 + t], v0, state + t,
+                                       &alpha[t - p], acc != nullptr);
+          }
+          for (int64_t t = p; acc != nullptr && t < stop; t += tile)
+            engine->accumulate(t, std::min(tile, stop - t), &alpha[t - p], s.data() + (t - p) * block, block);
         }
       }
       if (acc == nullptr) continue;
@@ -238,9 +243,9 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
   if (n == 0) return {at::zeros({}, acc_options), nll, jac, dweight.zero_(), dbias};
 
   const bool second = want_weight || want_bias;
-  const Plan plan = make_plan(n, width, vocab, at::get_num_threads(), want_hidden);
   std::vector<TokenDone<C>> done(second ? n : 0);
   bool amx = have_amx() && acc_type == at::kFloat && width >= 1;
+  const Plan plan = make_plan(n, width, vocab, amx ? 32 : 256, want_hidden);
   {
     std::vector<TokenState<C>> states(plan.ranges * n);
     std::unique_ptr<C[]> acc(want_hidden ? new C[plan.ranges * n * width] : nullptr);

@@ -52,6 +52,7 @@ class HeadEngine {
  public:
   virtual ~HeadEngine() = default;
   virtual int64_t tile_tokens() const = 0;    // tokens to give to scores() at a time
+  virtual int64_t phase_tokens() const = 0;   // tokens to be scored before they are accumulated: a multiple of the tile
   virtual int64_t block_columns() const = 0;  // vocabulary rows to give to set_block() at most
   // Both return false where the engine cannot keep Inf and NaN as torch does; the caller then takes another engine.
   virtual bool set_tokens(const int64_t* rows, int64_t count, Product next) = 0;

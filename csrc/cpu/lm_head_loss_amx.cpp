@@ -237,9 +237,11 @@ class AmxEngine final : public HeadEngine<float> {
   explicit AmxEngine(const HeadProblem& problem) : p_(problem), depth_((p_.width + 31) / 32) { configure_tiles(); }
   ~AmxEngine() override { release_tiles(); }
   int64_t tile_tokens() const override { return 32; }
-  // Both packed forms of a block together fill about 1.2 MB of the second-level cache (2 MB where there is AMX).
+  // One packed form of a block at a time is in use; it may fill about 600 kB of the second-level cache (2 MB where there
+  // is AMX), beside what streams through: tokens, and the sums.
+  int64_t phase_tokens() const override { return 512; }
   int64_t block_columns() const override {
-    const int64_t fit = (int64_t{1200} << 10) / (2 * 2 * parts * depth_ * 32);
+    const int64_t fit = (int64_t{600} << 10) / (2 * parts * depth_ * 32);
     return std::min<int64_t>(std::max<int64_t>(fit / 32 * 32, 64), 256);
   }
 

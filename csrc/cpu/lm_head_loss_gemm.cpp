@@ -19,6 +19,7 @@ class GemmEngine final : public HeadEngine<C> {
  public:
   explicit GemmEngine(const HeadProblem& problem) : p_(problem) {}
   int64_t tile_tokens() const override { return 256; }
+  int64_t phase_tokens() const override { return 256; }
   // A block's weights take about half of a 1-2 MB second-level cache.
   int64_t block_columns() const override {
     const int64_t fit = (int64_t{768} << 10) / static_cast<int64_t>(sizeof(C) * std::max<int64_t>(1, p_.width));

@@ -1,0 +1,237 @@
+"""lm_head_loss on CUDA: matrix products by cuBLAS over chunks of tokens, and between them one program per token that reads
+its row of fp32 logits twice: once for the softmax's sums, once to write the gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import TRITON_TYPES, CompileCase, Config, launch
+from ..triton_math import exp_, log_unit
+from .reference import IGNORE_INDEX
+
+# ---- device code -----------------------------------------------------------------------------------------------------
+# Every sum belongs to one program and runs in one order: results are the same bits run after run.
+
+
+@triton.jit
+def _log1p(x):
+    """ln(1 + x) for x >= 0: the series of 2 artanh(x / (2 + x)) below 1/2, with relative accuracy down to 0."""
+    z = x / (x + 2.0)
+    q = z * z
+    p = q * (1.0 / 11.0) + 1.0 / 9.0
+    p = p * q + 1.0 / 7.0
+    p = p * q + 1.0 / 5.0
+    p = p * q + 1.0 / 3.0
+    small = 2.0 * z + 2.0 * z * q * p
+    inverse = 1.0 / (1.0 + x)
+    large = -log_unit(inverse)
+    return tl.where(x < 0.5, small, tl.where(x == x, large, x))
+
+
+@triton.jit
+def _tanh(x):
+    """tanh as Cephes' tanhf: a polynomial below 0.625, 1 - 2 / (e^2x + 1) above."""
+    a = tl.abs(x)
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    large = 1.0 - 2.0 / (exp_(a + a) + 1.0)
+    return tl.where(a < 0.625, p * z * x + x, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _form(x, bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """The logit of a product."""
+    if HAS_BIAS:
+        x += bias
+    x *= logit_scale
+    if HAS_CAP:
+        x = softcap * _tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def _slope(x, softcap, HAS_CAP: tl.constexpr):
+    """d logit / d (scaled product), from the capped logit."""
+    s = x * 0.0 + 1.0
+    if HAS_CAP:
+        t = x / softcap
+        s = (1.0 - t) * (1.0 + t)
+    return s
+
+
+@triton.jit
+def lm_head_loss_row_kernel(
+    product, bias, labels, nll, grad, vocab, softcap, logit_scale, stride_product, stride_grad,
+    IGNORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WANT_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    inside = (label >= 0) & (label < vocab)
+    counted = label != IGNORE
+    base = product + row * stride_product
+    minus_inf = float("-inf")
+    lane = tl.arange(0, BLOCK_V)
+
+    # The label is left out of the running sum, so that 1 - p(label) needs no difference of nearly equal numbers.
+    top = tl.full((), minus_inf, tl.float32)
+    others = tl.full((), 0.0, tl.float32)
+    for start in range(0, vocab, BLOCK_V):
+        col = start + lane
+        x = tl.load(base + col, mask=col < vocab, other=0.0)
+        b = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+        x = _form(x, b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
+        x = tl.where((col < vocab) & (col != label), x, minus_inf)
+        new = tl.maximum(top, tl.max(x, axis=0))
+        shift = tl.where(new == minus_inf, 0.0, new)
+        others = others * exp_(top - shift) + tl.sum(exp_(x - shift), axis=0)
+        top = new
+
+    at = tl.where(inside, label, 0)
+    b = tl.load(bias + at).to(tl.float32) if HAS_BIAS else 0.0
+    own = _form(tl.load(base + at), b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
+    most = tl.maximum(top, own)
+    rest = tl.where((top == minus_inf) & (most != minus_inf), 0.0, others * exp_(top - most))
+    total = rest + exp_(own - most)
+    # rest and total lie in [0, vocab] and [1, vocab + 1]
+    value = tl.where(own > top, _log1p(rest), (most - own) + _log1p(total - 1.0))
+    value = tl.where(own == float("inf"), float("nan"), value)
+    value = tl.where(inside, value, float("nan"))  # a label outside the vocabulary
+    tl.store(nll + row, tl.where(counted, value, 0.0))
+
+    if WANT_GRAD:
+        broken = tl.where(value == value, 0.0, value)  # NaN in every gradient of a row whose nll is NaN
+        factor = logit_scale / total + broken
+        own_grad = -rest / total * logit_scale * _slope(own, softcap, HAS_CAP) + broken
+        for start in range(0, vocab, BLOCK_V):
+            col = start + lane
+            x = tl.load(base + col, mask=col < vocab, other=0.0)
+            b = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+            x = _form(x, b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
+            g = exp_(x - most) * factor
+            if HAS_CAP:
+                g *= _slope(x, softcap, HAS_CAP)
+            g = tl.where(col == label, own_grad, g)
+            g = tl.where(counted, g, 0.0)
+            tl.store(grad + row * stride_grad + col, g.to(grad.dtype.element_ty), mask=col < vocab)
+
+
+@triton.jit
+def lm_head_loss_bias_kernel(
+    grad, token_weights, dbias, tokens, vocab, stride_grad,
+    HAS_WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, tokens, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        ok = (row < tokens)[:, None] & (col < vocab)[None, :]
+        g = tl.load(grad + row[:, None] * stride_grad + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            g *= tl.load(token_weights + row, mask=row < tokens, other=0.0)[:, None]
+        total += tl.sum(g, axis=0)
+    before = tl.load(dbias + col, mask=col < vocab, other=0.0)
+    tl.store(dbias + col, before + total, mask=col < vocab)
+
+
+# ---- configurations and launchers ------------------------------------------------------------------------------------
+
+_ROW = {1024: Config({"BLOCK_V": 1024}, num_warps=4), 4096: Config({"BLOCK_V": 4096}, num_warps=8)}
+_BIAS = Config({"ROWS": 16, "BLOCK_V": 128}, num_warps=4)
+
+# Bytes of fp32 logits that exist at one time. The frozen head is best served by chunks whose logits stay near the second
+# level cache; each chunk of a trained head reads and writes all of d weight, so there are fewer and larger ones.
+_LOGIT_BYTES, _LOGIT_BYTES_TRAINED = 128 << 20, 1 << 30
+
+
+def default_chunk(tokens: int, vocab: int, trained: bool) -> int:
+    """Tokens of a chunk: as many as the budget holds, a multiple of 128 (whole tiles for cuBLAS), at least 128."""
+    fit = (_LOGIT_BYTES_TRAINED if trained else _LOGIT_BYTES) // (4 * vocab)
+    return max(1, min(tokens, max(128, fit // 128 * 128)))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32, summed in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()  # the interpreter's machine
+
+
+def lm_head_loss_fwd(
+    hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk, want_hidden, want_weight, want_bias
+):
+    """The Triton form of lmvae_fast::lm_head_loss_fwd. No host synchronisation: a label outside the vocabulary gives NaN."""
+    tokens, width = hidden.shape
+    vocab = weight.shape[0]
+    device = hidden.device
+    chunk = chunk or default_chunk(tokens, vocab, want_weight)
+    want = want_hidden or want_weight or want_bias
+    labels = labels.contiguous()
+    bias_row = hidden if bias is None else bias.contiguous()
+    config = _ROW[1024 if vocab <= 4096 else 4096]
+
+    nll = torch.empty(tokens, dtype=torch.float32, device=device)
+    jac = torch.empty((tokens if want_hidden else 0, width), dtype=hidden.dtype, device=device)
+    dweight = torch.zeros((vocab if want_weight else 0, width), dtype=torch.float32, device=device)
+    dbias = torch.zeros(vocab if want_bias else 0, dtype=torch.float32, device=device)
+    for start in range(0, tokens, chunk):
+        rows = slice(start, min(start + chunk, tokens))
+        h = hidden[rows]
+        count = h.shape[0]
+        product = _product(h, weight.t())
+        grad = product
+        if want and hidden.dtype != torch.float32:
+            grad = torch.empty((count, vocab), dtype=hidden.dtype, device=device)
+        launch(
+            lm_head_loss_row_kernel, (count,), device, config,
+            product, bias_row, labels[rows], nll[rows], grad, vocab, softcap, logit_scale, product.stride(0), grad.stride(0),
+            IGNORE=IGNORE_INDEX, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WANT_GRAD=want,
+        )  # fmt: skip
+        weights = None if token_weights is None else token_weights[rows].contiguous()
+        if want_hidden:
+            torch.mm(grad, weight, out=jac[rows])
+        if want_weight:
+            weighted = h if weights is None else (h * weights[:, None]).to(h.dtype)
+            dweight += _product(grad.t(), weighted)
+        if want_bias:
+            launch(
+                lm_head_loss_bias_kernel, (triton.cdiv(vocab, _BIAS.constants["BLOCK_V"]),), device, _BIAS,
+                grad, grad if weights is None else weights, dbias, count, vocab, grad.stride(0),
+                HAS_WEIGHTS=weights is not None,
+            )  # fmt: skip
+    loss = nll.sum() if token_weights is None else (nll * token_weights).sum()
+    return loss, nll, jac, dweight, dbias
+
+
+# ---- compile gate ----------------------------------------------------------------------------------------------------
+
+
+def _cases() -> list[CompileCase]:
+    cases = []
+    for dtype in TRITON_TYPES.values():
+        row = {
+            "product": "*fp32", "bias": f"*{dtype}", "labels": "*i64", "nll": "*fp32", "grad": f"*{dtype}", "vocab": "i32",
+            "softcap": "fp32", "logit_scale": "fp32", "stride_product": "i32", "stride_grad": "i32",
+        }  # fmt: skip
+        for block, config in _ROW.items():
+            for tag, flags in (("plain", (False, False)), ("bias", (True, False)), ("cap", (False, True))):
+                names = {"HAS_BIAS": flags[0], "HAS_CAP": flags[1], "WANT_GRAD": True, "IGNORE": IGNORE_INDEX}
+                cases.append(CompileCase(f"row-{dtype}-{block}-{tag}", lm_head_loss_row_kernel, row, config, names))
+            names = {"HAS_BIAS": False, "HAS_CAP": False, "WANT_GRAD": False, "IGNORE": IGNORE_INDEX}
+            cases.append(CompileCase(f"row-{dtype}-{block}-eval", lm_head_loss_row_kernel, row, config, names))
+        column = {
+            "grad": f"*{dtype}", "token_weights": "*fp32", "dbias": "*fp32", "tokens": "i32", "vocab": "i32",
+            "stride_grad": "i32",
+        }  # fmt: skip
+        weighted = {"HAS_WEIGHTS": True}
+        cases.append(CompileCase(f"bias-{dtype}", lm_head_loss_bias_kernel, column, _BIAS, weighted))
+    return cases
+
+
+COMPILE_CASES = _cases()
