@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import lmvae_fast
-from lmvae_fast.errors import LMVAEError, NumericalError
+from lmvae_fast.errors import ConfigError, LMVAEError, NumericalError
 
 INTERRUPTED = 130
 
@@ -50,6 +50,7 @@ def main() -> None:
     """Entry point: runs a command and turns errors into messages and exit codes."""
     # Commands register themselves; imported here so that --help of one does not wait for the imports of all.
     from lmvae_fast.cli import convert, demo, env, evaluate, explore, generate, train  # noqa: F401
+    from lmvae_fast.cli.common import BACKENDS
 
     # The hub's own progress bars and the tokenizers' fork warning would tear ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,11 +59,20 @@ def main() -> None:
     if as_json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        if (forced := os.environ.get("LMVAE_BACKEND") or "auto") not in BACKENDS:
+            raise ConfigError("LMVAE_BACKEND is no backend", value=forced, limit=", ".join(BACKENDS), remedy="unset it")
         app(standalone_mode=True)
     except LMVAEError as error:
         code = 4 if isinstance(error, NumericalError) else 3
         _report(error, as_json)
         sys.exit(code)
+    except RuntimeError as error:
+        from lmvae_fast.kernels.backend import BackendError  # not above: --help need not wait for torch
+
+        if not isinstance(error, BackendError):
+            raise
+        _report(ConfigError(str(error), remedy="use --backend auto; `lmvae-fast env` says what runs here"), as_json)
+        sys.exit(3)
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(INTERRUPTED)

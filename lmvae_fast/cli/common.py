@@ -16,10 +16,20 @@ from lmvae_fast.errors import ConfigError
 
 console = Console()
 
+def _known_backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(BACKENDS)}")
+    return name
+
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Model = Annotated[Path, typer.Argument(help="Folder of a trained model (or a Hugging Face hub name).")]
 Backend = Annotated[
-    str, typer.Option("--backend", help="Kernels to use: auto, reference, cpp, triton, cuda.", envvar="LMVAE_BACKEND")
+    str,
+    typer.Option(
+        "--backend", help=f"Kernels to use: {', '.join(BACKENDS)}.", envvar="LMVAE_BACKEND", callback=_known_backend
+    ),
 ]
 Sample = Annotated[bool, typer.Option("--sample/--greedy", help="Draw tokens instead of taking the most probable.")]
 Temperature = Annotated[float, typer.Option(help="Of the draw.")]

@@ -9,7 +9,7 @@ import typer
 
 from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import Json, console, load_model, print_json
-from lmvae_fast.errors import ConfigError
+from lmvae_fast.errors import ConfigError, OutputError
 
 
 @app.command("convert")
@@ -35,9 +35,16 @@ def convert(
         parts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         model = load_checkpoint(source, **parts)
     else:
+        if encoder is not None or decoder is not None:
+            raise ConfigError(
+                "--encoder and --decoder replace what a LangVAE checkpoint refers to", value=source,
+                limit="a LangVAE checkpoint folder", remedy="leave them out",
+            )  # fmt: skip
         model = load_model(source, device="cpu")
     if to == "langvae":
         save_checkpoint(model, target, overwrite=overwrite)
+    elif target.exists() and not overwrite:
+        raise OutputError(f"{target} exists", remedy="choose another target, or --overwrite a model of ours")
     else:
         model.save_pretrained(target)
     if as_json:

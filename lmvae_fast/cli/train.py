@@ -65,7 +65,8 @@ def train(
     train_config = TrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
     train_data, held_out = load_data(values["data"], train_config.seed)
     if annotations:
-        values["model"].setdefault("annotations", sorted(train_data.label_set()))
+        # Of both parts: a rare label may stand in the held-out part alone.
+        values["model"].setdefault("annotations", sorted({*train_data.label_set(), *held_out.label_set()}))
     model_config = LMVAEConfig.from_dict(values["model"])
 
     import torch

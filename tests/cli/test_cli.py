@@ -129,6 +129,11 @@ def test_convert_there_and_back(capsys, folder, tmp_path):
         (["train", "--data", "missing.txt"], 3, "missing.txt"),
         (["train"], 3, "--data"),
         (["train", "--data", "corpus", "--set", "train.epoch=3"], 3, "epochs"),
+        (["generate", "MODEL", "--prior", "2", "--backend", "cuda"], 3, "cuda"),
+        (["generate", "MODEL", "--prior", "2", "--backend", "fast"], 2, "reference"),
+        (["train", "--data", "corpus", "--set", "train.beta=["], 3, "YAML"),
+        (["convert", "MODEL", "MODEL"], 3, "exists"),
+        (["convert", "MODEL", "elsewhere", "--decoder", "gpt2"], 3, "LangVAE"),
         (["nonsense"], 2, "nonsense"),
     ],
 )
@@ -137,6 +142,11 @@ def test_bad_input_has_an_exit_code_and_a_remedy(capsys, folder, arguments, code
     out, err = call(capsys, *arguments, code=code)
     assert message in err.replace("\n", "") or message in err
     assert "Traceback" not in err + out
+
+
+def test_an_unknown_backend_in_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("LMVAE_BACKEND", "fast")
+    assert "LMVAE_BACKEND" in call(capsys, "env", code=3)[1]
 
 
 def test_errors_are_json_too(capsys, folder):
