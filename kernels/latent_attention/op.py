@@ -47,7 +47,7 @@ def _triton_bwd(*args):
 
 
 def _triton_decode(*args):
-    from .triton_decode import latent_attention_decode
+    from .triton import latent_attention_decode
 
     return latent_attention_decode(*args)
 

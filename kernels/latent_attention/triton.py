@@ -1,0 +1,182 @@
+"""Launchers of latent_attention's Triton kernels, their configurations, and what the compile gate builds."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import TRITON_TYPES, CompileCase, Config, launch
+from .checks import check_lengths, check_offsets
+from .triton_decode import latent_attention_decode_kernel
+from .triton_kernels import latent_attention_bwd_kernel, latent_attention_fwd_kernel
+from .visibility import PREFIX, VISIBILITIES
+
+_DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# By the power of two that holds head_dim: the most rows of a block, the keys of a block, warps. fp32 is multiplied without
+# tensor cores (TF32 would break the error rule), whose operands live in registers: smaller blocks.
+_FWD = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 32, 4), 128: (64, 32, 8), 256: (64, 32, 8)}
+_BWD = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 8), 128: (32, 32, 4), 256: (32, 32, 8)}
+_FWD_FP32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)}
+_BWD_FP32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 8), 128: (16, 16, 4), 256: (16, 16, 8)}
+_DECODE = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (32, 4), 256: (16, 4)}
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _config(table: dict, head_dim: int, rows: int) -> Config:
+    """rows: of the longest sentence; shorter blocks for shorter sentences."""
+    block_d = _block_d(head_dim)
+    most, keys, warps = table[block_d]
+    block_m = min(most, max(16, triton.next_power_of_2(max(1, rows))))
+    return Config({"BLOCK_M": block_m, "BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps)
+
+
+def _dot_type(x: torch.Tensor) -> tl.dtype:
+    return _DOT[x.dtype] if x.is_cuda else tl.float32  # the interpreter multiplies half types wrongly
+
+
+def _bound(q, cu_seqlens, slots: int, visibility: int, max_seqlen: int | None) -> int:
+    """The longest sentence, or a bound on it: CUDA is not waited for."""
+    if not q.is_cuda:
+        return check_offsets(cu_seqlens, q.shape[0], slots, VISIBILITIES[visibility], max_seqlen)
+    bound = q.shape[0] if max_seqlen is None else min(max_seqlen, q.shape[0])
+    return bound if visibility == PREFIX else min(bound, slots)
+
+
+def _memory(q, memory):
+    """memory's tensor (q stands in for a missing one: no slot is read), its strides and its slots."""
+    if memory is None:
+        return q, (0, 0, 0, 0), 0
+    return memory, memory.stride(), memory.shape[2]
+
+
+def latent_attention_fwd(
+    q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_seqlen, window, softcap
+):  # fmt: skip
+    """The Triton form of lmvae_fast::latent_attention_fwd."""
+    tokens, heads, head_dim = q.shape
+    kv_heads, batch = k.shape[1], cu_seqlens.numel() - 1
+    memory_k, mk_strides, slots = _memory(q, memory_k)
+    memory_v, mv_strides, _ = _memory(q, memory_v)
+    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    stats = torch.empty((tokens, heads, 2), dtype=torch.float32, device=q.device)
+    group = heads // kv_heads
+    rows = _bound(q, cu_seqlens, slots, visibility, max_seqlen) * group
+    config = _config(_FWD_FP32 if q.dtype == torch.float32 else _FWD, head_dim, rows)
+    launch(
+        latent_attention_fwd_kernel, (batch * kv_heads, triton.cdiv(rows, config.constants["BLOCK_M"])), q.device, config,
+        q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats, heads, kv_heads, slots, head_dim,
+        scale, window or 0, softcap or 0.0, *q.stride(), *k.stride(), *v.stride(), *mk_strides, *mv_strides,
+        VISIBILITY=visibility, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
+        EXACT=q.dtype == torch.float32, DOT=_dot_type(q),
+    )  # fmt: skip
+    return out, stats
+
+
+def latent_attention_bwd(
+    grad_out, q, k, v, memory_k, memory_v, out, stats, cu_seqlens, visibility, scale, max_seqlen, window, softcap
+):
+    """The Triton form of lmvae_fast::latent_attention_bwd."""
+    _, heads, head_dim = q.shape
+    kv_heads, batch = k.shape[1], cu_seqlens.numel() - 1
+    memory_shape = (0,) if memory_k is None else tuple(memory_k.shape)
+    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), memory_shape, memory_shape)
+    grads = tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+    memory_k, mk_strides, slots = _memory(q, memory_k)
+    memory_v, mv_strides, _ = _memory(q, memory_v)
+    group = heads // kv_heads
+    longest = _bound(q, cu_seqlens, slots, visibility, max_seqlen)
+    config = _config(_BWD_FP32 if q.dtype == torch.float32 else _BWD, head_dim, longest * group)
+    block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
+    query_blocks = triton.cdiv(longest * group, block_m)
+    key_blocks = triton.cdiv(slots, block_n) + triton.cdiv(longest, block_n)
+    # (programs per pair, makes gradients of queries?, of keys?)
+    passes = [(1, True, True)] if query_blocks <= 1 else [(query_blocks, True, False), (key_blocks, False, True)]
+    for programs, queries, keys in passes:
+        launch(
+            latent_attention_bwd_kernel, (batch * kv_heads, programs), q.device, config,
+            grad_out, q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats, *grads,
+            heads, kv_heads, slots, head_dim, scale, window or 0, softcap or 0.0,
+            *grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *mk_strides, *mv_strides,
+            VISIBILITY=visibility, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
+            EXACT=q.dtype == torch.float32, DOT=_dot_type(q), QUERIES=queries, KEYS=keys,
+        )  # fmt: skip
+    return grads
+
+
+def latent_attention_decode(q, k_cache, v_cache, lengths, scale, window, softcap):
+    """The Triton form of lmvae_fast::latent_attention_decode."""
+    batch, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[1]
+    if not q.is_cuda:
+        check_lengths(lengths, k_cache.shape[2])
+    out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
+    block_d = _block_d(head_dim)
+    keys, warps = _DECODE[block_d]
+    group = heads // kv_heads
+    launch(
+        latent_attention_decode_kernel, (batch * kv_heads,), q.device,
+        Config({"BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps),
+        q, k_cache, v_cache, lengths, out, heads, kv_heads, head_dim, scale, window or 0, softcap or 0.0,
+        *q.stride(), *k_cache.stride(), *v_cache.stride(), lengths.stride(0),
+        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
+        GROUP_BLOCK=1 if group == 1 else max(16, triton.next_power_of_2(group)), EXACT=q.dtype == torch.float32,
+        DOT=_dot_type(q),
+    )  # fmt: skip
+    return out
+
+
+# ---- compile gate ----------------------------------------------------------------------------------------------------
+
+_SIZES = {"heads": "i32", "kv_heads": "i32", "slots": "i32", "head_dim": "i32", "window": "i32"}
+_SIZES |= {"scale": "fp32", "softcap": "fp32", "cu_seqlens": "*i32", "stats": "*fp32"}
+_STRIDES = {f"stride_{x}_{axis}": 1 if axis == "d" else "i32" for x in "qkvg" for axis in "thd"}
+_STRIDES |= {f"stride_{x}_{axis}": 1 if axis == "d" else "i32" for x in ("mk", "mv") for axis in "bhmd"}
+_TENSORS = ("q", "k", "v", "memory_k", "memory_v", "out", "grad_out", "grad_q", "grad_k", "grad_v", "grad_memory_k",
+            "grad_memory_v")  # fmt: skip
+
+
+def _compile_cases() -> list[CompileCase]:
+    """Every configuration in every dtype with the plainest rule; the other rules, windows and soft caps at one width."""
+    cases = []
+    variants = [(0, False, False), (1, False, False), (2, True, True)]  # visibility, window, softcap
+    for dtype, name in TRITON_TYPES.items():
+        exact = dtype == torch.float32
+        signature = {**_SIZES, **_STRIDES, **dict.fromkeys(_TENSORS, f"*{name}")}
+        for head_dim in _FWD:
+            for visibility, window, softcap in variants if head_dim == 64 and dtype != torch.float16 else variants[:1]:
+                options = {"VISIBILITY": visibility, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "GROUP": 1}
+                options |= {"EXACT": exact, "DOT": _DOT[dtype]}
+                for rows in (16, 4096):  # the longest sentence's: one block, and many
+                    uses = [("fwd", latent_attention_fwd_kernel, _FWD_FP32 if exact else _FWD, {})]
+                    for queries, keys in ((True, True),) if rows == 16 else ((True, False), (False, True)):
+                        made = "bwd-all" if queries and keys else "bwd-q" if queries else "bwd-kv"
+                        table = _BWD_FP32 if exact else _BWD
+                        uses.append((made, latent_attention_bwd_kernel, table, {"QUERIES": queries, "KEYS": keys}))
+                    for made, kernel, table, more in uses:
+                        only = {n: t for n, t in signature.items() if n in kernel.arg_names}
+                        tag = f"{made}-{name}-{head_dim}-rows{rows}-{VISIBILITIES[visibility]}"
+                        config = _config(table, head_dim, rows)
+                        cases.append(
+                            CompileCase(tag, kernel, only, config, {**options, **more}, tensor_cores=not exact)
+                        )
+        for head_dim, (keys, warps) in _DECODE.items():
+            decode = latent_attention_decode_kernel
+            strides = {n: 1 if n.endswith("_d") else "i32" for n in decode.arg_names if n.startswith("stride_")}
+            only = {n: t for n, t in {**signature, **strides}.items() if n in decode.arg_names}
+            only |= {"k_cache": f"*{name}", "v_cache": f"*{name}", "lengths": "*i64"}
+            config = Config({"BLOCK_N": keys, "BLOCK_D": head_dim}, num_warps=warps)
+            for group in (1, 4):
+                options = {"HAS_WINDOW": group == 4, "HAS_SOFTCAP": group == 4, "GROUP": group, "EXACT": exact}
+                options |= {"GROUP_BLOCK": 1 if group == 1 else 16, "DOT": _DOT[dtype]}
+                tensor_cores = group > 1 and not exact
+                tag = f"decode-{name}-{head_dim}-group{group}"
+                cases.append(CompileCase(tag, decode, only, config, options, tensor_cores=tensor_cores))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

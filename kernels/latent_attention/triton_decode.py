@@ -1,0 +1,65 @@
+"""latent_attention_decode on CUDA: one program reads the visible cache of a (row, kv head) once, for all its query heads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import _exp, _tanh
+
+
+@triton.jit
+def latent_attention_decode_kernel(
+    q, k_cache, v_cache, lengths, out, heads, kv_heads, head_dim, scale, window, softcap,
+    stride_q_b, stride_q_h, stride_q_d, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
+    stride_v_b, stride_v_h, stride_v_n, stride_v_d, stride_lengths,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # GROUP_BLOCK 1: products by multiplication and sum; otherwise a tile of query heads (16 at least) for tl.dot.
+    pair = tl.program_id(0).to(tl.int64)
+    b = pair // kv_heads
+    h = pair % kv_heads
+    length = tl.load(lengths + b * stride_lengths).to(tl.int64)
+    low = tl.zeros_like(length)
+    if HAS_WINDOW:
+        low = tl.maximum(low, length - window)
+    g = tl.arange(0, GROUP_BLOCK)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    d_ok = d < head_dim
+    head = h * GROUP + g
+    g_ok = g < GROUP
+    at = q + b * stride_q_b + head[:, None] * stride_q_h + d[None, :] * stride_q_d
+    q_tile = tl.load(at, mask=g_ok[:, None] & d_ok[None, :], other=0.0).to(tl.float32)
+    largest = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_BLOCK,), tl.float32)
+    acc = tl.zeros((GROUP_BLOCK, BLOCK_D), tl.float32)
+    for start in range(low, length, BLOCK_N):
+        position = start + n
+        ok = position < length
+        mask = ok[:, None] & d_ok[None, :]
+        k_at = k_cache + b * stride_k_b + h * stride_k_h + position[:, None] * stride_k_n + d[None, :] * stride_k_d
+        v_at = v_cache + b * stride_v_b + h * stride_v_h + position[:, None] * stride_v_n + d[None, :] * stride_v_d
+        k = tl.load(k_at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_at, mask=mask, other=0.0).to(tl.float32)
+        if GROUP_BLOCK == 1:
+            s = tl.sum(q_tile * k, 1)[None, :] * scale
+        else:
+            s = tl.dot(q_tile.to(DOT), tl.trans(k.to(DOT)), input_precision="ieee") * scale
+        if HAS_SOFTCAP:
+            s = _tanh(s / softcap) * softcap
+        s = tl.where(ok[None, :], s, float("-inf"))
+        new = tl.maximum(largest, tl.max(s, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        p = _exp(s - base[:, None], EXACT)
+        rescale = _exp(largest - base, EXACT)
+        total = total * rescale + tl.sum(p, 1)
+        if GROUP_BLOCK == 1:
+            acc = acc * rescale[:, None] + tl.sum(tl.trans(p) * v, 0)[None, :]
+        else:
+            acc = tl.dot(p.to(DOT), v.to(DOT), acc * rescale[:, None], input_precision="ieee")
+        largest = new
+    factor = tl.where(total == 0.0, 0.0, 1.0 / total)  # a row that holds nothing: zeros
+    place = (b * heads + head)[:, None] * head_dim + d[None, :]
+    tl.store(out + place, (acc * factor[:, None]).to(out.dtype.element_ty), mask=g_ok[:, None] & d_ok[None, :])
