@@ -1,0 +1,100 @@
+"""coupling_flow against FrEIA 0.2: 10 blocks, dim 128, subnets with one hidden layer of 512, the same numbers on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.kernels.harness import Case
+from lmvae_fast.integrations.freia import convert
+
+DIM, HIDDEN, BLOCKS = 128, 512, 10
+# Multiply-adds per row and stage: [64 -> 512 -> 128]. AllInOne has one such subnet per block, GLOW two.
+MACS = {"AllInOneBlock": BLOCKS * (64 * 512 + 512 * 128), "GLOWCouplingBlock": 2 * BLOCKS * (64 * 512 + 512 * 128)}
+
+
+def _subnet(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(c_in, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, c_out))
+
+
+def _flows(kind: str, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    import FrEIA.framework
+    import FrEIA.modules
+
+    torch.manual_seed(0)
+    inn = FrEIA.framework.SequenceINN(DIM)
+    for _ in range(BLOCKS):
+        inn.append(getattr(FrEIA.modules, kind), subnet_constructor=_subnet)
+    inn = inn.to(device)
+    return inn, convert(inn), convert(inn, memory="recompute")
+
+
+def _step(flow: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Negative log-likelihood under N(0, I) and its gradients; the gradients are dropped, as after an optimizer's step."""
+
+    def step() -> None:
+        z, logdet = flow(x)
+        (0.5 * z.square().sum(1) - logdet).mean().backward()
+        for parameter in flow.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def _quiet(function: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            function()
+
+    return run
+
+
+def _weights_bytes(kind: str) -> int:
+    return 4 * MACS[kind]
+
+
+def cases(device: str) -> list[Case]:
+    out = []
+    floors = {("forward", 1): 5.0, ("inverse", 1): 5.0, ("forward", 64): 3.0, ("inverse", 64): 3.0}
+    training = {("AllInOneBlock", "save"): 1.8, ("AllInOneBlock", "recompute"): 1.4, ("GLOWCouplingBlock", "save"): 1.8}
+    for kind in MACS:
+        inn, saving, rebuilding = _flows(kind, device)
+        for batch in (1, 64, 512):
+            x = torch.randn(batch, DIM, device=device)
+
+            def check(inn=inn, flow=saving, x=x) -> None:
+                with torch.no_grad():
+                    for ours, theirs in zip(flow(x), inn(x), strict=True):
+                        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+            flops = 2 * MACS[kind] * batch
+            for way in ("forward", "inverse"):
+                ours = saving if way == "forward" else saving.inverse
+                out.append(
+                    Case(
+                        name=f"{kind} {way}, batch {batch}",
+                        ours=_quiet(lambda f=ours, x=x: f(x)),
+                        baseline=_quiet(lambda inn=inn, x=x, rev=way == "inverse": inn(x, rev=rev)),
+                        baseline_name="FrEIA",
+                        floor=floors.get((way, batch)) if kind == "AllInOneBlock" else None,
+                        bytes=_weights_bytes(kind),
+                        flops=flops,
+                        check=check,
+                    )
+                )
+            for memory, flow in (("save", saving), ("recompute", rebuilding)):
+                out.append(
+                    Case(
+                        name=f"{kind} training step, batch {batch}, memory={memory!r}",
+                        ours=_step(flow, x),
+                        baseline=_step(inn, x),
+                        baseline_name="FrEIA",
+                        floor=training.get((kind, memory)) if batch == 512 else None,
+                        bytes=3 * _weights_bytes(kind),
+                        flops=flops * (3 if memory == "save" else 4),
+                        check=check,
+                    )
+                )
+    return out
