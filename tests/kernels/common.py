@@ -7,9 +7,9 @@ same dtype, three times for gradients; and the error's RMS at most 0.005 of the 
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,22 +281,22 @@ def raises_naming(error: type[Exception], *words: Any):
 # ---- static check of address arithmetic --------------------------------------------------------------------------------
 
 
-def assert_int64_addresses(module: Any) -> None:
-    """Every @triton.jit function of a triton.py multiplies strides by 64-bit indices only.
+def assert_int64_addresses(source: Any) -> None:
+    """Every @triton.jit function of a file multiplies strides by 64-bit indices only. source: a module or its path.
 
     Rules, checked on the syntax tree: `tl.program_id(..)` is always followed by `.to(tl.int64)`; wherever a name holding
     "stride" is a factor, the other factor is wide, that is, cast with `.to(tl.int64)` or made from a wide name.
     """
-    tree = ast.parse(inspect.getsource(module))
+    path = source if isinstance(source, Path) else Path(source.__file__)
     kernels = [
-        n
-        for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in n.decorator_list)
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
     ]
-    assert kernels, f"{module.__name__} has no @triton.jit function"
+    assert kernels, f"{path} has no @triton.jit function"
     for kernel in kernels:
         problems = _narrow_addresses(kernel)
-        assert not problems, f"{module.__name__}.{kernel.name}: " + "; ".join(problems)
+        assert not problems, f"{path.parent.name}/{path.name} {kernel.name}: " + "; ".join(problems)
 
 
 def _narrow_addresses(kernel: ast.FunctionDef) -> list[str]:
