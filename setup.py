@@ -85,7 +85,8 @@ class Csrc:
             "-std=c++20", "-O3", "-fPIC", "-g0", "-fopenmp", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
             # Rules of arithmetic: no fast-math (Inf and NaN must pass through); a*b+c may fuse, said explicitly.
             "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-            "-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized", f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+            "-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized",
+            f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
             *[f"-I{path}" for path in self.includes],
         ]  # fmt: skip
 
@@ -204,7 +205,7 @@ class BuildCsrc(build_ext):
 
     def get_outputs(self) -> list[str]:
         outputs = [path for path in super().get_outputs() if os.path.exists(path)]
-        return outputs + [str(Path(self.get_ext_fullpath("lmvae_fast._C")).with_name("_build_info.json"))]
+        return [*outputs, str(Path(self.get_ext_fullpath("lmvae_fast._C")).with_name("_build_info.json"))]
 
     def copy_extensions_to_source(self) -> None:
         """Editable installs: the library and its record go next to the Python sources."""

@@ -28,8 +28,9 @@ class CompileCase:
     name: unique within the op, e.g. "fwd-bf16-128". kernel: the @triton.jit function. signature: Triton types of the
     run-time arguments in any order, e.g. {"x": "*bf16", "rows": "i32", "scale": "fp32", "stride_d": 1}; an int is a value
     that Triton makes a constant of (it does so for 1). constants: the constexpr arguments beside those of `config`.
-    unaligned: pointers that are not 16-byte aligned. tensor_cores: a matrix instruction (mma or wgmma) must appear in the machine code. max_shared: bytes of shared memory
-    the kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100 block 227 KiB).
+    unaligned: pointers that are not 16-byte aligned. tensor_cores: a matrix instruction (mma or wgmma) must appear in the
+    machine code. max_shared: bytes of shared memory the kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100
+    block 227 KiB).
     """
 
     name: str

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -144,7 +145,7 @@ class FlowSpec:
         outputs = self.active(coupling)[1] * (2 if len(coupling.subnets) == 1 else 1)
         for n, subnet in enumerate(coupling.subnets):
             widths = [inputs, *subnet.hidden, outputs]
-            yield n, list(zip(widths[:-1], widths[1:], strict=True))
+            yield n, list(pairwise(widths))
 
     @cached_property
     def slots(self) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[Slot, ...]]:

@@ -15,7 +15,7 @@ from lmvae_fast.models.flow import CouplingFlow
 _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
-def convert(sequence_inn: nn.Module, *, memory: str = "save") -> CouplingFlow:
+def convert(sequence_inn: Any, *, memory: str = "save") -> CouplingFlow:
     """A FrEIA 0.2 `SequenceINN` as a `CouplingFlow` with the same numbers, exactly the same function.
 
     Understood: AllInOneBlock (hard and soft permutation, reverse_permutation, every global_affine_type), GLOWCouplingBlock,
@@ -160,8 +160,8 @@ def _parse_subnet(subnet: nn.Module, where: str) -> tuple[Subnet, list[nn.Linear
     odd = [type(m).__name__ for m in parts if not isinstance(m, (nn.Linear, *_ACTIVATIONS))]
     if odd:
         raise ConfigError(f"{where}: subnet part", value=odd[0], limit="Sequential, Linear, ReLU, GELU, SiLU")
-    linears, activations = parts[::2], parts[1::2]
-    if not all(isinstance(m, nn.Linear) for m in linears) or len(linears) != len(activations) + 1:
+    linears, activations = [m for m in parts[::2] if isinstance(m, nn.Linear)], parts[1::2]
+    if len(linears) != len(parts[::2]) or len(linears) != len(activations) + 1:
         raise ConfigError(f"{where}: a subnet must alternate Linear and activation, first and last Linear")
     names = {_ACTIVATIONS.get(type(m), type(m).__name__) for m in activations}
     if len(names) > 1:

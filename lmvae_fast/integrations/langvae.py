@@ -146,8 +146,10 @@ def load_reference(
     """
     contents = read_folder(folder, encoder=encoder, decoder=decoder)
     encoder_class = getattr(transformers, contents.encoder_class)
-    encoder_model = load_pretrained(encoder_class, contents.encoder_path, "encoder", dtype=torch.float32)
-    options = {} if attention is None else {"attn_implementation": attention}
+    encoder_model = load_pretrained(
+        encoder_class, contents.encoder_path, "encoder", may_lack=("pooler.",), dtype=torch.float32
+    )
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     decoder_model = load_pretrained(AutoModelForCausalLM, contents.decoder_path, "decoder", dtype="auto", **options)
     labels = contents.posterior_weight.shape[1] - encoder_model.config.hidden_size
     _check_encoder(contents, encoder_model.config.hidden_size, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class Encoder(nn.Module):
                 remedy="choose another pooling",
             )  # fmt: skip
         self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
+        embedding: Any = model.get_input_embeddings()
+        self._vocabulary: int = embedding.weight.shape[0]
         self.trains, self.source = train, source
         model.requires_grad_(train)
         if pooling != "pooler" and getattr(model, "pooler", None) is not None:
@@ -120,7 +123,7 @@ class Encoder(nn.Module):
         encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
         )
-        ids, rows = encoded["input_ids"], self.model.get_input_embeddings().weight.shape[0]
+        ids, rows = encoded["input_ids"], self._vocabulary
         if ids.numel() and int(ids.max()) >= rows:
             raise DataError(
                 "the encoder's tokenizer made a token the encoder does not know", value=int(ids.max()), limit=f"< {rows}",

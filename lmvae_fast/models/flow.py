@@ -41,6 +41,7 @@ def build_spec(
     def coupling(active: int, squash: str, gain: float) -> Coupling:
         return Coupling(split, active, (subnet,), float(clamp), squash, gain, conditional=cond_dim > 0)
 
+    block: tuple[Stage, ...]
     if kind == "allinone":
         block = (Stage(coupling(1, "tanh", 0.1), "softplus", permutation),)
     elif kind == "glow":
@@ -94,14 +95,16 @@ class CouplingFlow(nn.Module):
         super().__init__()
         if blocks < 1:
             raise ConfigError("a flow needs at least one block", value=blocks, limit="blocks >= 1")
-        given = None if permutation is None or isinstance(permutation, str) else list(permutation)
-        if given is not None:
+        given: list[Tensor] | None = None
+        if permutation is not None and not isinstance(permutation, str):
+            given = list(permutation)
             if len(given) != blocks:
                 raise ConfigError("one permutation per block", value=f"{len(given)} for {blocks} blocks")
             soft = {p.dim() == 2 for p in given}
             if len(soft) > 1:
                 raise ConfigError("permutations are all indices or all matrices", remedy="write indices as matrices")
             permutation = "soft" if soft.pop() else "hard"
+        assert permutation is None or isinstance(permutation, str)
         self._adopt(build_spec(dim, blocks, hidden, kind, clamp, permutation, cond_dim, activation), memory)
         self._reset(given)
 
@@ -138,10 +141,12 @@ class CouplingFlow(nn.Module):
                 views[f"stages.{i}.offset"].zero_()
             if stage.permutation == "hard":
                 index = torch.randperm(self.spec.dim) if given is None else next(given)
-                names, values = ("index", "inverse"), hard_permutation(index, self.spec.dim)
+                names: tuple[str, ...] = ("index", "inverse")
+                values: tuple[Tensor, ...] = hard_permutation(index, self.spec.dim)
             elif stage.permutation == "soft":
                 matrix = _random_rotation(self.spec.dim) if given is None else next(given)
-                names, values = ("matrix", "inverse", "logdet"), soft_permutation(matrix, self.spec.dim)
+                names = ("matrix", "inverse", "logdet")
+                values = soft_permutation(matrix, self.spec.dim)
             else:
                 continue
             for name, value in zip(names, values, strict=True):

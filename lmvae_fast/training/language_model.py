@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lmvae_fast.kernels.latent_attention.visibility import token_position
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.tokenization import TokenizedSentences
@@ -42,7 +43,7 @@ def train_language_model(
         the loss of every step.
     """
     decoder = model.decoder
-    shift = 0 if model.config.visibility == "prefix" else 1
+    visibility, slots = str(model.config.visibility), int(model.config.slots or 0)
     frozen = torch.zeros(len(sentences), 1)  # the encoder is not asked
     plans = [plan_epoch(sentences.lengths, batch_size, seed=seed, epoch=epoch) for epoch in range(epochs)]
     batches = [batch for plan in plans for step in plan.steps for batch in step]
@@ -58,7 +59,7 @@ def train_language_model(
             batch = model.make_batch(sentences, rows.tolist(), frozen).to(model.device)
             hidden = decoder.hidden(
                 batch.input_ids, None, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, rows=batch.rows,
-                token_index=batch.token_index + shift,
+                token_index=token_position(batch.token_index, slots, visibility),
             )  # fmt: skip
             weights = torch.full((batch.num_tokens,), 1.0 / batch.num_tokens, device=model.device)
             loss, _ = lm_head_loss(

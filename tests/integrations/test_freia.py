@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ Fm = pytest.importorskip("FrEIA.modules")
 def mlp(*hidden: int, activation: type = nn.ReLU):
     def build(c_in: int, c_out: int) -> nn.Sequential:
         widths, layers = [c_in, *hidden, c_out], []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), activation()]
         return nn.Sequential(*layers[:-1])
 
@@ -147,10 +149,17 @@ def test_converted_flow_equals_freia_in_fp64() -> None:
 
 def test_shared_activation_module_is_understood() -> None:
     relu = nn.ReLU()
-    blocks = [(Fm.AllInOneBlock, {"subnet_constructor": lambda i, o: nn.Sequential(nn.Linear(i, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, o))})]  # fmt: skip
-    inn = sequence(6, blocks)
+
+    def subnet(i: int, o: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(i, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, o))
+
+    inn = sequence(6, [(Fm.AllInOneBlock, {"subnet_constructor": subnet})])
     x = torch.randn(3, 6)
     torch.testing.assert_close(convert(inn)(x)[0], inn(x)[0])
+
+
+def tanh_gelu(i: int, o: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(i, 4), nn.GELU(approximate="tanh"), nn.Linear(4, o))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +171,7 @@ def test_shared_activation_module_is_understood() -> None:
         ((8,), [(Fm.AllInOneBlock, {"subnet_constructor": mlp(8, activation=nn.Tanh)})], "Tanh"),
         ((8,), [(Fm.GLOWCouplingBlock, {"subnet_constructor": mlp(8), "clamp_activation": torch.sin})], "clamp_activation"),
         ((8,), [(Fm.AllInOneBlock, {"subnet_constructor": lambda i, o: nn.Linear(i, o, bias=False)})], "bias"),
-        ((8,), [(Fm.AllInOneBlock, {"subnet_constructor": lambda i, o: nn.Sequential(nn.Linear(i, 4), nn.GELU(approximate="tanh"), nn.Linear(4, o))})], "tanh"),
+        ((8,), [(Fm.AllInOneBlock, {"subnet_constructor": tanh_gelu})], "tanh"),
         ((8,), [(Fm.ActNorm, {})], "has not seen data"),
         ((4, 8, 8), [(Fm.PermuteRandom, {})], "vectors"),
     ],

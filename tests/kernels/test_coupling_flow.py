@@ -372,7 +372,7 @@ def test_opcheck(dtype):
         )
         tests = ("test_schema", "test_faketensor") if keep == 0 else None  # nothing kept: no backward
         opcheck("coupling_flow_fwd", args, **({"test_utils": tests} if tests else {}))
-    y, logdet, saved = torch.ops.lmvae_fast.coupling_flow_fwd(
+    y, _, saved = torch.ops.lmvae_fast.coupling_flow_fwd(
         *(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     )
     flats = (theta.detach(), bound.constants, bound.indices, ints, floats, False)
