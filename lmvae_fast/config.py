@@ -55,7 +55,8 @@ class LMVAEConfig(ConfigBase):
         annotations: names of the per-token labels that condition the encoder; empty for none.
         conditional_decoder: concatenate the pooled labels to z before the projector.
         add_prefix_space: tokenise the first word like any other.
-        dtype: dtype of the frozen parts and of the memory; what trains keeps float32 master weights.
+        dtype: dtype that encoder and decoder are held in, and of the memory. What is trained around them is float32
+            (float64 of a float64 model); an encoder or decoder that trains must be float32 or float64 as well.
     """
 
     system: str = "langvae"

@@ -161,8 +161,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             limit=VERSION,
             remedy="use the version of lmvae_fast that wrote it",
         )
+    files = manifest.get("files")
+    entries = files.values() if isinstance(files, dict) else ()
+    if STATE not in (files or ()) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in entries):
+        raise CheckpointError(f"{path / MARKER} does not list the checkpoint's files", remedy=remedy)
     tensors = {}
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing", remedy=remedy)

@@ -227,6 +227,9 @@ DAMAGE = {
     "truncated": lambda p: os.truncate(p / "optimizer.safetensors", 50),
     "corrupt": lambda p: flip(p / "model.safetensors"),
     "state.json is corrupt": lambda p: flip(p / "state.json"),
+    "does not list": lambda p: (p / "COMPLETE.json").write_text(
+        '{"format": "lmvae_fast.checkpoint", "version": 1, "files": {"state.json": 7}}'
+    ),
     "never completed": lambda p: (p / "COMPLETE.json").unlink(),
     "cannot be read": lambda p: (p / "COMPLETE.json").write_text('{"for'),
     "not a checkpoint of this package": lambda p: (p / "COMPLETE.json").write_text('{"format": "other"}'),
