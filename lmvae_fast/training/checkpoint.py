@@ -162,8 +162,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             remedy="use the version of lmvae_fast that wrote it",
         )
     files = manifest.get("files")
-    entries = files.values() if isinstance(files, dict) else ()
-    if STATE not in (files or ()) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in entries):
+    files = files if isinstance(files, dict) else {}
+    whole = all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values())
+    if STATE not in files or not whole:
         raise CheckpointError(f"{path / MARKER} does not list the checkpoint's files", remedy=remedy)
     tensors = {}
     for name, expected in files.items():
