@@ -191,7 +191,8 @@ struct Pass {
       const at::Tensor z_padded = pad_columns(z, type, a.nz_padded);
       a.z = z_padded.const_data_ptr();
       const int64_t partial = std::max<int64_t>(want_dz ? a.rows.batch * a.nz_padded : 1, a.rows.batch * a.gram_padded);
-      const int64_t tasks = std::clamp<int64_t>((int64_t{1} << 21) / std::max<int64_t>(1, partial), 8, 128);
+      const int64_t few_enough = std::clamp<int64_t>((int64_t{1} << 21) / std::max<int64_t>(1, partial), 8, 128);
+      const int64_t tasks = std::clamp<int64_t>(a.rows.chunks() / 4, 1, few_enough);
       const auto options = z.options().dtype(type);
       if (want_dz) dz = at::zeros({tasks, a.rows.batch, a.nz_padded}, options);
       if (want_gram) gram = at::zeros({tasks, a.rows.batch, a.gram_padded}, options);

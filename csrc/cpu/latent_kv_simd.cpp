@@ -70,6 +70,17 @@ LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, 
     }
 }
 
+// A sum over nz is made of sums of this many terms: its rounding error then grows as that of a blocked BLAS.
+constexpr int64_t kDepth = 64;
+
+template <typename T, int I, int J, bool add>
+LMVAE_INLINE void product_deep(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth,
+                               Prefetch& ahead) {
+  product_block<T, I, J, add>(a, ai, ak, b, ldb, c, ldc, std::min(depth, kDepth), ahead);
+  for (int64_t k = kDepth; k < depth; k += kDepth)
+    product_block<T, I, J, true>(a + k * ak, ai, ak, b + k * ldb, ldb, c, ldc, std::min(depth - k, kDepth), ahead);
+}
+
 // The same for m rows and n columns, n a multiple of the vector.
 template <typename T, bool add>
 void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t ldb, int64_t n, T* c, int64_t ldc, int64_t depth,
@@ -79,14 +90,14 @@ void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t 
   for (; j + 2 * V <= n; j += 2 * V) {
     int64_t i = 0;
     for (; i + kRowBlock <= m; i += kRowBlock)
-      product_block<T, kRowBlock, 2, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
-    for (; i < m; i++) product_block<T, 1, 2, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
+      product_deep<T, kRowBlock, 2, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
+    for (; i < m; i++) product_deep<T, 1, 2, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
   }
   if (j < n) {
     int64_t i = 0;
     for (; i + kRowBlock <= m; i += kRowBlock)
-      product_block<T, kRowBlock, 1, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
-    for (; i < m; i++) product_block<T, 1, 1, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
+      product_deep<T, kRowBlock, 1, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
+    for (; i < m; i++) product_deep<T, 1, 1, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
   }
 }
 
