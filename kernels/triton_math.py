@@ -34,6 +34,37 @@ def exp_(x):
 
 
 @triton.jit
+def exp_parts(x):
+    """e^(x/2), e^x - 1 and e^x - 1 - x of fp32 x for the price of one exponential, without cancellation near 0."""
+    c = 0.5 * x
+    c = tl.where(c > 89.0, 89.0, c)
+    c = tl.where(c < -104.0, -104.0, c)
+    shifted = c * 1.44269504088896341 + 12582912.0
+    n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    nf = shifted - 12582912.0
+    r = c - nf * 0.693359375
+    r = r - nf * -2.12194440e-4
+    p = 1.9875691500e-4 * r + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    tail = p * (r * r)
+    q = tail + r
+    high = q + 1.0
+    low = q - (high - 1.0)  # e^(x/2) = high + low: its square keeps the precision of one exponential
+    first = ((n >> 1) + 127) << 23
+    second = (n - (n >> 1) + 127) << 23
+    s1 = first.to(tl.float32, bitcast=True)
+    s2 = second.to(tl.float32, bitcast=True)
+    full = (high * high + 2.0 * high * low) * s1 * s2 * s1 * s2
+    near = n == 0
+    minus1 = tl.where(near, q * q + 2.0 * q, full - 1.0)
+    excess = tl.where(near, q * q + 2.0 * tail, full - 1.0 - x)
+    return high * s1 * s2, minus1, excess
+
+
+@triton.jit
 def log_unit(x):
     """ln x for normal fp32 x in (0, 1], relative accuracy up to 1 - 2^-24 (Cephes' logf)."""
     bits = x.to(tl.int32, bitcast=True)

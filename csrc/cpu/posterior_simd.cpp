@@ -12,26 +12,25 @@ constexpr int64_t kSlack = 4 * kLanes;  // what normal_fill may write beyond the
 
 LMVAE_INLINE int64_t pad4(int64_t n) { return (n + 3) / 4 * 4; }
 
-// One latent dimension's divergence from N(0, 1), and what the mode makes of it. Masks multiply instead of select: an Inf
-// or NaN then shows in the result exactly where it does in torch.
+// What a mode makes of one dimension's divergence k from N(0, 1). Masks multiply instead of select: an Inf or NaN then
+// shows in the result exactly where it does in torch.
 template <typename A, KlMode mode>
-LMVAE_INLINE A kl_term(A mu, A lv, A e, A target) {
-  const A k = A(0.5) * (mu * mu + e - lv - A(1));
+LMVAE_INLINE A kl_term(A k, A target) {
   if constexpr (mode == KlMode::DimThreshold) return k * (k > target ? A(1) : A(0));
   if constexpr (mode == KlMode::FreeBits) return k < target ? target : k;
   return k;
 }
 // d(kl_term)/d(k)
 template <typename A, KlMode mode>
-LMVAE_INLINE A kl_mask(A mu, A lv, A e, A target) {
-  if constexpr (mode == KlMode::DimThreshold) return A(0.5) * (mu * mu + e - lv - A(1)) > target ? A(1) : A(0);
-  if constexpr (mode == KlMode::FreeBits) return A(0.5) * (mu * mu + e - lv - A(1)) >= target ? A(1) : A(0);
+LMVAE_INLINE A kl_mask(A k, A target) {
+  if constexpr (mode == KlMode::DimThreshold) return k > target ? A(1) : A(0);
+  if constexpr (mode == KlMode::FreeBits) return k >= target ? A(1) : A(0);
   return A(1);
 }
 
 template <typename A>
 struct Tile {
-  alignas(64) A mu[kTile], lv[kTile], std[kTile], e[kTile], eps[kTile + kSlack], dz[kTile], dmu[kTile], dlv[kTile];
+  alignas(64) A mu[kTile], lv[kTile], std[kTile], em1[kTile], excess[kTile], eps[kTile + kSlack], dz[kTile], dmu[kTile], dlv[kTile];
 };
 
 // A dense block of rows x pitch in the arithmetic type: the tensor's own memory where it is already that, else a copy.
@@ -83,14 +82,14 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
       const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv, rows, cols, pitch);
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) {
-        A e;
-        exp_half_and_full(lv[i], &t.std[i], &e);
-        t.e[i] = kl_term<A, mode>(mu[i], lv[i], e, target);
+        A minus1, excess;
+        exp_parts(lv[i], &t.std[i], &minus1, &excess);
+        t.excess[i] = kl_term<A, mode>(A(0.5) * (mu[i] * mu[i] + excess), target);
       }
       for (int64_t r = 0; r < rows; r++) {
         A sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < cols; c++) sum += t.e[r * pitch + c];
+        for (int64_t c = 0; c < cols; c++) sum += t.excess[r * pitch + c];
         total[r] += sum;
       }
       for (int64_t s = 0; s < a.samples; s++) {
@@ -124,7 +123,7 @@ void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
       A* dmu = output_tile<T>(a.dmu, at, dim, t.dmu, rows, cols, pitch);
       A* dlv = output_tile<T>(a.dlogvar, at, dim, t.dlv, rows, cols, pitch);
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) exp_half_and_full(lv[i], &t.std[i], &t.e[i]);
+      for (int64_t i = 0; i < n; i++) exp_parts(lv[i], &t.std[i], &t.em1[i], &t.excess[i]);
       for (int64_t s = 0; a.dz != nullptr && s < a.samples; s++) {
         normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
         const A* dz = read_tile<T>(a.dz, s * a.dz_sample + r0 * a.dz_row + c0 * a.dz_col, a.dz_row, a.dz_col, t.dz, rows, cols, pitch);
@@ -151,9 +150,9 @@ void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
           const int64_t row = r * pitch;
 #pragma omp simd
           for (int64_t i = row; i < row + pitch; i++) {
-            const A gk = g * kl_mask<A, mode>(mu[i], lv[i], t.e[i], target);
+            const A gk = g * kl_mask<A, mode>(A(0.5) * (mu[i] * mu[i] + t.excess[i]), target);
             dmu[i] += gk * mu[i];
-            dlv[i] += A(0.5) * gk * (t.e[i] - A(1));
+            dlv[i] += A(0.5) * gk * t.em1[i];
           }
         }
       }

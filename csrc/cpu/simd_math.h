@@ -23,9 +23,9 @@ namespace lmvae::LMVAE_ISA {
 LMVAE_INLINE float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
 LMVAE_INLINE uint32_t float_to_bits(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
 
-// e^x - 1 of the part of x that is left after taking n * ln 2 off, and n. Range reduction by two constants, the minimax
+// x = n * ln 2 + r: r, n, and tail = e^r - 1 - r, so that neither e^r - 1 nor e^r - 1 - r has to cancel. Range reduction by two constants, the minimax
 // polynomial of Cephes' expf. x is clamped where e^x is 0 or Inf anyway; comparisons are written so that NaN stays NaN.
-struct Reduced { float q; int32_t n; };
+struct Reduced { float r, tail; int32_t n; };
 LMVAE_INLINE Reduced reduce_exp(float x) {
   float c = x > 89.0f ? 89.0f : x;
   c = c < -104.0f ? -104.0f : c;
@@ -41,27 +41,33 @@ LMVAE_INLINE Reduced reduce_exp(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return {p * (r * r) + r, n};
+  return {r, p * (r * r), n};
 }
 
 // e^x. Scaling in two halves: results below the smallest normal number and above the largest come out as torch's do.
 LMVAE_INLINE float exp_(float x) {
   const Reduced a = reduce_exp(x);
   const int32_t n1 = a.n >> 1, n2 = a.n - n1;
-  return (a.q + 1.0f) * bits_to_float(static_cast<uint32_t>(n1 + 127) << 23) * bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
+  return (a.tail + a.r + 1.0f) * bits_to_float(static_cast<uint32_t>(n1 + 127) << 23) * bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
 }
 
-// e^(x/2) and e^x for little more than one of them. The square is taken of 1 + q as a sum of two floats, so that its error
-// does not double.
-LMVAE_INLINE void exp_half_and_full(float x, float* half, float* full) {
+// What a Gaussian divergence needs of x, for the price of one exponential: half = e^(x/2), minus1 = e^x - 1 and
+// excess = e^x - 1 - x, the last two without cancellation near x = 0. e^x is the square of 1 + q as a sum of two floats,
+// so that its error does not double.
+LMVAE_INLINE void exp_parts(float x, float* half, float* minus1, float* excess) {
   const Reduced a = reduce_exp(0.5f * x);
   const int32_t n1 = a.n >> 1, n2 = a.n - n1;
   const float s1 = bits_to_float(static_cast<uint32_t>(n1 + 127) << 23), s2 = bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
-  const float high = a.q + 1.0f, low = a.q - (high - 1.0f);
+  const float q = a.tail + a.r, high = q + 1.0f, low = q - (high - 1.0f);
   *half = high * s1 * s2;
-  *full = (high * high + 2.0f * high * low) * s1 * s2 * s1 * s2;
+  const float full = (high * high + 2.0f * high * low) * s1 * s2 * s1 * s2;
+  const bool near = a.n == 0;  // then x = 2 r and e^x = (1 + q)^2
+  *minus1 = near ? q * q + 2.0f * q : full - 1.0f;
+  *excess = near ? q * q + 2.0f * a.tail : full - 1.0f - x;
 }
-LMVAE_INLINE void exp_half_and_full(double x, double* half, double* full) { *half = std::exp(0.5 * x), *full = std::exp(x); }
+LMVAE_INLINE void exp_parts(double x, double* half, double* minus1, double* excess) {
+  *half = std::exp(0.5 * x), *minus1 = std::expm1(x), *excess = *minus1 - x;
+}
 LMVAE_INLINE double exp_(double x) { return std::exp(x); }
 
 // ---- rows in and out -------------------------------------------------------------------------------------------------
