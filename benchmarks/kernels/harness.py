@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import statistics
@@ -112,8 +113,20 @@ def machine_limits(device: str, seconds: float = 1.0) -> dict[str, float]:
     return limits
 
 
+def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function` under torch.compile, already compiled. A backward inside runs as the compiled graph's own."""
+    torch._dynamo.reset()
+    fast = torch.compile(function, dynamic=False)
+    for _ in range(3):
+        fast()
+    return fast
+
+
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a machine without git
+        return ""
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -135,7 +148,8 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiler": build.get("compiler", "none"),
-        "commit": _git("rev-parse", "HEAD"),
+        # a copy of the tree without its history is told its commit
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("LMVAE_COMMIT", "unknown"),
         "uncommitted": bool(
             _git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/kernels/*.py", "setup.py")
         ),
@@ -143,11 +157,21 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def run_case(case: Case, seconds: float, device: str, limits: dict[str, float]) -> dict[str, Any]:
-    """Times, memory, speed-up and share of the limit of one case."""
+def run_case(
+    case: Case, seconds: float, device: str, limits: dict[str, float], compile_baseline: bool = False
+) -> dict[str, Any]:
+    """Times, memory, speed-up and share of the limit of one case; with the baseline under torch.compile as one more side."""
     if case.check is not None:
         case.check()
+    compilation: dict[str, Any] = {}
     sides = {"ours": case.ours, case.baseline_name: case.baseline, **case.others}
+    if compile_baseline:
+        start = time.perf_counter()
+        try:
+            sides["torch.compile"] = compiled(case.baseline)
+        except Exception as error:  # the compiler's failures are its own; the other sides are still compared
+            compilation["no_torch_compile"] = f"{type(error).__name__}: {error}"[:300]
+        compilation["compile_seconds"] = round(time.perf_counter() - start, 1)
     times = interleave(sides, seconds, device)
     medians = {name: statistics.median(values) for name, values in times.items()}
     # per-round ratios: both sides of a round saw the same machine, so their median is what noise moves least
@@ -164,6 +188,7 @@ def run_case(case: Case, seconds: float, device: str, limits: dict[str, float]) 
         },
         "peak_extra_bytes": {name: peak_memory(function, device) for name, function in sides.items()},
     }
+    row |= compilation
     if case.bytes or case.flops:
         rate = limits["matmul_bfloat16_flops_per_s" if case.dtype == torch.bfloat16 else "matmul_float32_flops_per_s"]
         by_bytes, by_flops = case.bytes / limits["copy_bytes_per_s"], case.flops / rate
@@ -173,6 +198,12 @@ def run_case(case: Case, seconds: float, device: str, limits: dict[str, float]) 
             "share": round(max(by_bytes, by_flops) / medians["ours"], 3),
         }
     return row
+
+
+def _others(row: dict[str, Any], base: str) -> str:
+    """What ours was compared with: the judged baseline first, then the sides that are only shown."""
+    names = [base, *(name for name in row["microseconds"] if name not in ("ours", base))]
+    return ", ".join(f"{row['microseconds'][name]:.1f} ({name})" for name in names)
 
 
 def markdown(op: str, record: dict[str, Any]) -> str:
@@ -193,7 +224,7 @@ def markdown(op: str, record: dict[str, Any]) -> str:
         mib = [row["peak_extra_bytes"][side] / 2**20 for side in ("ours", base)]
         limit = f"{row['limit']['share']:.0%} ({row['limit']['bound_by']})" if "limit" in row else ""
         lines.append(
-            f"| {row['name']} | {row['microseconds']['ours']:.1f} | {row['microseconds'][base]:.1f} ({base}) | "
+            f"| {row['name']} | {row['microseconds']['ours']:.1f} | {_others(row, base)} | "
             f"{row['speedup']:.2f}x | {row['floor'] or ''} | {mib[0]:.2f} / {mib[1]:.2f} MiB | {limit} |"
         )
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """Kernel benchmarks: `python -m benchmarks.kernels.run [op ...] [--threads 2] [--seconds 3] [--device cpu]`.
 
-For each op: runs its tests first and refuses to report a speed-up while they are red; then times ours and the baseline
-interleaved, and writes benchmarks/results/kernels/<op>.json and .md. Exit code 1 when tests are red or a floor is missed.
+For each op: runs its tests on that device first (or reads their outcome from --junit) and refuses to report a speed-up
+while they are red; then times ours and the baseline interleaved, and writes <op>.json and .md below --output, for CUDA
+<op>_cuda.json and .md. Exit code 1 when tests are red or a floor is missed; floors are those of the CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
@@ -27,15 +29,32 @@ def available() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def tests_are_green(op: str) -> bool:
+def tests_of(op: str, device: str) -> str:
+    """The file of an op's tests on a device."""
+    return f"tests/kernels/test_{op}.py" if device == "cpu" else f"tests/gpu/test_cuda_{op}.py"
+
+
+def recorded_green(path: str, junit: Path) -> bool:
+    """Whether a JUnit file that pytest wrote has passed tests of this file and no failed one."""
+    module = path.removesuffix(".py").replace("/", ".")
+    passed = False
+    for case in ElementTree.parse(junit).iter("testcase"):
+        if case.get("classname", "").startswith(module):
+            if case.find("failure") is not None or case.find("error") is not None:
+                return False
+            passed |= case.find("skipped") is None
+    return passed
+
+
+def tests_are_green(op: str, device: str) -> bool:
     """Runs the op's tests in a process of their own."""
-    path = f"tests/kernels/test_{op}.py"
+    path = tests_of(op, device)
     if not (harness.ROOT / path).exists():
         print(f"{op}: there is no {path}", file=sys.stderr)
         return False
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path, *(["-m", "gpu"] * (device == "cuda"))],
         cwd=harness.ROOT, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if done.returncode:
@@ -49,6 +68,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="per case, all sides together")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--junit", type=Path, help="outcome of the tests of this very tree: they are not run again")
+    parser.add_argument(
+        "--compile-seconds", type=float, default=60.0,
+        help="on CUDA, torch.compile of the baselines is compared too, until compiling has taken this long per op",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the records")
     options = parser.parse_args()
     unknown = sorted(set(options.ops) - set(available()))
     if unknown:
@@ -56,28 +81,40 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     failed = False
     for op in options.ops or available():
-        if not tests_are_green(op):
+        path = tests_of(op, options.device)
+        green = recorded_green(path, options.junit) if options.junit else tests_are_green(op, options.device)
+        if not green:
             print(f"{op}: its tests are red, so no speed-up is reported", file=sys.stderr)
             failed = True
             continue
         torch.manual_seed(0)
-        limits = harness.machine_limits(options.device)
-        cases = importlib.import_module(f"benchmarks.kernels.bench_{op}").cases(options.device)
-        command = f"python -m benchmarks.kernels.run {op} --threads {options.threads} --device {options.device}"
+        try:
+            cases = importlib.import_module(f"benchmarks.kernels.bench_{op}").cases(options.device)
+        except ImportError as error:  # a baseline's package, such as FrEIA
+            print(f"{op}: not measured, its baseline cannot be imported: {error}", file=sys.stderr)
+            failed = True
+            continue
+        limits = harness.machine_limits(options.device, 1.0 if options.device == "cpu" else 0.3)
         record = {
             "op": op,
-            "command": command,
+            "command": f"python -m benchmarks.kernels.run {op} --threads {options.threads} --device {options.device}",
             "machine": harness.machine(options.device),
             "limits": {name: round(value) for name, value in limits.items()},
-            "cases": [harness.run_case(case, options.seconds, options.device, limits) for case in cases],
+            "cases": [],
         }
-        RESULTS.mkdir(parents=True, exist_ok=True)
+        options.output.mkdir(parents=True, exist_ok=True)
         name = op if options.device == "cpu" else f"{op}_{options.device}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / f"{name}.md").write_text(harness.markdown(op, record))
+        compiling = options.compile_seconds if options.device == "cuda" else 0.0
+        for case in cases:
+            row = harness.run_case(case, options.seconds, options.device, limits, compile_baseline=compiling > 0)
+            compiling -= row.get("compile_seconds", 0.0)
+            record["cases"].append(row)
+            # after every case: a run that is stopped leaves those it has measured
+            (options.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            (options.output / f"{name}.md").write_text(harness.markdown(op, record))
         print(harness.markdown(op, record))
         for row in record["cases"]:
-            if row["floor"] and row["speedup"] < row["floor"]:
+            if options.device == "cpu" and row["floor"] and row["speedup"] < row["floor"]:
                 print(
                     f"{op}: {row['name']} reaches {row['speedup']:.2f}x, the floor is {row['floor']}x", file=sys.stderr
                 )
