@@ -50,21 +50,6 @@ Plan make_plan(int64_t tokens, int64_t width, int64_t vocab, int64_t tile, bool 
   return best;
 }
 
-// A thread's logits of one tile, on cache line boundaries.
-template <typename C>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : memory_(n + 64 / sizeof(C)) {}
-  C* data() {
-    void* p = memory_.data();
-    size_t room = memory_.size() * sizeof(C);
-    return static_cast<C*>(std::align(64, 64, p, room));
-  }
-
- private:
-  std::vector<C> memory_;
-};
-
 template <typename C>
 struct Call {
   HeadProblem problem;
@@ -72,53 +57,78 @@ struct Call {
   const int64_t* labels;            // [tokens]
   std::vector<int64_t> rows;        // tokens that are not ignored
   std::vector<int64_t> row_labels;  // their labels
-
-  std::unique_ptr<HeadEngine<C>> engine(bool amx) const {
-    if constexpr (std::is_same_v<C, float>) {
-      if (amx) return make_amx_engine(problem);
-    }
-    return make_gemm_engine<C>(problem);
-  }
 };
+
+// What one thread works with.
+template <typename C>
+struct Worker {
+  std::unique_ptr<HeadEngine<C>> engine;
+  Room<C> logits, alpha;
+  Room<double> sums;
+};
+
+template <typename C>
+std::vector<Worker<C>> make_workers(const Call<C>& call, bool amx, int64_t count, int64_t tokens, Product next) {
+  std::vector<Worker<C>> workers(count);
+  for (Worker<C>& w : workers) {
+    if constexpr (std::is_same_v<C, float>) {
+      if (amx) w.engine = make_amx_engine(call.problem, tokens, next);
+    }
+    if (w.engine == nullptr) w.engine = make_gemm_engine<C>(call.problem, tokens, next);
+    const int64_t phase = std::max(w.engine->tile_tokens(), std::min(w.engine->phase_tokens(), tokens));
+    w.logits = Room<C>((phase + 31) / 32 * 32 * w.engine->block_columns());
+    w.alpha = Room<C>(phase);
+    if (next != Product::Hidden) w.sums = Room<double>(w.engine->block_columns());
+  }
+  return workers;
+}
+
+// Runs body(worker, unit) for every unit; each thread keeps one worker.
+template <typename C, typename F>
+void for_units(std::vector<Worker<C>>& workers, int64_t units, const F& body) {
+  const bool nested = at::in_parallel_region();  // then everything runs here, whatever this thread's number out there
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Worker<C>& worker = workers[nested ? 0 : at::get_thread_num()];
+    worker.engine->enter();
+    for (int64_t unit = begin; unit < end; unit++) body(worker, unit);
+    worker.engine->leave();
+  });
+}
 
 // First pass. states [ranges][tokens], acc [ranges][tokens][width] (null: no gradient). False: take the other engine.
 template <typename C>
 bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* states, C* acc) {
   const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width, vocab = call.problem.vocab;
+  const int64_t units = plan.groups * plan.ranges, threads = std::min<int64_t>(at::get_num_threads(), units);
+  auto workers = make_workers(call, amx, threads, plan.group_tokens, acc == nullptr ? Product::None : Product::Hidden);
   std::atomic<bool> good{true};
-  at::parallel_for(0, plan.groups * plan.ranges, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto engine = call.engine(amx);
-    const int64_t tile = engine->tile_tokens(), block = engine->block_columns();
-    const int64_t blocks = (vocab + block - 1) / block, phase = engine->phase_tokens();
-    Scratch<C> s(std::min(phase, plan.group_tokens) * block);
-    std::vector<C> alpha(phase);
-    const Product next = acc == nullptr ? Product::None : Product::Hidden;
-    for (int64_t unit = begin; unit < end && good; unit++) {
-      const int64_t group = unit / plan.ranges, range = unit % plan.ranges;
-      const int64_t g0 = group * plan.group_tokens, count = std::min(plan.group_tokens, n - g0);
-      TokenState<C>* state = states + range * n + g0;
-      if (!engine->set_tokens(&call.rows[g0], count, next)) { good = false; break; }
-      for (int64_t b = blocks * range / plan.ranges; b < blocks * (range + 1) / plan.ranges; b++) {
-        const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
-        if (!engine->set_block(v0, columns, next)) { good = false; break; }
-        for (int64_t p = 0; p < count; p += phase) {
-          const int64_t stop = std::min(p + phase, count);
-          for (int64_t t = p; t < stop; t += tile) {
-            const int64_t rows = std::min(tile, stop - t);
-            C* logits = s.data() + (t - p) * block;
-            engine->scores(t, rows, logits, block);
-            LMVAE_PICK(head_online<C>)(logits, block, rows, columns, call.form, &call.row_labels[g0 + t], v0, state + t,
-                                       &alpha[t - p], acc != nullptr);
-          }
-          for (int64_t t = p; acc != nullptr && t < stop; t += tile)
-            engine->accumulate(t, std::min(tile, stop - t), &alpha[t - p], s.data() + (t - p) * block, block);
+  for_units(workers, units, [&](Worker<C>& worker, int64_t unit) {
+    HeadEngine<C>& engine = *worker.engine;
+    const int64_t tile = engine.tile_tokens(), block = engine.block_columns(), phase = engine.phase_tokens();
+    const int64_t blocks = (vocab + block - 1) / block;
+    const int64_t group = unit / plan.ranges, range = unit % plan.ranges;
+    const int64_t g0 = group * plan.group_tokens, count = std::min(plan.group_tokens, n - g0);
+    TokenState<C>* state = states + range * n + g0;
+    if (!good || !engine.set_tokens(&call.rows[g0], count)) { good = false; return; }
+    for (int64_t b = blocks * range / plan.ranges; b < blocks * (range + 1) / plan.ranges; b++) {
+      const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
+      if (!engine.set_block(v0, columns)) { good = false; return; }
+      for (int64_t p = 0; p < count; p += phase) {
+        const int64_t stop = std::min(p + phase, count);
+        C *s = worker.logits.data() - p * block, *alpha = worker.alpha.data() - p;
+        for (int64_t t = p; t < stop; t += tile) {
+          const int64_t rows = std::min(tile, stop - t);
+          engine.scores(t, rows, s + t * block, block);
+          LMVAE_PICK(head_online<C>)(s + t * block, block, rows, columns, call.form, &call.row_labels[g0 + t], v0, state + t,
+                                     alpha + t, acc != nullptr);
         }
+        for (int64_t t = p; acc != nullptr && t < stop; t += tile)
+          engine.accumulate(t, std::min(tile, stop - t), alpha + t, s + t * block, block);
       }
-      if (acc == nullptr) continue;
-      for (int64_t t = 0; t < count; t++)
-        std::copy_n(engine->acc_row(t), width, acc + (range * n + g0 + t) * width);
     }
+    for (int64_t t = 0; acc != nullptr && t < count; t++)
+      std::copy_n(engine.acc_row(t), width, acc + (range * n + g0 + t) * width);
   });
   return good;
 }
@@ -168,40 +178,35 @@ void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, 
 
 // Second pass: d/d weight and d/d bias (each may be null) of sum_t factor_t nll_t, both in C and dense.
 template <typename C>
-bool weigh(const Call<C>& call, bool amx, const std::vector<TokenDone<C>>& done, C* dweight, C* dbias) {
+void weigh(const Call<C>& call, bool amx, const std::vector<TokenDone<C>>& done, C* dweight, C* dbias) {
   constexpr int64_t kGroup = 512;
   const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width, vocab = call.problem.vocab;
-  std::atomic<bool> good{true};
   const int64_t threads = at::get_num_threads();
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto engine = call.engine(amx);
-    const int64_t tile = engine->tile_tokens(), block = engine->block_columns(), blocks = (vocab + block - 1) / block;
-    Scratch<C> s(tile * block);
-    std::vector<double> sums(block);
-    const Product next = dweight == nullptr ? Product::None : Product::Weight;
-    for (int64_t unit = begin; unit < end; unit++) {
-      for (int64_t g0 = 0; g0 < n; g0 += kGroup) {
-        const int64_t count = std::min(kGroup, n - g0);
-        if (!engine->set_tokens(&call.rows[g0], count, next)) { good = false; return; }
-        for (int64_t b = blocks * unit / threads; b < blocks * (unit + 1) / threads; b++) {
-          const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
-          if (!engine->set_block(v0, columns, next)) { good = false; return; }
-          std::fill(sums.begin(), sums.end(), 0.0);
-          for (int64_t t = 0; t < count; t += tile) {
-            const int64_t rows = std::min(tile, count - t);
-            engine->scores(t, rows, s.data(), block);
-            LMVAE_PICK(head_gradient<C>)(s.data(), block, rows, columns, call.form, &call.row_labels[g0 + t], v0, &done[g0 + t]);
-            if (dbias != nullptr) LMVAE_PICK(head_column_sums<C>)(s.data(), block, rows, columns, sums.data());
-            if (dweight != nullptr) engine->take_gradient(t, rows, s.data(), block);
-          }
-          for (int64_t j = 0; dbias != nullptr && j < columns; j++) dbias[v0 + j] += static_cast<C>(sums[j]);
-          if (dweight != nullptr) engine->weight_gradient(dweight + v0 * width, g0 > 0);
+  auto workers = make_workers(call, amx, threads, std::min(n, kGroup), dweight == nullptr ? Product::None : Product::Weight);
+  for_units(workers, threads, [&](Worker<C>& worker, int64_t unit) {
+    HeadEngine<C>& engine = *worker.engine;
+    const int64_t tile = engine.tile_tokens(), block = engine.block_columns(), blocks = (vocab + block - 1) / block;
+    C* s = worker.logits.data();
+    double* sums = worker.sums.data();
+    for (int64_t g0 = 0; g0 < n; g0 += kGroup) {
+      const int64_t count = std::min(kGroup, n - g0);
+      engine.set_tokens(&call.rows[g0], count);  // succeeds: the first pass has seen every number
+      for (int64_t b = blocks * unit / threads; b < blocks * (unit + 1) / threads; b++) {
+        const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
+        engine.set_block(v0, columns);
+        std::fill_n(sums, block, 0.0);
+        for (int64_t t = 0; t < count; t += tile) {
+          const int64_t rows = std::min(tile, count - t);
+          engine.scores(t, rows, s, block);
+          LMVAE_PICK(head_gradient<C>)(s, block, rows, columns, call.form, &call.row_labels[g0 + t], v0, &done[g0 + t]);
+          if (dbias != nullptr) LMVAE_PICK(head_column_sums<C>)(s, block, rows, columns, sums);
+          if (dweight != nullptr) engine.take_gradient(t, rows, s, block);
         }
+        for (int64_t j = 0; dbias != nullptr && j < columns; j++) dbias[v0 + j] += static_cast<C>(sums[j]);
+        if (dweight != nullptr) engine.weight_gradient(dweight + v0 * width, g0 > 0);
       }
     }
   });
-  return good;
 }
 
 at::Tensor dense_rows(const at::Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
@@ -248,13 +253,15 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
   const Plan plan = make_plan(n, width, vocab, amx ? 32 : 256, want_hidden);
   {
     std::vector<TokenState<C>> states(plan.ranges * n);
-    std::unique_ptr<C[]> acc(want_hidden ? new C[plan.ranges * n * width] : nullptr);
-    if (!gather(call, plan, amx, states.data(), acc.get())) {
+    Room<C> sums;
+    if (want_hidden) sums = Room<C>(plan.ranges * n * width);
+    C* acc = want_hidden ? sums.data() : nullptr;
+    if (!gather(call, plan, amx, states.data(), acc)) {
       amx = false;
       states.assign(states.size(), {});
-      gather(call, plan, amx, states.data(), acc.get());
+      gather(call, plan, amx, states.data(), acc);
     }
-    finish<T, C>(call, plan, states.data(), acc.get(), nll.mutable_data_ptr<C>(),
+    finish<T, C>(call, plan, states.data(), acc, nll.mutable_data_ptr<C>(),
                  want_hidden ? jac.mutable_data_ptr<T>() : nullptr, second ? &done : nullptr);
   }
   at::Tensor weights;

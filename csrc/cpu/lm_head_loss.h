@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <memory>
 
-#include <c10/core/ScalarType.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include "dispatch.h"
 
@@ -51,12 +52,14 @@ template <typename C>
 class HeadEngine {
  public:
   virtual ~HeadEngine() = default;
+  virtual void enter() {}  // called by the thread that is going to use it, and
+  virtual void leave() {}  // when it has
   virtual int64_t tile_tokens() const = 0;    // tokens to give to scores() at a time
   virtual int64_t phase_tokens() const = 0;   // tokens to be scored before they are accumulated: a multiple of the tile
   virtual int64_t block_columns() const = 0;  // vocabulary rows to give to set_block() at most
   // Both return false where the engine cannot keep Inf and NaN as torch does; the caller then takes another engine.
-  virtual bool set_tokens(const int64_t* rows, int64_t count, Product next) = 0;
-  virtual bool set_block(int64_t first, int64_t count, Product next) = 0;
+  virtual bool set_tokens(const int64_t* rows, int64_t count) = 0;
+  virtual bool set_block(int64_t first, int64_t count) = 0;
   // s[i][j] = hidden_(t0+i) . weight_(first+j), i < count, j < block
   virtual void scores(int64_t t0, int64_t count, C* s, int64_t ld) = 0;
   // acc_(t0+i) = alpha_i acc_(t0+i) + sum_j p[i][j] weight_(first+j)
@@ -67,11 +70,24 @@ class HeadEngine {
   virtual void weight_gradient(C* dw, bool add) = 0;
 };
 
+// Memory of an engine or of its caller. From torch's allocator and allocated by the calling thread, so that profilers
+// count it; 64-byte aligned.
+template <typename T>
+class Room {
+ public:
+  Room() = default;
+  explicit Room(int64_t n) : memory_(at::empty({n * static_cast<int64_t>(sizeof(T))}, at::TensorOptions().dtype(at::kByte))) {}
+  T* data() const { return reinterpret_cast<T*>(memory_.data_ptr()); }
+
+ private:
+  at::Tensor memory_;
+};
+
+// Engines for groups of at most `tokens` tokens whose blocks go through `next`.
 template <typename C>
-std::unique_ptr<HeadEngine<C>> make_gemm_engine(const HeadProblem& problem);
-// Null where this CPU has no AMX, or the type is fp64.
-std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& problem);
-bool have_amx();
+std::unique_ptr<HeadEngine<C>> make_gemm_engine(const HeadProblem& problem, int64_t tokens, Product next);
+std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& problem, int64_t tokens, Product next);
+bool have_amx();  // of this CPU, and the system lets us use it
 
 }  // namespace lmvae
 

@@ -11,10 +11,8 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(LMVAE_NO_AMX)
 #define LMVAE_AMX 1
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12: _mm512_undefined in its own header
 #include <immintrin.h>
@@ -216,26 +214,25 @@ TILES bool pack(const T* x, const int64_t* index, int64_t stride, int64_t rows, 
   return bad == 0;
 }
 
-struct Aligned {
-  char* data = nullptr;
-  size_t size = 0;
-  ~Aligned() { std::free(data); }
-  char* get(int64_t bytes) {
-    if (static_cast<size_t>(bytes) > size) {
-      std::free(data);
-      size = (static_cast<size_t>(bytes) + 4095) / 4096 * 4096;
-      data = static_cast<char*>(std::aligned_alloc(64, size));
-      if (data == nullptr) throw std::bad_alloc();
-    }
-    return data;
-  }
-};
-
 template <typename T, int parts>
 class AmxEngine final : public HeadEngine<float> {
  public:
-  explicit AmxEngine(const HeadProblem& problem) : p_(problem), depth_((p_.width + 31) / 32) { configure_tiles(); }
-  ~AmxEngine() override { release_tiles(); }
+  AmxEngine(const HeadProblem& problem, int64_t tokens, Product next) : p_(problem), depth_((p_.width + 31) / 32), next_(next) {
+    const int64_t tiles = (tokens + 31) / 32, panels = block_columns() / 32, pair = parts * kPair;
+    left_ = Room<char>(tiles * depth_ * pair);
+    flip_ = Room<char>(panels * depth_ * pair);
+    if (next == Product::Hidden) {
+      acc_ = Room<float>(tiles * 32 * ld_acc());
+      block_right_ = Room<char>(panels * depth_ * pair);
+      softmax_ = Room<char>(panels * pair);
+    }
+    if (next == Product::Weight) {
+      right_ = Room<char>(tiles * depth_ * pair);
+      gradient_ = Room<char>(tiles * panels * pair);
+    }
+  }
+  void enter() override { configure_tiles(); }
+  void leave() override { release_tiles(); }
   int64_t tile_tokens() const override { return 32; }
   // One packed form of a block at a time is in use; it may fill about 600 kB of the second-level cache (2 MB where there
   // is AMX), beside what streams through: tokens, and the sums.
@@ -245,49 +242,44 @@ class AmxEngine final : public HeadEngine<float> {
     return std::min<int64_t>(std::max<int64_t>(fit / 32 * 32, 64), 256);
   }
 
-  bool set_tokens(const int64_t* rows, int64_t count, Product next) override {
-    const int64_t tiles = (count + 31) / 32, bytes = tiles * depth_ * parts * kPair;
-    steps_ = tiles;
-    if (next == Product::Hidden) {
-      acc_ = reinterpret_cast<float*>(acc_memory_.get(tiles * 32 * ld_acc() * 4));
-      std::memset(acc_, 0, tiles * 32 * ld_acc() * 4);
-    }
-    return pack<parts>(static_cast<const T*>(p_.hidden), rows, p_.hidden_row, count, p_.width, left_.get(bytes),
+  bool set_tokens(const int64_t* rows, int64_t count) override {
+    steps_ = (count + 31) / 32;
+    if (next_ == Product::Hidden) std::memset(acc_.data(), 0, steps_ * 32 * ld_acc() * 4);
+    return pack<parts>(static_cast<const T*>(p_.hidden), rows, p_.hidden_row, count, p_.width, left_.data(),
                        {depth_ * parts * kPair, parts * kPair}, nullptr, {},
-                       next == Product::Weight ? right_.get(bytes) : nullptr, {parts * kPair, tiles * parts * kPair});
+                       next_ == Product::Weight ? right_.data() : nullptr, {parts * kPair, steps_ * parts * kPair});
   }
 
-  bool set_block(int64_t first, int64_t count, Product next) override {
+  bool set_block(int64_t first, int64_t count) override {
     columns_ = count;
     panels_ = (count + 31) / 32;
-    const int64_t bytes = panels_ * depth_ * parts * kPair;
     return pack<parts>(static_cast<const T*>(p_.weight) + first * p_.weight_row, nullptr, p_.weight_row, count, p_.width, nullptr,
-                       {}, flip_.get(bytes), {depth_ * parts * kPair, parts * kPair},
-                       next == Product::Hidden ? block_right_.get(bytes) : nullptr, {parts * kPair, panels_ * parts * kPair});
+                       {}, flip_.data(), {depth_ * parts * kPair, parts * kPair},
+                       next_ == Product::Hidden ? block_right_.data() : nullptr, {parts * kPair, panels_ * parts * kPair});
   }
 
   void scores(int64_t t0, int64_t, float* s, int64_t ld) override {
-    const char* a = left_.data + t0 / 32 * depth_ * parts * kPair;
+    const char* a = left_.data() + t0 / 32 * depth_ * parts * kPair;
     for (int64_t j = 0; j < panels_; j++)
-      product32<parts>(a, flip_.data + j * depth_ * parts * kPair, depth_, s + 32 * j, ld, false);
+      product32<parts>(a, flip_.data() + j * depth_ * parts * kPair, depth_, s + 32 * j, ld, false);
   }
 
   void accumulate(int64_t t0, int64_t count, const float* alpha, const float* p, int64_t ld) override {
-    float* acc = acc_ + t0 * ld_acc();
+    float* acc = acc_.data() + t0 * ld_acc();
     for (int64_t i = 0; i < count; i++) {
       if (alpha[i] == 1.0f) continue;
       for (int64_t k = 0; k < ld_acc(); k++) acc[i * ld_acc() + k] *= alpha[i];
     }
-    char* left = softmax_.get(panels_ * parts * kPair);
+    char* left = softmax_.data();
     pack<parts>(p, nullptr, ld, count, columns_, left, {0, parts * kPair}, nullptr, {}, nullptr, {});
     for (int64_t k = 0; k < depth_; k++)
-      product32<parts>(left, block_right_.data + k * panels_ * parts * kPair, panels_, acc + 32 * k, ld_acc(), true);
+      product32<parts>(left, block_right_.data() + k * panels_ * parts * kPair, panels_, acc + 32 * k, ld_acc(), true);
   }
 
-  const float* acc_row(int64_t t) const override { return acc_ + t * ld_acc(); }
+  const float* acc_row(int64_t t) const override { return acc_.data() + t * ld_acc(); }
 
   void take_gradient(int64_t t0, int64_t count, const float* g, int64_t ld) override {
-    char* to = gradient_.get(panels_ * steps_ * parts * kPair) + t0 / 32 * parts * kPair;
+    char* to = gradient_.data() + t0 / 32 * parts * kPair;
     const Layout panel_by_panel{0, steps_ * parts * kPair};
     pack<parts>(g, nullptr, ld, count, columns_, nullptr, {}, nullptr, {}, to, panel_by_panel);
     for (int64_t j = 0; j < panels_; j++, to += steps_ * parts * kPair) transpose_tiles(to, 2 * parts);
@@ -297,7 +289,7 @@ class AmxEngine final : public HeadEngine<float> {
     alignas(64) float c[32 * 32];
     for (int64_t j = 0; j < panels_; j++) {
       for (int64_t k = 0; k < depth_; k++) {
-        product32<parts>(gradient_.data + j * steps_ * parts * kPair, right_.data + k * steps_ * parts * kPair, steps_, c, 32, false);
+        product32<parts>(gradient_.data() + j * steps_ * parts * kPair, right_.data() + k * steps_ * parts * kPair, steps_, c, 32, false);
         const int64_t rows = std::min<int64_t>(32, columns_ - 32 * j), width = std::min<int64_t>(32, p_.width - 32 * k);
         for (int64_t i = 0; i < rows; i++) {
           float* to = dw + (32 * j + i) * p_.width + 32 * k;
@@ -312,8 +304,9 @@ class AmxEngine final : public HeadEngine<float> {
 
   HeadProblem p_;
   int64_t depth_, steps_ = 0, columns_ = 0, panels_ = 0;  // of 32: width, the group's tokens; the block's rows, of 32
-  float* acc_ = nullptr;
-  Aligned left_, right_, flip_, block_right_, softmax_, gradient_, acc_memory_;
+  Product next_;
+  Room<char> left_, right_, flip_, block_right_, softmax_, gradient_;
+  Room<float> acc_;
 };
 
 }  // namespace
@@ -333,16 +326,16 @@ bool have_amx() {
   return have;
 }
 
-std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& p) {
+std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& p, int64_t tokens, Product next) {
   switch (p.dtype) {
-    case c10::ScalarType::BFloat16: return std::make_unique<AmxEngine<c10::BFloat16, 1>>(p);
-    case c10::ScalarType::Half: return std::make_unique<AmxEngine<c10::Half, 2>>(p);
-    default: return std::make_unique<AmxEngine<float, 3>>(p);
+    case c10::ScalarType::BFloat16: return std::make_unique<AmxEngine<c10::BFloat16, 1>>(p, tokens, next);
+    case c10::ScalarType::Half: return std::make_unique<AmxEngine<c10::Half, 2>>(p, tokens, next);
+    default: return std::make_unique<AmxEngine<float, 3>>(p, tokens, next);
   }
 }
 #else
 bool have_amx() { return false; }
-std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem&) { return nullptr; }
+std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem&, int64_t, Product) { return nullptr; }
 #endif
 
 }  // namespace lmvae

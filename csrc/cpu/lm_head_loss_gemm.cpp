@@ -3,9 +3,7 @@
 #include "lm_head_loss.h"
 
 #include <algorithm>
-#include <vector>
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
@@ -17,7 +15,12 @@ namespace {
 template <typename T, typename C>
 class GemmEngine final : public HeadEngine<C> {
  public:
-  explicit GemmEngine(const HeadProblem& problem) : p_(problem) {}
+  GemmEngine(const HeadProblem& problem, int64_t tokens, Product next) : p_(problem), next_(next) {
+    hidden_ = Room<C>(tokens * p_.width);
+    if (!std::is_same_v<T, C>) weight_ = Room<C>(block_columns() * p_.width);
+    if (next == Product::Hidden) acc_ = Room<C>(tokens * p_.width);
+    if (next == Product::Weight) gradient_ = Room<C>(tokens * block_columns());
+  }
   int64_t tile_tokens() const override { return 256; }
   int64_t phase_tokens() const override { return 256; }
   // A block's weights take about half of a 1-2 MB second-level cache.
@@ -26,21 +29,19 @@ class GemmEngine final : public HeadEngine<C> {
     return std::clamp<int64_t>(fit / 32 * 32, 64, 512);
   }
 
-  bool set_tokens(const int64_t* rows, int64_t count, Product next) override {
+  bool set_tokens(const int64_t* rows, int64_t count) override {
     count_ = count;
-    hidden_.resize(count * p_.width);
-    for (int64_t i = 0; i < count; i++) widen(static_cast<const T*>(p_.hidden) + rows[i] * p_.hidden_row, &hidden_[i * p_.width]);
-    if (next == Product::Hidden) acc_.assign(count * p_.width, C(0));
+    for (int64_t i = 0; i < count; i++) widen(static_cast<const T*>(p_.hidden) + rows[i] * p_.hidden_row, hidden_.data() + i * p_.width);
+    if (next_ == Product::Hidden) std::fill_n(acc_.data(), count * p_.width, C(0));
     return true;
   }
 
-  bool set_block(int64_t first, int64_t count, Product) override {
+  bool set_block(int64_t first, int64_t count) override {
     const T* w = static_cast<const T*>(p_.weight) + first * p_.weight_row;
     if constexpr (std::is_same_v<T, C>) {
       block_ = view(const_cast<C*>(w), count, p_.width, p_.weight_row);
     } else {
-      weight_.resize(count * p_.width);
-      for (int64_t j = 0; j < count; j++) widen(w + j * p_.weight_row, &weight_[j * p_.width]);
+      for (int64_t j = 0; j < count; j++) widen(w + j * p_.weight_row, weight_.data() + j * p_.width);
       block_ = view(weight_.data(), count, p_.width, p_.width);
     }
     block_t_ = block_.t();
@@ -50,11 +51,11 @@ class GemmEngine final : public HeadEngine<C> {
 
   void scores(int64_t t0, int64_t count, C* s, int64_t ld) override {
     at::Tensor out = view(s, count, columns_, ld);
-    at::mm_out(out, view(&hidden_[t0 * p_.width], count, p_.width, p_.width), block_t_);
+    at::mm_out(out, view(hidden_.data() + t0 * p_.width, count, p_.width, p_.width), block_t_);
   }
 
   void accumulate(int64_t t0, int64_t count, const C* alpha, const C* p, int64_t ld) override {
-    C* acc = &acc_[t0 * p_.width];
+    C* acc = acc_.data() + t0 * p_.width;
     for (int64_t i = 0; i < count; i++) {
       if (alpha[i] == C(1)) continue;
       for (int64_t k = 0; k < p_.width; k++) acc[i * p_.width + k] *= alpha[i];
@@ -63,11 +64,10 @@ class GemmEngine final : public HeadEngine<C> {
     at::addmm_out(out, out, view(const_cast<C*>(p), count, columns_, ld), block_);
   }
 
-  const C* acc_row(int64_t t) const override { return &acc_[t * p_.width]; }
+  const C* acc_row(int64_t t) const override { return acc_.data() + t * p_.width; }
 
   void take_gradient(int64_t t0, int64_t count, const C* g, int64_t ld) override {
-    gradient_.resize(count_ * columns_);
-    for (int64_t i = 0; i < count; i++) std::copy_n(g + i * ld, columns_, &gradient_[(t0 + i) * columns_]);
+    for (int64_t i = 0; i < count; i++) std::copy_n(g + i * ld, columns_, gradient_.data() + (t0 + i) * columns_);
   }
 
   void weight_gradient(C* dw, bool add) override {
@@ -85,7 +85,8 @@ class GemmEngine final : public HeadEngine<C> {
   void widen(const T* x, C* y) const { LMVAE_PICK(head_widen<T, C>)(x, y, p_.width); }
 
   HeadProblem p_;
-  std::vector<C> hidden_, weight_, acc_, gradient_;
+  Product next_;
+  Room<C> hidden_, weight_, acc_, gradient_;
   at::Tensor block_, block_t_;
   int64_t count_ = 0, columns_ = 0;
 };
@@ -93,16 +94,16 @@ class GemmEngine final : public HeadEngine<C> {
 }  // namespace
 
 template <>
-std::unique_ptr<HeadEngine<double>> make_gemm_engine<double>(const HeadProblem& p) {
-  return std::make_unique<GemmEngine<double, double>>(p);
+std::unique_ptr<HeadEngine<double>> make_gemm_engine<double>(const HeadProblem& p, int64_t tokens, Product next) {
+  return std::make_unique<GemmEngine<double, double>>(p, tokens, next);
 }
 
 template <>
-std::unique_ptr<HeadEngine<float>> make_gemm_engine<float>(const HeadProblem& p) {
+std::unique_ptr<HeadEngine<float>> make_gemm_engine<float>(const HeadProblem& p, int64_t tokens, Product next) {
   switch (p.dtype) {
-    case c10::ScalarType::BFloat16: return std::make_unique<GemmEngine<c10::BFloat16, float>>(p);
-    case c10::ScalarType::Half: return std::make_unique<GemmEngine<c10::Half, float>>(p);
-    default: return std::make_unique<GemmEngine<float, float>>(p);
+    case c10::ScalarType::BFloat16: return std::make_unique<GemmEngine<c10::BFloat16, float>>(p, tokens, next);
+    case c10::ScalarType::Half: return std::make_unique<GemmEngine<c10::Half, float>>(p, tokens, next);
+    default: return std::make_unique<GemmEngine<float, float>>(p, tokens, next);
   }
 }
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .reference import IGNORE_INDEX
 
@@ -52,11 +51,11 @@ def forward(
             logits = logits.div_(softcap).tanh_()
             slope = 1 - logits * logits
             logits.mul_(softcap)
-        lse = torch.logsumexp(logits, dim=1, keepdim=True)
-        nll[rows] = (lse - logits.gather(1, target)).squeeze(1).where(valid, 0)
+        log_p = torch.log_softmax(logits, dim=1)
+        nll[rows] = -log_p.gather(1, target).squeeze(1).where(valid, 0)
         if not any(want):
             continue
-        grad = logits.sub_(lse).exp_()  # softmax - onehot, zero where ignored
+        grad = log_p.exp_()  # softmax - onehot, zero where ignored
         grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
         grad = grad.where(valid[:, None], 0)
         if slope is not None:
@@ -82,6 +81,26 @@ def token_scale(dloss: Tensor | None, dnll: Tensor | None, token_weights: Tensor
     return scale if dnll is None else scale + dnll
 
 
+class _Final(torch.autograd.Function):
+    """A gradient made in forward: it depends on `anchor` in a way autograd cannot know, so its derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor):
+        raise RuntimeError("lm_head_loss: its gradient is made in forward and cannot be differentiated again")
+
+
+def final(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """`gradients`, and where backward itself is being recorded (create_graph) ones that refuse to be differentiated."""
+    if not torch.is_grad_enabled():
+        return gradients
+    anchor = next(x for x in inputs if x is not None and x.requires_grad)
+    return tuple(g if g is None else _Final.apply(g.detach(), anchor) for g in gradients)
+
+
 class Chunked(torch.autograd.Function):
     """(hidden, weight, labels, bias, token_weights, options, want) -> (loss, nll)."""
 
@@ -94,7 +113,6 @@ class Chunked(torch.autograd.Function):
         return loss, nll
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, dnll: Tensor | None):
         hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias = ctx.saved_tensors
         if dloss is None and dnll is None:
@@ -110,4 +128,7 @@ class Chunked(torch.autograd.Function):
         if dbias is not None:
             dbias = (dbias * factor).to(bias.dtype)
         dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
+        dhidden, dweight, dbias, dtoken = final(
+            (dhidden, dweight, dbias, dtoken), (hidden, weight, bias, token_weights)
+        )
         return dhidden, dweight, None, dbias, dtoken, None, None

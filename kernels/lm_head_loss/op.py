@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backend
 from ..registration import autocast, define, primitives, refuse_vmap
-from .chunked import Chunked, token_scale
+from .chunked import Chunked, final, token_scale
 from .reference import IGNORE_INDEX
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -41,13 +41,12 @@ def _triton_fwd(*args):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, labels, bias, token_weights, *ctx.options = inputs
     ctx.save_for_backward(hidden, weight, labels, bias, token_weights, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward(ctx: Any, dloss, dnll, djac, ddweight, ddbias) -> tuple:
+def _backward(ctx: Any, dloss, dnll, *_unused) -> tuple:
     """Rows of jac are d nll_t / d hidden_t: any gradient of loss and nll is exact for hidden. The gradients of weight
     and bias were summed with the token weights known in forward; one that comes through nll has others."""
-    if djac is not None or ddweight is not None or ddbias is not None:
-        raise RuntimeError("lm_head_loss: its gradient is made in forward and cannot be differentiated again")
     nothing = (None,) * 6
     if dloss is None and dnll is None:
         return (None,) * 5 + nothing
@@ -64,6 +63,7 @@ def _backward(ctx: Any, dloss, dnll, djac, ddweight, ddbias) -> tuple:
     dweight = (dweight * factor).to(weight.dtype) if want_weight else None
     dbias = (dbias * factor).to(bias.dtype) if want_bias else None
     dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
+    dhidden, dweight, dbias, dtoken = final((dhidden, dweight, dbias, dtoken), (hidden, weight, bias, token_weights))
     return dhidden, dweight, None, dbias, dtoken, *nothing
 
 

@@ -55,19 +55,18 @@ def _form(x, bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.con
 
 
 @triton.jit
-def _slope(x, softcap, HAS_CAP: tl.constexpr):
+def _slope(x, softcap):
     """d logit / d (scaled product), from the capped logit."""
-    s = x * 0.0 + 1.0
-    if HAS_CAP:
-        t = x / softcap
-        s = (1.0 - t) * (1.0 + t)
-    return s
+    t = x / softcap
+    return (1.0 - t) * (1.0 + t)
 
 
 @triton.jit
 def lm_head_loss_row_kernel(
-    product, bias, labels, nll, grad, vocab, softcap, logit_scale, stride_product, stride_grad,
-    IGNORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WANT_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    product, bias, labels, token_weights, nll, grad, weighted, vocab, softcap, logit_scale,
+    stride_product, stride_grad, stride_weighted,
+    IGNORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WANT_GRAD: tl.constexpr,
+    WANT_WEIGHTED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
@@ -92,8 +91,8 @@ def lm_head_loss_row_kernel(
         top = new
 
     at = tl.where(inside, label, 0)
-    b = tl.load(bias + at).to(tl.float32) if HAS_BIAS else 0.0
-    own = _form(tl.load(base + at), b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
+    own_bias = tl.load(bias + at).to(tl.float32) if HAS_BIAS else 0.0
+    own = _form(tl.load(base + at), own_bias, logit_scale, softcap, HAS_BIAS, HAS_CAP)
     most = tl.maximum(top, own)
     rest = tl.where((top == minus_inf) & (most != minus_inf), 0.0, others * exp_(top - most))
     total = rest + exp_(own - most)
@@ -103,10 +102,13 @@ def lm_head_loss_row_kernel(
     value = tl.where(inside, value, float("nan"))  # a label outside the vocabulary
     tl.store(nll + row, tl.where(counted, value, 0.0))
 
-    if WANT_GRAD:
+    if WANT_GRAD or WANT_WEIGHTED:
+        token_weight = tl.load(token_weights + row) if WANT_WEIGHTED else 1.0
         broken = tl.where(value == value, 0.0, value)  # NaN in every gradient of a row whose nll is NaN
         factor = logit_scale / total + broken
-        own_grad = -rest / total * logit_scale * _slope(own, softcap, HAS_CAP) + broken
+        own_grad = -rest / total * logit_scale + broken
+        if HAS_CAP:
+            own_grad *= _slope(own, softcap)
         for start in range(0, vocab, BLOCK_V):
             col = start + lane
             x = tl.load(base + col, mask=col < vocab, other=0.0)
@@ -114,16 +116,19 @@ def lm_head_loss_row_kernel(
             x = _form(x, b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
             g = exp_(x - most) * factor
             if HAS_CAP:
-                g *= _slope(x, softcap, HAS_CAP)
+                g *= _slope(x, softcap)
             g = tl.where(col == label, own_grad, g)
             g = tl.where(counted, g, 0.0)
-            tl.store(grad + row * stride_grad + col, g.to(grad.dtype.element_ty), mask=col < vocab)
+            if WANT_GRAD:
+                tl.store(grad + row * stride_grad + col, g.to(grad.dtype.element_ty), mask=col < vocab)
+            if WANT_WEIGHTED:
+                g *= token_weight
+                tl.store(weighted + row * stride_weighted + col, g.to(weighted.dtype.element_ty), mask=col < vocab)
 
 
 @triton.jit
 def lm_head_loss_bias_kernel(
-    grad, token_weights, dbias, tokens, vocab, stride_grad,
-    HAS_WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    grad, dbias, tokens, vocab, stride_grad, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     total = tl.zeros((BLOCK_V,), tl.float32)
@@ -131,8 +136,6 @@ def lm_head_loss_bias_kernel(
         row = start + tl.arange(0, ROWS).to(tl.int64)
         ok = (row < tokens)[:, None] & (col < vocab)[None, :]
         g = tl.load(grad + row[:, None] * stride_grad + col[None, :], mask=ok, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            g *= tl.load(token_weights + row, mask=row < tokens, other=0.0)[:, None]
         total += tl.sum(g, axis=0)
     before = tl.load(dbias + col, mask=col < vocab, other=0.0)
     tl.store(dbias + col, before + total, mask=col < vocab)
@@ -171,12 +174,16 @@ def lm_head_loss_fwd(
     vocab = weight.shape[0]
     device = hidden.device
     chunk = chunk or default_chunk(tokens, vocab, want_weight)
-    want = want_hidden or want_weight or want_bias
+    trained = want_weight or want_bias
+    weigh = trained and token_weights is not None
     labels = labels.contiguous()
     bias_row = hidden if bias is None else bias.contiguous()
-    config = _ROW[1024 if vocab <= 4096 else 4096]
-
     nll = torch.empty(tokens, dtype=torch.float32, device=device)
+    token_row = nll if token_weights is None else token_weights.contiguous()
+    config = _ROW[1024 if vocab <= 4096 else 4096]
+    # Casts to half types are the kernel's; on the interpreter's machine torch's, as its own do not round to nearest.
+    written = hidden.dtype if hidden.is_cuda else torch.float32
+
     jac = torch.empty((tokens if want_hidden else 0, width), dtype=hidden.dtype, device=device)
     dweight = torch.zeros((vocab if want_weight else 0, width), dtype=torch.float32, device=device)
     dbias = torch.zeros(vocab if want_bias else 0, dtype=torch.float32, device=device)
@@ -185,25 +192,23 @@ def lm_head_loss_fwd(
         h = hidden[rows]
         count = h.shape[0]
         product = _product(h, weight.t())
-        grad = product
-        if want and hidden.dtype != torch.float32:
-            grad = torch.empty((count, vocab), dtype=hidden.dtype, device=device)
+        plain = want_hidden or (trained and not weigh)
+        grad = product if written == torch.float32 or not plain else torch.empty_like(product, dtype=written)
+        weighted = torch.empty_like(product, dtype=written) if weigh else grad
         launch(
             lm_head_loss_row_kernel, (count,), device, config,
-            product, bias_row, labels[rows], nll[rows], grad, vocab, softcap, logit_scale, product.stride(0), grad.stride(0),
-            IGNORE=IGNORE_INDEX, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WANT_GRAD=want,
+            product, bias_row, labels[rows], token_row[rows], nll[rows], grad, weighted, vocab, softcap, logit_scale,
+            product.stride(0), grad.stride(0), weighted.stride(0),
+            IGNORE=IGNORE_INDEX, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WANT_GRAD=plain, WANT_WEIGHTED=weigh,
         )  # fmt: skip
-        weights = None if token_weights is None else token_weights[rows].contiguous()
         if want_hidden:
-            torch.mm(grad, weight, out=jac[rows])
+            torch.mm(grad.to(weight.dtype), weight, out=jac[rows])
         if want_weight:
-            weighted = h if weights is None else (h * weights[:, None]).to(h.dtype)
-            dweight += _product(grad.t(), weighted)
+            dweight += _product(weighted.to(h.dtype).t(), h)
         if want_bias:
             launch(
                 lm_head_loss_bias_kernel, (triton.cdiv(vocab, _BIAS.constants["BLOCK_V"]),), device, _BIAS,
-                grad, grad if weights is None else weights, dbias, count, vocab, grad.stride(0),
-                HAS_WEIGHTS=weights is not None,
+                weighted, dbias, count, vocab, weighted.stride(0),
             )  # fmt: skip
     loss = nll.sum() if token_weights is None else (nll * token_weights).sum()
     return loss, nll, jac, dweight, dbias
@@ -216,21 +221,21 @@ def _cases() -> list[CompileCase]:
     cases = []
     for dtype in TRITON_TYPES.values():
         row = {
-            "product": "*fp32", "bias": f"*{dtype}", "labels": "*i64", "nll": "*fp32", "grad": f"*{dtype}", "vocab": "i32",
-            "softcap": "fp32", "logit_scale": "fp32", "stride_product": "i32", "stride_grad": "i32",
+            "product": "*fp32", "bias": f"*{dtype}", "labels": "*i64", "token_weights": "*fp32", "nll": "*fp32",
+            "grad": f"*{dtype}", "weighted": f"*{dtype}", "vocab": "i32", "softcap": "fp32", "logit_scale": "fp32",
+            "stride_product": "i32", "stride_grad": "i32", "stride_weighted": "i32",
+        }  # fmt: skip
+        kinds = {  # has bias, has softcap, wants the gradient, wants the weighted one
+            "frozen": (False, False, True, False), "bias": (True, False, True, True), "cap": (False, True, True, True),
+            "trained": (False, False, True, True), "eval": (False, False, False, False),
         }  # fmt: skip
         for block, config in _ROW.items():
-            for tag, flags in (("plain", (False, False)), ("bias", (True, False)), ("cap", (False, True))):
-                names = {"HAS_BIAS": flags[0], "HAS_CAP": flags[1], "WANT_GRAD": True, "IGNORE": IGNORE_INDEX}
-                cases.append(CompileCase(f"row-{dtype}-{block}-{tag}", lm_head_loss_row_kernel, row, config, names))
-            names = {"HAS_BIAS": False, "HAS_CAP": False, "WANT_GRAD": False, "IGNORE": IGNORE_INDEX}
-            cases.append(CompileCase(f"row-{dtype}-{block}-eval", lm_head_loss_row_kernel, row, config, names))
-        column = {
-            "grad": f"*{dtype}", "token_weights": "*fp32", "dbias": "*fp32", "tokens": "i32", "vocab": "i32",
-            "stride_grad": "i32",
-        }  # fmt: skip
-        weighted = {"HAS_WEIGHTS": True}
-        cases.append(CompileCase(f"bias-{dtype}", lm_head_loss_bias_kernel, column, _BIAS, weighted))
+            for tag, flags in kinds.items():
+                constants = dict(zip(("HAS_BIAS", "HAS_CAP", "WANT_GRAD", "WANT_WEIGHTED"), flags, strict=True))
+                constants["IGNORE"] = IGNORE_INDEX
+                cases.append(CompileCase(f"row-{dtype}-{block}-{tag}", lm_head_loss_row_kernel, row, config, constants))
+        column = {"grad": f"*{dtype}", "dbias": "*fp32", "tokens": "i32", "vocab": "i32", "stride_grad": "i32"}
+        cases.append(CompileCase(f"bias-{dtype}", lm_head_loss_bias_kernel, column, _BIAS))
     return cases
 
 
