@@ -26,7 +26,7 @@ LEARNING_RATE, BETA = 5e-3, 0.05
 @app.command("demo")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 700,
+    steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 1300,
     language_model_epochs: Annotated[int, typer.Option(help="Epochs of the decoder's own training.")] = 1,
     sentences: Annotated[int, typer.Option(help="Sentences of the bundled corpus.")] = SENTENCES,
     encoder: Annotated[str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")] = MINILM,
