@@ -42,6 +42,9 @@ compile-gate: $(READY)  ## every Triton kernel to sm_80/90/100 cubins: registers
 bench-kernels: $(READY) ## every op against its baseline, interleaved, JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks.kernels.run
 
+gpu:             ## on a CUDA machine, with its own Python (PYTHON=...): build, CUDA tests, benchmarks, sanitizer, under 9 minutes
+	$(PYTHON) tools/gpu_check.py $(GPU_ARGS)
+
 test-peers: $(READY)    ## checks that run the real LangVAE in a virtual environment of its own
 	$(BIN)/python -m pytest -m peers tests/peers
 

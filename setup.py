@@ -73,9 +73,11 @@ class Csrc:
             raise BuildFailed("no C++ compiler: neither CXX is set nor g++ or clang++ on PATH")
         self.build_dir = build_dir
         self.includes = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
-        self.library_dirs = cpp_extension.library_paths()
         nvcc = cpp_extension.CUDA_HOME and shutil.which("nvcc", path=os.path.join(cpp_extension.CUDA_HOME, "bin"))
-        self.nvcc = nvcc if torch.version.cuda and nvcc else None
+        # nvcc alone is no reason to link CUDA's libraries: a package of C++ only must not need them to load
+        self.cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if torch.version.cuda and nvcc else []
+        self.nvcc = nvcc if self.cuda_sources else None
+        self.library_dirs = cpp_extension.library_paths("cuda" if self.cuda_sources else "cpu")
         machine = platform.machine().lower()
         self.isas = X86_ISAS if machine in ("x86_64", "amd64") else {}
 
@@ -115,7 +117,7 @@ class Csrc:
                     [f"-DLMVAE_ISA={isa}", f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *isa_flags],
                 )
         if self.nvcc:
-            for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+            for source in self.cuda_sources:
                 obj = self.build_dir / f"{source.stem}.cu.o"
                 archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90", "100")]
                 command = [

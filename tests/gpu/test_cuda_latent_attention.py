@@ -128,7 +128,7 @@ def test_empty_sentences_and_batches(lengths):
         assert all((grad == 0).all() for grad in grads)
 
 
-def test_large_scores_inf_and_nan():
+def test_extreme_scores_inf_and_nan():
     tensors, cu = make([4, 9, 3])
     tensors[0][5] *= 1e4
     tensors[1][2, 0, 3] = float("inf")

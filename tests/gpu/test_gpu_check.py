@@ -1,0 +1,140 @@
+"""tools/gpu_check.py without a device: time limits, red tests, budgets, the ways to build, what it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.kernels import run as kernel_benchmarks
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    spec = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "tools" / "gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_check"]
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def stage(gpu_check, name, command, least=1, most=60):
+    def run(context, seconds):
+        done = context.run(command, seconds)
+        return {"status": gpu_check.verdict(done), "tail": done.tail}
+
+    return gpu_check.Stage(name, least, most, run)
+
+
+def test_a_red_stage_fails_the_run_and_the_later_ones_still_run(gpu_check, tmp_path, capsys):
+    stages = [
+        stage(gpu_check, "red", python("print('this went wrong'); raise SystemExit(3)")),
+        gpu_check.Stage("broken", 1, 9, lambda context, seconds: 1 / 0),
+        stage(gpu_check, "absent", [str(tmp_path / "no-such-program")]),
+        stage(gpu_check, "green", python("print('fine')")),
+    ]
+    assert gpu_check.main(["--output", str(tmp_path)], stages) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    status = {name: result["status"] for name, result in summary["stages"].items()}
+    assert status == {"red": "failed", "broken": "failed", "absent": "failed", "green": "ok"}
+    assert summary["red"] == ["red", "broken", "absent"]
+    assert "ZeroDivisionError" in summary["stages"]["broken"]["reason"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "this went wrong" in log and "fine" in log
+    assert "red: red, broken, absent" in capsys.readouterr().out
+    assert gpu_check.main(["--output", str(tmp_path), "--stage", "green"], stages) == 0
+
+
+def test_a_stage_that_hangs_is_stopped_with_all_it_started(gpu_check, tmp_path):
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    began = time.monotonic()
+    assert gpu_check.main(["--output", str(tmp_path)], [stage(gpu_check, "hangs", python(code), most=1.5)]) == 1
+    assert time.monotonic() - began < 30
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"]["hangs"]["status"] == "timeout"
+    time.sleep(4)
+    assert not mark.exists(), "what it started was left running"
+
+
+def test_the_budget_shortens_stages_and_keeps_time_for_the_later_ones(gpu_check, tmp_path):
+    given = {}
+
+    def note(name):
+        def run(context, seconds):
+            given[name] = seconds
+            return {"status": "ok"}
+
+        return run
+
+    stages = [gpu_check.Stage("a", 10, 500, note("a")), gpu_check.Stage("b", 30, 20, note("b"))]
+    gpu_check.main(["--output", str(tmp_path), "--budget", "100"], stages)
+    assert 69 < given["a"] <= 70 and given["b"] == 20
+    stages = [gpu_check.Stage("c", 10, 500, note("c"))]
+    assert gpu_check.main(["--output", str(tmp_path), "--budget", "2"], stages) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"]["c"]["status"] == "skipped"
+
+
+def test_outcomes_are_read_from_what_pytest_wrote(gpu_check, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n"
+        "@pytest.mark.parametrize('a', [1])\ndef test_not_here(a): pytest.skip('no')\n"
+    )
+    junit = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", "test_some.py"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    found = gpu_check.counts(junit)
+    assert (found["tests"], found["passed"], found["failed"], found["skipped"]) == (3, 1, 1, 1)
+    assert found["red"] == ["test_some::test_bad"]
+    assert not kernel_benchmarks.recorded_green("test_some.py", junit)
+    assert not kernel_benchmarks.recorded_green("tests/gpu/test_cuda_posterior.py", junit), "nothing of it has run"
+    junit.write_text('<testsuite><testcase classname="tests.gpu.test_cuda_posterior" name="a"/></testsuite>')
+    assert kernel_benchmarks.recorded_green("tests/gpu/test_cuda_posterior.py", junit)
+
+
+def test_tests_that_run_nothing_are_red(gpu_check, tmp_path):
+    context = gpu_check.Context(tmp_path, tmp_path)
+    result = gpu_check.run_pytest(
+        context, 60, tmp_path / "x.xml", ["-k", "no_such_test"], ["tests/gpu/test_gpu_check.py"]
+    )
+    assert result["status"] == "failed"
+
+
+def test_links_make_an_importable_package(gpu_check, tmp_path):
+    site = gpu_check.link_package(tmp_path)
+    code = "import lmvae_fast, lmvae_fast.kernels.posterior as p; print(lmvae_fast.__file__, p.__name__)"
+    # -S and a bare path: the editable install of this environment must not be what is found
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-800:]
+    assert str(site) in done.stdout and "lmvae_fast.kernels.posterior" in done.stdout
+
+
+def test_dry_run_and_a_machine_without_a_device(gpu_check, tmp_path, monkeypatch, capsys):
+    facts = {"torch": "2.11.0", "triton": "3.6.0", "available": False}
+    monkeypatch.setattr(gpu_check, "_FACTS", f"print('FACTS ' + {json.dumps(json.dumps(facts))})")
+    only = [s for s in gpu_check.STAGES if s.name in ("environment", "sanitizer")]
+    assert gpu_check.main(["--output", str(tmp_path), "--dry-run", "--commit", "abc"], only) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stages"]["environment"]["facts"]["commit"] == "abc"
+    assert summary["stages"]["sanitizer"]["status"] == "skipped"
+    assert gpu_check.main(["--output", str(tmp_path)], only) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "summary.json").read_text())["stages"]) == ["environment"]
+
+
+def test_everything_fits_nine_minutes_and_eight_files(gpu_check):
+    assert sum(s.least for s in gpu_check.STAGES) < 520 < 9 * 60
+    assert gpu_check.LOG_BYTES < 16 << 20
