@@ -84,6 +84,7 @@ define(
 backend.register(
     "coupling_flow",
     cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("coupling_flow_fwd", "coupling_flow_bwd")),
+    triton=backend.Support(backend.FLOATS, ("coupling_flow_fwd", "coupling_flow_bwd")),
 )
 
 # ---- the public function -----------------------------------------------------------------------------------------------
