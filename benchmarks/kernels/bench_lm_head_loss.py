@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +38,16 @@ def _full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: 
     return (nll * token_weights).sum()
 
 
+def _liger() -> Callable[..., Tensor] | None:
+    """Liger's fused loss, where it is installed; it has one weight for all tokens, which is what these cases use."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden, weight, labels, _: loss(weight, hidden, labels) / SENTENCES
+
+
 def _case(
     tokens: int,
     width: int,
@@ -58,6 +71,10 @@ def _case(
         with backend("reference"):
             _step(_ours, mine)
 
+    others = {"chunks in plain torch": plain_chunks} if chunked else {}
+    liger = _liger() if device == "cuda" and baseline_dtype in (None, dtype) else None
+    if liger is not None:
+        others["Liger"] = lambda: _step(liger, theirs)
     short = str(dtype).removeprefix("torch.")
     against = str(baseline_dtype or dtype).removeprefix("torch.")
     head = "trained" if trained else "frozen"
@@ -66,7 +83,7 @@ def _case(
         ours=lambda: _step(_ours, mine),
         baseline=lambda: _step(_full_logits, theirs),
         baseline_name=f"linear + cross_entropy in {against}",
-        others={"chunks in plain torch": plain_chunks} if chunked else {},
+        others=others,
         floor=floor,
         # the products that no method avoids: logits, d hidden, and d weight where the head is trained
         flops=(3 if trained else 2) * 2 * tokens * width * vocab,
