@@ -6,6 +6,7 @@ memory="save" hands to backward); an array is named by its first column there, s
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -109,7 +110,7 @@ def read_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> tuple[StageLa
                 inputs = s.passive_width + (cond_dim if s.conditional else 0)
                 widths = [inputs, *(numbers.pop(0) for _ in range(numbers.pop(0)))]
                 widths.append(s.active_width * (2 if nets == 1 else 1))
-                for a, b in zip(widths[:-1], widths[1:], strict=True):
+                for a, b in itertools.pairwise(widths):
                     net.layers.append(Layer(a, b, theta, theta + a * b))
                     theta += a * b + b
                 s.nets.append(net)

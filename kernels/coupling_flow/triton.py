@@ -366,7 +366,7 @@ def _run_rows(program: P.Program, temporary, kept, theta, constants, indices, sc
 
 def coupling_flow_fwd(x, cond, theta, constants, indices, ints, floats, inverse, keep):
     """The Triton form of lmvae_fast::coupling_flow_fwd."""
-    batch, dim = x.shape
+    batch = x.shape[0]
     save = keep == 1
     ints, floats = tuple(ints), tuple(floats)
     program = P.forward_program(ints, floats, inverse, save)
