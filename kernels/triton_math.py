@@ -10,6 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import backend
+
+_INTERPRETED = tl.constexpr(backend.INTERPRET)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 to an output's dtype, to the nearest. Triton's interpreter truncates to bf16 whatever rounding is asked for
+    (seen in 3.9), so there the rounding is done in integers first; compiled code is a plain conversion."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
 
 @triton.jit
 def exp_(x):

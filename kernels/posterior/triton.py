@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
-from ..triton_math import exp_parts, normal_tile
+from ..triton_math import cast, exp_parts, normal_tile
 
 # ---- device code -----------------------------------------------------------------------------------------------------
 # MODE: index into op.py's KL_MODES (0 sum, 1 dim_threshold, 2 free_bits, 3 sample_threshold).
@@ -42,7 +42,7 @@ def posterior_fwd_kernel(
         for _ in range(samples):
             eps = normal_tile(key, offset, sample_row * row_blocks + start // 4, BLOCK_D // 4)
             value = m + std * eps
-            tl.store(z + sample_row[:, None] * dim + col[None, :], value.to(z.dtype.element_ty), mask=ok)
+            tl.store(z + sample_row[:, None] * dim + col[None, :], cast(value, z.dtype.element_ty), mask=ok)
             sample_row += batch
     if MODE == 3:
         total = total * (total > target).to(tl.float32)
@@ -93,8 +93,8 @@ def posterior_bwd_kernel(
             dm += gk * m
             dl += 0.5 * gk * minus1
         out = row[:, None] * dim + col[None, :]
-        tl.store(dmu + out, dm.to(dmu.dtype.element_ty), mask=ok)
-        tl.store(dlogvar + out, dl.to(dlogvar.dtype.element_ty), mask=ok)
+        tl.store(dmu + out, cast(dm, dmu.dtype.element_ty), mask=ok)
+        tl.store(dlogvar + out, cast(dl, dlogvar.dtype.element_ty), mask=ok)
 
 
 # ---- configurations and launchers ------------------------------------------------------------------------------------

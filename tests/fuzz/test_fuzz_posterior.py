@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmvae_fast.kernels.posterior.op import KL_MODES
-from tests.kernels.common import LAYOUTS, assert_op_within_error_rule, lay_out, on_backend, require
+from tests.kernels.common import LAYOUTS, assert_op_within_error_rule, lay_out, on_backend, require, run_with_grads
 from tests.kernels.test_posterior import plain, posterior_sample
 
 pytestmark = pytest.mark.fuzz
@@ -18,15 +18,23 @@ def run(name, batch, dim, dtype, layouts, num_samples, kl, target, scale, seed, 
     generator = torch.Generator().manual_seed(data_seed)
     draw = [torch.randn(batch, dim, generator=generator) * scale for _ in range(2)]
     arguments = [lay_out(x.clamp(-30, 30).to(dtype), layout) for x, layout in zip(draw, layouts, strict=True)]
-    assert_op_within_error_rule(
-        on_backend(posterior_sample, name), plain, arguments, ("z", "kl"), ("mu", "logvar"),
-        seed=seed, num_samples=num_samples, kl=kl, kl_target=target,
-    )  # fmt: skip
+    chosen = {"seed": seed, "num_samples": num_samples, "kl": kl, "kl_target": target}
+    function = on_backend(posterior_sample, name)
+    if batch >= 16:
+        assert_op_within_error_rule(function, plain, arguments, ("z", "kl"), ("mu", "logvar"), **chosen)
+        return
+    # The rule compares the largest of many errors; eager's few can all be tiny by luck. So: a few roundings, directly.
+    outputs, grads, weights = run_with_grads(function, arguments, **chosen)
+    expected, expected_grads, _ = run_with_grads(plain, arguments, weights, **chosen)
+    for out, truth in zip([*outputs, *grads], [*expected, *expected_grads], strict=True):
+        eps = torch.finfo(out.dtype).eps
+        size = max(truth.abs().max().item(), *(x.abs().max().item() for x in arguments))
+        torch.testing.assert_close(out, truth, rtol=4 * eps, atol=8 * eps * size)
 
 
 def options(max_batch, max_dim):
     return {
-        "batch": st.integers(1, max_batch),
+        "batch": st.integers(1, max_batch) | st.integers(16, max_batch),
         "dim": st.integers(1, max_dim),
         "layouts": st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
         "num_samples": st.integers(1, 3),
@@ -48,7 +56,7 @@ def test_cpp(dtype, **kwargs):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), **options(6, 150))
+@given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), **options(18, 80))
 def test_triton(dtype, **kwargs):
     require("posterior_sample", "triton")
     run("triton", dtype=dtype, **kwargs)
