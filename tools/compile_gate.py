@@ -161,6 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
     gone = [k for k in table["cases"] if k.split("/")[0] in selected and k not in rows]
     if options.update:
+        # read again: another op's update may have been written while this one compiled
+        table = json.loads(TABLE.read_text()) if TABLE.exists() else {"cases": {}}
         kept = {k: v for k, v in table["cases"].items() if k.split("/")[0] not in selected}
         good = {key: row for key, row in rows.items() if "error" not in row}
         table = {"triton": triton.__version__, "cases": dict(sorted({**kept, **good}.items()))}
