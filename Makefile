@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+JOBS   ?= 2
 # The pinned torch comes first: any later requirement on torch is then already satisfied and cannot pull another build.
 TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-train bench-generate test-peers clean
+.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -26,8 +27,9 @@ $(READY): requirements/dev.lock requirements/dev.in pyproject.toml setup.py $(CS
 demo: $(READY)   ## train a small LangVAE on the bundled corpus and write runs/demo/report.html
 	$(BIN)/lmvae-fast demo
 
+# One thread per worker: two workers of two threads each would wait for one another on 2 cores.
 test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(READY)   ## ruff, and mypy on the package
 	$(BIN)/ruff check .
