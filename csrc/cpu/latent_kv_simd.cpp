@@ -24,19 +24,20 @@ template <typename T> constexpr int64_t kLanesOf = kBytes / static_cast<int64_t>
 template <typename T> LMVAE_INLINE vec<T> loadv(const T* p) { vec<T> v; std::memcpy(&v, p, sizeof(v)); return v; }
 template <typename T> LMVAE_INLINE void storev(T* p, vec<T> v) { std::memcpy(p, &v, sizeof(v)); }
 
-// Cache lines asked for ahead of their use, one for every second step of a product.
-struct Prefetch {
+// Cache lines asked for ahead of their use, one for every second step of a product, into the first or the second level.
+template <int level>
+struct PrefetchTo {
   const char *next = nullptr, *end = nullptr;
   __attribute__((always_inline)) void one() {
-    __builtin_prefetch(next);
+    __builtin_prefetch(next, 0, level == 1 ? 3 : 2);
     next = next + 64 < end ? next + 64 : end;
   }
 };
 
 // C[i][j] (+)= sum_k A[i * ai + k * ak] * B[k * ldb + j] for I rows and J vectors.
-template <typename T, int I, int J, bool add>
+template <typename T, int I, int J, bool add, typename Ahead>
 LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth,
-                                Prefetch& ahead) {
+                                Ahead& ahead) {
   constexpr int64_t V = kLanesOf<T>;
   vec<T> sum[I][J];
 #pragma GCC unroll 8
@@ -73,18 +74,18 @@ LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, 
 // A sum over nz is made of sums of this many terms: its rounding error then grows as that of a blocked BLAS.
 constexpr int64_t kDepth = 64;
 
-template <typename T, int I, int J, bool add>
+template <typename T, int I, int J, bool add, typename Ahead>
 LMVAE_INLINE void product_deep(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth,
-                               Prefetch& ahead) {
+                               Ahead& ahead) {
   product_block<T, I, J, add>(a, ai, ak, b, ldb, c, ldc, std::min(depth, kDepth), ahead);
   for (int64_t k = kDepth; k < depth; k += kDepth)
     product_block<T, I, J, true>(a + k * ak, ai, ak, b + k * ldb, ldb, c, ldc, std::min(depth - k, kDepth), ahead);
 }
 
 // The same for m rows and n columns, n a multiple of the vector.
-template <typename T, bool add>
+template <typename T, bool add, typename Ahead>
 void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t ldb, int64_t n, T* c, int64_t ldc, int64_t depth,
-             Prefetch& ahead) {
+             Ahead& ahead) {
   constexpr int64_t V = kLanesOf<T>;
   int64_t j = 0;
   for (; j + 2 * V <= n; j += 2 * V) {
@@ -204,12 +205,15 @@ struct Chunk {
   int64_t group() const { return layer * 2 + side; }
 };
 
-// The lines that follow a chunk's first ones by kAhead bytes, if its rows lie one behind the other. What one row block of a
-// product reads (4 KB at nz = 128) is asked for two blocks earlier: far enough for memory, near enough for the first level.
+// What one row block of a forward product reads (4 KB at nz = 128) is asked for two blocks earlier: far enough for memory,
+// near enough for the first level. dz walks its whole chunk again and again, so it asks for the next one, in the second level.
 constexpr int64_t kAhead = 8192;
-LMVAE_INLINE Prefetch lines_of(const KvRows& r, const KvTensor& t, const Chunk& c) {
+
+// The lines of a chunk, moved on by `ahead` bytes, if its rows lie one behind the other.
+template <int level>
+LMVAE_INLINE PrefetchTo<level> lines_of(const KvRows& r, const KvTensor& t, const Chunk& c, int64_t ahead) {
   if (t.stride[5] != r.nz) return {};
-  const char* p = static_cast<const char*>(t.data) + c.at(t, 0) * size_of(t.type) + kAhead;
+  const char* p = static_cast<const char*>(t.data) + c.at(t, 0) * size_of(t.type) + ahead;
   return {p, p + c.n * r.nz * size_of(t.type)};
 }
 
@@ -241,7 +245,7 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
   for (int64_t index = begin; index < end; index++) {
     const Chunk c(r, index);
     const int64_t where = c.at(a.weight, 0);
-    Prefetch ahead = lines_of(r, a.weight, c);
+    auto ahead = lines_of<1>(r, a.weight, c, kAhead);
     const T* w = static_cast<const T*>(a.weight.data) + where;
     int64_t ldw = a.weight.stride[5];
     if (!direct) {
@@ -345,13 +349,13 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
       save(KvTensor{a.dbias, a.weight.type, {}}, c.group() * r.rows() + c.flat, sum, c.n);
     }
     if (a.gram != nullptr) {
-      Prefetch none;
+      PrefetchTo<2> none;
       transpose(g, kKvChunk, turned, a.gram_padded, round_up(r.batch, V), kKvChunk);
       product<T, true>(g, kKvChunk, 1, r.batch, turned, a.gram_padded, a.gram_padded, static_cast<T*>(a.gram), a.gram_padded,
                        c.n, none);
     }
     if (a.dz != nullptr) {
-      Prefetch ahead = lines_of(r, a.weight, c);
+      auto ahead = lines_of<2>(r, a.weight, c, c.n * r.nz * size_of(a.weight.type));
       const int64_t where = c.at(a.weight, 0);
       const T* w = static_cast<const T*>(a.weight.data) + where;
       int64_t ldw = a.weight.stride[5];
@@ -362,7 +366,7 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
       product<T, true>(g, kKvChunk, 1, r.batch, w, ldw, a.nz_padded, static_cast<T*>(a.dz), a.nz_padded, c.n, ahead);
     }
     if (a.sink == KvSink::None) continue;
-    Prefetch ahead = a.sink == KvSink::AdamW ? lines_of(r, a.weight, c) : Prefetch{};
+    auto ahead = a.sink == KvSink::AdamW ? lines_of<2>(r, a.weight, c, 0) : PrefetchTo<2>{};
     product<T, false>(g, 1, kKvChunk, c.n, static_cast<const T*>(a.z), a.nz_padded, a.nz_padded, tile, a.nz_padded, r.batch,
                       ahead);
     if (a.sink == KvSink::AdamW) {

@@ -71,27 +71,37 @@ def fused_training(weight, bias, data, max_norm, dropout):
     return weight.detach(), torch.stack(norms)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("max_norm", [1e9, 5.0])  # never clips, always clips
-@pytest.mark.parametrize(("micro", "batch"), [(1, 7), (3, 2), (2, 13)])  # rank below nz, of micro-batches, above nz
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+# (micro-batches, batch of each): rank below nz; of several micro-batches; above nz, where the norm takes the other way
+BATCHES = [(1, 7), (3, 2), (2, 13)]
+# max_norm never clips, always clips. Triton's interpreter takes seconds for a mask, so there dropout comes once.
+TRAININGS = [
+    (name, max_norm, *sizes, dropout)
+    for name in BACKENDS
+    for max_norm in (1e9, 5.0)
+    for sizes in BATCHES
+    for dropout in (0.0, 0.3)
+    if name != "triton" or dropout == 0.0 or (max_norm, sizes) == (5.0, (3, 2))
+]
+
+
+@pytest.mark.parametrize(("name", "max_norm", "micro", "batch", "dropout"), TRAININGS)
 def test_equals_backward_clip_adamw(name, max_norm, micro, batch, dropout):
     require("latent_kv", name)
-    weight, bias, data = make_weight(), torch.randn(SHAPE), batches(4, micro, batch)
+    weight, bias, data = make_weight(), torch.randn(SHAPE), batches(2 if name == "triton" else 4, micro, batch)
     with backend(name):
         ours, norms = fused_training(weight, bias, data, max_norm, dropout)
     eager, eager_norms = torch_training(weight, bias, data, max_norm, dropout, torch.float32)
     truth, true_norms = torch_training(weight, bias, data, max_norm, dropout, torch.float64)
     assert_within_error_rule("norm", norms, eager_norms, true_norms)
     assert_within_error_rule("weight", ours, eager, truth, factor=3.0)
-    assert (ours - weight.detach()).abs().max() > 0.05, "the steps must have moved the weight"
+    assert (ours - weight.detach()).abs().max() > 0.02, "the steps must have moved the weight"
 
 
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_have_fp32_moments(name, dtype):
     require("latent_kv", name, dtype)
-    weight, bias, data = make_weight(dtype), torch.randn(SHAPE).to(dtype), batches(3, 1, 6, dtype)
+    weight, bias, data = make_weight(dtype), torch.randn(SHAPE).to(dtype), batches(1, 1, 6, dtype)
     with backend(name):
         ours, _ = fused_training(weight, bias, data, 1e9, 0.0)
     truth, _ = torch_training(weight, bias, data, 1e9, 0.0, torch.float64)
