@@ -72,10 +72,10 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
   const int64_t rows_per_tile = std::max<int64_t>(1, kTile / pad4(dim));
   const A target = static_cast<A>(a.target);
   Tile<A> t;
-  A total[kTile];
+  double total[kTile];  // long rows of like terms would drift in fp32 where torch's pairwise sum does not
   for (int64_t r0 = begin; r0 < end; r0 += rows_per_tile) {
     const int64_t rows = std::min(rows_per_tile, end - r0);
-    std::fill_n(total, rows, A(0));
+    std::fill_n(total, rows, 0.0);
     for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
       const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch;
       const A* mu = read_tile<T>(a.mu, r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
@@ -87,9 +87,9 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
         t.excess[i] = kl_term<A, mode>(A(0.5) * (mu[i] * mu[i] + excess), target);
       }
       for (int64_t r = 0; r < rows; r++) {
-        A sum = 0;
+        double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < cols; c++) sum += t.excess[r * pitch + c];
+        for (int64_t c = 0; c < cols; c++) sum += static_cast<double>(t.excess[r * pitch + c]);
         total[r] += sum;
       }
       for (int64_t s = 0; s < a.samples; s++) {
@@ -102,7 +102,7 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
       }
     }
     for (int64_t r = 0; r < rows; r++) {
-      const A k = total[r];
+      const A k = static_cast<A>(total[r]);
       static_cast<A*>(a.kl)[r0 + r] = mode == KlMode::SampleThreshold ? k * (k > target ? A(1) : A(0)) : k;
     }
   }
