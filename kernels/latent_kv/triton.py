@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .. import backend, philox
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
-from ..triton_math import keep_tile
+from ..triton_math import cast, keep_tile
 
 # ---- device code -----------------------------------------------------------------------------------------------------
 
@@ -47,16 +47,6 @@ def _kept(streams, b, b_ok, group, row0, row_blocks, threshold, BLOCK_R: tl.cons
 @triton.jit
 def _operand(x, WIDEN: tl.constexpr):
     return x.to(tl.float32) if WIDEN else x
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
-    """x rounded to dtype. The interpreter (WIDEN) cuts bf16 off instead, so there the nearest is made first."""
-    if WIDEN and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, nearest, x)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -94,7 +84,7 @@ def latent_kv_fwd_kernel(
         value = value * (keep.to(tl.float32) * scale)  # a product, so that Inf and NaN show as in torch
     to = layer * stride_o_l + side * stride_o_s + _row_offset(row, slots, dim, stride_o_h, stride_o_m, 1)
     at = memory + b[:, None] * stride_o_b + to[None, :]
-    tl.store(at, _narrow(value, memory.dtype.element_ty, WIDEN), mask=b_ok[:, None] & row_ok[None, :])
+    tl.store(at, cast(value, memory.dtype.element_ty), mask=b_ok[:, None] & row_ok[None, :])
 
 
 @triton.jit
@@ -195,10 +185,10 @@ def latent_kv_dw_kernel(
     sums *= scale
     if NEED_WEIGHT:
         at = dweight + (group * rows + row[:, None]) * nz + k[None, :]
-        tl.store(at, _narrow(sums, dweight.dtype.element_ty, WIDEN), mask=(row < rows)[:, None] & (k < nz)[None, :])
+        tl.store(at, cast(sums, dweight.dtype.element_ty), mask=(row < rows)[:, None] & (k < nz)[None, :])
     if NEED_BIAS:
         at = dbias + group * rows + row
-        tl.store(at, _narrow(bias_sums * scale, dbias.dtype.element_ty, WIDEN), mask=row < tl.where(part == 0, rows, 0))
+        tl.store(at, cast(bias_sums * scale, dbias.dtype.element_ty), mask=row < tl.where(part == 0, rows, 0))
     if NEED_NORM:  # rows and columns beyond the tensors were loaded as zeros
         program = (part * tl.num_programs(1) + group) * tl.num_programs(0) + row0 // BLOCK_R
         tl.store(norms + program, tl.sum(tl.sum(sums * sums, axis=1), axis=0))
@@ -261,18 +251,18 @@ def latent_kv_adamw_kernel(
     at_m = exp_avg + at_m[:, None] + k[None, :]
     m = tl.load(at_m, mask=mask, other=0.0).to(tl.float32)
     m = m + rest1 * (g - m)
-    tl.store(at_m, _narrow(m, exp_avg.dtype.element_ty, WIDEN), mask=mask)
+    tl.store(at_m, cast(m, exp_avg.dtype.element_ty), mask=mask)
     at_v = layer * stride_v_l + side * stride_v_s + _row_offset(row, slots, dim, stride_v_h, stride_v_m, stride_v_d)
     at_v = exp_avg_sq + at_v[:, None] + k[None, :]
     v = tl.load(at_v, mask=mask, other=0.0).to(tl.float32)
     v = beta2 * v + rest2 * g * g
-    tl.store(at_v, _narrow(v, exp_avg_sq.dtype.element_ty, WIDEN), mask=mask)
+    tl.store(at_v, cast(v, exp_avg_sq.dtype.element_ty), mask=mask)
     at_w = layer * stride_w_l + side * stride_w_s + _row_offset(row, slots, dim, stride_w_h, stride_w_m, stride_w_d)
     at_w = weight + at_w[:, None] + k[None, :]
     w = tl.load(at_w, mask=mask, other=0.0).to(tl.float32)
     denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + tl.load(hyper + 3)) + eps
     w = w * tl.load(hyper + 1) - tl.div_rn(tl.load(hyper + 2) * m, denominator)
-    tl.store(at_w, _narrow(w, weight.dtype.element_ty, WIDEN), mask=mask)
+    tl.store(at_w, cast(w, weight.dtype.element_ty), mask=mask)
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------
