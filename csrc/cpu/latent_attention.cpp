@@ -25,11 +25,10 @@ Strided cached(const at::Tensor& x) {  // [batch, heads, rows, head_dim]
 }
 at::ScalarType stats_type(const at::Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Runs body(b, kv_head, workspace) for every pair, each on one thread; threads take the next pair when they are free, so
-// that long sentences do not leave the others waiting.
+// Runs body(pair, the thread's next pair or -1, workspace) for every pair, each on one thread; threads take pairs as they
+// become free, so that long sentences do not leave the others waiting.
 template <typename F>
-void for_pairs(int64_t batch, int64_t kv_heads, int64_t workspace_bytes, double flops, F&& body) {
-  const int64_t pairs = batch * kv_heads;
+void for_pairs(int64_t pairs, int64_t workspace_bytes, double flops, F&& body) {
   if (pairs == 0) return;
   constexpr double kWorthAThread = 2e5;  // some 5 us of arithmetic, what waking a thread costs
   const int64_t threads = std::max<int64_t>(
@@ -41,8 +40,11 @@ void for_pairs(int64_t batch, int64_t kv_heads, int64_t workspace_bytes, double 
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; thread++) {
       char* own = base + place.fetch_add(1) * bytes;
-      for (int64_t pair = next.fetch_add(1); pair < pairs; pair = next.fetch_add(1))
-        body(pair / kv_heads, pair % kv_heads, own);
+      for (int64_t pair = next.fetch_add(1); pair < pairs;) {
+        const int64_t after = next.fetch_add(1);
+        body(pair, after < pairs ? after : -1, own);
+        pair = after;
+      }
     }
   });
 }
@@ -97,7 +99,8 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q, const at::Tensor& k,
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
     const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
-    for_pairs(a.batch, a.kv_heads, bytes, flops, [&, &a = a](int64_t b, int64_t h, void* own) { pair(a, b, h, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops,
+              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
   });
   return {out, stats};
 }
@@ -126,7 +129,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bwd(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
     const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
-    for_pairs(a.batch, a.kv_heads, bytes, flops, [&, &a = a](int64_t b, int64_t h, void* own) { pair(a, b, h, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops,
+              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
   });
   return {grad_q, grad_k, grad_v, grad_memory_k, grad_memory_v};
 }
@@ -152,7 +156,9 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tens
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_decode", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_decode_workspace<scalar_t>(a));
     const auto pair = LMVAE_PICK(latent_attention_decode<scalar_t>);
-    for_pairs(batch, a.kv_heads, bytes, 4 * flops, [&](int64_t b, int64_t h, void* own) { pair(a, b, h, count[b], own); });
+    for_pairs(batch * a.kv_heads, bytes, 4 * flops, [&](int64_t p, int64_t, void* own) {
+      pair(a, p / a.kv_heads, p % a.kv_heads, count[p / a.kv_heads], own);
+    });
   });
   return out;
 }

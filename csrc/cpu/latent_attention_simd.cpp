@@ -12,6 +12,7 @@ namespace lmvae::LMVAE_ISA {
 namespace {
 
 constexpr int64_t kPass = 128;     // keys whose scores are held at once: with a tile of 32 queries, 16 KB
+constexpr int64_t kChain = 48;     // products added one after the other before they join the rest, for accuracy
 constexpr int kMaxLanes = 2 * 16;  // a tile's queries: at most two vectors of floats
 
 LMVAE_INLINE float tanh_(float x) {  // Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel
@@ -31,14 +32,48 @@ struct Range {
   int64_t lo, hi;
 };
 
+// Rows of the next pair, fetched a few lines at a time between register tiles. A pair's rows are short runs far apart, which
+// the hardware does not foresee: without this, half the time of a backward pass over short sentences is waiting for them.
+class Ahead {
+ public:
+  void add(const void* first, int64_t step, int64_t rows, int64_t bytes) {
+    if (parts_ == kParts || rows <= 0) return;
+    part_[parts_++] = {static_cast<const char*>(first), step, rows, (bytes + 63) / 64};
+    left_ += rows * part_[parts_ - 1].lines;
+  }
+  void plan(int64_t calls) { pace_ = left_ > kMost ? 0 : left_ / calls + 1; }  // too much to keep: leave it to the hardware
+  void step() {
+    for (int64_t n = pace_; n > 0 && at_ < parts_; n--) {
+      const Rows& r = part_[at_];
+      __builtin_prefetch(r.first + row_ * r.step + line_ * 64, 0, 2);
+      if (++line_ < r.lines) continue;
+      line_ = 0;
+      if (++row_ < r.rows) continue;
+      row_ = 0, at_++;
+    }
+  }
+
+ private:
+  static constexpr int kParts = 48;
+  static constexpr int64_t kMost = 8192;  // lines: 512 KB, a part of the second-level cache
+  struct Rows {
+    const char* first;
+    int64_t step, rows, lines;
+  };
+  Rows part_[kParts];
+  int parts_ = 0, at_ = 0;
+  int64_t row_ = 0, line_ = 0, left_ = 0, pace_ = 0;
+};
+
 // One (sentence, kv head). Columns are the slots that any token sees (0 .. used - 1), then the tokens.
 template <typename T>
 struct Unit {
   using A = acc_t<T>;
   const LatentAttentionArgs& args;
   int64_t b, kv_head, first, tokens, group, used, rows, columns, pitch;
+  mutable Ahead ahead;
 
-  Unit(const LatentAttentionArgs& args_, int64_t b_, int64_t kv_head_) : args(args_), b(b_), kv_head(kv_head_) {
+  Unit(const LatentAttentionArgs& args_, int64_t pair) : args(args_), b(pair / args_.kv_heads), kv_head(pair % args_.kv_heads) {
     first = args.cu_seqlens[b];
     tokens = args.cu_seqlens[b + 1] - first;
     group = args.heads / args.kv_heads;
@@ -69,6 +104,33 @@ struct Unit {
     int64_t lo = std::max<int64_t>(0, i - reach);
     if (args.visibility == Visibility::Rolling) lo = std::max(lo, i - 1);
     return {used + lo, used + i + 1};
+  }
+
+  // Plans to fetch what pair `next` will read and write.
+  void look_ahead(int64_t next, bool backward) const {
+    if (next < 0) return;
+    const Unit n(args, next);
+    const int64_t size = sizeof(T), bytes = args.head_dim * size, D = args.head_dim;
+    for (const Strided* x : {&args.memory_k, &args.memory_v})
+      if (n.used > 0)
+        ahead.add(static_cast<const T*>(x->data) + n.b * x->batch + n.kv_head * x->head, x->row * size, n.used, bytes);
+    for (const Strided* x : {&args.k, &args.v})
+      ahead.add(static_cast<const T*>(x->data) + n.first * x->row + n.kv_head * x->head, x->row * size, n.tokens, bytes);
+    for (int64_t g = 0; g < group; g++) {
+      const int64_t head = n.kv_head * group + g;
+      for (const Strided* x : {&args.q, &args.grad_out})
+        if (x->data != nullptr)
+          ahead.add(static_cast<const T*>(x->data) + n.first * x->row + head * x->head, x->row * size, n.tokens, bytes);
+      const void* out = backward ? args.grad_q : args.out;
+      ahead.add(static_cast<const T*>(out) + (n.first * args.heads + head) * D, args.heads * bytes, n.tokens, bytes);
+    }
+    if (backward) {
+      for (const void* x : {args.grad_memory_k, args.grad_memory_v})
+        if (x != nullptr) ahead.add(static_cast<const T*>(x) + next * args.slots * D, bytes, args.slots, bytes);
+      for (const void* x : {args.grad_k, args.grad_v})
+        ahead.add(static_cast<const T*>(x) + (n.first * args.kv_heads + n.kv_head) * D, args.kv_heads * bytes, n.tokens, bytes);
+    }
+    ahead.plan(backward ? 24 : 8);  // about as many register tiles as a short sentence has
   }
 
   int64_t token_of(int64_t row) const { return first + row / group; }
@@ -148,6 +210,7 @@ struct Tile {
   void scores(const Piece* pieces, int64_t held, const A* keys, const A* qt, A* s, A* slope) const {
     for (int kind = 0; kind < 2; kind++) {
       const Piece& piece = pieces[kind];
+      u.ahead.step();
       dots<A, QV>(keys + piece.column * u.pitch, u.pitch, piece.count, qt, u.args.head_dim, s + piece.at * W);
     }
     if (u.args.softcap > 0) {
@@ -183,13 +246,14 @@ struct Tile {
     const int64_t step = outer_step(count);
     for (int64_t r = 0; r < count; r += step) {
       const int64_t n = std::min(step, count - r);
+      u.ahead.step();
       for (int kind = 0; kind < 2; kind++) {
         const Piece& piece = pieces[kind];
         const int64_t from = std::max(piece.column, range(kind, r).lo);
         const int64_t to = std::min(piece.column + piece.count, range(kind, r + n - 1).hi);
-        if (from < to)
-          outer<A>(n, s + (piece.at + from - piece.column) * W + r, 1, W, x + from * u.pitch, u.pitch, to - from,
-                   target + r * u.pitch, u.pitch, vecs);
+        for (int64_t at = from; at < to; at += kChain)
+          outer<A>(n, s + (piece.at + at - piece.column) * W + r, 1, W, x + at * u.pitch, u.pitch,
+                   std::min(kChain, to - at), target + r * u.pitch, u.pitch, vecs);
       }
     }
   }
@@ -202,6 +266,7 @@ struct Tile {
       int64_t from = 0, to = 0;
       for (int64_t n = 0; n < piece.count; n += step) {
         const int64_t columns = std::min(step, piece.count - n), column = piece.column + n;
+        u.ahead.step();
         while (from < count && hi[kind][from] <= static_cast<A>(column)) from++;
         to = std::max(to, from);
         while (to < count && lo[kind][to] < static_cast<A>(column + columns)) to++;
@@ -271,13 +336,17 @@ void forward_tile(const Unit<T>& u, int64_t row0, int64_t rows, const Workspace<
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < u.pitch; d++) w.out[r * u.pitch + d] *= rescale[r];
     }
-    for (int64_t n = 0; n < held; n++) {
-      A* s = w.s + n * W;
+    for (int64_t block = 0; block < held; block += 16) {  // sums of sixteen, for accuracy
+      alignas(64) A part[W] = {};
+      for (int64_t n = block; n < std::min(held, block + 16); n++) {
+        A* s = w.s + n * W;
 #pragma omp simd
-      for (int r = 0; r < W; r++) {
-        s[r] = exp_(s[r] - base[r]);
-        sum[r] += s[r];
+        for (int r = 0; r < W; r++) {
+          s[r] = exp_(s[r] - base[r]);
+          part[r] += s[r];
+        }
       }
+      for (int r = 0; r < W; r++) sum[r] += part[r];
     }
     tile.by_row(pieces, w.s, w.values, w.out);
   });
@@ -383,9 +452,10 @@ int64_t latent_attention_workspace(const LatentAttentionArgs& args, int64_t max_
 }
 
 template <typename T>
-void latent_attention_fwd(const LatentAttentionArgs& args, int64_t b, int64_t kv_head, void* workspace) {
-  const Unit<T> u(args, b, kv_head);
+void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, int64_t next, void* workspace) {
+  const Unit<T> u(args, pair);
   if (u.tokens == 0) return;
+  u.look_ahead(next, false);
   Workspace<acc_t<T>> w;
   w.lay_out(static_cast<acc_t<T>*>(workspace), u.columns, u.pitch, false);
   u.load_columns(args.memory_k, args.k, w.keys);
@@ -396,9 +466,10 @@ void latent_attention_fwd(const LatentAttentionArgs& args, int64_t b, int64_t kv
 }
 
 template <typename T>
-void latent_attention_bwd(const LatentAttentionArgs& args, int64_t b, int64_t kv_head, void* workspace) {
+void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, int64_t next, void* workspace) {
   using A = acc_t<T>;
-  const Unit<T> u(args, b, kv_head);
+  const Unit<T> u(args, pair);
+  u.look_ahead(next, true);
   Workspace<A> w;
   w.lay_out(static_cast<A*>(workspace), u.columns, u.pitch, true);
   std::fill_n(w.grad_keys, u.columns * u.pitch, A(0));

@@ -69,11 +69,7 @@ static void dots(const A* k, int64_t ldk, int64_t count, const A* qt, int64_t d_
 template <typename A, int RN, int DV>
 static void outer_tile(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, A* c, int64_t ldc) {
   constexpr int L = Lanes<A>::count;
-  Vec<A> acc[RN][DV];
-#pragma GCC unroll 8
-  for (int a = 0; a < RN; a++)
-#pragma GCC unroll 4
-    for (int v = 0; v < DV; v++) acc[a][v] = load(c + a * ldc + v * L);
+  Vec<A> acc[RN][DV] = {};  // from zero, then added to c: sums of blocks round less than one long chain
   for (int64_t i = 0; i < count; i++) {
     Vec<A> x[DV];
 #pragma GCC unroll 4
@@ -88,7 +84,7 @@ static void outer_tile(const A* p, int64_t pa, int64_t pi, const A* b, int64_t l
 #pragma GCC unroll 8
   for (int a = 0; a < RN; a++)
 #pragma GCC unroll 4
-    for (int v = 0; v < DV; v++) store(c + a * ldc + v * L, acc[a][v]);
+    for (int v = 0; v < DV; v++) store(c + a * ldc + v * L, load(c + a * ldc + v * L) + acc[a][v]);
 }
 
 template <typename A, int RN, int DV>

@@ -68,11 +68,16 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None) -> t
     return (*grads, *memory, *rest)
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple:
+    raise RuntimeError("latent_attention has no second derivative; backend('reference') has one")
+
+
 define(
     f"latent_attention_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor stats, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     triton=_triton_bwd,
+    backward=_no_second_derivative,
 )
 define(
     f"latent_attention_fwd({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",

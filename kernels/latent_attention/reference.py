@@ -26,7 +26,7 @@ def latent_attention(
 
     No step synchronises the host; without ``max_seqlen`` sentences are padded to all T tokens.
     """
-    tokens, heads, _ = q.shape
+    tokens, heads, head_dim = q.shape
     batch, kv_heads = cu_seqlens.numel() - 1, k.shape[1]
     if tokens == 0:
         return q * 1.0
@@ -50,7 +50,7 @@ def latent_attention(
     if memory_k is not None and memory_v is not None:
         keys = torch.cat([memory_k.to(compute), keys], dim=2)
         values = torch.cat([memory_v.to(compute), values], dim=2)
-    queries = queries.reshape(batch, kv_heads, heads // kv_heads, max_seqlen, -1)
+    queries = queries.reshape(batch, kv_heads, heads // kv_heads, max_seqlen, head_dim)
     scores = torch.einsum("bhgsd,bhnd->bhgsn", queries, keys) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -73,7 +73,7 @@ def latent_attention_decode(
     softcap: float | None = None,
 ) -> Tensor:
     """Same contract as ``op.latent_attention_decode``; accumulates in fp32 (fp64 for fp64 inputs)."""
-    batch, heads, _ = q.shape
+    batch, heads, head_dim = q.shape
     kv_heads, positions = k_cache.shape[1], k_cache.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     position, length = torch.arange(positions, device=q.device), lengths.long().unsqueeze(1)
@@ -81,7 +81,7 @@ def latent_attention_decode(
     if window is not None:
         visible = visible & (position >= length - window)
     values = v_cache.to(compute).masked_fill(~visible[:, None, :, None], 0)  # what is stale may be Inf or NaN
-    queries = q.to(compute).reshape(batch, kv_heads, heads // kv_heads, -1)
+    queries = q.to(compute).reshape(batch, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("bhgd,bhnd->bhgn", queries, k_cache.to(compute)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -25,7 +25,7 @@ def latent_attention_decode_kernel(
     if HAS_WINDOW:
         low = tl.maximum(low, length - window)
     g = tl.arange(0, GROUP_BLOCK)
-    n = tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     d_ok = d < head_dim
     head = h * GROUP + g

@@ -1,0 +1,232 @@
+"""The visibility rules, and latent_attention_decode: step by step over a cache it is latent_attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmvae_fast.kernels import backend as registry
+from lmvae_fast.kernels.latent_attention import latent_attention, latent_attention_decode
+from lmvae_fast.kernels.latent_attention.visibility import (
+    VISIBILITIES,
+    slot_position,
+    token_position,
+    visibility_mask,
+    visible_slots,
+    visible_tokens,
+)
+
+from .common import (
+    LAYOUTS,
+    GuardedAllocations,
+    assert_int64_addresses,
+    assert_within_error_rule,
+    lay_out,
+    on_backend,
+    opcheck,
+    raises_naming,
+    require,
+)
+from .test_latent_attention import ALL, FAST, HALF_AND_SINGLE, cache_at, inputs
+
+# ---- the rules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES)
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (5, 5), (8, 11)])
+def test_mask_runs_and_positions_agree_with_the_cache(visibility, window, tokens, slots):
+    mask = visibility_mask(tokens, slots, visibility, window)
+    for i in range(tokens):
+        cache = cache_at(i, slots, visibility)
+        seen = set(cache if window is None else cache[-window:])
+        assert set(mask[i].nonzero().flatten().tolist()) == seen
+        assert set(visible_slots(i, slots, visibility, window)) == {c for c in seen if c < slots}
+        assert set(visible_tokens(i, slots, visibility, window)) == {c - slots for c in seen if c >= slots}
+        assert token_position(i, slots, visibility) == len(cache) - 1
+        for position, column in enumerate(cache):
+            if column < slots:
+                assert slot_position(column, visibility, step=i) == position
+    steps = torch.arange(tokens)
+    assert token_position(steps, slots, visibility).tolist() == [token_position(i, slots, visibility) for i in range(tokens)]
+
+
+def test_rules_as_their_sources_word_them():
+    rolling = visibility_mask(4, 4, "rolling").int().tolist()
+    assert rolling == [
+        [1, 0, 0, 0, 1, 0, 0, 0],  # the first token sees slot 0 and itself
+        [0, 1, 0, 0, 1, 1, 0, 0],  # then slots 1..i, the token before and itself
+        [0, 1, 1, 0, 0, 1, 1, 0],
+        [0, 1, 1, 1, 0, 0, 1, 1],
+    ]
+    assert visibility_mask(2, 3, "prefix").int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert visibility_mask(2, 3, "interleaved").int().tolist() == [[1, 0, 0, 1, 0], [1, 1, 0, 1, 1]]
+    with raises_naming(ValueError, "step", "rolling"):
+        slot_position(1, "rolling")
+    with raises_naming(ValueError, "visibility", "causal"):
+        visibility_mask(2, 3, "causal")
+
+
+# ---- decode -----------------------------------------------------------------------------------------------------------
+
+
+def caches(batch=3, heads=4, kv_heads=2, positions=20, head_dim=16, dtype=torch.float32, layout="dense"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, heads, head_dim), *[(batch, kv_heads, positions, head_dim)] * 2]
+    return [lay_out(torch.randn(shape, generator=generator).to(dtype), layout) for shape in shapes]
+
+
+def plain(q, k_cache, v_cache, lengths, *, scale, window=None, softcap=None):
+    """Eager attention row by row, in the inputs' dtype."""
+    group = q.shape[1] // k_cache.shape[1]
+    rows = []
+    for b, length in enumerate(lengths.tolist()):
+        low = 0 if window is None else max(0, length - window)
+        keys, values = (x[b, :, low:length].repeat_interleave(group, 0) for x in (k_cache, v_cache))
+        scores = (q[b, :, None] @ keys.transpose(1, 2)) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        rows.append((weights @ values)[:, 0])
+    return torch.stack(rows)
+
+
+def check(name, tensors, lengths, **kwargs):
+    options = {"scale": tensors[0].shape[-1] ** -0.5} | kwargs
+    out = on_backend(latent_attention_decode, name)(*tensors, lengths, **options)
+    truth = plain(*(x.double() for x in tensors), lengths, **options)
+    assert_within_error_rule("out", out, plain(*tensors, lengths, **options), truth)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("kwargs", [{}, {"window": 4}, {"softcap": 1.5}, {"window": 1, "softcap": 30.0}])
+def test_decode_values(name, dtype, kwargs):
+    require("latent_attention_decode", name, dtype)
+    for lengths in ([1, 20, 7], torch.tensor([2, 3, 19], dtype=torch.int32)):
+        check(name, caches(dtype=dtype), torch.as_tensor(lengths), **kwargs)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("head_dim", [1, 5, 17, 31, 32, 64, 127, 130, 256])  # tails of every vector
+def test_decode_head_dims(name, head_dim):
+    require("latent_attention_decode", name)
+    check(name, caches(head_dim=head_dim), torch.tensor([1, 20, 7]))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("positions", [1, 63, 64, 65, 129])  # around the blocks of 64 keys
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 1), (14, 2)])
+def test_decode_positions_and_groups(name, positions, heads):
+    require("latent_attention_decode", name)
+    tensors = caches(heads=heads[0], kv_heads=heads[1], positions=positions, head_dim=24)
+    check(name, tensors, torch.tensor([positions, 1, (positions + 1) // 2]))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decode_layouts(name, layout):
+    require("latent_attention_decode", name)
+    check(name, caches(layout=layout), torch.tensor([1, 20, 7]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_decode_ignores_what_is_stale(name):
+    require("latent_attention_decode", name)
+    q, k_cache, v_cache = caches()
+    lengths = torch.tensor([1, 13, 7])
+    expected = plain(q, k_cache, v_cache, lengths, scale=0.25)
+    for b, length in enumerate(lengths.tolist()):
+        k_cache[b, :, length:] = float("nan")
+        v_cache[b, :, length:] = float("inf")
+    out = on_backend(latent_attention_decode, name)(q, k_cache, v_cache, lengths, scale=0.25)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_decode_of_nothing(name):
+    require("latent_attention_decode", name)
+    q, k_cache, v_cache = caches()
+    out = on_backend(latent_attention_decode, name)(q, k_cache, v_cache, torch.tensor([0, 3, 0]), scale=0.25)
+    assert (out[[0, 2]] == 0).all()
+    assert (out[1] != 0).all()
+    empty = on_backend(latent_attention_decode, name)(q[:0], k_cache[:0], v_cache[:0], torch.tensor([]).long(), scale=1.0)
+    assert empty.shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("visibility", VISIBILITIES)
+@pytest.mark.parametrize("window", [None, 3])
+def test_steps_over_a_cache_are_the_parallel_pass(name, visibility, window):
+    require("latent_attention_decode", name)
+    tensors, cu = inputs([6], heads=4, slots=7)
+    q, k, v, memory_k, memory_v = tensors
+    options = dict(scale=0.25, window=window)
+    expected = latent_attention(*tensors, cu_seqlens=cu, visibility=visibility, **options)
+    k_cache, v_cache = (torch.full((1, 2, 16, 16), float("nan")) for _ in range(2))
+    for i in range(6):
+        at = token_position(i, 7, visibility)
+        for cache, tokens, memory in ((k_cache, k, memory_k), (v_cache, v, memory_v)):
+            if visibility != "prefix":  # one slot a step
+                cache[0, :, slot_position(i, visibility, step=i)] = memory[0, :, i]
+            elif i == 0:
+                cache[0, :, :7] = memory[0]
+            cache[0, :, at] = tokens[i]
+        step = on_backend(latent_attention_decode, name)(q[i : i + 1], k_cache, v_cache, torch.tensor([at + 1]), **options)
+        torch.testing.assert_close(step[0], expected[i])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_decode_writes_stay_inside(name):
+    require("latent_attention_decode", name)
+    with GuardedAllocations() as guarded:
+        space = getattr(torch.ops, registry.namespace(name))
+        space.latent_attention_decode(*caches(head_dim=19), torch.tensor([1, 20, 7]), 0.25, None, None)
+    guarded.check()
+
+
+def test_decode_opcheck_fullgraph_and_vmap():
+    require("latent_attention_decode", "cpp")
+    tensors, lengths = caches(), torch.tensor([1, 20, 7])
+    opcheck("latent_attention_decode", (*tensors, lengths, 0.25, 3, None))
+    compiled = torch.compile(latent_attention_decode, fullgraph=True, backend="aot_eager")
+    expected = latent_attention_decode(*tensors, lengths, scale=0.25)
+    torch.testing.assert_close(compiled(*tensors, lengths, scale=0.25), expected, rtol=0, atol=0)
+    stacked = [torch.stack([x, x]) for x in tensors]
+    with raises_naming(TypeError, "latent_attention_decode", "vmap"):
+        torch.func.vmap(lambda *x: latent_attention_decode(*x, lengths, scale=1.0))(*stacked)
+
+
+def test_decode_addresses_are_64_bit():
+    pytest.importorskip("triton")
+    from lmvae_fast.kernels.latent_attention import triton_decode
+
+    assert_int64_addresses(triton_decode)
+
+
+BAD = {
+    "q rank": (lambda a: a.update(q=a["q"][0]), ValueError, ("q", "rank 3")),
+    "cache rank": (lambda a: a.update(k_cache=a["k_cache"][0]), ValueError, ("k_cache", "rank 4")),
+    "cache shapes": (lambda a: a.update(v_cache=a["v_cache"][:, :, :5]), ValueError, ("v_cache", 20, 5)),
+    "batch": (lambda a: a.update(q=a["q"][:2]), ValueError, ("k_cache", "batch 2", "(3, ")),
+    "heads": (lambda a: a.update(q=a["q"][:, :3]), ValueError, ("q", 3, 2)),
+    "dtype": (lambda a: a.update(v_cache=a["v_cache"].half()), TypeError, ("v_cache", "float16", "float32")),
+    "lengths' size": (lambda a: a.update(lengths=a["lengths"][:2]), ValueError, ("lengths", 3, 2)),
+    "lengths' dtype": (lambda a: a.update(lengths=a["lengths"].float()), TypeError, ("lengths", "float32")),
+    "too long": (lambda a: a["lengths"].fill_(21), ValueError, ("lengths", 20, 21)),
+    "negative": (lambda a: a["lengths"].fill_(-1), ValueError, ("lengths", 20, -1)),
+    "window": (lambda a: a.update(window=0), ValueError, ("window", 0)),
+    "softcap": (lambda a: a.update(softcap=float("inf")), ValueError, ("softcap", "inf")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("name", ALL)
+def test_decode_bad_input(name, case):
+    require("latent_attention_decode", name)
+    spoil, error, words = BAD[case]
+    arguments = dict(zip(("q", "k_cache", "v_cache"), caches(), strict=True), lengths=torch.tensor([1, 20, 7]), scale=1.0)
+    on_backend(latent_attention_decode, name)(**arguments)
+    spoil(arguments)
+    with raises_naming(error, *words):
+        on_backend(latent_attention_decode, name)(**arguments)
