@@ -189,7 +189,9 @@ void run_team(int wanted, flow::Barrier& barrier, const F& member) {
   at::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t end) {
     const int rank = members.fetch_add(1);
     shares.fetch_add(static_cast<int>(end - begin));
-    while (shares.load() < wanted) {
+    shares.notify_all();
+    for (int seen = shares.load(), spin = 0; seen < wanted; seen = shares.load()) {
+      if (++spin > 20000) shares.wait(seen);  // some 20 us; then the core is better used by whoever is late
     }
     const int threads = members.load();
     member(rank, threads);
