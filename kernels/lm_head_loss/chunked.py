@@ -33,6 +33,8 @@ def forward(
     acc = torch.promote_types(hidden.dtype, torch.float32)
     want_hidden, want_weight, want_bias = want
     tokens = hidden.shape[0]
+    # torch's bf16 product on CPU reads past the rows of strided operands, and what lies there can be NaN (seen in 2.13)
+    hidden, weight = hidden.contiguous(), weight.contiguous()
     nll = hidden.new_zeros(tokens, dtype=acc)
     jac = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
     dweight = torch.zeros_like(weight, dtype=acc, memory_format=torch.contiguous_format) if want_weight else None
