@@ -218,7 +218,8 @@ def _grad_scores(
     ds = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]) * scale
     if HAS_SOFTCAP:
         ds = ds * slope
-    return p, tl.where(seen, ds, 0.0)
+    # Where p is 1 nothing else counts and the gradient is 0; dP and delta, summed in two ways, would leave their rounding.
+    return p, tl.where(seen & (p != 1.0), ds, 0.0)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from .common import (
     assert_fullgraph_equal,
     assert_int64_addresses,
     assert_op_within_error_rule,
+    assert_within_error_rule,
     lay_out,
     on_backend,
     opcheck,
@@ -210,8 +211,16 @@ def test_reference_of_padded_bound_is_the_same():
 def test_large_scores(name):
     require("latent_attention", name)
     tensors, cu = inputs([4, 6], head_dim=8, slots=6)
-    check(name, [tensors[0] * 1e4, *tensors[1:]], cu)  # scores of some 1e4: softmax is nearly an argmax
-    check(name, [tensors[0] * 50, *tensors[1:]], cu, softcap=30.0)  # beyond, tanh is 1 and no dtype has its slope
+    hard = [tensors[0] * 1e4, *tensors[1:]]  # scores of some 1e4: softmax is an argmax, gradients of q underflow
+    options = dict(cu_seqlens=cu, visibility="prefix", scale=8**-0.5)
+    (out,), grads, _ = run_with_grads(on_backend(attend, name), hard, **options)
+    truth = plain(*(x.double() for x in hard), **options)
+    assert_within_error_rule("out", out, plain(*hard, **options), truth)
+    assert all(grad.isfinite().all() for grad in grads)
+    for x in (tensors[1], tensors[3]):
+        x[..., 0] += 100.0  # every score near 1e3, their differences near 1: the sum must not lose digits
+    check(name, [tensors[0] + 10.0, *tensors[1:]], cu, scale=1.0)
+    check(name, [tensors[0] + 10.0, *tensors[1:]], cu, scale=0.05, softcap=50.0)
 
 
 @pytest.mark.parametrize("name", FAST)
