@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_math import cast
 from .triton_kernels import _exp, _tanh
 
 
@@ -62,4 +63,4 @@ def latent_attention_decode_kernel(
         largest = new
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)  # a row that holds nothing: zeros
     place = (b * heads + head)[:, None] * head_dim + d[None, :]
-    tl.store(out + place, (acc * factor[:, None]).to(out.dtype.element_ty), mask=g_ok[:, None] & d_ok[None, :])
+    tl.store(out + place, cast(acc * factor[:, None], out.dtype.element_ty), mask=g_ok[:, None] & d_ok[None, :])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import exp_
+from ..triton_math import cast, exp_
 
 # Throughout: rows are (token i, head of the group g) = i * GROUP + g, so a block of rows sees nearly the same keys.
 # VISIBILITY: index into visibility.py's VISIBILITIES (0 prefix, 1 rolling, 2 interleaved). window: cache positions.
@@ -115,7 +115,7 @@ def _row_tile(base, i, g, ok, stride_t, stride_h, d, d_ok, stride_d, DOT: tl.con
 @triton.jit
 def _store_tile(base, index, ok, stride_row, d, d_ok, x):
     at = base + index.to(tl.int64)[:, None] * stride_row + d[None, :]
-    tl.store(at, x.to(base.dtype.element_ty), mask=ok[:, None] & d_ok[None, :])
+    tl.store(at, cast(x, base.dtype.element_ty), mask=ok[:, None] & d_ok[None, :])
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
-from ..triton_math import exp_, log_unit
+from ..triton_math import cast, exp_, log_unit
 from .reference import IGNORE_INDEX
 
 # ---- device code -----------------------------------------------------------------------------------------------------
@@ -120,10 +120,10 @@ def lm_head_loss_row_kernel(
             g = tl.where(col == label, own_grad, g)
             g = tl.where(counted, g, 0.0)
             if WANT_GRAD:
-                tl.store(grad + row * stride_grad + col, g.to(grad.dtype.element_ty), mask=col < vocab)
+                tl.store(grad + row * stride_grad + col, cast(g, grad.dtype.element_ty), mask=col < vocab)
             if WANT_WEIGHTED:
                 g *= token_weight
-                tl.store(weighted + row * stride_weighted + col, g.to(weighted.dtype.element_ty), mask=col < vocab)
+                tl.store(weighted + row * stride_weighted + col, cast(g, weighted.dtype.element_ty), mask=col < vocab)
 
 
 @triton.jit
