@@ -10,7 +10,7 @@ from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from .checks import check_lengths, check_offsets
 from .triton_decode import latent_attention_decode_kernel
 from .triton_kernels import latent_attention_bwd_kernel, latent_attention_fwd_kernel
-from .visibility import PREFIX, VISIBILITIES
+from .visibility import VISIBILITIES
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -43,8 +43,8 @@ def _bound(q, cu_seqlens, slots: int, visibility: int, max_seqlen: int | None) -
     """The longest sentence, or a bound on it: CUDA is not waited for."""
     if not q.is_cuda:
         return check_offsets(cu_seqlens, q.shape[0], slots, VISIBILITIES[visibility], max_seqlen)
-    bound = q.shape[0] if max_seqlen is None else min(max_seqlen, q.shape[0])
-    return bound if visibility == PREFIX else min(bound, slots)
+    # Not cut at the number of slots: rows of a sentence that outgrows them would stay unwritten, without an error.
+    return q.shape[0] if max_seqlen is None else min(max_seqlen, q.shape[0])
 
 
 def _memory(q, memory):

@@ -47,11 +47,16 @@ class PackedAttention:
     cu_seqlens: Tensor
     max_seqlen: int
 
+    def __post_init__(self) -> None:
+        # Taken apart once: the backward of indexing would fill and add a zero tensor of the whole memory for every layer.
+        self._layers = None if self.memory is None else [layer.unbind(0) for layer in self.memory.unbind(0)]
+
     def attend(self, layer, query, key, value, *, scale, window, softcap):
         """See :class:`AttentionContext`."""
         memory_k = memory_v = None
-        if self.memory is not None:
-            memory_k, memory_v = self.memory[layer, 0].to(key.dtype), self.memory[layer, 1].to(value.dtype)
+        if self._layers is not None:
+            memory_k, memory_v = self._layers[layer]
+            memory_k, memory_v = memory_k.to(key.dtype), memory_v.to(value.dtype)
         return latent_attention(
             query, key, value, memory_k, memory_v, cu_seqlens=self.cu_seqlens, visibility=self.visibility,
             scale=scale, max_seqlen=self.max_seqlen, window=window, softcap=softcap,
