@@ -258,11 +258,17 @@ class GenerationConfig(ConfigBase):
     """How latents become text.
 
     Attributes:
-        max_new_tokens: the most tokens per sentence; None for the model's max_len.
+        max_new_tokens: the most tokens per sentence, a prompt not counted; None for what the model's max_len leaves.
         do_sample: draw tokens; otherwise greedy.
-        temperature, top_k, top_p: of the draw. ``top_k`` 0 and ``top_p`` 1.0 switch the filter off.
+        temperature, top_k, top_p, min_p: of the draw, in this order (``kernels/sample_token``). ``top_k`` 0, ``top_p`` 1.0
+            and ``min_p`` 0.0 switch a filter off.
+        repetition_penalty: above 1 makes tokens of the prompt and of the sentence so far less probable; also for greedy.
         seed: of the draw; None takes it from torch's generator. A sentence's draw depends on its row, not on its batch.
+        num_samples: sentences drawn per latent; they share its projection.
+        stop_tokens: ids that end a sentence, beside the tokenizer's end token; the token itself is not kept.
+        logprobs: also return the log-probability of every token under the model's own distribution.
         batch_size: sentences decoded at a time.
+        pack_weights: on a CPU, keep a second copy of a frozen decoder's weights in the layout its matrix units read fastest.
     """
 
     max_new_tokens: int | None = None
@@ -270,20 +276,33 @@ class GenerationConfig(ConfigBase):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
+    num_samples: int = 1
+    stop_tokens: tuple[int, ...] = ()
+    logprobs: bool = False
     batch_size: int = 64
+    pack_weights: bool = True
 
     def __post_init__(self) -> None:
         self._number("max_new_tokens", 1, integer=True, optional=True)
         self._number("temperature", 0.0, open_low=True)
         self._number("top_k", 0, integer=True)
         self._number("top_p", 0.0, 1.0, open_low=True)
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", 0.0, open_low=True)
         self._number("seed", 0, integer=True, optional=True)
+        self._number("num_samples", 1, integer=True)
         self._number("batch_size", 1, integer=True)
-        self._flag("do_sample")
-        if not self.do_sample and (self.temperature != 1.0 or self.top_k != 0 or self.top_p != 1.0):
+        self._flag("do_sample", "logprobs", "pack_weights")
+        stops = self.stop_tokens
+        if not isinstance(stops, tuple) or not all(type(token) is int and token >= 0 for token in stops):
+            raise ConfigError("GenerationConfig.stop_tokens is out of range", value=repr(stops), limit="a tuple of token ids")
+        filtered = (self.temperature, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
+        if not self.do_sample and (filtered or self.num_samples != 1):
             raise ConfigError(
-                "temperature, top_k and top_p only act when tokens are drawn",
+                "temperature, top_k, top_p, min_p and num_samples only act when tokens are drawn",
                 value="do_sample=False",
                 remedy="set do_sample=True",
             )
