@@ -92,8 +92,8 @@ def latent_attention_bwd(
     _, heads, head_dim = q.shape
     kv_heads, batch = k.shape[1], cu_seqlens.numel() - 1
     memory_shape = (0,) if memory_k is None else tuple(memory_k.shape)
-    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), memory_shape, memory_shape)
-    grads = tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+    shapes = (tuple(q.shape), (2, *k.shape), (2, *memory_shape))
+    grad_q, grad_kv, grad_memory = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
     memory_k, mk_strides, slots = _memory(q, memory_k)
     memory_v, mv_strides, _ = _memory(q, memory_v)
     group = heads // kv_heads
@@ -107,13 +107,13 @@ def latent_attention_bwd(
     for programs, queries, keys in passes:
         launch(
             latent_attention_bwd_kernel, (batch * kv_heads, programs), q.device, config,
-            grad_out, q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats, *grads,
-            heads, kv_heads, slots, head_dim, scale, window or 0, softcap or 0.0,
+            grad_out, q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats,
+            grad_q, *grad_kv, *grad_memory, heads, kv_heads, slots, head_dim, scale, window or 0, softcap or 0.0,
             *grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *mk_strides, *mv_strides,
             VISIBILITY=visibility, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
             EXACT=q.dtype == torch.float32, DOT=_dot_type(q), QUERIES=queries, KEYS=keys,
         )  # fmt: skip
-    return grads
+    return grad_q, grad_kv, grad_memory
 
 
 def decode_splits(positions: int, pairs: int) -> int:
