@@ -82,10 +82,6 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         self._held: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out twice
         super().__init__(self._note, lambda tensor: tensor)
 
-    def __enter__(self) -> SavedBytes:
-        super().__enter__()
-        return self
-
     def _note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._own:
@@ -99,8 +95,9 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 def count_run(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, int]:
     """(FLOPs, bytes kept for backward) of ``forward()`` and, where its result has a graph, of the backward."""
+    saved = SavedBytes(model)
     with Cost() as cost:
-        with SavedBytes(model) as saved:
+        with saved:
             out = forward()
         if out.requires_grad:
             out.backward(torch.empty_like(out))
@@ -120,13 +117,19 @@ def head_geometry(model: PreTrainedModel) -> tuple[int, int, int]:
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
+def _embedding_width(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1]
+
+
 class _Maps(nn.Module):
     """The parameters that a recipe adds to the decoder, and the memory and embedding shift they make of z."""
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, shape: StepShape) -> None:
         super().__init__()
         layers, kv_heads, head_dim = head_geometry(model)
-        width, nz = model.get_input_embeddings().weight.shape[1], shape.latent_dim
+        width, nz = _embedding_width(model), shape.latent_dim
         self.kind, self.geometry = recipe.projector, (layers, kv_heads, head_dim)
         slots = shape.max_len + 1 if recipe.slots is None else recipe.slots
         self.memory_shape = (layers, 2, kv_heads, slots, head_dim)

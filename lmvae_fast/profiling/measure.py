@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -91,7 +92,7 @@ def machine_limits(device: str, seconds: float = 1.0) -> dict[str, float]:
         a = torch.randn(n, n, device=device).to(dtype)
         b = torch.randn(n, n, device=device).to(dtype)
         out = torch.empty(n, n, device=device, dtype=dtype)
-        product = interleave({"mm": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, seconds, device)["mm"]
+        product = interleave({"mm": functools.partial(torch.mm, a, b, out=out)}, seconds, device)["mm"]
         limits[f"matmul_{str(dtype).removeprefix('torch.')}_flops_per_s"] = 2 * n**3 / statistics.median(product)
     return limits
 

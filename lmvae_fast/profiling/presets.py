@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import ConfigError
@@ -87,7 +95,7 @@ def build_encoder(name: str, device: torch.device | str = "meta") -> PreTrainedM
     """An encoder of a preset's shape with random weights (none on the meta device), float32."""
     config = preset_config(name, ENCODERS)
     with torch.device(device):
-        return T5EncoderModel(config) if config.model_type == "t5" else AutoModel.from_config(config)
+        return T5EncoderModel(config) if isinstance(config, T5Config) else AutoModel.from_config(config)
 
 
 def build_decoder(name: str, device: torch.device | str = "meta") -> PreTrainedModel:

@@ -32,21 +32,20 @@ class TrainingStep:
         quiet = {"progress": False, "tensorboard": False, "resume": False, "cache_dir": None}
         self.trainer = Trainer(model, texts, None, config.replace(output_dir=self._folder.name, **quiet), ())
         (self.rows,) = self.trainer._batches(0)
-        self._attached = self.trainer.update.attached()
+        self._prepared = self.trainer.prepared()
 
     def __enter__(self) -> TrainingStep:
-        self._attached.__enter__()
-        self.trainer.model.train()
+        self._prepared.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._attached.__exit__(kind, error, trace)
+        self._prepared.__exit__(kind, error, trace)
         self._folder.cleanup()
 
     def __call__(self) -> None:
-        self.trainer._optimizer_step((self.rows,))
+        self.trainer.optimizer_step((self.rows,))
 
     def batch(self) -> Any:
         """The packed batch of the step, on the model's device."""
@@ -54,7 +53,7 @@ class TrainingStep:
         return trainer.model.make_batch(trainer.train_set, self.rows, trainer.pooled).to(trainer.device)
 
     def held_bytes(self) -> int:
-        """Bytes that stay between steps: weights (a frozen encoder's too), gradients' place excluded, optimizer state."""
+        """Bytes that stay between steps: weights (of a frozen encoder too, though no step reads it) and optimizer state."""
         state = self.trainer.update.tensors().values()
         return sum(_bytes(t) for t in (*self.trainer.model.parameters(), *state))
 

@@ -52,7 +52,8 @@ def test_a_real_step_has_the_flops_counted_without_running_it(system):
 @pytest.mark.parametrize("system", ["langvae", "optimus"])
 def test_a_real_step_keeps_the_activations_counted_without_running_it(system):
     model, batch = step(system)
-    with SavedBytes(model) as saved:
+    saved = SavedBytes(model)
+    with saved:
         model(batch, beta=1.0)
     # beside what is counted the real step keeps vectors of a few numbers per sentence (the KL and its terms)
     assert saved.total == pytest.approx(counted(system, batch.max_seqlen).activation_bytes, rel=0.01)
