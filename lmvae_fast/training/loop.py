@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lmvae_fast.training.features import TensorCache, encoder_fingerprint, poole
 from lmvae_fast.training.guards import FiniteWatch, StopSignals
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.progress import Progress, TrainResult, Window
+from lmvae_fast.training.resources import frozen_in, keeping_freed_memory
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
 from lmvae_fast.training.state import random_tensors, restore_random, seed_all, trainable_parameters
 from lmvae_fast.training.update import Update
@@ -151,9 +152,8 @@ class Trainer:
         """Train to the end or to a reason to stop."""
         result = None
         try:
-            with StopSignals() as signals, self.update.attached():
+            with StopSignals() as signals, self.prepared():
                 self._tell("on_train_begin")
-                self.model.train()
                 if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
                     self.request_stop("early_stop")  # the run being resumed had already ended so
                 while self.step < self.total_steps and self.stop_reason is None:
@@ -163,11 +163,19 @@ class Trainer:
         finally:
             self._tell("on_train_end", result)
 
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The state in which steps are taken; what it sets up is given back at its end."""
+        dtype = AUTOCAST.get(self.config.precision)
+        self.model.train()
+        with frozen_in(self.model.decoder, dtype), keeping_freed_memory(self.device), self.update.attached():
+            yield
+
     def _advance(self, signals: StopSignals) -> None:
         """One step and all that is due after it."""
         config = self.config
         started = time.perf_counter()
-        self._optimizer_step(self._batches(self.step))
+        self.optimizer_step(self._batches(self.step))
         self.progress.step += 1
         elapsed = time.perf_counter() - started
         self.progress.seconds += elapsed
@@ -208,7 +216,8 @@ class Trainer:
         dtype = AUTOCAST.get(self.config.precision)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
-    def _optimizer_step(self, micro_batches: tuple[Rows, ...]) -> None:
+    def optimizer_step(self, micro_batches: tuple[Rows, ...]) -> None:
+        """One step on these rows of the tokenised training set, within `prepared`."""
         beta = self.model.beta = beta_at(self.step, self.total_steps, self.config)
         self.update.learning_rate = self._learning_rate()
         sentences = sum(len(rows) for rows in micro_batches)
