@@ -14,12 +14,13 @@ from .visibility import VISIBILITIES
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# By the power of two that holds head_dim: the most rows of a block, the keys of a block, warps. fp32 is multiplied without
-# tensor cores (TF32 would break the error rule), whose operands live in registers: smaller blocks.
-_FWD = {16: (64, 64, 4), 32: (64, 64, 4), 64: (32, 64, 4), 128: (64, 32, 8), 256: (64, 32, 8)}
-_BWD = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)}
-_FWD_FP32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)}
-_BWD_FP32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}
+# By the power of two that holds head_dim: the most rows of a block, the keys of a block, warps, and the bound on registers
+# that keeps the assembler from spilling. fp32 is multiplied without tensor cores (TF32 would break the error rule), whose
+# operands live in registers: smaller blocks.
+_FWD = {d: (64, 64, 4, None) for d in (16, 32)} | {64: (32, 64, 4, None), 128: (64, 32, 8, None), 256: (32, 32, 8, None)}
+_BWD = {d: (64, 32, 4, None) for d in (16, 32)} | {64: (32, 32, 4, None), 128: (32, 32, 8, None), 256: (16, 16, 8, 255)}
+_FWD_FP32 = {d: (32, 32, 4, 255) for d in (16, 32, 64)} | {128: (16, 32, 4, 255), 256: (16, 16, 4, 255)}
+_BWD_FP32 = {d: (32, 32, 4, 255) for d in (16, 32)} | {64: (32, 32, 8, 255), 128: (16, 16, 8, 255), 256: (16, 16, 8, 255)}
 _DECODE = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (32, 4), 256: (16, 4)}
 
 # Decoding is split from so many cache positions on, into parts of so many at least, until two programs stand ready for each
@@ -34,9 +35,9 @@ def _block_d(head_dim: int) -> int:
 def _config(table: dict, head_dim: int, rows: int) -> Config:
     """rows: of the longest sentence; shorter blocks for shorter sentences."""
     block_d = _block_d(head_dim)
-    most, keys, warps = table[block_d]
+    most, keys, warps, registers = table[block_d]
     block_m = min(most, max(16, triton.next_power_of_2(max(1, rows))))
-    return Config({"BLOCK_M": block_m, "BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps)
+    return Config({"BLOCK_M": block_m, "BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps, max_registers=registers)
 
 
 def _combine_config(block_d: int) -> Config:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import cast
-from .triton_kernels import _exp, _tanh
+from ..triton_math import cast, tanh_
+from .triton_kernels import _exp
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def latent_attention_decode_kernel(
         else:
             s = tl.dot(q_tile.to(DOT), tl.trans(k.to(DOT)), input_precision="ieee") * scale
         if HAS_SOFTCAP:
-            s = _tanh(s / softcap) * softcap
+            s = tanh_(s / softcap) * softcap
         s = tl.where(ok[None, :], s, float("-inf"))
         new = tl.maximum(largest, tl.max(s, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
