@@ -11,22 +11,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
+from benchmarks.records import RESULTS, ROOT, load, where
+
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 OPS = ("posterior", "latent_kv", "latent_attention", "lm_head_loss", "coupling_flow")
-
-
-def _load(path: str) -> dict | None:
-    file = RESULTS / path
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _where(machine: dict) -> str:
-    return (f"{machine['cpu']} ({machine['cpu_isa']}), {machine['threads']} threads, torch {machine['torch']}, "
-            f"commit {machine['commit'][:12]}, {machine['date'][:10]}")  # fmt: skip
 
 
 def kernels() -> str:
@@ -34,21 +24,21 @@ def kernels() -> str:
     lines = ["| op | case | against | times faster | goal |", "|---|---|---|---|---|"]
     machines = {}
     for op in OPS:
-        record = _load(f"kernels/{op}.json")
+        record = load(f"kernels/{op}.json")
         if record is None:
             lines.append(f"| {op} | | | not measured | |")
             continue
-        machines[_where(record["machine"])] = None
+        machines[where(record["machine"])] = None
         for case in record["cases"]:
             if case.get("floor"):
                 lines.append(f"| {op} | {case['name']} | {case['baseline']} | {case['speedup']:.2f} | {case['floor']} |")
-    lines += ["", *(f"Machine: {name}." for name in machines), "CUDA: not measured." if not _load("gpu/summary.json") else ""]
+    lines += ["", *(f"Machine: {name}." for name in machines), "CUDA: not measured." if not load("gpu/summary.json") else ""]
     return "\n".join(lines).rstrip()
 
 
 def demo() -> str:
     """What the demonstration reached and how long it took."""
-    record = _load("demo.json")
+    record = load("demo.json")
     if record is None:
         return "Not measured."
     figures, parity = record["figures"], record["figures"]["parity"]
@@ -65,12 +55,12 @@ def demo() -> str:
         ("decoding", f"{parity['decode_speedup']:.1f}x the eager reference"),
     ]
     lines = ["| figure | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join([*lines, "", f"Machine: {_where(record['machine'])}. Command: `{record['command']}`."])
+    return "\n".join([*lines, "", f"Machine: {where(record['machine'])}. Command: `{record['command']}`."])
 
 
 def interpolation() -> str:
     """The interpolation the recorded demonstration printed."""
-    record = _load("demo.json")
+    record = load("demo.json")
     if record is None:
         return "Not measured."
     rows = record["figures"]["interpolation"]
@@ -92,11 +82,12 @@ def training() -> str:
             f"{held['kl']:.1f} | {held['active_units']} of {held['latent_dim']} | "
             f"{held['reconstruction_per_token']:.2f} nats | {record['train_seconds']:.0f} s |"
         )
-        notes.append(f"- {path.stem}: `{record['command']}` ({_where(record['machine'])})")
+        notes.append(f"- {path.stem}: `{record['command']}` ({where(record['machine'])})")
     return "\n".join([*lines, "", *notes]) if notes else "Not measured."
 
 
 TABLES: dict[str, Callable[[], str]] = {"kernels": kernels, "demo": demo, "interpolation": interpolation, "training": training}
+TABLES |= COMPUTE_TABLES
 
 
 def filled(text: str) -> str:

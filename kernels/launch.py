@@ -14,11 +14,22 @@ FP_FUSION = True
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of one shipped configuration: constexpr arguments and launch options."""
+    """Sizes of one shipped configuration: constexpr arguments and launch options.
+
+    max_registers: per thread. The assembler spills a value or two where that brings one more block to a multiprocessor; a
+    bound above what the kernel needs forbids the trade.
+    """
 
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's launch and compilation take beside the arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION, **limit}
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,8 @@ def launch(
     """Launch `kernel` on `device` (Triton itself takes the current one). Grids with a zero are no work and no launch."""
     if 0 in grid:
         return
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=FP_FUSION)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, **config.constants, **constants, **options)
+            kernel[grid](*args, **config.constants, **constants, **config.options)
     else:
-        kernel[grid](*args, **config.constants, **constants, **options)
+        kernel[grid](*args, **config.constants, **constants, **config.options)

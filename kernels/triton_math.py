@@ -80,6 +80,20 @@ def exp_parts(x):
 
 
 @triton.jit
+def tanh_(x):
+    """tanh of fp32 x (Cephes' tanhf): a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel. NaN stays NaN."""
+    a = tl.abs(x)
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    near = p * z * x + x
+    far = 1.0 - 2.0 / (exp_(a + a) + 1.0)
+    return tl.where(a < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
 def log_unit(x):
     """ln x for normal fp32 x in (0, 1], relative accuracy up to 1 - 2^-24 (Cephes' logf)."""
     bits = x.to(tl.int32, bitcast=True)

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -26,7 +27,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "compile_gate.json"
-TARGETS = (80, 90, 100)
+#: (compute capability, are sizes and strides multiples of 16?)
+TARGETS = ((80, False), (90, False), (90, True), (100, False))
 MATRIX_SASS = re.compile(r"\b(HMMA|QMMA|IMMA|DMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b")
 MATRIX_PTX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
@@ -63,17 +65,20 @@ def _read_cubin(cubin: bytes) -> dict:
     return out
 
 
-def compile_case(job: tuple[str, int, int]) -> tuple[str, dict]:
-    """(op, index of the case, compute capability) -> its key in the table and what the compiler made of it."""
-    op, index, capability = job
+def key_of(op: str, case, capability: int, aligned: bool) -> str:
+    """The case's key in the table."""
+    return f"{op}/{case.name}/sm_{capability}" + ("-aligned" if aligned else "")
+
+
+def compile_case(job: tuple[str, int, int, bool]) -> tuple[str, dict]:
+    """(op, index of the case, compute capability, aligned) -> its key in the table and what the compiler made of it."""
+    op, index, capability, aligned = job
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lmvae_fast.kernels.launch import FP_FUSION
-
     case = cases_of(op)[index]
-    key = f"{op}/{case.name}/sm_{capability}"
+    key = key_of(op, case, capability, aligned)
     # An int in the signature is an argument that Triton turns into a constant (a unit stride); pointers are 16-aligned,
     # as torch's allocations are: that is what the JIT specialises to, and what the table should describe.
     fixed = {name: kind for name, kind in case.signature.items() if isinstance(kind, int)}
@@ -85,12 +90,12 @@ def compile_case(job: tuple[str, int, int]) -> tuple[str, dict]:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(case.kernel.arg_names)
-        if signature[name].startswith("*") and name not in case.unaligned
+        if (signature[name].startswith("*") and name not in case.unaligned)
+        or (aligned and signature[name] in ("i32", "i64"))
     }
     source = ASTSource(case.kernel, signature, constants, attrs)
-    options = dict(num_warps=case.config.num_warps, num_stages=case.config.num_stages, enable_fp_fusion=FP_FUSION)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.config.options)
         row = {"shared": compiled.metadata.shared, **_read_cubin(compiled.asm["cubin"])}
         row["matrix_ptx"] = len(MATRIX_PTX.findall(compiled.asm["ptx"]))
     except Exception as error:
@@ -115,6 +120,14 @@ def judge(case, row: dict, recorded: dict | None) -> list[str]:
     return problems
 
 
+def _line(key: str, row: dict, before: dict | None) -> str:
+    note = f" (was {before['registers']})" if before and before["registers"] != row["registers"] else ""
+    return (
+        f"{key}: {row['registers']} registers{note}, {row['shared']} B shared, {row['spill_bytes']} B spilled, "
+        f"{max(row['matrix_ptx'], row.get('matrix_sass', 0))} tensor-core instructions"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="ops to compile (default: all that have Triton kernels)")
@@ -134,31 +147,24 @@ def main(arguments: list[str] | None = None) -> int:
 
     jobs, by_key = [], {}
     for op in selected:
-        names = [case.name for case in cases_of(op)]
-        if len(set(names)) != len(names):
+        cases = cases_of(op)
+        if len({case.name for case in cases}) != len(cases):
             print(f"compile gate: {op} has two cases of one name", file=sys.stderr)
             return 1
-        for index, case in enumerate(cases_of(op)):
-            for capability in TARGETS:
-                jobs.append((op, index, capability))
-                by_key[f"{op}/{case.name}/sm_{capability}"] = case
+        for index, case in enumerate(cases):
+            for capability, aligned in TARGETS:
+                jobs.append((op, index, capability, aligned))
+                by_key[key_of(op, case, capability, aligned)] = case
+    started, rows, failures = time.monotonic(), {}, []
     with ProcessPoolExecutor(options.jobs) as pool:
-        rows = dict(pool.map(compile_case, jobs, chunksize=4))
-
-    failures = []
-    for key, row in sorted(rows.items()):
-        recorded = None if options.update else table["cases"].get(key)
-        problems = judge(by_key[key], row, recorded)
-        if not options.update and key not in table["cases"]:
-            problems.append("not in the table (run with --update and commit it)")
-        failures += [f"{key}: {problem}" for problem in problems]
-        if "error" not in row:
-            was = table["cases"].get(key, {}).get("registers")
-            note = f" (was {was})" if was not in (None, row["registers"]) else ""
-            print(
-                f"{key}: {row['registers']} registers{note}, {row['shared']} B shared, {row['spill_bytes']} B spilled, "
-                f"{max(row['matrix_ptx'], row.get('matrix_sass', 0))} tensor-core instructions"
-            )
+        for key, row in pool.map(compile_case, jobs, chunksize=4):
+            rows[key] = row
+            recorded = None if options.update else table["cases"].get(key)
+            problems = judge(by_key[key], row, recorded)
+            if not options.update and key not in table["cases"]:
+                problems.append("not in the table (run with --update and commit it)")
+            failures += [f"{key}: {problem}" for problem in problems]
+            print(_line(key, row, table["cases"].get(key)) if "error" not in row else f"{key}: error", flush=True)
     gone = [k for k in table["cases"] if k.split("/")[0] in selected and k not in rows]
     if options.update:
         # read again: another op's update may have been written while this one compiled
@@ -174,7 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
         failures += [f"{key}: in the table but no longer compiled (run with --update)" for key in gone]
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
-    print(f"compile gate: {len(rows)} kernels for sm_{'/'.join(map(str, TARGETS))}, {len(failures)} failures")
+    capabilities = "/".join(map(str, sorted({capability for capability, _ in TARGETS})))
+    seconds = time.monotonic() - started
+    print(f"compile gate: {len(rows)} kernels for sm_{capabilities} in {seconds:.0f} s, {len(failures)} failures")
     return 1 if failures else 0
 
 

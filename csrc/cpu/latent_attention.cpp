@@ -25,8 +25,8 @@ Strided cached(const at::Tensor& x) {  // [batch, heads, rows, head_dim]
 }
 at::ScalarType stats_type(const at::Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Runs body(pair, the thread's next pair or -1, workspace) for every pair, each on one thread; threads take pairs as they
-// become free, so that long sentences do not leave the others waiting.
+// Runs body(pair, workspace) for every pair, each on one thread; threads take pairs as they become free, so that long
+// sentences do not leave the others waiting.
 template <typename F>
 void for_pairs(int64_t pairs, int64_t workspace_bytes, double flops, F&& body) {
   if (pairs == 0) return;
@@ -40,11 +40,7 @@ void for_pairs(int64_t pairs, int64_t workspace_bytes, double flops, F&& body) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; thread++) {
       char* own = base + place.fetch_add(1) * bytes;
-      for (int64_t pair = next.fetch_add(1); pair < pairs;) {
-        const int64_t after = next.fetch_add(1);
-        body(pair, after < pairs ? after : -1, own);
-        pair = after;
-      }
+      for (int64_t pair = next.fetch_add(1); pair < pairs; pair = next.fetch_add(1)) body(pair, own);
     }
   });
 }
@@ -99,13 +95,12 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q, const at::Tensor& k,
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
     const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops,
-              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, void* own) { pair(a, p, own); });
   });
   return {out, stats};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bwd(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& memory_k,
     const OptionalTensor& memory_v, const at::Tensor& out, const at::Tensor& stats, const at::Tensor& cu_seqlens,
     int64_t visibility, double scale, std::optional<int64_t> max_seqlen, std::optional<int64_t> window,
@@ -116,23 +111,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bwd(
   TORCH_CHECK(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(),
               "latent_attention: the gradient must be like q, got ", grad_out.sizes());
   const int64_t tokens = q.size(0);
+  // Keys and values together: fewer, larger blocks, which the allocator keeps instead of asking the system every time.
   at::Tensor grad_q = at::empty({tokens, a.heads, a.head_dim}, q.options());
-  at::Tensor grad_k = at::empty({tokens, a.kv_heads, a.head_dim}, q.options()), grad_v = at::empty(grad_k.sizes(), q.options());
-  const std::vector<int64_t> memory_shape =
-      memory_k.has_value() ? memory_k->sizes().vec() : std::vector<int64_t>{0};  // without memory: nothing, but a tensor
-  at::Tensor grad_memory_k = at::empty(memory_shape, q.options()), grad_memory_v = at::empty(memory_shape, q.options());
+  at::Tensor grad_kv = at::empty({2, tokens, a.kv_heads, a.head_dim}, q.options());
+  at::Tensor grad_memory = at::empty({2, 0}, q.options());  // without memory: nothing, but a tensor
+  if (memory_k.has_value()) grad_memory = at::empty({2, a.batch, a.kv_heads, a.slots, a.head_dim}, q.options());
   a.grad_out = packed(grad_out);
   a.out = const_cast<void*>(out_dense.const_data_ptr()), a.stats = const_cast<void*>(stats_dense.const_data_ptr());
-  a.grad_q = grad_q.mutable_data_ptr(), a.grad_k = grad_k.mutable_data_ptr(), a.grad_v = grad_v.mutable_data_ptr();
-  if (memory_k.has_value())
-    a.grad_memory_k = grad_memory_k.mutable_data_ptr(), a.grad_memory_v = grad_memory_v.mutable_data_ptr();
+  const auto half = [](const at::Tensor& x, int64_t n) {
+    return static_cast<char*>(x.mutable_data_ptr()) + n * x.numel() / 2 * x.element_size();
+  };
+  a.grad_q = grad_q.mutable_data_ptr(), a.grad_k = half(grad_kv, 0), a.grad_v = half(grad_kv, 1);
+  if (memory_k.has_value()) a.grad_memory_k = half(grad_memory, 0), a.grad_memory_v = half(grad_memory, 1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
     const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops,
-              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, void* own) { pair(a, p, own); });
   });
-  return {grad_q, grad_k, grad_v, grad_memory_k, grad_memory_v};
+  return {grad_q, grad_kv, grad_memory};
 }
 
 at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& lengths,
@@ -156,7 +152,7 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tens
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_decode", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_decode_workspace<scalar_t>(a));
     const auto pair = LMVAE_PICK(latent_attention_decode<scalar_t>);
-    for_pairs(batch * a.kv_heads, bytes, 4 * flops, [&](int64_t p, int64_t, void* own) {
+    for_pairs(batch * a.kv_heads, bytes, 4 * flops, [&](int64_t p, void* own) {
       pair(a, p / a.kv_heads, p % a.kv_heads, count[p / a.kv_heads], own);
     });
   });

@@ -110,8 +110,8 @@ void latent_attention_decode(const LatentAttentionDecodeArgs& a, int64_t b, int6
     }
     const Block<T> v(values, a.v, from, count, D, pitch, room);
     for (int64_t g = 0; g < group; g += kOuterRows)
-      outer<A>(std::min<int64_t>(kOuterRows, group - g), p + g * kBlock, kBlock, 1, v.rows, v.pitch, count, out + g * pitch,
-               pitch, vecs);
+      outer<A>(std::min<int64_t>(kOuterRows, group - g), p + g * kBlock, kBlock, 1, v.rows, v.pitch, count, true,
+               out + g * pitch, pitch, vecs);
   }
   for (int64_t g = 0; g < group; g++) {
     const A factor = sum[g] == A(0) ? A(0) : A(1) / sum[g];  // a row that holds nothing: zeros

@@ -1,12 +1,13 @@
-// Latent attention of one (sentence, kv head): forward and backward. Its keys and values (slots, then tokens) are copied
-// once into a dense block of the accumulation type, which for sentences of tens of tokens stays in the first- or second-level
-// cache; queries go through in tiles of one or two vectors of lanes, keys in passes of at most kPass with an online softmax.
-// What a token sees is two runs of columns (visibility.py: visible_slots, visible_tokens), and what no row of a block
-// sees is not computed.
+// Latent attention of one (sentence, kv head): forward and backward. Rows that are already dense in the accumulation type are
+// read and written where they lie; others are converted into a workspace that for sentences of tens of tokens stays in the
+// first- or second-level cache. Queries go through in tiles of one or two vectors of lanes, keys in passes of at most kPass
+// with an online softmax. What a token sees is two runs of columns (visibility.py: visible_slots, visible_tokens), and what
+// no row of a block sees is not computed.
 #include "latent_attention.h"
 #include "latent_attention_tiles.h"
 
 #include <limits>
+#include <type_traits>
 
 namespace lmvae::LMVAE_ISA {
 namespace {
@@ -32,37 +33,21 @@ struct Range {
   int64_t lo, hi;
 };
 
-// Rows of the next pair, fetched a few lines at a time between register tiles. A pair's rows are short runs far apart, which
-// the hardware does not foresee. What this gains has not been measured by itself.
-class Ahead {
- public:
-  void add(const void* first, int64_t step, int64_t rows, int64_t bytes) {
-    if (parts_ == kParts || rows <= 0) return;
-    part_[parts_++] = {static_cast<const char*>(first), step, rows, (bytes + 63) / 64};
-    left_ += rows * part_[parts_ - 1].lines;
-  }
-  void plan(int64_t calls) { pace_ = left_ > kMost ? 0 : left_ / calls + 1; }  // too much to keep: leave it to the hardware
-  void step() {
-    for (int64_t n = pace_; n > 0 && at_ < parts_; n--) {
-      const Rows& r = part_[at_];
-      __builtin_prefetch(r.first + row_ * r.step + line_ * 64, 0, 2);
-      if (++line_ < r.lines) continue;
-      line_ = 0;
-      if (++row_ < r.rows) continue;
-      row_ = 0, at_++;
-    }
-  }
+// Rows of A, dense, `pitch` elements apart.
+template <typename A>
+struct Rows {
+  A* data;
+  int64_t pitch;
+  A* row(int64_t n) const { return data + n * pitch; }
+};
 
- private:
-  static constexpr int kParts = 48;
-  static constexpr int64_t kMost = 8192;  // lines: 512 KB, a part of the second-level cache
-  struct Rows {
-    const char* first;
-    int64_t step, rows, lines;
-  };
-  Rows part_[kParts];
-  int parts_ = 0, at_ = 0;
-  int64_t row_ = 0, line_ = 0, left_ = 0, pace_ = 0;
+// One row for each column: those of the slots, then those of the tokens.
+template <typename A>
+struct Columns {
+  Rows<A> of[2];
+  int64_t used;
+  int64_t pitch(int kind) const { return of[kind].pitch; }
+  A* at(int kind, int64_t column) const { return of[kind].row(kind == 0 ? column : column - used); }
 };
 
 // One (sentence, kv head). Columns are the slots that any token sees (0 .. used - 1), then the tokens.
@@ -71,7 +56,7 @@ struct Unit {
   using A = acc_t<T>;
   const LatentAttentionArgs& args;
   int64_t b, kv_head, first, tokens, group, used, rows, columns, pitch;
-  mutable Ahead ahead;
+  bool whole;  // a row is whole vectors of the accumulation type: it can be read and written in place
 
   Unit(const LatentAttentionArgs& args_, int64_t pair) : args(args_), b(pair / args_.kv_heads), kv_head(pair % args_.kv_heads) {
     first = args.cu_seqlens[b];
@@ -81,6 +66,7 @@ struct Unit {
     rows = tokens * group;  // row i * group + g: neighbours see nearly the same
     columns = used + tokens;
     pitch = round_up(args.head_dim, Lanes<A>::count);
+    whole = std::is_same_v<T, A> && pitch == args.head_dim;
   }
   static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -106,33 +92,6 @@ struct Unit {
     return {used + lo, used + i + 1};
   }
 
-  // Plans to fetch what pair `next` will read and write.
-  void look_ahead(int64_t next, bool backward) const {
-    if (next < 0) return;
-    const Unit n(args, next);
-    const int64_t size = sizeof(T), bytes = args.head_dim * size, D = args.head_dim;
-    for (const Strided* x : {&args.memory_k, &args.memory_v})
-      if (n.used > 0)
-        ahead.add(static_cast<const T*>(x->data) + n.b * x->batch + n.kv_head * x->head, x->row * size, n.used, bytes);
-    for (const Strided* x : {&args.k, &args.v})
-      ahead.add(static_cast<const T*>(x->data) + n.first * x->row + n.kv_head * x->head, x->row * size, n.tokens, bytes);
-    for (int64_t g = 0; g < group; g++) {
-      const int64_t head = n.kv_head * group + g;
-      for (const Strided* x : {&args.q, &args.grad_out})
-        if (x->data != nullptr)
-          ahead.add(static_cast<const T*>(x->data) + n.first * x->row + head * x->head, x->row * size, n.tokens, bytes);
-      const void* out = backward ? args.grad_q : args.out;
-      ahead.add(static_cast<const T*>(out) + (n.first * args.heads + head) * D, args.heads * bytes, n.tokens, bytes);
-    }
-    if (backward) {
-      for (const void* x : {args.grad_memory_k, args.grad_memory_v})
-        if (x != nullptr) ahead.add(static_cast<const T*>(x) + next * args.slots * D, bytes, args.slots, bytes);
-      for (const void* x : {args.grad_k, args.grad_v})
-        ahead.add(static_cast<const T*>(x) + (n.first * args.kv_heads + n.kv_head) * D, args.kv_heads * bytes, n.tokens, bytes);
-    }
-    ahead.plan(backward ? 24 : 8);  // about as many register tiles as a short sentence has
-  }
-
   int64_t token_of(int64_t row) const { return first + row / group; }
   int64_t head_of(int64_t row) const { return kv_head * group + row % group; }
   const T* row_of(const Strided& x, int64_t row) const {
@@ -142,22 +101,56 @@ struct Unit {
     load_row(x, stride, y, args.head_dim);
     for (int64_t d = args.head_dim; d < pitch; d++) y[d] = 0;
   }
-  // Keys or values of every column, dense.
-  void load_columns(const Strided& memory, const Strided& x, A* y) const {
-    const T* m = static_cast<const T*>(memory.data) + b * memory.batch + kv_head * memory.head;
-    for (int64_t j = 0; j < used; j++) load_padded(m + j * memory.row, memory.dim, y + j * pitch);
-    const T* t = static_cast<const T*>(x.data) + first * x.row + kv_head * x.head;
-    for (int64_t i = 0; i < tokens; i++) load_padded(t + i * x.row, x.dim, y + (used + i) * pitch);
+  Rows<const A> rows_of(const T* x, const Strided& layout, int64_t count, A* room) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (whole && layout.dim == 1) return {x, layout.row};
+    for (int64_t n = 0; n < count; n++) load_padded(x + n * layout.row, layout.dim, room + n * pitch);
+    return {room, pitch};
   }
-  void store_columns(A* grad, void* memory, void* x) const {
+  // Keys or values of every column; room is for `columns` rows.
+  Columns<const A> load_columns(const Strided& memory, const Strided& x, A* room) const {
+    const T* m = static_cast<const T*>(memory.data) + b * memory.batch + kv_head * memory.head;
+    const T* t = static_cast<const T*>(x.data) + first * x.row + kv_head * x.head;
+    return {{rows_of(m, memory, used, room), rows_of(t, x, tokens, room + used * pitch)}, used};
+  }
+  // Queries or gradients of the output, rows [row, row + count).
+  Rows<const A> load_rows(const Strided& x, int64_t row, int64_t count, A* room) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (whole && x.dim == 1 && group == 1) return {row_of(x, row), x.row};
+    for (int64_t r = 0; r < count; r++) load_padded(row_of(x, row + r), x.dim, room + r * pitch);
+    return {room, pitch};
+  }
+  int64_t place_of(int64_t row) const { return token_of(row) * args.heads + head_of(row); }  // in [T, H]
+  // Where rows [row, ...) of a dense [T, H, D] result are made: in place, or in `room`, from which store_rows takes them.
+  Rows<A> target_rows(void* x, int64_t row, A* room) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (whole && group == 1) return {static_cast<A*>(x) + place_of(row) * pitch, args.heads * pitch};
+    return {room, pitch};
+  }
+  void store_rows(const Rows<A>& made, void* x, int64_t row, int64_t count, const A* room) const {
+    if (made.data != room) return;
+    for (int64_t r = 0; r < count; r++)
+      store_row(made.row(r), static_cast<T*>(x) + place_of(row + r) * args.head_dim, args.head_dim);
+  }
+  // The same for the gradients of keys or values.
+  T* memory_rows(void* memory) const {
+    return memory == nullptr ? nullptr
+                             : static_cast<T*>(memory) + (b * args.kv_heads + kv_head) * args.slots * args.head_dim;
+  }
+  T* token_rows(void* x) const { return static_cast<T*>(x) + (first * args.kv_heads + kv_head) * args.head_dim; }
+  Columns<A> target_columns(void* memory, void* x, A* room) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (whole) return {{{memory_rows(memory), pitch}, {token_rows(x), args.kv_heads * pitch}}, used};
+    return {{{room, pitch}, {room + used * pitch, pitch}}, used};
+  }
+  void store_columns(const Columns<A>& made, void* memory, void* x, const A* room) const {
     const int64_t D = args.head_dim;
-    if (memory != nullptr) {
-      T* m = static_cast<T*>(memory) + (b * args.kv_heads + kv_head) * args.slots * D;
-      for (int64_t j = 0; j < used; j++) store_row(grad + j * pitch, m + j * D, D);
-      std::fill_n(m + used * D, (args.slots - used) * D, T(0));
+    T *m = memory_rows(memory), *t = token_rows(x);
+    if (made.of[0].data == room) {
+      for (int64_t j = 0; j < used; j++) store_row(made.at(0, j), m + j * D, D);
+      for (int64_t i = 0; i < tokens; i++) store_row(made.at(1, used + i), t + i * args.kv_heads * D, D);
     }
-    T* t = static_cast<T*>(x) + (first * args.kv_heads + kv_head) * D;
-    for (int64_t i = 0; i < tokens; i++) store_row(grad + (used + i) * pitch, t + i * args.kv_heads * D, D);
+    if (m != nullptr) std::fill_n(m + used * D, (args.slots - used) * D, T(0));
   }
 };
 
@@ -201,18 +194,15 @@ struct Tile {
     }
   }
 
-  void load_rows(const Strided& x, A* y) const {
-    for (int64_t r = 0; r < count; r++) u.load_padded(u.row_of(x, first_row + r), x.dim, y + r * u.pitch);
-    std::fill_n(y + count * u.pitch, (W - count) * u.pitch, A(0));
+  void dots_of(const Piece* pieces, const Columns<const A>& x, const A* rows_t, A* s) const {
+    for (int kind = 0; kind < 2; kind++)
+      dots<A, QV>(x.at(kind, pieces[kind].column), x.pitch(kind), pieces[kind].count, rows_t, u.args.head_dim,
+                  s + pieces[kind].at * W);
   }
 
   // s = masked (and capped) scores of the pass; slope, where given, is d(capped score) / d(score).
-  void scores(const Piece* pieces, int64_t held, const A* keys, const A* qt, A* s, A* slope) const {
-    for (int kind = 0; kind < 2; kind++) {
-      const Piece& piece = pieces[kind];
-      u.ahead.step();
-      dots<A, QV>(keys + piece.column * u.pitch, u.pitch, piece.count, qt, u.args.head_dim, s + piece.at * W);
-    }
+  void scores(const Piece* pieces, int64_t held, const Columns<const A>& keys, const A* qt, A* s, A* slope) const {
+    dots_of(pieces, keys, qt, s);
     if (u.args.softcap > 0) {
       const A cap = static_cast<A>(u.args.softcap), inverse = static_cast<A>(1 / u.args.softcap);
 #pragma omp simd
@@ -241,40 +231,56 @@ struct Tile {
     }
   }
 
-  // target[r] += sum over the columns that r sees of s[column][r] * x[column]: O += P V, dQ += dS K.
-  void by_row(const Piece* pieces, const A* s, const A* x, A* target) const {
-    const int64_t step = outer_step(count);
+  // target[r] (+)= sum over the columns that r sees of s[column][r] * x[column]: O = P V, dQ = dS K.
+  void by_row(const Piece* pieces, const A* s, const Columns<const A>& x, bool add, const Rows<A>& target) const {
+    const int64_t step = even_step(count, kOuterRows);
     for (int64_t r = 0; r < count; r += step) {
       const int64_t n = std::min(step, count - r);
-      u.ahead.step();
+      bool more = add;
       for (int kind = 0; kind < 2; kind++) {
         const Piece& piece = pieces[kind];
         const int64_t from = std::max(piece.column, range(kind, r).lo);
         const int64_t to = std::min(piece.column + piece.count, range(kind, r + n - 1).hi);
-        for (int64_t at = from; at < to; at += kChain)
-          outer<A>(n, s + (piece.at + at - piece.column) * W + r, 1, W, x + at * u.pitch, u.pitch,
-                   std::min(kChain, to - at), target + r * u.pitch, u.pitch, vecs);
+        for (int64_t at = from; at < to; at += kChain, more = true)
+          outer<A>(n, s + (piece.at + at - piece.column) * W + r, 1, W, x.at(kind, at), x.pitch(kind),
+                   std::min(kChain, to - at), more, target.row(r), target.pitch, vecs);
       }
+      if (!more)
+        for (int64_t i = r; i < r + n; i++) std::fill_n(target.row(i), u.pitch, A(0));
     }
   }
 
-  // target[column] += sum over the rows that see it of s[column][r] * x[r]: dV += P^T dO, dK += dS^T Q.
-  void by_column(const Piece* pieces, const A* s, const A* x, A* target) const {
+  // target[column] (+)= sum over the rows that see it of s[column][r] * x[r]: dV = P^T dO, dK = dS^T Q.
+  void by_column(const Piece* pieces, const A* s, const Rows<const A>& x, bool add, const Columns<A>& target) const {
     for (int kind = 0; kind < 2; kind++) {
       const Piece& piece = pieces[kind];
-      const int64_t step = outer_step(piece.count);
+      const int64_t step = even_step(piece.count, kOuterRows);
       int64_t from = 0, to = 0;
       for (int64_t n = 0; n < piece.count; n += step) {
         const int64_t columns = std::min(step, piece.count - n), column = piece.column + n;
-        u.ahead.step();
         while (from < count && hi[kind][from] <= static_cast<A>(column)) from++;
         to = std::max(to, from);
         while (to < count && lo[kind][to] < static_cast<A>(column + columns)) to++;
         if (from < to)
-          outer<A>(columns, s + (piece.at + n) * W + from, W, 1, x + from * u.pitch, u.pitch, to - from,
-                   target + column * u.pitch, u.pitch, vecs);
+          outer<A>(columns, s + (piece.at + n) * W + from, W, 1, x.row(from), x.pitch, to - from, add,
+                   target.at(kind, column), target.pitch(kind), vecs);
+        else if (!add)
+          clear(kind, column, column + columns, target);
       }
     }
+  }
+
+  // Zeros to the columns that this tile does not see.
+  void clear_unseen(const Columns<A>& target) const {
+    const Range every[2] = {{0, u.used}, {u.used, u.columns}};
+    for (int kind = 0; kind < 2; kind++) {
+      const bool any = all[kind].lo < all[kind].hi;
+      clear(kind, every[kind].lo, any ? all[kind].lo : every[kind].hi, target);
+      if (any) clear(kind, all[kind].hi, every[kind].hi, target);
+    }
+  }
+  void clear(int kind, int64_t from, int64_t to, const Columns<A>& target) const {
+    for (int64_t column = from; column < to; column++) std::fill_n(target.at(kind, column), u.pitch, A(0));
   }
 };
 
@@ -282,7 +288,7 @@ struct Tile {
 
 template <typename A>
 struct Workspace {  // laid out once for the longest sentence
-  A *keys, *values, *qt, *q, *out, *s;
+  A *keys, *values, *qt, *q, *out, *s, *room;
   A *grad_keys, *grad_values, *grad_out, *grad_out_t, *grad_s, *slope;
 
   // Returns the number of elements; with base null only counts.
@@ -295,7 +301,7 @@ struct Workspace {  // laid out once for the longest sentence
     };
     const int64_t tile = kMaxLanes * pitch, block = kMaxLanes * kPass;
     keys = take(columns * pitch), values = take(columns * pitch);
-    qt = take(tile), q = take(tile), out = take(tile), s = take(block);
+    qt = take(tile), q = take(tile), out = take(tile), s = take(block), room = take(pitch);
     if (backward) {
       grad_keys = take(columns * pitch), grad_values = take(columns * pitch);
       grad_out = take(tile), grad_out_t = take(tile), grad_s = take(block), slope = take(block);
@@ -306,19 +312,24 @@ struct Workspace {  // laid out once for the longest sentence
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
+template <typename T>
+struct Sources {  // keys and values of every column
+  Columns<const acc_t<T>> keys, values;
+};
+
 template <typename T, int QV>
-void forward_tile(const Unit<T>& u, int64_t row0, int64_t rows, const Workspace<acc_t<T>>& w) {
+void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t rows, const Workspace<acc_t<T>>& w) {
   using A = acc_t<T>;
   constexpr int L = Lanes<A>::count, W = QV * L;
   const Tile<T, QV> tile(u, row0, rows);
-  tile.load_rows(u.args.q, w.q);
-  transpose(w.q, u.pitch, W, u.args.head_dim, static_cast<A>(u.args.scale), w.qt);
-  std::fill_n(w.out, rows * u.pitch, A(0));
+  const Rows<const A> q = u.load_rows(u.args.q, row0, rows, w.q);
+  transpose(q.data, q.pitch, rows, W, u.args.head_dim, static_cast<A>(u.args.scale), w.qt);
+  const Rows<A> out = u.target_rows(u.args.out, row0, w.out);
   const A none = -std::numeric_limits<A>::infinity();
   alignas(64) A largest[W], sum[W] = {}, base[W];
   std::fill_n(largest, W, none);
   tile.passes([&](const Piece* pieces, int64_t held, bool first) {
-    tile.scores(pieces, held, w.keys, w.qt, w.s, nullptr);
+    tile.scores(pieces, held, in.keys, w.qt, w.s, nullptr);
     alignas(64) A rescale[W];
 #pragma GCC unroll 2
     for (int v = 0; v < QV; v++) {
@@ -334,100 +345,99 @@ void forward_tile(const Unit<T>& u, int64_t row0, int64_t rows, const Workspace<
     if (!first) {
       for (int r = 0; r < W; r++) rescale[r] = exp_(rescale[r] - base[r]), sum[r] *= rescale[r];
       for (int64_t r = 0; r < rows; r++)
-        for (int64_t d = 0; d < u.pitch; d++) w.out[r * u.pitch + d] *= rescale[r];
+        for (int64_t d = 0; d < u.pitch; d++) out.row(r)[d] *= rescale[r];
     }
-    for (int64_t block = 0; block < held; block += 16) {  // sums of sixteen, for accuracy
-      alignas(64) A part[W] = {};
-      for (int64_t n = block; n < std::min(held, block + 16); n++) {
-        A* s = w.s + n * W;
+    for (int64_t n = 0; n < held; n++) {
+      A* s = w.s + n * W;
 #pragma omp simd
-        for (int r = 0; r < W; r++) {
-          s[r] = exp_(s[r] - base[r]);
-          part[r] += s[r];
-        }
-      }
-      for (int r = 0; r < W; r++) sum[r] += part[r];
+      for (int r = 0; r < W; r++) s[r] = exp_(s[r] - base[r]);
     }
-    tile.by_row(pieces, w.s, w.values, w.out);
+#pragma GCC unroll 2
+    for (int v = 0; v < QV; v++) {
+      Vec<A> total = load(sum + v * L);
+      for (int64_t block = 0; block < held; block += 16) {  // sums of sixteen, for accuracy
+        Vec<A> part = {};
+        for (int64_t n = block; n < std::min(held, block + 16); n++) part += load(w.s + n * W + v * L);
+        total += part;
+      }
+      store(sum + v * L, total);
+    }
+    tile.by_row(pieces, w.s, in.values, !first, out);
   });
-  const int64_t D = u.args.head_dim;
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t place = u.token_of(row0 + r) * u.args.heads + u.head_of(row0 + r);
     const A factor = A(1) / sum[r];
-    A* out = w.out + r * u.pitch;
-    for (int64_t d = 0; d < u.pitch; d++) out[d] *= factor;
-    store_row(out, static_cast<T*>(u.args.out) + place * D, D);
-    A* stats = static_cast<A*>(u.args.stats) + place * 2;
+    A* x = out.row(r);
+    for (int64_t d = 0; d < u.pitch; d += L) store(x + d, load(x + d) * factor);
+    A* stats = static_cast<A*>(u.args.stats) + u.place_of(row0 + r) * 2;
     stats[0] = base[r], stats[1] = factor;
   }
+  u.store_rows(out, u.args.out, row0, rows, w.out);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
 template <typename T, int QV>
-void backward_tile(const Unit<T>& u, int64_t row0, int64_t rows, const Workspace<acc_t<T>>& w) {
+void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T>>& grad_keys,
+                   const Columns<acc_t<T>>& grad_values, int64_t row0, int64_t rows, const Workspace<acc_t<T>>& w) {
   using A = acc_t<T>;
   constexpr int L = Lanes<A>::count, W = QV * L;
   const Tile<T, QV> tile(u, row0, rows);
   const LatentAttentionArgs& args = u.args;
   const int64_t D = args.head_dim;
-  tile.load_rows(args.q, w.q);
-  tile.load_rows(args.grad_out, w.grad_out);
-  transpose(w.q, u.pitch, W, D, static_cast<A>(args.scale), w.qt);
-  transpose(w.grad_out, u.pitch, W, D, A(1), w.grad_out_t);
+  const bool again = row0 > 0;  // the gradients of keys and values hold what earlier tiles gave
+  if (!again) tile.clear_unseen(grad_keys), tile.clear_unseen(grad_values);
+  const Rows<const A> q = u.load_rows(args.q, row0, rows, w.q);
+  const Rows<const A> grad_out = u.load_rows(args.grad_out, row0, rows, w.grad_out);
+  const Rows<A> grad_q = u.target_rows(args.grad_q, row0, w.out);
+  transpose(q.data, q.pitch, rows, W, D, static_cast<A>(args.scale), w.qt);
+  transpose(grad_out.data, grad_out.pitch, rows, W, D, A(1), w.grad_out_t);
 
   alignas(64) A largest[W] = {}, factor[W] = {}, delta[W] = {};  // delta = sum over keys of P dP = dO . O
   bool one_pass = false;
-  tile.passes([&](const Piece*, int64_t held, bool first) { one_pass = first && held <= kPass; });
+  tile.passes([&](const Piece*, int64_t, bool first) { one_pass = first; });
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t place = u.token_of(row0 + r) * args.heads + u.head_of(row0 + r);
-    const A* stats = static_cast<const A*>(args.stats) + place * 2;
+    const A* stats = static_cast<const A*>(args.stats) + u.place_of(row0 + r) * 2;
     largest[r] = stats[0], factor[r] = stats[1];
     if (!one_pass) {
-      A* out = w.out;
-      load_row(static_cast<const T*>(args.out) + place * D, 1, out, D);
-      const A* grad = w.grad_out + r * u.pitch;
+      A* out = w.room;
+      load_row(static_cast<const T*>(args.out) + u.place_of(row0 + r) * D, 1, out, D);
+      const A* grad = grad_out.row(r);
       A dot = 0;
 #pragma omp simd reduction(+ : dot)
       for (int64_t d = 0; d < D; d++) dot += grad[d] * out[d];
       delta[r] = dot;
     }
   }
-  A* grad_q = w.out;
   tile.passes([&](const Piece* pieces, int64_t held, bool first) {
     A* slope = args.softcap > 0 ? w.slope : nullptr;
-    tile.scores(pieces, held, w.keys, w.qt, w.s, slope);
-    for (int kind = 0; kind < 2; kind++)
-      dots<A, QV>(w.values + pieces[kind].column * u.pitch, u.pitch, pieces[kind].count, w.grad_out_t, D,
-                  w.grad_s + pieces[kind].at * W);
+    tile.scores(pieces, held, in.keys, w.qt, w.s, slope);
+    tile.dots_of(pieces, in.values, w.grad_out_t, w.grad_s);
     for (int64_t n = 0; n < held; n++) {
       A *s = w.s + n * W, *g = w.grad_s + n * W;
 #pragma omp simd
       for (int r = 0; r < W; r++) {
         s[r] = exp_(s[r] - largest[r]) * factor[r];
         g[r] = s[r] == A(0) ? A(0) : g[r];  // what is hidden has no part in it, be its value Inf or NaN
-        if (one_pass) delta[r] += s[r] * g[r];
       }
     }
-    tile.by_column(pieces, w.s, w.grad_out, w.grad_values);
-    const A scale = static_cast<A>(args.scale);
-    for (int64_t n = 0; n < held; n++) {
-      A *s = w.s + n * W, *g = w.grad_s + n * W;
-#pragma omp simd
-      for (int r = 0; r < W; r++) g[r] = s[r] * (g[r] - delta[r]) * scale;
+    tile.by_column(pieces, w.s, grad_out, again, grad_values);
+    const Vec<A> scale = splat(static_cast<A>(args.scale));
+#pragma GCC unroll 2
+    for (int v = 0; v < QV; v++) {
+      Vec<A> sum = load(delta + v * L);
+      if (one_pass)
+        for (int64_t x = v * L; x < held * W; x += W) sum += load(w.s + x) * load(w.grad_s + x);
+      for (int64_t x = v * L; x < held * W; x += W)
+        store(w.grad_s + x, load(w.s + x) * (load(w.grad_s + x) - sum) * scale);
     }
     if (slope != nullptr) {
 #pragma omp simd
       for (int64_t x = 0; x < held * W; x++) w.grad_s[x] *= slope[x];
     }
-    tile.by_column(pieces, w.grad_s, w.q, w.grad_keys);
-    if (first) std::fill_n(grad_q, rows * u.pitch, A(0));
-    tile.by_row(pieces, w.grad_s, w.keys, grad_q);
+    tile.by_column(pieces, w.grad_s, q, again, grad_keys);
+    tile.by_row(pieces, w.grad_s, in.keys, !first, grad_q);
   });
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t place = u.token_of(row0 + r) * args.heads + u.head_of(row0 + r);
-    store_row(grad_q + r * u.pitch, static_cast<T*>(args.grad_q) + place * D, D);
-  }
+  u.store_rows(grad_q, args.grad_q, row0, rows, w.out);
 }
 
 // Queries in tiles of two vectors of lanes, the rest in one vector where that is enough.
@@ -452,43 +462,42 @@ int64_t latent_attention_workspace(const LatentAttentionArgs& args, int64_t max_
 }
 
 template <typename T>
-void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, int64_t next, void* workspace) {
+void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, void* workspace) {
   const Unit<T> u(args, pair);
   if (u.tokens == 0) return;
-  u.look_ahead(next, false);
   Workspace<acc_t<T>> w;
   w.lay_out(static_cast<acc_t<T>*>(workspace), u.columns, u.pitch, false);
-  u.load_columns(args.memory_k, args.k, w.keys);
-  u.load_columns(args.memory_v, args.v, w.values);
+  const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys), u.load_columns(args.memory_v, args.v, w.values)};
   for_tiles(
-      u, [&](int64_t row, int64_t rows) { forward_tile<T, 1>(u, row, rows, w); },
-      [&](int64_t row, int64_t rows) { forward_tile<T, 2>(u, row, rows, w); });
+      u, [&](int64_t row, int64_t rows) { forward_tile<T, 1>(u, in, row, rows, w); },
+      [&](int64_t row, int64_t rows) { forward_tile<T, 2>(u, in, row, rows, w); });
 }
 
 template <typename T>
-void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, int64_t next, void* workspace) {
+void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, void* workspace) {
   using A = acc_t<T>;
   const Unit<T> u(args, pair);
-  u.look_ahead(next, true);
   Workspace<A> w;
   w.lay_out(static_cast<A*>(workspace), u.columns, u.pitch, true);
-  std::fill_n(w.grad_keys, u.columns * u.pitch, A(0));
-  std::fill_n(w.grad_values, u.columns * u.pitch, A(0));
+  const Columns<A> grad_keys = u.target_columns(args.grad_memory_k, args.grad_k, w.grad_keys);
+  const Columns<A> grad_values = u.target_columns(args.grad_memory_v, args.grad_v, w.grad_values);
   if (u.tokens > 0) {
-    u.load_columns(args.memory_k, args.k, w.keys);
-    u.load_columns(args.memory_v, args.v, w.values);
+    const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys), u.load_columns(args.memory_v, args.v, w.values)};
+    for_tiles(
+        u, [&](int64_t row, int64_t rows) { backward_tile<T, 1>(u, in, grad_keys, grad_values, row, rows, w); },
+        [&](int64_t row, int64_t rows) { backward_tile<T, 2>(u, in, grad_keys, grad_values, row, rows, w); });
+  } else {
+    for (const Columns<A>& grad : {grad_keys, grad_values})
+      for (int64_t j = 0; j < u.used; j++) std::fill_n(grad.at(0, j), u.pitch, A(0));
   }
-  for_tiles(
-      u, [&](int64_t row, int64_t rows) { backward_tile<T, 1>(u, row, rows, w); },
-      [&](int64_t row, int64_t rows) { backward_tile<T, 2>(u, row, rows, w); });
-  u.store_columns(w.grad_keys, args.grad_memory_k, args.grad_k);
-  u.store_columns(w.grad_values, args.grad_memory_v, args.grad_v);
+  u.store_columns(grad_keys, args.grad_memory_k, args.grad_k, w.grad_keys);
+  u.store_columns(grad_values, args.grad_memory_v, args.grad_v, w.grad_values);
 }
 
 #define LMVAE_INSTANTIATE(T)                                                                                   \
   template int64_t latent_attention_workspace<T>(const LatentAttentionArgs&, int64_t, bool);                   \
-  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);                  \
-  template void latent_attention_bwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);
+  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, void*);                             \
+  template void latent_attention_bwd<T>(const LatentAttentionArgs&, int64_t, void*);           
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)
 LMVAE_INSTANTIATE(c10::BFloat16)

@@ -3,7 +3,7 @@
 // Scores are kept transposed: row n is a key, lane r a query. A softmax over keys is then vertical (no horizontal
 // reduction, no masking of vector tails), and each product needs one operand broadcast from memory and one as vectors:
 //   dots:   S[n][r]  = sum_d K[n][d] * Qt[d][r]           reduction over head_dim
-//   outer:  C[a][d] += sum_i P[a, i] * B[i][d]            O, dQ (a = query, i = key) and dK, dV (a = key, i = query)
+//   outer:  C[a][d] (+)= sum_i P[a, i] * B[i][d]            O, dQ (a = query, i = key) and dK, dV (a = key, i = query)
 #pragma once
 
 #include "simd_math.h"
@@ -32,42 +32,66 @@ template <typename A> LMVAE_INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
 
 // ---- dots ------------------------------------------------------------------------------------------------------------
 
+// s[n][r] = sum_d k[n][d] qt[d][r] for n < KN. Where a tile has too few sums to hide the latency of an addition, each is
+// split in two.
 template <typename A, int QV, int KN>
 static void dots_tile(const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s) {
-  constexpr int L = Lanes<A>::count, W = QV * L;
-  Vec<A> acc[KN][QV] = {};
-  for (int64_t d = 0; d < d_count; d++) {
-    Vec<A> q[QV];
+  constexpr int L = Lanes<A>::count, W = QV * L, C = KN * QV <= 4 ? 2 : 1;
+  Vec<A> acc[C][KN][QV] = {};
+  int64_t d = 0;
+  for (; d + C <= d_count; d += C) {
 #pragma GCC unroll 2
-    for (int v = 0; v < QV; v++) q[v] = load(qt + d * W + v * L);
+    for (int c = 0; c < C; c++) {
+      Vec<A> q[QV];
+#pragma GCC unroll 2
+      for (int v = 0; v < QV; v++) q[v] = load(qt + (d + c) * W + v * L);
 #pragma GCC unroll 16
-    for (int n = 0; n < KN; n++) {
-      const Vec<A> x = splat(k[n * ldk + d]);
+      for (int n = 0; n < KN; n++) {
+        const Vec<A> x = splat(k[n * ldk + d + c]);
 #pragma GCC unroll 2
-      for (int v = 0; v < QV; v++) acc[n][v] += x * q[v];
+        for (int v = 0; v < QV; v++) acc[c][n][v] += x * q[v];
+      }
     }
   }
 #pragma GCC unroll 16
-  for (int n = 0; n < KN; n++)
+  for (int n = 0; n < KN; n++) {
 #pragma GCC unroll 2
-    for (int v = 0; v < QV; v++) store(s + n * W + v * L, acc[n][v]);
+    for (int v = 0; v < QV; v++) {
+      Vec<A> sum = acc[0][n][v];
+      if constexpr (C == 2) {
+        sum += acc[1][n][v];
+        if (d < d_count) sum += splat(k[n * ldk + d]) * load(qt + d * W + v * L);
+      }
+      store(s + n * W + v * L, sum);
+    }
+  }
+}
+
+template <typename A, int QV, int KN = kDotTile / QV>
+static void dots_rows(int64_t rows, const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s) {
+  if (rows == KN) return dots_tile<A, QV, KN>(k, ldk, qt, d_count, s);
+  if constexpr (KN > 1) dots_rows<A, QV, KN - 1>(rows, k, ldk, qt, d_count, s);
+}
+
+// How many rows each of the fewest tiles of at most `most` rows takes that cover `rows`: 13 by 6 -> 5 (5 + 5 + 3).
+LMVAE_INLINE int64_t even_step(int64_t rows, int64_t most) {
+  const int64_t calls = (rows + most - 1) / most;
+  return calls > 1 ? (rows + calls - 1) / calls : rows;
 }
 
 // s[n][r] = sum_d k[n][d] qt[d][r] for n < count; rows of qt and s are QV vectors wide.
-template <typename A, int QV, int KN = kDotTile / QV>
+template <typename A, int QV>
 static void dots(const A* k, int64_t ldk, int64_t count, const A* qt, int64_t d_count, A* s) {
-  constexpr int W = QV * Lanes<A>::count;
-  int64_t n = 0;
-  for (; n + KN <= count; n += KN) dots_tile<A, QV, KN>(k + n * ldk, ldk, qt, d_count, s + n * W);
-  if constexpr (KN > 1) {
-    if (n < count) dots<A, QV, KN / 2>(k + n * ldk, ldk, count - n, qt, d_count, s + n * W);
-  }
+  const int64_t step = even_step(count, kDotTile / QV);
+  for (int64_t n = 0; n < count; n += step)
+    dots_rows<A, QV>(std::min(step, count - n), k + n * ldk, ldk, qt, d_count, s + n * QV * Lanes<A>::count);
 }
 
 // ---- outer -----------------------------------------------------------------------------------------------------------
 
 template <typename A, int RN, int DV>
-static void outer_tile(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, A* c, int64_t ldc) {
+static void outer_tile(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, bool add, A* c,
+                       int64_t ldc) {
   constexpr int L = Lanes<A>::count;
   Vec<A> acc[RN][DV] = {};  // from zero, then added to c: sums of blocks round less than one long chain
   for (int64_t i = 0; i < count; i++) {
@@ -84,32 +108,29 @@ static void outer_tile(const A* p, int64_t pa, int64_t pi, const A* b, int64_t l
 #pragma GCC unroll 8
   for (int a = 0; a < RN; a++)
 #pragma GCC unroll 4
-    for (int v = 0; v < DV; v++) store(c + a * ldc + v * L, load(c + a * ldc + v * L) + acc[a][v]);
+    for (int v = 0; v < DV; v++) {
+      A* at = c + a * ldc + v * L;
+      store(at, add ? load(at) + acc[a][v] : acc[a][v]);
+    }
 }
 
 template <typename A, int RN, int DV>
-static void outer_columns(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, A* c, int64_t ldc,
-                          int64_t vecs) {
+static void outer_columns(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, bool add, A* c,
+                          int64_t ldc, int64_t vecs) {
   constexpr int L = Lanes<A>::count;
   int64_t v = 0;
-  for (; v + DV <= vecs; v += DV) outer_tile<A, RN, DV>(p, pa, pi, b + v * L, ldb, count, c + v * L, ldc);
+  for (; v + DV <= vecs; v += DV) outer_tile<A, RN, DV>(p, pa, pi, b + v * L, ldb, count, add, c + v * L, ldc);
   if constexpr (DV > 1) {
-    if (v < vecs) outer_columns<A, RN, DV / 2>(p, pa, pi, b + v * L, ldb, count, c + v * L, ldc, vecs - v);
+    if (v < vecs) outer_columns<A, RN, DV / 2>(p, pa, pi, b + v * L, ldb, count, add, c + v * L, ldc, vecs - v);
   }
 }
 
-// c[a][d] += sum_i p[a * pa + i * pi] b[i][d] for a < rows <= kOuterRows, i < count, d < vecs vectors.
+// c[a][d] (+)= sum_i p[a * pa + i * pi] b[i][d] for a < rows <= kOuterRows, i < count, d < vecs vectors.
 template <typename A, int RN = kOuterRows>
-static void outer(int64_t rows, const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, A* c,
+static void outer(int64_t rows, const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, bool add, A* c,
                   int64_t ldc, int64_t vecs) {
-  if (rows == RN) return outer_columns<A, RN, kOuterVecs>(p, pa, pi, b, ldb, count, c, ldc, vecs);
-  if constexpr (RN > 1) outer<A, RN - 1>(rows, p, pa, pi, b, ldb, count, c, ldc, vecs);
-}
-
-// How many rows each of the fewest outer() calls takes that cover `rows`: 13 -> 5 (5 + 5 + 3) instead of 6 + 6 + 1.
-LMVAE_INLINE int64_t outer_step(int64_t rows) {
-  const int64_t calls = (rows + kOuterRows - 1) / kOuterRows;
-  return calls > 1 ? (rows + calls - 1) / calls : rows;
+  if (rows == RN) return outer_columns<A, RN, kOuterVecs>(p, pa, pi, b, ldb, count, add, c, ldc, vecs);
+  if constexpr (RN > 1) outer<A, RN - 1>(rows, p, pa, pi, b, ldb, count, add, c, ldc, vecs);
 }
 
 // ---- transposition ---------------------------------------------------------------------------------------------------
@@ -141,23 +162,24 @@ LMVAE_INLINE void transpose_block(Vec<A>* r) {
 }
 #endif
 
-// xt[d][r] = factor * x[r][d] for r < width (a multiple of the lanes), d < d_count; x has d_count rounded up to whole vectors.
+// xt[d][r] = factor * x[r][d] for r < rows and 0 for rows <= r < width (a multiple of the lanes), d < d_count; a row of x has
+// d_count rounded up to whole vectors.
 template <typename A>
-static void transpose(const A* x, int64_t ldx, int64_t width, int64_t d_count, A factor, A* xt) {
+static void transpose(const A* x, int64_t ldx, int64_t rows, int64_t width, int64_t d_count, A factor, A* xt) {
 #ifdef LMVAE_SHUFFLE
   constexpr int L = Lanes<A>::count;
   for (int64_t d = 0; d < d_count; d += L)
     for (int64_t r = 0; r < width; r += L) {
       Vec<A> block[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; i++) block[i] = load(x + (r + i) * ldx + d) * factor;
+      for (int i = 0; i < L; i++) block[i] = r + i < rows ? load(x + (r + i) * ldx + d) * factor : Vec<A>{};
       transpose_block<A>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < L; i++) store(xt + (d + i) * width + r, block[i]);
     }
 #else
   for (int64_t r = 0; r < width; r++)
-    for (int64_t d = 0; d < d_count; d++) xt[d * width + r] = factor * x[r * ldx + d];
+    for (int64_t d = 0; d < d_count; d++) xt[d * width + r] = r < rows ? factor * x[r * ldx + d] : A(0);
 #endif
 }
 

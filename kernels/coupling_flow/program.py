@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 TEMPORARY, KEPT = 0, 1
 FIELDS = 16
@@ -248,9 +248,10 @@ class Program:
     kept: int
     places: dict[str, Matrix] = field(default_factory=dict, hash=False, compare=False)
     sums: tuple[int, ...] = ()
+    uploaded: dict = field(default_factory=dict, hash=False, compare=False)  # device -> its tensors, the launcher's
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a captured CUDA graph reads the program's uploaded tables at every replay
 def forward_program(ints: tuple[int, ...], floats: tuple[float, ...], inverse: bool, save: bool) -> Program:
     dim, cond_dim = ints[:2]
     stages = read_plan(ints, floats)
@@ -297,7 +298,7 @@ SUM_FIELDS = 14
 TILE = 64
 
 
-@lru_cache(maxsize=64)
+@cache
 def backward_programs(
     ints: tuple[int, ...], floats: tuple[float, ...], inverse: bool, save: bool
 ) -> tuple[Program, ...]:

@@ -26,7 +26,7 @@ def _fake_fwd(q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_se
 
 def _fake_bwd(grad_out, q, k, v, memory_k, memory_v, out, stats, cu_seqlens, *options):
     memory = (0,) if memory_k is None else tuple(memory_k.shape)
-    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), memory, memory)
+    shapes = (tuple(q.shape), (2, *k.shape), (2, *memory))  # gradients of keys and of values together
     return tuple(q.new_empty(shape) for shape in shapes)
 
 
@@ -63,9 +63,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_stats: Tensor | None) -> t
     if grad_out is None:
         return (None,) * 5 + rest
     saved = ctx.saved_tensors
-    *grads, grad_memory_k, grad_memory_v = ctx.primitives.latent_attention_bwd(grad_out, *saved, *ctx.options)
-    memory = (None, None) if saved[3] is None else (grad_memory_k, grad_memory_v)
-    return (*grads, *memory, *rest)
+    grad_q, grad_kv, grad_memory = ctx.primitives.latent_attention_bwd(grad_out, *saved, *ctx.options)
+    memory = (None, None) if saved[3] is None else grad_memory.unbind()
+    return (grad_q, *grad_kv.unbind(), *memory, *rest)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -74,7 +74,7 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple:
 
 define(
     f"latent_attention_bwd(Tensor grad_out, {_INPUTS}, Tensor out, Tensor stats, {_OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_q, Tensor grad_kv, Tensor grad_memory)",
     fake=_fake_bwd,
     triton=_triton_bwd,
     backward=_no_second_derivative,

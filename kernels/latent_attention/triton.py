@@ -8,19 +8,24 @@ import triton.language as tl
 
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from .checks import check_lengths, check_offsets
-from .triton_decode import latent_attention_decode_kernel
+from .triton_decode import latent_attention_combine_kernel, latent_attention_decode_kernel
 from .triton_kernels import latent_attention_bwd_kernel, latent_attention_fwd_kernel
 from .visibility import VISIBILITIES
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# By the power of two that holds head_dim: the most rows of a block, the keys of a block, warps. fp32 is multiplied without
-# tensor cores (TF32 would break the error rule), whose operands live in registers: smaller blocks.
-_FWD = {16: (64, 64, 4), 32: (64, 64, 4), 64: (32, 64, 4), 128: (64, 32, 8), 256: (64, 32, 8)}
-_BWD = {16: (64, 32, 4), 32: (64, 32, 4), 64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)}
-_FWD_FP32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)}
-_BWD_FP32 = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)}
+# By the power of two that holds head_dim: the most rows of a block, the keys of a block, warps, and the bound on registers
+# that keeps the assembler from spilling. fp32 is multiplied without tensor cores (TF32 would break the error rule), whose
+# operands live in registers: smaller blocks.
+_FWD = {d: (64, 64, 4, None) for d in (16, 32)} | {64: (32, 64, 4, None), 128: (64, 32, 8, None), 256: (32, 32, 8, None)}
+_BWD = {d: (64, 32, 4, None) for d in (16, 32)} | {64: (32, 32, 4, None), 128: (32, 32, 8, None), 256: (16, 16, 8, 255)}
+_FWD_FP32 = {d: (32, 32, 4, 255) for d in (16, 32, 64)} | {128: (16, 32, 4, 255), 256: (16, 16, 4, 255)}
+_BWD_FP32 = {d: (32, 32, 4, 255) for d in (16, 32)} | {64: (32, 32, 8, 255), 128: (16, 16, 8, 255), 256: (16, 16, 8, 255)}
 _DECODE = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (32, 4), 256: (16, 4)}
+
+# Decoding is split from so many cache positions on, into parts of so many at least, until two programs stand ready for each
+# of an H200's 132 multiprocessors. Below that, a second launch costs more than it brings.
+_SPLIT_FROM, _SPLIT_POSITIONS, _PROGRAMS, _MAX_SPLITS = 1024, 256, 264, 32
 
 
 def _block_d(head_dim: int) -> int:
@@ -30,9 +35,13 @@ def _block_d(head_dim: int) -> int:
 def _config(table: dict, head_dim: int, rows: int) -> Config:
     """rows: of the longest sentence; shorter blocks for shorter sentences."""
     block_d = _block_d(head_dim)
-    most, keys, warps = table[block_d]
+    most, keys, warps, registers = table[block_d]
     block_m = min(most, max(16, triton.next_power_of_2(max(1, rows))))
-    return Config({"BLOCK_M": block_m, "BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps)
+    return Config({"BLOCK_M": block_m, "BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps, max_registers=registers)
+
+
+def _combine_config(block_d: int) -> Config:
+    return Config({"BLOCK_S": _MAX_SPLITS, "BLOCK_D": block_d}, num_warps=4)
 
 
 def _dot_type(x: torch.Tensor) -> tl.dtype:
@@ -84,8 +93,8 @@ def latent_attention_bwd(
     _, heads, head_dim = q.shape
     kv_heads, batch = k.shape[1], cu_seqlens.numel() - 1
     memory_shape = (0,) if memory_k is None else tuple(memory_k.shape)
-    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), memory_shape, memory_shape)
-    grads = tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+    shapes = (tuple(q.shape), (2, *k.shape), (2, *memory_shape))
+    grad_q, grad_kv, grad_memory = (torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
     memory_k, mk_strides, slots = _memory(q, memory_k)
     memory_v, mv_strides, _ = _memory(q, memory_v)
     group = heads // kv_heads
@@ -99,34 +108,51 @@ def latent_attention_bwd(
     for programs, queries, keys in passes:
         launch(
             latent_attention_bwd_kernel, (batch * kv_heads, programs), q.device, config,
-            grad_out, q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats, *grads,
-            heads, kv_heads, slots, head_dim, scale, window or 0, softcap or 0.0,
+            grad_out, q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats,
+            grad_q, *grad_kv, *grad_memory, heads, kv_heads, slots, head_dim, scale, window or 0, softcap or 0.0,
             *grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *mk_strides, *mv_strides,
             VISIBILITY=visibility, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
             EXACT=q.dtype == torch.float32, DOT=_dot_type(q), QUERIES=queries, KEYS=keys,
         )  # fmt: skip
-    return grads
+    return grad_q, grad_kv, grad_memory
+
+
+def decode_splits(positions: int, pairs: int) -> int:
+    """How many programs share the cache of one (row, kv head): from shapes alone, as nothing may wait for the lengths."""
+    if positions < _SPLIT_FROM:
+        return 1
+    return max(1, min(_MAX_SPLITS, positions // _SPLIT_POSITIONS, _PROGRAMS // max(1, pairs)))
 
 
 def latent_attention_decode(q, k_cache, v_cache, lengths, scale, window, softcap):
     """The Triton form of lmvae_fast::latent_attention_decode."""
     batch, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[1]
+    kv_heads, positions = k_cache.shape[1], k_cache.shape[2]
     if not q.is_cuda:
-        check_lengths(lengths, k_cache.shape[2])
+        check_lengths(lengths, positions)
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
     block_d = _block_d(head_dim)
     keys, warps = _DECODE[block_d]
-    group = heads // kv_heads
+    group, exact = heads // kv_heads, q.dtype == torch.float32
+    splits = decode_splits(positions if window is None else min(window, positions), batch * kv_heads)
+    partial, stats = out, out
+    if splits > 1:
+        partial = torch.empty((batch * heads, splits, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((batch * heads, splits, 2), dtype=torch.float32, device=q.device)
     launch(
-        latent_attention_decode_kernel, (batch * kv_heads,), q.device,
+        latent_attention_decode_kernel, (batch * kv_heads, splits), q.device,
         Config({"BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps),
-        q, k_cache, v_cache, lengths, out, heads, kv_heads, head_dim, scale, window or 0, softcap or 0.0,
+        q, k_cache, v_cache, lengths, out, partial, stats, heads, kv_heads, head_dim, scale, window or 0, softcap or 0.0,
         *q.stride(), *k_cache.stride(), *v_cache.stride(), lengths.stride(0),
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
-        GROUP_BLOCK=1 if group == 1 else max(16, triton.next_power_of_2(group)), EXACT=q.dtype == torch.float32,
+        GROUP_BLOCK=1 if group == 1 else max(16, triton.next_power_of_2(group)), EXACT=exact, SPLIT=splits > 1,
         DOT=_dot_type(q),
     )  # fmt: skip
+    if splits > 1:
+        launch(
+            latent_attention_combine_kernel, (batch * heads,), q.device, _combine_config(block_d),
+            partial, stats, out, splits, head_dim, EXACT=exact,
+        )  # fmt: skip
     return out
 
 
@@ -170,12 +196,18 @@ def _compile_cases() -> list[CompileCase]:
             only = {n: t for n, t in {**signature, **strides}.items() if n in decode.arg_names}
             only |= {"k_cache": f"*{name}", "v_cache": f"*{name}", "lengths": "*i64"}
             config = Config({"BLOCK_N": keys, "BLOCK_D": head_dim}, num_warps=warps)
+            only |= {"partial": "*fp32", "stats": "*fp32"}
             for group in (1, 4):
-                options = {"HAS_WINDOW": group == 4, "HAS_SOFTCAP": group == 4, "GROUP": group, "EXACT": exact}
-                options |= {"GROUP_BLOCK": 1 if group == 1 else 16, "DOT": _DOT[dtype]}
-                tensor_cores = group > 1 and not exact
-                tag = f"decode-{name}-{head_dim}-group{group}"
-                cases.append(CompileCase(tag, decode, only, config, options, tensor_cores=tensor_cores))
+                for split in (False, True):
+                    options = {"HAS_WINDOW": group == 4, "HAS_SOFTCAP": group == 4, "GROUP": group, "EXACT": exact}
+                    options |= {"GROUP_BLOCK": 1 if group == 1 else 16, "SPLIT": split, "DOT": _DOT[dtype]}
+                    tag = f"decode-{name}-{head_dim}-group{group}" + ("-split" if split else "")
+                    tensor_cores = group > 1 and not exact
+                    cases.append(CompileCase(tag, decode, only, config, options, tensor_cores=tensor_cores))
+            combine = {"partial": "*fp32", "stats": "*fp32", "out": f"*{name}", "splits": "i32", "head_dim": "i32"}
+            config, options = _combine_config(head_dim), {"EXACT": exact}
+            tag = f"combine-{name}-{head_dim}"
+            cases.append(CompileCase(tag, latent_attention_combine_kernel, combine, config, options))
     return cases
 
 

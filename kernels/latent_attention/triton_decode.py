@@ -1,23 +1,28 @@
-"""latent_attention_decode on CUDA: one program reads the visible cache of a (row, kv head) once, for all its query heads."""
+"""latent_attention_decode on CUDA: the visible cache of a (row, kv head) is read once, for all its query heads.
+
+By one program, or, where a long cache and few rows would leave most of the device idle, by several, each of which leaves
+its maximum, sum and weighted values for a second kernel to combine in a fixed order (flash-decoding).
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..triton_math import cast
-from .triton_kernels import _exp, _tanh
+from ..triton_math import cast, tanh_
+from .triton_kernels import _exp
 
 
 @triton.jit
 def latent_attention_decode_kernel(
-    q, k_cache, v_cache, lengths, out, heads, kv_heads, head_dim, scale, window, softcap,
+    q, k_cache, v_cache, lengths, out, partial, stats, heads, kv_heads, head_dim, scale, window, softcap,
     stride_q_b, stride_q_h, stride_q_d, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     stride_v_b, stride_v_h, stride_v_n, stride_v_d, stride_lengths,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    EXACT: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EXACT: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # GROUP_BLOCK 1: products by multiplication and sum; otherwise a tile of query heads (16 at least) for tl.dot.
+    # SPLIT: program_id(1) says which part of the visible positions; the parts are equal, so short rows keep all programs busy.
     pair = tl.program_id(0).to(tl.int64)
     b = pair // kv_heads
     h = pair % kv_heads
@@ -25,6 +30,12 @@ def latent_attention_decode_kernel(
     low = tl.zeros_like(length)
     if HAS_WINDOW:
         low = tl.maximum(low, length - window)
+    stop = length
+    if SPLIT:
+        share = (length - low + tl.num_programs(1) - 1) // tl.num_programs(1)
+        share = (share + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        low += tl.program_id(1).to(tl.int64) * share
+        stop = tl.minimum(length, low + share)
     g = tl.arange(0, GROUP_BLOCK)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -36,9 +47,9 @@ def latent_attention_decode_kernel(
     largest = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_BLOCK,), tl.float32)
     acc = tl.zeros((GROUP_BLOCK, BLOCK_D), tl.float32)
-    for start in range(low, length, BLOCK_N):
+    for start in range(low, stop, BLOCK_N):
         position = start + n
-        ok = position < length
+        ok = position < stop
         mask = ok[:, None] & d_ok[None, :]
         k_at = k_cache + b * stride_k_b + h * stride_k_h + position[:, None] * stride_k_n + d[None, :] * stride_k_d
         v_at = v_cache + b * stride_v_b + h * stride_v_h + position[:, None] * stride_v_n + d[None, :] * stride_v_d
@@ -49,7 +60,7 @@ def latent_attention_decode_kernel(
         else:
             s = tl.dot(q_tile.to(DOT), tl.trans(k.to(DOT)), input_precision="ieee") * scale
         if HAS_SOFTCAP:
-            s = _tanh(s / softcap) * softcap
+            s = tanh_(s / softcap) * softcap
         s = tl.where(ok[None, :], s, float("-inf"))
         new = tl.maximum(largest, tl.max(s, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
@@ -61,6 +72,33 @@ def latent_attention_decode_kernel(
         else:
             acc = tl.dot(p.to(DOT), v.to(DOT), acc * rescale[:, None], input_precision="ieee")
         largest = new
-    factor = tl.where(total == 0.0, 0.0, 1.0 / total)  # a row that holds nothing: zeros
-    place = (b * heads + head)[:, None] * head_dim + d[None, :]
-    tl.store(out + place, cast(acc * factor[:, None], out.dtype.element_ty), mask=g_ok[:, None] & d_ok[None, :])
+    if SPLIT:
+        part = (b * heads + head) * tl.num_programs(1) + tl.program_id(1).to(tl.int64)
+        tl.store(partial + part[:, None] * head_dim + d[None, :], acc, mask=g_ok[:, None] & d_ok[None, :])
+        tl.store(stats + part * 2, largest, mask=g_ok)
+        tl.store(stats + part * 2 + 1, total, mask=g_ok)
+    else:
+        factor = tl.where(total == 0.0, 0.0, 1.0 / total)  # a row that holds nothing: zeros
+        place = (b * heads + head)[:, None] * head_dim + d[None, :]
+        tl.store(out + place, cast(acc * factor[:, None], out.dtype.element_ty), mask=g_ok[:, None] & d_ok[None, :])
+
+
+@triton.jit
+def latent_attention_combine_kernel(
+    partial, stats, out, splits, head_dim, EXACT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[row] from its splits' running softmax: partial [rows, splits, head_dim], stats [rows, splits, 2]."""
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    s_ok, d_ok = s < splits, d < head_dim
+    part = row * splits + s
+    largest = tl.load(stats + part * 2, mask=s_ok, other=float("-inf"))
+    total = tl.load(stats + part * 2 + 1, mask=s_ok, other=0.0)
+    top = tl.max(largest, 0)
+    weight = _exp(largest - tl.where(top == float("-inf"), 0.0, top), EXACT)
+    at = partial + part[:, None] * head_dim + d[None, :]
+    acc = tl.sum(weight[:, None] * tl.load(at, mask=s_ok[:, None] & d_ok[None, :], other=0.0), 0)
+    total = tl.sum(weight * total, 0)
+    y = acc * tl.where(total == 0.0, 0.0, 1.0 / total)
+    tl.store(out + row * head_dim + d, cast(y, out.dtype.element_ty), mask=d_ok)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import cast, exp_
+from ..triton_math import cast, exp_, tanh_
 
 # Throughout: rows are (token i, head of the group g) = i * GROUP + g, so a block of rows sees nearly the same keys.
 # VISIBILITY: index into visibility.py's VISIBILITIES (0 prefix, 1 rolling, 2 interleaved). window: cache positions.
@@ -19,19 +19,6 @@ def _exp(x, EXACT: tl.constexpr):
     if EXACT:
         return exp_(x)
     return tl.exp(x)
-
-
-@triton.jit
-def _tanh(x):
-    a = tl.abs(x)
-    z = x * x
-    p = -5.70498872745e-3 * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    near = p * z * x + x  # 1 - 2 / (e^2a + 1) would cancel here
-    far = 1.0 - 2.0 / (exp_(a + a) + 1.0)
-    return tl.where(a < 0.625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -124,7 +111,7 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     slope = s
     if HAS_SOFTCAP:
-        t = _tanh(s / softcap)
+        t = tanh_(s / softcap)
         s = t * softcap
         slope = 1.0 - t * t
     return s, slope

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
-from ..triton_math import cast, exp_, log_unit
+from ..triton_math import cast, exp_, log_unit, tanh_
 from .reference import IGNORE_INDEX
 
 # ---- device code -----------------------------------------------------------------------------------------------------
@@ -31,26 +31,13 @@ def _log1p(x):
 
 
 @triton.jit
-def _tanh(x):
-    """tanh as Cephes' tanhf: a polynomial below 0.625, 1 - 2 / (e^2x + 1) above."""
-    a = tl.abs(x)
-    z = x * x
-    p = -5.70498872745e-3 * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    large = 1.0 - 2.0 / (exp_(a + a) + 1.0)
-    return tl.where(a < 0.625, p * z * x + x, tl.where(x < 0.0, -large, large))
-
-
-@triton.jit
 def _form(x, bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     """The logit of a product."""
     if HAS_BIAS:
         x += bias
     x *= logit_scale
     if HAS_CAP:
-        x = softcap * _tanh(x / softcap)
+        x = softcap * tanh_(x / softcap)
     return x
 
 

@@ -49,7 +49,7 @@ def root(
 def main() -> None:
     """Entry point: runs a command and turns errors into messages and exit codes."""
     # Commands register themselves; imported here so that --help of one does not wait for the imports of all.
-    from lmvae_fast.cli import convert, demo, env, evaluate, explore, generate, train  # noqa: F401
+    from lmvae_fast.cli import convert, demo, env, evaluate, explore, generate, profile, train  # noqa: F401
     from lmvae_fast.cli.common import BACKENDS
 
     # The hub's own progress bars and the tokenizers' fork warning would tear ours.

@@ -49,13 +49,13 @@ class PackedAttention:
 
     def __post_init__(self) -> None:
         # Taken apart once: the backward of indexing would fill and add a zero tensor of the whole memory for every layer.
-        self._layers = None if self.memory is None else [layer.unbind(0) for layer in self.memory.unbind(0)]
+        self._parts = None if self.memory is None else self.memory.flatten(0, 1).unbind(0)
 
     def attend(self, layer, query, key, value, *, scale, window, softcap):
         """See :class:`AttentionContext`."""
         memory_k = memory_v = None
-        if self._layers is not None:
-            memory_k, memory_v = self._layers[layer]
+        if self._parts is not None:
+            memory_k, memory_v = self._parts[2 * layer : 2 * layer + 2]
             memory_k, memory_v = memory_k.to(key.dtype), memory_v.to(value.dtype)
         return latent_attention(
             query, key, value, memory_k, memory_v, cu_seqlens=self.cu_seqlens, visibility=self.visibility,

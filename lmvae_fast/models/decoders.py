@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmvae_fast.errors import ConfigError, UnsupportedDecoderError
 from lmvae_fast.kernels.latent_attention.visibility import token_position
+from lmvae_fast.models.activations import fuse_activations
 from lmvae_fast.models.attention import (
     ATTENTION,
     AttentionContext,
@@ -183,6 +184,7 @@ class Decoder(nn.Module):
         name = type(self.model).__name__
         try:
             expected, plain = self._eager_logits()
+            fuse_activations(self.model)  # here, so that the comparison below covers it
             seen, got = self._packed_logits()
         except UnsupportedDecoderError as error:
             if "handed over" in error.problem:

@@ -100,6 +100,12 @@ class LMVAE(nn.Module):
         return torch.float64 if self.config.dtype == "float64" else torch.float32
 
     @property
+    def _compute_dtype(self) -> torch.dtype:
+        """What the decoder computes in: autocast's dtype where it is on, else that of its weights."""
+        kind, held = self.device.type, self.decoder.dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and held != torch.float64 else held
+
+    @property
     def device(self) -> torch.device:
         """Device of the model."""
         return self.posterior_head.weight.device
@@ -210,7 +216,7 @@ class LMVAE(nn.Module):
             z = torch.cat([z, annotations.to(z)], dim=-1)
         memory = shift = None
         if self.projector is not None:
-            memory = self.projector(z, dtype=self.decoder.dtype, seed=_other_stream(seed))
+            memory = self.projector(z, dtype=self._compute_dtype, seed=_other_stream(seed))
         if self.embedding_shift is not None:
             shift = self.embedding_shift(z)
         return Injection(str(self.config.visibility), memory, shift)

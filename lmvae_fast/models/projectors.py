@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lmvae_fast.kernels.latent_kv import latent_kv
+from lmvae_fast.kernels.latent_kv import LatentKVAdamW, latent_kv
 
 
 class LinearProjector(nn.Module):
@@ -18,6 +18,10 @@ class LinearProjector(nn.Module):
         layers, kv_heads, slots, head_dim: shape of the memory.
         dropout: probability with which an element of the memory is dropped in training.
         hidden: width of a GELU layer before the map, or None (an ``mlp`` projector has one).
+
+    Attributes:
+        fused: the optimizer that updates ``weight`` within the backward pass, while a trainer has put one here; the
+            weight then never gets a gradient. None otherwise.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class LinearProjector(nn.Module):
         super().__init__()
         self.shape = (layers, 2, kv_heads, slots, head_dim)
         self.dropout = dropout
+        self.fused: LatentKVAdamW | None = None
         self.hidden = None if hidden is None else nn.Linear(latent_dim, hidden)
         width = latent_dim if hidden is None else hidden
         rows = 2 * kv_heads * slots * head_dim
@@ -47,10 +52,11 @@ class LinearProjector(nn.Module):
         """Memory ``[layers, 2, batch, kv_heads, slots, head_dim]`` in ``dtype`` for z ``[batch, latent_dim]``."""
         if self.hidden is not None:
             z = nn.functional.gelu(self.hidden(z))
-        weight = self.weight.view(*self.shape, -1)
+        z, bias = z.to(self.weight.dtype), self.bias.view(self.shape)
         dropout = self.dropout if self.training else 0.0
-        memory = latent_kv(z.to(weight.dtype), weight, self.bias.view(self.shape), dropout=dropout, seed=seed)
-        return memory.to(dtype)
+        if self.fused is not None:
+            return self.fused.project(z, bias, dropout=dropout, seed=seed, dtype=dtype)
+        return latent_kv(z, self.weight.view(*self.shape, -1), bias, dropout=dropout, seed=seed, dtype=dtype)
 
 
 class SharedProjector(nn.Module):

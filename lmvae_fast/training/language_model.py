@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from lmvae_fast.kernels.latent_attention.visibility import token_position
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
@@ -80,6 +81,33 @@ def train_language_model(
     return losses
 
 
+def make_tokenizer(texts: Sequence[str], vocabulary: int | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer made from ``texts``: a byte-level BPE of ``vocabulary`` tokens, or one token per word for None.
+
+    Its start, end and padding token is one, with id 0.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    end, unknown = "<|endoftext|>", "[UNK]"
+    if vocabulary is None:
+        words = sorted({word for text in texts for word in text.split()})
+        ids = {word: index for index, word in enumerate([end, unknown, *words])}
+        backend = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[end, unknown], initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end, unk_token=unknown
+    )
+
+
 def make_decoder(
     folder: str | os.PathLike[str],
     texts: Sequence[str],
@@ -100,27 +128,9 @@ def make_decoder(
         vocabulary: tokens of a byte-level BPE; None for one token per word of the texts, for a closed vocabulary.
         seed: of the weights.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    end, unknown = "<|endoftext|>", "[UNK]"
-    if vocabulary is None:
-        words = sorted({word for text in texts for word in text.split()})
-        ids = {word: index for index, word in enumerate([end, unknown, *words])}
-        backend = Tokenizer(models.WordLevel(ids, unk_token=unknown))
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[end, unknown], initial_alphabet=alphabet, show_progress=False
-        )
-        backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end, unk_token=unknown
-    )
+    tokenizer = make_tokenizer(texts, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = GPT2Config(

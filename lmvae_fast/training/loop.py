@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,10 @@ from lmvae_fast.training.features import TensorCache, encoder_fingerprint, poole
 from lmvae_fast.training.guards import FiniteWatch, StopSignals
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.progress import Progress, TrainResult, Window
+from lmvae_fast.training.resources import frozen_in, keeping_freed_memory
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
-from lmvae_fast.training.state import (
-    optimizer_tensors,
-    random_tensors,
-    restore_optimizer,
-    restore_random,
-    seed_all,
-    trainable_parameters,
-)
+from lmvae_fast.training.state import random_tensors, restore_random, seed_all, trainable_parameters
+from lmvae_fast.training.update import Update
 from lmvae_fast.training.validation import validate
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,15 +86,7 @@ class Trainer:
 
         self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.update = Update(model, self.parameters, config)
         self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
         self.progress = Progress()
         self.window = Window(self.device)
@@ -165,9 +152,8 @@ class Trainer:
         """Train to the end or to a reason to stop."""
         result = None
         try:
-            with StopSignals() as signals:
+            with StopSignals() as signals, self.prepared():
                 self._tell("on_train_begin")
-                self.model.train()
                 if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
                     self.request_stop("early_stop")  # the run being resumed had already ended so
                 while self.step < self.total_steps and self.stop_reason is None:
@@ -177,11 +163,19 @@ class Trainer:
         finally:
             self._tell("on_train_end", result)
 
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The state in which steps are taken; what it sets up is given back at its end."""
+        dtype = AUTOCAST.get(self.config.precision)
+        self.model.train()
+        with frozen_in(self.model.decoder, dtype), keeping_freed_memory(self.device), self.update.attached():
+            yield
+
     def _advance(self, signals: StopSignals) -> None:
         """One step and all that is due after it."""
         config = self.config
         started = time.perf_counter()
-        self._optimizer_step(self._batches(self.step))
+        self.optimizer_step(self._batches(self.step))
         self.progress.step += 1
         elapsed = time.perf_counter() - started
         self.progress.seconds += elapsed
@@ -222,10 +216,10 @@ class Trainer:
         dtype = AUTOCAST.get(self.config.precision)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
-    def _optimizer_step(self, micro_batches: tuple[Rows, ...]) -> None:
+    def optimizer_step(self, micro_batches: tuple[Rows, ...]) -> None:
+        """One step on these rows of the tokenised training set, within `prepared`."""
         beta = self.model.beta = beta_at(self.step, self.total_steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+        self.update.learning_rate = self._learning_rate()
         sentences = sum(len(rows) for rows in micro_batches)
         for i, rows in enumerate(micro_batches):
             batch = self.model.make_batch(self.train_set, rows, self.pooled).to(self.device)
@@ -235,23 +229,18 @@ class Trainer:
                 out = self.model(batch, beta=beta, seed=seed)
             self.watch.note(out.loss, self._position(i))
             # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
-            self.scaler.scale(out.loss * (len(rows) / sentences)).backward()
+            self.update.scaler.scale(out.loss * (len(rows) / sentences)).backward()
             self.window.add(out, batch)
             self.progress.sentences += len(rows)
             self.progress.tokens += batch.num_tokens
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
-        if not self.scaler.is_enabled():  # with a scaler an infinite norm is how it finds its scale: it skips the step
+        norm = self.update.norm()
+        # With a scaler an infinite norm is how it finds its scale: it skips the step.
+        if not self.update.scaler.is_enabled():
             self.watch.note(norm, self._position(self.config.accumulation))
         if self.check_every_step:
             self._stop_if_not_finite()
         self.window.add_step(norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update.step(norm)
 
     def _position(self, part: int) -> int:
         """A number for each figure that is watched: the losses of a step's micro-batches, then its gradient norm."""
@@ -288,7 +277,7 @@ class Trainer:
             "epoch": self.step / self.steps_per_epoch,
             **self.window.means(),
             "beta": self.model.beta,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.update.learning_rate,
             "seconds": self.progress.seconds,
         }
         self.window.reset({})
@@ -333,13 +322,13 @@ class Trainer:
         self.progress.window = self.window.read()
         tensors = {
             "model": self.model.trainable_state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+            "optimizer": self.update.tensors(),
             "random": random_tensors(self.device),
         }
         state = {
             "progress": asdict(self.progress),
             "plateau": self.plateau.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.update.scaler.state_dict(),
             "beta": self.model.beta,
             "identity": self.identity,
         }
@@ -357,12 +346,12 @@ class Trainer:
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         resume.check(found.state["identity"], self.identity)
         self.model.load_trainable_state_dict(found.tensors["model"])
-        restore_optimizer(self.optimizer, self.parameters, found.tensors["optimizer"])
+        self.update.restore(found.tensors["optimizer"])
         self.progress = Progress(**found.state["progress"])
         self.window.reset(self.progress.window)
         self.plateau.load_state_dict(found.state["plateau"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(found.state["scaler"])
+        if self.update.scaler.is_enabled():
+            self.update.scaler.load_state_dict(found.state["scaler"])
         self.model.beta = found.state["beta"]
         self.last_checkpoint = found.path
         checkpoint.set_aside(self.folder, after=found.path)

@@ -18,7 +18,9 @@ FREE = {
     "output_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "tensorboard", "progress",
 }  # fmt: skip
 # ... and fields that one may well want to change half-way, although the run is then no longer the one that was begun.
-CHANGEABLE = {"epochs", "max_steps", "eval_every", "eval_batch_size", "early_stop", "monitor"}
+CHANGEABLE = {
+    "epochs", "max_steps", "eval_every", "eval_batch_size", "early_stop", "monitor", "fused_projector_update",
+}  # fmt: skip
 
 
 def find(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:

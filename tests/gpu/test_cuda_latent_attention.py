@@ -201,6 +201,13 @@ def test_decode(dtype, heads, head_dim):
     check_decode(*decode_inputs(heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(2, 2), (7, 1)])
+@pytest.mark.parametrize("kwargs", [{}, {"window": 1100, "softcap": 2.0}])
+def test_decode_split_along_a_long_cache(dtype, heads, kwargs):
+    check_decode(*decode_inputs(heads=heads[0], kv_heads=heads[1], positions=1500, dtype=dtype), **kwargs)
+
+
 @pytest.mark.parametrize("window", [1, 5, 40])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_decode_windows_and_soft_caps(window, softcap):
@@ -222,13 +229,14 @@ def test_decode_never_uses_what_lies_beyond_the_lengths():
     assert (clean[0] == 0).all()
 
 
-def test_decode_waits_for_nothing_and_replays_with_other_lengths():
-    tensors, lengths = decode_inputs()
+@pytest.mark.parametrize("positions", [70, 1500])  # whole, and split along the cache
+def test_decode_waits_for_nothing_and_replays_with_other_lengths(positions):
+    tensors, lengths = decode_inputs(positions=positions)
     decode(*tensors, lengths, scale=0.125)
     with no_host_sync():
         decode(*tensors, lengths, scale=0.125)
     graph, out = capture(lambda: decode(*tensors, lengths, scale=0.125))
-    lengths.copy_(torch.tensor([5, 70, 2, 0, 64]))
+    lengths.copy_(torch.tensor([5, positions, 2, 0, 64]))
     graph.replay()
     assert torch.equal(out, decode(*tensors, lengths, scale=0.125))
 

@@ -348,7 +348,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_triton_addresses_are_64_bit():
-    triton_module = pytest.importorskip("lmvae_fast.kernels.coupling_flow.triton")
+    triton_module = pytest.importorskip("lmvae_fast.kernels.coupling_flow.triton_kernels")
     assert_int64_addresses(triton_module)
 
 

@@ -123,6 +123,41 @@ def test_decode_positions_and_groups(name, positions, heads):
     check(name, tensors, torch.tensor([positions, 1, (positions + 1) // 2]))
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize(("heads", "kwargs"), [((2, 2), {}), ((3, 1), {"softcap": 1.5}), ((2, 1), {"window": 1030})])
+def test_decode_split_along_a_long_cache(dtype, heads, kwargs):
+    """Rows that fill every split, that leave splits empty, that hold one position, and none; stale values never count."""
+    require("latent_attention_decode", "triton", dtype)
+    from lmvae_fast.kernels.latent_attention.triton import decode_splits
+
+    positions = 1100
+    assert decode_splits(min(positions, kwargs.get("window", positions)), 4 * heads[1]) > 1
+    q, k_cache, v_cache = caches(4, *heads, positions, head_dim=19, dtype=dtype)
+    lengths = torch.tensor([positions, 65, 1, 0])
+    for b, length in enumerate(lengths.tolist()):
+        k_cache[b, :, length:], v_cache[b, :, length:] = float("nan"), float("inf")
+    tensors = [x[:3] for x in (q, k_cache, v_cache)]
+    check("triton", tensors, lengths[:3], **kwargs)
+    run = on_backend(latent_attention_decode, "triton")
+    first, again = (run(q, k_cache, v_cache, lengths, scale=0.2, **kwargs) for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first[3] == 0).all()
+
+
+def test_decode_splits_fill_the_device_and_no_more():
+    pytest.importorskip("triton")
+    from lmvae_fast.kernels.latent_attention.triton import decode_splits
+
+    assert decode_splits(1023, 1) == 1
+    assert decode_splits(1024, 1) == 4
+    assert decode_splits(10**6, 1) == 32
+    assert decode_splits(4096, 133) == 1
+    for positions in (1024, 4096, 10**5):
+        for pairs in (0, 1, 8, 96, 132, 1000):
+            splits = decode_splits(positions, pairs)
+            assert splits == 1 or splits * pairs <= 264
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decode_layouts(name, layout):
@@ -181,7 +216,8 @@ def test_decode_writes_stay_inside(name):
     require("latent_attention_decode", name)
     with GuardedAllocations() as guarded:
         space = getattr(torch.ops, registry.namespace(name))
-        space.latent_attention_decode(*caches(head_dim=19), torch.tensor([1, 20, 7]), 0.25, None, None)
+        for positions in (20, 1030):  # the second is split in the Triton form
+            space.latent_attention_decode(*caches(positions=positions, head_dim=19), torch.tensor([1, 20, 7]), 0.25, None, None)
     guarded.check()
 
 

@@ -317,7 +317,7 @@ def test_older_instruction_sets(isa):
 
 
 def test_static_address_arithmetic():
-    triton_module = pytest.importorskip("lmvae_fast.kernels.latent_kv.triton")
+    triton_module = pytest.importorskip("lmvae_fast.kernels.latent_kv.triton_kernels")
     assert_int64_addresses(triton_module)
 
 

@@ -57,9 +57,9 @@ class FakeModel(nn.Module):
             self.dropout = nn.Dropout(dropout)
             self.output = nn.Linear(LATENT, VOCABULARY)
         tokenizer = Tokenizer()
-        # SimpleNamespaces: these are stand-ins for modules, not modules
         self.encoder = SimpleNamespace(tokenizer=tokenizer, fingerprint=self._encoder_fingerprint)
-        self.decoder = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), vocab_size=VOCABULARY)
+        self.decoder = nn.Module()  # of no parameters
+        self.decoder.tokenizer, self.decoder.vocab_size = SimpleNamespace(tokenizer=tokenizer), VOCABULARY
 
     def _encoder_fingerprint(self) -> str:
         return hashlib.sha256(self.table.weight.detach().numpy().tobytes()).hexdigest()

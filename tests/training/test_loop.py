@@ -91,10 +91,10 @@ def test_fp16_skips_steps_while_it_finds_its_scale(tmp_path):
     """An infinite scaled gradient is the scaler's business and no reason to stop."""
     model = FakeModel(train_encoder=True)
     trainer = Trainer(model, sentences(60), None, settings(tmp_path, precision="fp16"), ())
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     result = trainer.run()
     assert result.stop_reason == "completed"
-    assert trainer.scaler.get_scale() < 2.0**60
+    assert trainer.update.scaler.get_scale() < 2.0**60
     assert all(torch.isfinite(value).all() for value in model.parameters())
 
 

@@ -1,0 +1,119 @@
+"""``lmvae-fast profile``: where a step's time goes, beside the eager reference and the machine's limits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lmvae_fast.cli.app import app
+from lmvae_fast.cli.common import Backend, Json, console, load_model, print_json
+
+if TYPE_CHECKING:
+    from lmvae_fast.models.lmvae import LMVAE
+
+profile = typer.Typer(no_args_is_help=True, help="Where time, bytes and FLOPs go: the fast path beside the eager reference.")
+app.add_typer(profile, name="profile")
+
+
+@profile.command("train")
+def train(
+    model: Annotated[str | None, typer.Argument(help="Folder of a trained model, or a hub name; none with --tiny or --preset.")] = None,  # noqa: E501
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model, to see what the report looks like.")] = False,
+    preset: Annotated[str | None, typer.Option(help="Random weights of published shapes: ENCODER,DECODER (bert-base-cased,gpt2).")] = None,  # noqa: E501
+    system: Annotated[str, typer.Option(help="With --tiny and --preset: langvae or optimus.")] = "langvae",
+    data: Annotated[str, typer.Option(help="Sentences: a file, or `corpus`, the bundled one.")] = "corpus",
+    column: Annotated[str | None, typer.Option(help="Column or field with the sentence.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sentences of the step.")] = 32,
+    latent_dim: Annotated[int, typer.Option(help="With --tiny and --preset: width of the latent.")] = 128,
+    max_len: Annotated[int, typer.Option(help="With --tiny and --preset: most tokens per sentence.")] = 32,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, both sides together.")] = 10.0,
+    reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Measure the eager reference as well (a second copy of both models).")] = True,  # noqa: E501
+    output: Annotated[Path, typer.Option(help="Folder of report, record and traces.")] = Path("runs/profile"),
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> None:
+    """Profile a training step: time per part, FLOPs, bytes, memory, energy, each against what this machine can do.
+
+    Writes `OUTPUT/report.html`, `profile.json`, and one trace per side for ui.perfetto.dev.
+
+    Example: `lmvae-fast profile train runs/first/model --data sentences.txt --batch-size 64`
+    """
+    from lmvae_fast.cli.profile_report import write
+    from lmvae_fast.config import TrainConfig
+    from lmvae_fast.kernels.backend import backend as use_backend
+    from lmvae_fast.profiling.train import profile_train
+
+    config = TrainConfig(batch_size=batch_size, precision=precision, learning_rate=1e-5, max_steps=10**6)
+    texts = _texts(data, column, batch_size)
+    with use_backend(backend):
+        subject = _subject(model, tiny, preset, system, latent_dim, max_len, texts)
+        found = profile_train(subject, texts, config, folder=output, seconds=seconds, reference=reference)
+    (output / "profile.json").write_text(json.dumps(found, indent=1) + "\n")
+    report = write(found, output / "report.html")
+    if as_json:
+        print_json({**found, "report": str(report)})
+        return
+    for side in found["sides"].values():
+        table = Table("part", "ms", "share", "GFLOP", "of matrix rate", "of bandwidth")
+        for row in side["parts"]:
+            table.add_row(
+                row["part"], f"{row['seconds'] * 1e3:.2f}", f"{row['share']:.1%}", f"{row['flops'] / 1e9:.3f}",
+                f"{row['share_of_matrix_rate']:.1%}", f"{row['share_of_bandwidth']:.1%}",
+            )  # fmt: skip
+        memory = f"{side['peak_extra_bytes'] / 2**20:,.1f} MiB beside the {side['held_bytes'] / 2**20:,.1f} held"
+        speed = f"{side['seconds'] * 1e3:.1f} ms a step, {side['tokens_per_s']:,.0f} tokens/s"
+        console.print(f"\n{side['name']}: {speed}, {memory}")
+        console.print(table)
+    if "speedup" in found:
+        console.print(f"\nthe fast path is {found['speedup']:.2f} times as fast")
+    console.print(f"report: {report}", markup=False)
+
+
+def _texts(data: str, column: str | None, batch_size: int) -> list[str]:
+    """At least a batch of sentences. Raises DataError when the file has too few."""
+    from lmvae_fast.data import generate_corpus, read
+    from lmvae_fast.errors import DataError
+
+    wanted = 16 * batch_size  # as many as one window of the batch plan: batches then are of even lengths, as in training
+    where = int(column) if column is not None and column.isdigit() else column
+    dataset = generate_corpus(wanted, seed=0) if data == "corpus" else read(data, limit=wanted, column=where)
+    texts = list(dataset.texts)
+    if len(texts) < batch_size:
+        raise DataError(
+            "too few sentences for a batch", value=len(texts), limit=f">= {batch_size}",
+            remedy="lower --batch-size or give more data",
+        )  # fmt: skip
+    return texts
+
+
+def _subject(
+    model: str | None, tiny: bool, preset: str | None, system: str, latent_dim: int, max_len: int, texts: list[str]
+) -> LMVAE:
+    """The model to profile. Raises ConfigError unless exactly one is named."""
+    import torch
+
+    from lmvae_fast.config import LMVAEConfig
+    from lmvae_fast.errors import ConfigError
+    from lmvae_fast.profiling.presets import random_model
+
+    if (model is not None) + tiny + (preset is not None) != 1:
+        raise ConfigError(
+            "name one model to profile", value=f"MODEL={model}, tiny={tiny}, preset={preset}",
+            limit="one of MODEL, --tiny and --preset", remedy="for a first look: lmvae-fast profile train --tiny",
+        )  # fmt: skip
+    if model is not None:
+        return load_model(model)
+    encoder, comma, decoder = ("tiny,tiny" if preset is None else preset).partition(",")
+    if not comma:
+        raise ConfigError(
+            "--preset wants two names", value=preset, limit="ENCODER,DECODER", remedy="--preset bert-base-cased,gpt2"
+        )
+    options: dict[str, Any] = {"pooling": "mean"} if encoder not in ("tiny", "bert-base-cased") else {}
+    config = LMVAEConfig(system=system, latent_dim=latent_dim, max_len=max_len, **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return random_model(encoder, decoder, config, texts, device=device)

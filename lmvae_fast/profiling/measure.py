@@ -1,0 +1,132 @@
+"""Interleaved timing, peak memory, the machine's own limits, and what a figure cannot be read without."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _once(function: Callable[[], Any], repeats: int, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    _wait(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    sides: dict[str, Callable[[], Any]], seconds: float, device: str, *, rounds: int = 20
+) -> dict[str, list[float]]:
+    """Seconds per call of each side, timed in turn and in random order within each round.
+
+    Goes on for about ``seconds`` in all, and for ``rounds`` rounds at least; calls shorter than 2 ms are timed in groups.
+    """
+    repeats = {}
+    for name, function in sides.items():
+        for _ in range(min(3, rounds)):
+            function()
+        # short calls are timed in groups of about 2 ms, so that the clock and its call do not count
+        shortest = min(_once(function, 1, device) for _ in range(min(5, rounds)))
+        repeats[name] = max(1, int(2e-3 / max(1e-7, shortest)))
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    shuffle = random.Random(0)
+    start = time.perf_counter()
+    while len(times[order[0]]) < rounds or (time.perf_counter() - start < seconds and len(times[order[0]]) < 2000):
+        shuffle.shuffle(order)
+        for name in order:
+            times[name].append(_once(sides[name], repeats[name], device))
+    return times
+
+
+def peak_memory(function: Callable[[], Any], device: str) -> int:
+    """Most bytes that torch held during a call beyond what it held before."""
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    held = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def machine_limits(device: str, seconds: float = 1.0) -> dict[str, float]:
+    """What this machine can do at most, measured now: bytes/s of a copy, FLOP/s of a matrix product."""
+    big = torch.empty(2**26, dtype=torch.float32, device=device)
+    target = torch.empty_like(big)
+    big.fill_(1.0)
+    target.fill_(1.0)
+    limits = {}
+    copy = statistics.median(interleave({"copy": lambda: target.copy_(big)}, seconds, device)["copy"])
+    limits["copy_bytes_per_s"] = 2 * big.numel() * 4 / copy
+    for dtype in (torch.float32, torch.bfloat16):
+        n = 1024 if device == "cpu" else 8192
+        a = torch.randn(n, n, device=device).to(dtype)
+        b = torch.randn(n, n, device=device).to(dtype)
+        out = torch.empty(n, n, device=device, dtype=dtype)
+        product = interleave({"mm": functools.partial(torch.mm, a, b, out=out)}, seconds, device)["mm"]
+        limits[f"matmul_{str(dtype).removeprefix('torch.')}_flops_per_s"] = 2 * n**3 / statistics.median(product)
+    return limits
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a machine without git
+        return ""
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a number cannot be read without: machine, versions, threads, commit."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = found[0] if found else cpu
+    record = ROOT / "lmvae_fast" / "_build_info.json"
+    build = json.loads(record.read_text()) if record.exists() else {}
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "cpu_isa": torch.ops.lmvae_fast.cpu_isa() if build.get("built") else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": build.get("compiler", "none"),
+        # a copy of the tree without its history is told its commit
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("LMVAE_COMMIT", "unknown"),
+        "uncommitted": bool(
+            _git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/kernels/*.py", "setup.py")
+        ),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

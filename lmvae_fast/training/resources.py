@@ -1,0 +1,57 @@
+"""What a run sets up for its steps and gives back at its end: the frozen decoder's precision, the allocator's habits."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+_DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
+
+
+@contextlib.contextmanager
+def frozen_in(decoder: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """While this lasts, the decoder's frozen float32 weights are held in `dtype` (None: as they are).
+
+    Autocast would otherwise cast every one of them anew at each step. Where a part of the decoder trains, matrices only:
+    the vectors of its norms meet activations that may then be float32. Afterwards the weights are the very tensors they
+    were.
+    """
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    if dtype is not None:
+        whole = not any(parameter.requires_grad for parameter in decoder.parameters())
+        for parameter in decoder.parameters():
+            if not parameter.requires_grad and parameter.dtype == torch.float32 and (whole or parameter.dim() > 1):
+                kept.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextlib.contextmanager
+def keeping_freed_memory(device: torch.device) -> Iterator[None]:
+    """While this lasts, memory that the process frees on the CPU stays with it, ready for the next step.
+
+    glibc gives every large block back to the kernel at once and gets it anew, page fault by page fault, at the next step.
+    Does nothing on other devices and under other C libraries.
+    """
+    libc = ctypes.CDLL(None) if device.type == "cpu" else None
+    if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim", "gnu_get_libc_version")):
+        yield
+        return
+    assert libc is not None
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
+        libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
+        libc.malloc_trim(0)
