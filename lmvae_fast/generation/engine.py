@@ -6,30 +6,39 @@ batch of waiting latents at a time, because one projection reads every weight of
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import ConfigError, LatentError
-from lmvae_fast.generation.sampling import select_tokens
-from lmvae_fast.models.cache import LatentCache
+from lmvae_fast.errors import ConfigError, DataError, LatentError
+from lmvae_fast.generation.rows import Rows, Start
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
 
+#: Steps between two looks at which sentences have ended, by device: on a CPU looking is free.
+STEPS_PER_LOOK = {"cpu": 1}
+_STEPS_PER_LOOK_ELSEWHERE = 8
+
 
 @dataclass(frozen=True)
 class Generated:
-    """One decoded latent: its row in the input, its text, its token ids, and whether it ended by an end token."""
+    """One decoded sentence.
+
+    ``index``: row of its latent in the input; ``sample``: its number among that latent's samples; ``text``, prompt
+    included; ``ids``: the tokens produced, without prompt and end token; ``finished``: ended by an end or stop token;
+    ``logprobs``: natural logarithm of each produced token's probability, where asked for.
+    """
 
     index: int
     text: str
     ids: list[int]
     finished: bool
+    sample: int = 0
+    logprobs: list[float] | None = None
 
 
 def generate(
@@ -38,6 +47,7 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     annotations: Tensor | None = None,
+    prompts: str | Sequence[str] | None = None,
     first_index: int = 0,
 ) -> Iterator[Generated]:
     """Decode latents, in their order.
@@ -47,34 +57,62 @@ def generate(
         latents: ``[N, latent_dim]``, or an iterable of such blocks (read one at a time).
         config: how; greedy by default.
         annotations: pooled labels ``[N, labels]`` of a conditional decoder (``latents`` must then be one tensor).
+        prompts: text that every sentence, or the sentence of each latent, begins with.
         first_index: index of the first latent: what a resumed stream continues from.
 
     Raises:
         LatentError: latents of another width or dtype, or with NaN or Inf; none of that block is decoded then.
-        ConfigError: more tokens asked for than the model's memory or positions allow.
+        ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
+            stop token beyond the vocabulary.
+        DataError: prompts and latents of different number.
     """
     config = config or GenerationConfig()
-    limit = token_limit(model, config)
+    ids = _prompt_ids(model, latents, prompts)
+    longest = max(map(len, ids), default=0)
+    limit = token_limit(model, config, longest)
     blocks = _blocks(model, latents, annotations, config.batch_size)
     seed = None
     if config.do_sample:
         seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
-    return _run(model, blocks, config, limit, seed, first_index)
+    waiting = _Waiting(model, blocks, ids, config.num_samples, first_index)
+    return _run(model, waiting, config, {"limit": limit, "longest_prompt": longest, "config": config, "seed": seed})
 
 
-def token_limit(model: LMVAE, config: GenerationConfig) -> int:
-    """Tokens a sentence may have under this configuration; ConfigError past what the model allows."""
-    slots = int(model.config.slots or 0)
-    if config.max_new_tokens is None:
-        return model.config.max_len
-    if model.config.visibility != "prefix" and config.max_new_tokens > model.config.max_len:
+def token_limit(model: LMVAE, config: GenerationConfig, prompt_tokens: int = 0) -> int:
+    """Tokens a sentence may have under this configuration, its prompt not counted; ConfigError past what the model allows."""
+    slots, length = int(model.config.slots or 0), model.config.max_len
+    wide = [token for token in config.stop_tokens if token >= model.decoder.vocab_size]
+    if wide:
+        raise ConfigError("a stop token is not in the vocabulary", value=wide[0], limit=f"< {model.decoder.vocab_size}")
+    limit = length - prompt_tokens if config.max_new_tokens is None else config.max_new_tokens
+    if limit < 1:
+        raise ConfigError(
+            "the prompt leaves no token to produce", value=f"{prompt_tokens} tokens", limit=f"max_len={length}",
+            remedy="shorten it, or give max_new_tokens where the visibility allows more than max_len tokens",
+        )  # fmt: skip
+    if model.config.visibility != "prefix" and prompt_tokens + limit > length:
+        prompt = f" behind a prompt of {prompt_tokens}" if prompt_tokens else ""
         raise ConfigError(
             f"{model.config.visibility} visibility has a memory slot for each of max_len tokens and no more",
-            value=f"max_new_tokens={config.max_new_tokens}", limit=f"max_len={model.config.max_len}",
-            remedy="ask for fewer tokens",
+            value=f"max_new_tokens={limit}{prompt}", limit=f"max_len={length}", remedy="ask for fewer tokens",
         )  # fmt: skip
-    model.decoder.check_positions(slots, config.max_new_tokens, str(model.config.visibility))
-    return config.max_new_tokens
+    model.decoder.check_positions(slots, prompt_tokens + limit, str(model.config.visibility))
+    return limit
+
+
+def _prompt_ids(model: LMVAE, latents, prompts: str | Sequence[str] | None) -> list[tuple[int, ...]]:
+    """Ids of the prompts: none, one for all, or one per latent."""
+    if prompts is None:
+        return []
+    if isinstance(prompts, str):
+        return [tuple(model.decoder.tokenizer.encode([prompts])[0])]
+    if not isinstance(latents, Tensor) or len(prompts) != latents.shape[0]:
+        value = len(latents) if isinstance(latents, Tensor) else type(latents).__name__
+        raise DataError(
+            "one prompt per latent needs the latents as one tensor of as many rows", value=value, limit=len(prompts),
+            remedy="or give one string for all",
+        )  # fmt: skip
+    return [tuple(ids) for ids in model.decoder.tokenizer.encode(prompts)]
 
 
 def _blocks(model, latents, annotations, batch_size) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -99,101 +137,76 @@ def _blocks(model, latents, annotations, batch_size) -> Iterator[tuple[Tensor, T
 
 
 class _Waiting:
-    """Latents projected but not started: one block at a time, handed out row by row."""
+    """Latents projected but not started: one block at a time, handed out sentence by sentence."""
 
-    def __init__(self, model: LMVAE, blocks: Iterator[tuple[Tensor, Tensor | None]]):
-        self.model, self.blocks = model, blocks
+    def __init__(self, model: LMVAE, blocks, prompts: list[tuple[int, ...]], samples: int, first_index: int):
+        self.model, self.blocks, self.prompts, self.samples = model, blocks, prompts, samples
         self.block: Injection | None = None
-        self.next = 0
+        self.first_index = self.block_start = first_index
+        self.next = 0  # sentence of the block: sample s of its latent r is number r * samples + s
 
-    def take(self, count: int) -> Injection | None:
-        """Up to ``count`` rows; None when there is nothing left."""
-        if self.block is None or self.next == self.block.batch_size:
+    def take(self, count: int) -> tuple[Injection, list[Start]] | None:
+        """Up to ``count`` sentences; None when there is nothing left."""
+        if self.block is None or self.next == self.block.batch_size * self.samples:
+            self.block_start += 0 if self.block is None else self.block.batch_size
             z, labels = next(self.blocks, (None, None))
             if z is None:
                 return None
             weight = self.model.posterior_head.weight
             z = z.to(device=weight.device, dtype=weight.dtype)
             self.block, self.next = self.model.inject(z, None if labels is None else labels.to(weight.device)), 0
-        start, self.next = self.next, min(self.next + count, self.block.batch_size)
-        return self.block.select(slice(start, self.next))
+        begin, self.next = self.next, min(self.next + count, self.block.batch_size * self.samples)
+        numbers = range(begin, self.next)
+        starts = [self._start(number) for number in numbers]
+        if self.samples == 1:
+            return self.block.select(slice(begin, self.next)), starts
+        rows = torch.tensor([number // self.samples for number in numbers], device=self.model.device)
+        return self.block.select(rows), starts
+
+    def _start(self, number: int) -> Start:
+        index = self.block_start + number // self.samples
+        each = len(self.prompts) > 1
+        prompt = self.prompts[index - self.first_index if each else 0] if self.prompts else ()
+        return Start(index, number % self.samples, prompt)
 
 
-class _Rows:
-    """The sentences being decoded: one cache row each."""
-
-    def __init__(self, model: LMVAE, first: Injection, limit: int):
-        self.model, device = model, model.decoder.device
-        self.size = first.batch_size
-        self.cache: LatentCache = model.decoder.new_cache(first, batch=self.size, max_tokens=limit)
-        # What is not memory is kept per row and overwritten when a row starts a new sentence.
-        self.injection = Injection(
-            first.visibility, None if first.memory is None else self.cache.memory,
-            *(None if part is None else part.detach().clone() for part in (first.embedding_shift, first.output_residual)),
-        )  # fmt: skip
-        self.token = torch.empty(self.size, dtype=torch.int64, device=device)
-        self.ids: list[list[int]] = [[] for _ in range(self.size)]
-        self.index = [-1] * self.size
-
-    def start(self, rows: list[int], injection: Injection, first_index: int) -> None:
-        where = torch.tensor(rows, dtype=torch.int64, device=self.token.device)
-        self.cache.place(where, injection)
-        for name in ("embedding_shift", "output_residual"):
-            if (part := getattr(injection, name)) is not None:
-                getattr(self.injection, name).index_copy_(0, where, part)
-        self.token.index_fill_(0, where, self.model.decoder.tokenizer.bos_token_id)
-        for offset, row in enumerate(rows):
-            self.ids[row], self.index[row] = [], first_index + offset
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows: what is left runs in a smaller batch."""
-        where = torch.tensor(rows, dtype=torch.int64, device=self.token.device)
-        self.cache.select(where)
-        parts = (self.injection.embedding_shift, self.injection.output_residual)
-        self.injection = Injection(
-            self.injection.visibility, None if self.injection.memory is None else self.cache.memory,
-            *(None if part is None else part[where] for part in parts),
-        )  # fmt: skip
-        self.token = self.token[where]
-        self.ids, self.index = [self.ids[row] for row in rows], [self.index[row] for row in rows]
-        self.size = len(rows)
-
-
-def _run(model, blocks, config, limit, seed, first_index) -> Iterator[Generated]:
-    eos = model.decoder.tokenizer.eos_token_id
-    waiting = _Waiting(model, blocks)
+def _run(model: LMVAE, waiting: _Waiting, config: GenerationConfig, options: dict) -> Iterator[Generated]:
     with evaluating(model):  # never held while a consumer has control
         first = waiting.take(config.batch_size)
         if first is None:
             return
-        rows = _Rows(model, first, limit)
-        rows.start(list(range(rows.size)), first, first_index)
-    started, emitted = first_index + rows.size, first_index
-    done: dict[int, Generated] = {}
-    while rows.size:
+        rows = Rows(model, first[0], **options)
+        rows.start(list(range(rows.size)), *first)
+    steps = STEPS_PER_LOOK.get(model.device.type, _STEPS_PER_LOOK_ELSEWHERE)
+    emitted = (waiting.first_index, 0)
+    done: dict[tuple[int, int], Generated] = {}
+    while any(start is not None for start in rows.starts):
         with evaluating(model):
-            logits = model.decoder.step(rows.token, rows.cache, rows.injection)
-            steps = torch.tensor([len(ids) for ids in rows.ids])
-            rows.token = select_tokens(logits, config, seed=seed, sentence=torch.tensor(rows.index), step=steps)
-        ended = []
-        for row, token in enumerate(rows.token.tolist()):
-            if token != eos:
-                rows.ids[row].append(token)
-            if token == eos or len(rows.ids[row]) == limit:
-                ended.append((row, token == eos))
+            for _ in range(steps):
+                rows.advance()
+            ended = rows.ended()
         if not ended:
             continue
-        texts = model.decoder.tokenizer.decode([rows.ids[row] for row, _ in ended])
-        for (row, finished), text in zip(ended, texts, strict=True):
-            done[rows.index[row]] = Generated(rows.index[row], text.strip(), rows.ids[row], finished)
-        free = deque(row for row, _ in ended)
+        for out in _read(model, rows, ended):
+            done[out.index, out.sample] = out
+        free = [row for row, start in enumerate(rows.starts) if start is None]
         with evaluating(model):
-            while free and (injection := waiting.take(len(free))) is not None:
-                taken = [free.popleft() for _ in range(injection.batch_size)]
-                rows.start(taken, injection, started)
-                started += len(taken)
-            if free:
-                rows.keep([row for row in range(rows.size) if row not in free])
+            while free and (more := waiting.take(len(free))) is not None:
+                rows.start(free[: len(more[1])], *more)
+                free = free[len(more[1]) :]
+            # the cache is copied to shrink, so a few idle rows are let be
+            if 4 * len(free) >= rows.size:
+                rows.keep([row for row in range(rows.size) if rows.starts[row] is not None])
         while emitted in done:
             yield done.pop(emitted)
-            emitted += 1
+            index, sample = emitted
+            emitted = (index, sample + 1) if sample + 1 < config.num_samples else (index + 1, 0)
+
+
+def _read(model: LMVAE, rows: Rows, ended: list[int]) -> list[Generated]:
+    taken = [rows.take(row) for row in ended]
+    texts = model.decoder.tokenizer.decode([[*start.prompt, *ids] for start, ids, _, _ in taken])
+    return [
+        Generated(start.index, text.strip(), ids, stopped, start.sample, logprobs)
+        for (start, ids, logprobs, stopped), text in zip(taken, texts, strict=True)
+    ]

@@ -93,8 +93,8 @@ class LatentCache:
             self._lengths = self._positions + 1
 
     def advance(self) -> None:
-        """The step is done in every layer."""
-        self.step = self.step + 1
+        """The step is done in every layer. A row that has read all it may stays where it is, and reads there again."""
+        self.step.add_(1).clamp_(max=self.max_tokens - 1)
 
     def attend(self, layer, query, key, value, *, scale, window, softcap):
         """One token per row: query ``[batch, heads, head_dim]``, key and value ``[batch, kv_heads, head_dim]``."""

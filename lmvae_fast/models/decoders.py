@@ -139,8 +139,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: ``[..., vocabulary]``."""
-        bias = self.head_bias
-        logits = nn.functional.linear(hidden, self.head_weight, bias)
+        logits = self.model.get_output_embeddings()(hidden)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import ConfigError, LatentError
+from lmvae_fast.errors import ConfigError, DataError, LatentError
+from lmvae_fast.generation import engine, packed
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.generation.sampling import filtered_probabilities, select_tokens
 from lmvae_fast.models.greedy import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.stepwise import stepwise_greedy
@@ -123,32 +123,136 @@ def test_empty_input_gives_nothing():
     assert make_model("gpt2").decode(torch.zeros(0, 6)) == []
 
 
-def test_filters_against_their_definitions():
-    logits = torch.randn(5, 31)
-    probabilities = torch.softmax(logits / 0.7, -1)
-    kept = filtered_probabilities(logits, temperature=0.7, top_k=4)
-    assert (kept > 0).sum(-1).tolist() == [4] * 5
-    for row in range(5):
-        order = probabilities[row].argsort(descending=True).tolist()
-        total, nucleus = 0.0, []
-        for token in order:
-            nucleus.append(token)
-            total += probabilities[row, token].item()
-            if total >= 0.6:
-                break
-        got = filtered_probabilities(logits, temperature=0.7, top_p=0.6)[row]
-        assert sorted(nucleus) == got.nonzero().flatten().tolist()
-        torch.testing.assert_close(got[nucleus], probabilities[row, nucleus] / total)
+def test_looking_seldom_changes_nothing(monkeypatch):
+    """On a GPU the host looks at every eighth step only: rows that have ended read on without effect."""
+    model = make_model("gpt2").eval()
+    z = 2 * torch.randn(23, 6)
+    end_with_a_common_token(model, z)
+    config = GenerationConfig(batch_size=5, do_sample=True, seed=3, repetition_penalty=1.1)
+    expected = list(generate(model, z, config))
+    for steps in (2, 8, 50):
+        monkeypatch.setitem(engine.STEPS_PER_LOOK, "cpu", steps)
+        assert list(generate(model, z, config)) == expected
 
 
-def test_draws_follow_the_probabilities():
-    logits = torch.randn(1, 12)
-    expected = torch.softmax(logits[0], -1)
-    rows = 20000
-    tokens = select_tokens(
-        logits.expand(rows, -1), GenerationConfig(do_sample=True), seed=3, sentence=torch.arange(rows),
-        step=torch.zeros(rows, dtype=torch.int64),
+def test_several_samples_per_latent():
+    model = make_model("gpt2").eval()
+    z = 2 * torch.randn(7, 6)
+    end_with_a_common_token(model, z)
+    whole = list(generate(model, z, GenerationConfig(do_sample=True, seed=3, num_samples=3)))
+    assert [(out.index, out.sample) for out in whole] == [(i, s) for i in range(7) for s in range(3)]
+    for batch_size in (1, 4):
+        config = GenerationConfig(do_sample=True, seed=3, num_samples=3, batch_size=batch_size)
+        assert list(generate(model, z, config)) == whole
+    assert len({tuple(out.ids) for out in whole}) > 10
+    with pytest.raises(ConfigError, match="num_samples"):
+        GenerationConfig(num_samples=2)
+
+
+@pytest.mark.parametrize("system", ["langvae", "optimus"])
+def test_a_prompt_is_read_before_the_sentence(system):
+    """What a greedy sentence itself began with, given as a prompt, changes nothing; another beginning is kept."""
+    model = make_model("gpt2", system=system).eval()
+    z = 2 * torch.randn(6, 6)
+    free = list(generate(model, z))
+    texts = ["the sun" if row % 2 else "" for row in range(6)]
+    prompts = model.decoder.tokenizer.encode(texts)
+    got = list(generate(model, z, GenerationConfig(batch_size=4, max_new_tokens=5), prompts=texts))
+    for row, out in enumerate(got):
+        assert len(out.ids) <= 5
+        if row % 2:
+            assert out.text.startswith("the sun")
+            with torch.no_grad():
+                start = torch.tensor([[model.decoder.tokenizer.bos_token_id, *prompts[row], *out.ids]])
+                tokens = model.decoder.tokenizer
+                assert teacher_forced(model, z[row : row + 1], start)[len(prompts[row]) :][: len(out.ids)] == out.ids
+                assert tokens.decode([[*prompts[row], *out.ids]])[0].strip() == out.text
+        else:
+            assert out.ids == free[row].ids[:5]
+    one_for_all = list(generate(model, z, GenerationConfig(max_new_tokens=5), prompts="the sun"))
+    assert [one_for_all[row] for row in (1, 3, 5)] == [got[row] for row in (1, 3, 5)]
+
+
+def teacher_forced(model, z, ids):
+    """The most probable token behind each of ids [1, S], in one parallel pass."""
+    length = ids.shape[1]
+    hidden = model.decoder.hidden(
+        ids[0], model.inject(z), cu_seqlens=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
+        rows=torch.zeros(length, dtype=torch.int64), token_index=torch.arange(length),
     )  # fmt: skip
-    frequency = torch.bincount(tokens, minlength=12) / rows
-    # five standard deviations of a binomial frequency
-    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / rows).sqrt() + 1e-4).all()
+    return model.decoder.logits(hidden).argmax(-1).tolist()
+
+
+def test_prompts_that_do_not_fit_are_refused():
+    model = make_model("gpt2")
+    with pytest.raises(ConfigError, match="prompt"):
+        generate(model, torch.zeros(1, 6), prompts="the sun " * 12)
+    with pytest.raises(ConfigError, match="max_len=9"):
+        generate(model, torch.zeros(1, 6), GenerationConfig(max_new_tokens=9), prompts="the sun")
+    with pytest.raises(ConfigError, match="128 positions"):
+        optimus = make_model("gpt2", system="optimus")
+        generate(optimus, torch.zeros(1, 6), GenerationConfig(max_new_tokens=3), prompts="the sun " * 200)
+    with pytest.raises(DataError, match="as many rows"):
+        generate(model, torch.zeros(2, 6), prompts=["one"])
+
+
+def test_stop_tokens_end_a_sentence():
+    model = make_model("gpt2").eval()
+    z = 2 * torch.randn(12, 6)
+    free = list(generate(model, z))
+    stop = free[0].ids[3]
+    for out, before in zip(generate(model, z, GenerationConfig(stop_tokens=(stop,))), free, strict=True):
+        assert out.ids == (before.ids[: before.ids.index(stop)] if stop in before.ids else before.ids)
+        assert out.finished == (stop in before.ids)
+    with pytest.raises(ConfigError, match="vocabulary"):
+        generate(model, z, GenerationConfig(stop_tokens=(10**6,)))
+
+
+def test_repetition_penalty_forbids_what_was_said():
+    model = make_model("gpt2").eval()
+    z = 2 * torch.randn(8, 6)
+    assert any(len(set(out.ids)) < len(out.ids) for out in generate(model, z)), "nothing repeats: it would prove nothing"
+    strict = GenerationConfig(repetition_penalty=1e30, batch_size=3)
+    # a penalty beyond all bounds leaves a said token only where no other has a positive score
+    for out in generate(model, z, strict):
+        assert len(set(out.ids)) == len(out.ids)
+
+
+def test_log_probabilities_are_the_models():
+    model = make_model("llama").eval()
+    z = 2 * torch.randn(5, 6)
+    end_with_a_common_token(model, z)
+    for options in ({}, {"do_sample": True, "seed": 2, "temperature": 0.6, "top_k": 5}):
+        for out in generate(model, z, GenerationConfig(logprobs=True, batch_size=2, **options)):
+            assert out.logprobs is not None and len(out.logprobs) == len(out.ids)
+            ids = torch.tensor([[model.decoder.tokenizer.bos_token_id, *out.ids]])[:, : len(out.ids)]
+            if not out.ids:
+                continue
+            with torch.no_grad():
+                hidden = model.decoder.hidden(
+                    ids[0], model.inject(z[out.index : out.index + 1]), max_seqlen=len(out.ids),
+                    cu_seqlens=torch.tensor([0, len(out.ids)], dtype=torch.int32),
+                    rows=torch.zeros(len(out.ids), dtype=torch.int64), token_index=torch.arange(len(out.ids)),
+                )  # fmt: skip
+                expected = model.decoder.logits(hidden).log_softmax(-1)
+            expected = expected.gather(-1, torch.tensor(out.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(out.logprobs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_packed_weights_give_the_same_texts_and_leave_no_trace(family):
+    model = make_model(family).eval()
+    z = 2 * torch.randn(16, 6)
+    if not packed.pays(model.decoder, 16):
+        pytest.skip("weights are not packed here")
+    plain = list(generate(model, z, GenerationConfig(pack_weights=False)))
+    assert list(generate(model, z)) == plain
+    forwards = [module for module in model.decoder.model.modules() if "forward" in module.__dict__]
+    assert not forwards
+    with packed.packed_weights(model.decoder, 16):
+        assert any("forward" in module.__dict__ for module in model.decoder.model.modules())
+    with torch.no_grad():  # a changed weight is packed again
+        model.decoder.model.get_output_embeddings().weight.mul_(-1)
+    changed = list(generate(model, z, GenerationConfig(pack_weights=False)))
+    assert changed != plain
+    assert list(generate(model, z)) == changed
