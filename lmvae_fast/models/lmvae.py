@@ -199,8 +199,14 @@ class LMVAE(nn.Module):
 
     # Injection ------------------------------------------------------------------------------------------------------
 
-    def inject(self, z: Tensor, annotations: Tensor | None = None, *, seed: int | Tensor | None = None) -> Injection:
-        """What latents ``[batch, latent_dim]`` add to the decoder. Raises LatentError for another shape or dtype."""
+    def inject(
+        self, z: Tensor, annotations: Tensor | None = None, *, seed: int | Tensor | None = None, tokens: int | None = None
+    ) -> Injection:
+        """What latents ``[batch, latent_dim]`` add to the decoder.
+
+        tokens: the most tokens that will be read under it; memory slots that none of them sees are then not made.
+        Raises LatentError for another shape or dtype of latents.
+        """
         self.check_latents(z, finite=False)
         if self.config.conditional_decoder:
             if annotations is None:
@@ -216,7 +222,9 @@ class LMVAE(nn.Module):
             z = torch.cat([z, annotations.to(z)], dim=-1)
         memory = shift = None
         if self.projector is not None:
-            memory = self.projector(z, dtype=self._compute_dtype, seed=_other_stream(seed))
+            # Under the other rules token i sees no slot after the i-th.
+            slots = None if tokens is None or self.config.visibility == "prefix" else max(tokens, 1)
+            memory = self.projector(z, dtype=self._compute_dtype, seed=_other_stream(seed), slots=slots)
         if self.embedding_shift is not None:
             shift = self.embedding_shift(z)
         return Injection(str(self.config.visibility), memory, shift)
@@ -247,6 +255,7 @@ class LMVAE(nn.Module):
         beta: float | Tensor | None = None,
         eps: Tensor | None = None,
         seed: int | Tensor | None = None,
+        tokens: int | None = None,
     ) -> LMVAEOutput:
         """Loss of a batch in one parallel pass.
 
@@ -255,13 +264,16 @@ class LMVAE(nn.Module):
             beta: weight of the KL; default ``model.beta``.
             eps: the posterior's noise ``[B, latent_dim]``, for comparisons; default: drawn.
             seed: of the noise and the dropout; default: torch's generator.
+            tokens: make memory for so many tokens, where several batches must have memory alike; default: for the
+                batch's longest sentence.
         """
         if not isinstance(batch, Batch):
             batch = self.make_batch(self.tokenize(batch)).to(self.device)
         beta = self.beta if beta is None else beta
         posterior = self._posterior(batch)
         z, kl = self._sample(posterior, beta, eps, seed)
-        injection = self.inject(z, batch.annotations, seed=seed)
+        tokens = max(batch.max_seqlen, tokens or 0)
+        injection = self.inject(z, batch.annotations, seed=seed, tokens=tokens)
         loss, nll = self._token_losses(batch, injection, self._token_weights(batch))
         with torch.no_grad():
             terms = combine(
@@ -276,7 +288,7 @@ class LMVAE(nn.Module):
     @torch.no_grad()
     def score(self, batch: Batch, z: Tensor) -> Tensor:
         """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats."""
-        injection = self.inject(z, batch.annotations)
+        injection = self.inject(z, batch.annotations, tokens=batch.max_seqlen)
         _, nll = self._token_losses(batch, injection, None, free_running=False)
         return segment_sum(nll, batch.cu_seqlens)
 

@@ -221,12 +221,14 @@ class Trainer:
         beta = self.model.beta = beta_at(self.step, self.total_steps, self.config)
         self.update.learning_rate = self._learning_rate()
         sentences = sum(len(rows) for rows in micro_batches)
+        # Memory for the step's longest sentence and its end token: alike in all micro-batches.
+        tokens = 1 + max(len(self.train_set.ids[row]) for rows in micro_batches for row in rows)
         for i, rows in enumerate(micro_batches):
             batch = self.model.make_batch(self.train_set, rows, self.pooled).to(self.device)
             # From torch's CPU generator: its state is in the checkpoint, and reading it costs the device nothing.
             seed = int(torch.randint(2**62, ()))
             with self._autocast():
-                out = self.model(batch, beta=beta, seed=seed)
+                out = self.model(batch, beta=beta, seed=seed, tokens=tokens)
             self.watch.note(out.loss, self._position(i))
             # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
             self.update.scaler.scale(out.loss * (len(rows) / sentences)).backward()
