@@ -8,7 +8,7 @@ once, and nothing of W's size is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from .. import backend, philox
 from ..registration import define, primitives
 from . import reference
 from .op import check_operands, latent_kv
+
+Factors = tuple[Tensor, Tensor, "Tensor | None"]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2]
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class LatentKVAdamW(torch.optim.Optimizer):
         self.shape = (*shape, nz)
         self.state_dtype = state_dtype or torch.promote_types(weight.dtype, torch.float32)
         self._dropout = 0.0
-        self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._kept: list[Factors] = []
         self._init_state()
 
     @property
@@ -262,6 +264,11 @@ class LatentKVAdamW(torch.optim.Optimizer):
 
         memory.register_hook(keep)
         return memory
+
+    def exchange(self, gather: Callable[[list[Factors]], list[Factors]]) -> None:
+        """Replace the factors held, (dmemory, z, seed) of each forward, by ``gather`` of them: what several processes hold
+        together is the gradient of all their sentences."""
+        self._kept = gather(self._kept)
 
     def _gradients(self) -> tuple[int, list[Tensor], list[Tensor], float, list[Tensor]]:
         """Slots that have gradients, and what `latent_kv_norm` takes of them: grads, zs, dropout, seeds."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
+from lmvae_fast.kernels.philox import seed_tensor
 from lmvae_fast.kernels.posterior import posterior_sample
-from lmvae_fast.models.batch import Batch, pack
+from lmvae_fast.models.batch import Batch, Share, pack
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.encoders import Encoder, Posterior
 from lmvae_fast.models.greedy import greedy_ids
@@ -271,9 +272,9 @@ class LMVAE(nn.Module):
             batch = self.make_batch(self.tokenize(batch)).to(self.device)
         beta = self.beta if beta is None else beta
         posterior = self._posterior(batch)
-        z, kl = self._sample(posterior, beta, eps, seed)
+        z, kl = self._sample(posterior, beta, eps, seed, batch.share)
         tokens = max(batch.max_seqlen, tokens or 0)
-        injection = self.inject(z, batch.annotations, seed=seed, tokens=tokens)
+        injection = self.inject(z, batch.annotations, seed=self._stream_of(batch.share, seed), tokens=tokens)
         loss, nll = self._token_losses(batch, injection, self._token_weights(batch))
         with torch.no_grad():
             terms = combine(
@@ -292,14 +293,33 @@ class LMVAE(nn.Module):
         _, nll = self._token_losses(batch, injection, None, free_running=False)
         return segment_sum(nll, batch.cu_seqlens)
 
-    def _sample(self, posterior: Posterior, beta, eps: Tensor | None, seed) -> tuple[Tensor, Tensor]:
+    def _sample(
+        self, posterior: Posterior, beta, eps: Tensor | None, seed, share: Share | None = None
+    ) -> tuple[Tensor, Tensor]:
         mode, target = str(self.config.kl_mode), float(self.config.kl_target or 0.0)
         if mode == "dim_threshold" and isinstance(beta, (int, float)) and beta == 0:
             mode = "sum"  # Optimus masks nothing while the KL has no weight
+        if eps is None and share is not None:
+            # Noise goes by row, so each sentence stands in its row of the whole batch; the other rows are idle.
+            rows = share.rows
+            places = torch.arange(rows.start, rows.stop, rows.step, device=posterior.mu.device)
+            mu, logvar = (
+                x.new_zeros(share.total, x.shape[1]).index_copy(0, places, x) for x in (posterior.mu, posterior.logvar)
+            )
+            z, kl = posterior_sample(mu, logvar, seed=seed, kl=mode, kl_target=target)
+            return z[places], kl[places]
         if eps is None:
             return posterior_sample(posterior.mu, posterior.logvar, seed=seed, kl=mode, kl_target=target)
         kl = kl_reduce(kl_per_dim(posterior.mu, posterior.logvar), mode, target)
         return posterior.mu + eps * torch.exp(0.5 * posterior.logvar), kl
+
+    def _stream_of(self, share: Share | None, seed: int | Tensor | None) -> int | Tensor | None:
+        """The seed of the memory's dropout: processes that share a batch draw from streams that never overlap."""
+        if share is None or isinstance(seed, Tensor):
+            return seed
+        pair = seed_tensor(seed, self.device)
+        pair[1:] += share.first
+        return pair
 
     def _token_weights(self, batch: Batch) -> Tensor:
         """How much each token's NLL counts in the loss, ``[T]``, so that one weighted sum is the reconstruction."""
