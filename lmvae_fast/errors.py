@@ -57,3 +57,7 @@ class OutputError(LMVAEError, OSError):
 
 class NumericalError(LMVAEError, ArithmeticError):
     """A loss or gradient became NaN or infinite."""
+
+
+class DistributedError(LMVAEError, RuntimeError):
+    """The processes of one run have lost one another."""

@@ -8,7 +8,7 @@ once, and nothing of W's size is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from .. import backend, philox
 from ..registration import define, primitives
 from . import reference
 from .op import check_operands, latent_kv
+
+Factors = tuple[Tensor, Tensor, "Tensor | None"]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2]
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class LatentKVAdamW(torch.optim.Optimizer):
         self.shape = (*shape, nz)
         self.state_dtype = state_dtype or torch.promote_types(weight.dtype, torch.float32)
         self._dropout = 0.0
-        self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._kept: list[Factors] = []
         self._init_state()
 
     @property
@@ -237,15 +239,19 @@ class LatentKVAdamW(torch.optim.Optimizer):
         dropout: float = 0.0,
         seed: int | Tensor | None = None,
         dtype: torch.dtype | None = None,
+        slots: int | None = None,
     ) -> Tensor:
         """`latent_kv` with this weight. In its backward, z and bias get gradients; dmemory and z are kept for `step`.
 
-        Forwards between two steps must have one dropout probability. Not for use inside torch.compile (it has a hook).
+        slots: make only the first so many of the M slots, and take bias ``[L, 2, Hkv, slots, D]``: memory that nothing
+        reads need not be made, and has no gradient. Forwards between two steps may differ in it, but must have one
+        dropout probability. Not for use inside torch.compile (it has a hook).
         """
         if self._kept and dropout != self._dropout:
             raise ValueError(f"dropout={dropout} differs from {self._dropout} of gradients that wait for step()")
         pair = philox.seed_tensor(seed, z.device) if dropout > 0.0 else None
-        memory = latent_kv(z, self.weight.detach().view(self.shape), bias, dropout=dropout, seed=pair, dtype=dtype)
+        weight = self.weight.detach().view(self.shape)[:, :, :, :slots]
+        memory = latent_kv(z, weight, bias, dropout=dropout, seed=pair, dtype=dtype)
         if not torch.is_grad_enabled():
             return memory
         if not memory.requires_grad:
@@ -259,17 +265,33 @@ class LatentKVAdamW(torch.optim.Optimizer):
         memory.register_hook(keep)
         return memory
 
-    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def exchange(self, gather: Callable[[list[Factors]], list[Factors]]) -> None:
+        """Replace the factors held, (dmemory, z, seed) of each forward, by ``gather`` of them: what several processes hold
+        together is the gradient of all their sentences."""
+        self._kept = gather(self._kept)
+
+    def _gradients(self) -> tuple[int, list[Tensor], list[Tensor], float, list[Tensor]]:
+        """Slots that have gradients, and what `latent_kv_norm` takes of them: grads, zs, dropout, seeds."""
         grads, zs, seeds = (list(x) for x in zip(*self._kept, strict=True))
-        return grads, zs, [] if self._dropout == 0.0 else seeds
+        slots = max(grad.shape[4] for grad in grads)
+        if self._dropout == 0.0:
+            seeds = []
+        if all(grad.shape[4] == slots for grad in grads):
+            return slots, grads, zs, self._dropout, seeds
+        # An element's place in the mask depends on the number of slots, so the masks are applied before filling up.
+        scale = 1.0 / (1.0 - self._dropout)
+        for i, seed in enumerate(seeds):
+            grads[i] = grads[i] * (reference.keep_mask(grads[i].shape, self._dropout, seed) * scale).to(grads[i].dtype)
+        grads = [torch.nn.functional.pad(grad, (0, 0, 0, slots - grad.shape[4])) for grad in grads]
+        return slots, grads, zs, 0.0, []
 
     @torch.no_grad()
     def norm_sq(self) -> Tensor:
         """||dW||_F^2 of all gradients held, a scalar tensor on the device; zero when there are none."""
         if not self._kept:
             return self.weight.new_zeros((), dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        grads, zs, seeds = self._gradients()
-        return latent_kv_norm(self.weight.view(self.shape), grads, zs, dropout=self._dropout, seeds=seeds)
+        slots, grads, zs, dropout, seeds = self._gradients()
+        return latent_kv_norm(self.weight.view(self.shape)[:, :, :, :slots], grads, zs, dropout=dropout, seeds=seeds)
 
     @torch.no_grad()
     def step(self, clip: Tensor | float | None = None) -> None:  # type: ignore[override]
@@ -282,13 +304,20 @@ class LatentKVAdamW(torch.optim.Optimizer):
         weight, group = self.weight, self.param_groups[0]
         state = self.state[weight]
         state["step"] += 1
-        grads, zs, seeds = self._gradients()
-        latent_kv_adamw(
-            weight.view(self.shape), state["exp_avg"].view(self.shape), state["exp_avg_sq"].view(self.shape), grads, zs,
-            step=state["step"], lr=self._scalar(group["lr"], torch.float64),
-            clip=self._scalar(1.0 if clip is None else clip), betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], dropout=self._dropout, seeds=seeds,
-        )  # fmt: skip
+        slots, grads, zs, dropout, seeds = self._gradients()
+        tensors = [x.view(self.shape) for x in (weight, state["exp_avg"], state["exp_avg_sq"])]
+        options: dict[str, Any] = {
+            "step": state["step"], "lr": self._scalar(group["lr"], torch.float64),
+            "clip": self._scalar(1.0 if clip is None else clip), "betas": group["betas"], "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+        }  # fmt: skip
+        seen = (x[:, :, :, :slots] for x in tensors)
+        latent_kv_adamw(*seen, grads, zs, dropout=dropout, seeds=seeds, **options)
+        if slots < self.shape[3]:  # the others' gradient is zero: their moments fade, as torch's AdamW has it
+            unseen = [x[:, :, :, slots:] for x in tensors]
+            layers, two, heads, count, dim, _ = unseen[0].shape
+            nothing = grads[0].new_empty(layers, two, 0, heads, count, dim)
+            latent_kv_adamw(*unseen, [nothing], [zs[0][:0]], **options)
         self._kept.clear()
 
     def _scalar(self, x: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:

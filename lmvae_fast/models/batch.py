@@ -11,6 +11,28 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which sentences of a batch of ``total`` one of ``step`` processes has: ``first``, ``first + step``, ...
+
+    A process for which none is left has the batch's first sentence, without weight, so that all do the same kind of work.
+    """
+
+    first: int
+    step: int
+    total: int
+
+    @property
+    def rows(self) -> range:
+        """Places in the whole batch."""
+        return range(self.first, self.total, self.step) or range(1)
+
+    @property
+    def count(self) -> int:
+        """Sentences that count."""
+        return len(range(self.first, self.total, self.step))
+
+
 @dataclass
 class Batch:
     """Sentences laid end to end; T tokens of B sentences.
@@ -28,6 +50,8 @@ class Batch:
         encoder_ids, encoder_mask: the encoder's padded input, int64 ``[B, S]``, when there are no pooled features.
         annotations: pooled label features, float32 ``[B, labels]``, or None.
         texts: the sentences, or None.
+        share: what these sentences are of a batch that several processes share, or None: the noise of a sentence is that
+            of its place in the whole batch.
     """
 
     input_ids: Tensor
@@ -43,6 +67,7 @@ class Batch:
     encoder_mask: Tensor | None = None
     annotations: Tensor | None = None
     texts: list[str] | None = None
+    share: Share | None = None
 
     @property
     def batch_size(self) -> int:

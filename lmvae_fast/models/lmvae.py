@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
+from lmvae_fast.kernels.philox import seed_tensor
 from lmvae_fast.kernels.posterior import posterior_sample
-from lmvae_fast.models.batch import Batch, pack
+from lmvae_fast.models.batch import Batch, Share, pack
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.encoders import Encoder, Posterior
 from lmvae_fast.models.greedy import greedy_ids
@@ -199,8 +200,14 @@ class LMVAE(nn.Module):
 
     # Injection ------------------------------------------------------------------------------------------------------
 
-    def inject(self, z: Tensor, annotations: Tensor | None = None, *, seed: int | Tensor | None = None) -> Injection:
-        """What latents ``[batch, latent_dim]`` add to the decoder. Raises LatentError for another shape or dtype."""
+    def inject(
+        self, z: Tensor, annotations: Tensor | None = None, *, seed: int | Tensor | None = None, tokens: int | None = None
+    ) -> Injection:
+        """What latents ``[batch, latent_dim]`` add to the decoder.
+
+        tokens: the most tokens that will be read under it; memory slots that none of them sees are then not made.
+        Raises LatentError for another shape or dtype of latents.
+        """
         self.check_latents(z, finite=False)
         if self.config.conditional_decoder:
             if annotations is None:
@@ -216,7 +223,9 @@ class LMVAE(nn.Module):
             z = torch.cat([z, annotations.to(z)], dim=-1)
         memory = shift = None
         if self.projector is not None:
-            memory = self.projector(z, dtype=self._compute_dtype, seed=_other_stream(seed))
+            # Under the other rules token i sees no slot after the i-th.
+            slots = None if tokens is None or self.config.visibility == "prefix" else max(tokens, 1)
+            memory = self.projector(z, dtype=self._compute_dtype, seed=_other_stream(seed), slots=slots)
         if self.embedding_shift is not None:
             shift = self.embedding_shift(z)
         return Injection(str(self.config.visibility), memory, shift)
@@ -247,6 +256,7 @@ class LMVAE(nn.Module):
         beta: float | Tensor | None = None,
         eps: Tensor | None = None,
         seed: int | Tensor | None = None,
+        tokens: int | None = None,
     ) -> LMVAEOutput:
         """Loss of a batch in one parallel pass.
 
@@ -255,13 +265,16 @@ class LMVAE(nn.Module):
             beta: weight of the KL; default ``model.beta``.
             eps: the posterior's noise ``[B, latent_dim]``, for comparisons; default: drawn.
             seed: of the noise and the dropout; default: torch's generator.
+            tokens: make memory for so many tokens, where several batches must have memory alike; default: for the
+                batch's longest sentence.
         """
         if not isinstance(batch, Batch):
             batch = self.make_batch(self.tokenize(batch)).to(self.device)
         beta = self.beta if beta is None else beta
         posterior = self._posterior(batch)
-        z, kl = self._sample(posterior, beta, eps, seed)
-        injection = self.inject(z, batch.annotations, seed=seed)
+        z, kl = self._sample(posterior, beta, eps, seed, batch.share)
+        tokens = max(batch.max_seqlen, tokens or 0)
+        injection = self.inject(z, batch.annotations, seed=self._stream_of(batch.share, seed), tokens=tokens)
         loss, nll = self._token_losses(batch, injection, self._token_weights(batch))
         with torch.no_grad():
             terms = combine(
@@ -276,18 +289,37 @@ class LMVAE(nn.Module):
     @torch.no_grad()
     def score(self, batch: Batch, z: Tensor) -> Tensor:
         """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats."""
-        injection = self.inject(z, batch.annotations)
+        injection = self.inject(z, batch.annotations, tokens=batch.max_seqlen)
         _, nll = self._token_losses(batch, injection, None, free_running=False)
         return segment_sum(nll, batch.cu_seqlens)
 
-    def _sample(self, posterior: Posterior, beta, eps: Tensor | None, seed) -> tuple[Tensor, Tensor]:
+    def _sample(
+        self, posterior: Posterior, beta, eps: Tensor | None, seed, share: Share | None = None
+    ) -> tuple[Tensor, Tensor]:
         mode, target = str(self.config.kl_mode), float(self.config.kl_target or 0.0)
         if mode == "dim_threshold" and isinstance(beta, (int, float)) and beta == 0:
             mode = "sum"  # Optimus masks nothing while the KL has no weight
+        if eps is None and share is not None:
+            # Noise goes by row, so each sentence stands in its row of the whole batch; the other rows are idle.
+            rows = share.rows
+            places = torch.arange(rows.start, rows.stop, rows.step, device=posterior.mu.device)
+            mu, logvar = (
+                x.new_zeros(share.total, x.shape[1]).index_copy(0, places, x) for x in (posterior.mu, posterior.logvar)
+            )
+            z, kl = posterior_sample(mu, logvar, seed=seed, kl=mode, kl_target=target)
+            return z[places], kl[places]
         if eps is None:
             return posterior_sample(posterior.mu, posterior.logvar, seed=seed, kl=mode, kl_target=target)
         kl = kl_reduce(kl_per_dim(posterior.mu, posterior.logvar), mode, target)
         return posterior.mu + eps * torch.exp(0.5 * posterior.logvar), kl
+
+    def _stream_of(self, share: Share | None, seed: int | Tensor | None) -> int | Tensor | None:
+        """The seed of the memory's dropout: processes that share a batch draw from streams that never overlap."""
+        if share is None or isinstance(seed, Tensor):
+            return seed
+        pair = seed_tensor(seed, self.device)
+        pair[1:] += share.first
+        return pair
 
     def _token_weights(self, batch: Batch) -> Tensor:
         """How much each token's NLL counts in the loss, ``[T]``, so that one weighted sum is the reconstruction."""

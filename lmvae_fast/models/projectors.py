@@ -48,15 +48,21 @@ class LinearProjector(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None) -> Tensor:
-        """Memory ``[layers, 2, batch, kv_heads, slots, head_dim]`` in ``dtype`` for z ``[batch, latent_dim]``."""
+    def forward(
+        self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None, slots: int | None = None
+    ) -> Tensor:
+        """Memory ``[layers, 2, batch, kv_heads, slots, head_dim]`` in ``dtype`` for z ``[batch, latent_dim]``.
+
+        slots: make only the first so many; None makes all.
+        """
         if self.hidden is not None:
             z = nn.functional.gelu(self.hidden(z))
-        z, bias = z.to(self.weight.dtype), self.bias.view(self.shape)
+        z, bias = z.to(self.weight.dtype), self.bias.view(self.shape)[:, :, :, :slots]
         dropout = self.dropout if self.training else 0.0
         if self.fused is not None:
-            return self.fused.project(z, bias, dropout=dropout, seed=seed, dtype=dtype)
-        return latent_kv(z, self.weight.view(*self.shape, -1), bias, dropout=dropout, seed=seed, dtype=dtype)
+            return self.fused.project(z, bias, dropout=dropout, seed=seed, dtype=dtype, slots=slots)
+        weight = self.weight.view(*self.shape, -1)[:, :, :, :slots]
+        return latent_kv(z, weight, bias, dropout=dropout, seed=seed, dtype=dtype)
 
 
 class SharedProjector(nn.Module):
@@ -69,7 +75,9 @@ class SharedProjector(nn.Module):
         bound = 1.0 / math.sqrt(latent_dim)
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None, slots: int | None = None
+    ) -> Tensor:
         """Memory ``[layers, 2, batch, kv_heads, 1, head_dim]``; its key and value halves are one storage."""
         vectors = nn.functional.linear(z.to(self.weight.dtype), self.weight)
         vectors = nn.functional.dropout(vectors, self.dropout, self.training).to(dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, NumericalError
 from lmvae_fast.training import checkpoint, resume
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Record, TensorBoard
+from lmvae_fast.training.distributed import Ranks
 from lmvae_fast.training.features import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.guards import FiniteWatch, StopSignals
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
@@ -68,10 +69,13 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.folder = self.output_dir / "checkpoints"
         self.parameters = trainable_parameters(model)
+        self.ranks = Ranks()
         self._check(eval_data)
-        checkpoint.check_space(self.folder, model.trainable_state_dict(), config.keep_checkpoints)
+        if self.ranks.first:
+            checkpoint.check_space(self.folder, model.trainable_state_dict(), config.keep_checkpoints)
         found = resume.find(config, self.folder)
 
+        self.ranks.wait(until_first_is_done=True)  # what it computes the others read from the cache
         cache = TensorCache(Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache")
         self.train_set = tokenized_sentences(model, train_data, cache, on_long=config.on_long)
         self.eval_set = None
@@ -83,29 +87,34 @@ class Trainer:
         self.eval_pooled = None
         if self.eval_set is not None:
             self.eval_pooled = pooled_features(model, self.eval_set, encoder, cache, batch_size=self.eval_batch)
+        self.ranks.wait(until_first_is_done=False)
 
         self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.update = Update(model, self.parameters, config)
         self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
         self.progress = Progress()
-        self.window = Window(self.device)
+        self.window = Window(self.device, self.ranks)
         self.watch = FiniteWatch(self.device)
         # On the CPU this costs nothing and finds the weights still good; on a GPU it would stall every step, so there
         # the record is read where figures are read anyway: at log steps and before a checkpoint is written.
         self.check_every_step = self.device.type == "cpu"
         self.log = MetricsLog(self.output_dir / "metrics.jsonl")
-        self.callbacks: list[Callback] = [self.log]
-        self.callbacks += [TensorBoard()] if config.tensorboard else []
-        self.callbacks += [ProgressBar()] if config.progress else []
-        self.callbacks += callbacks
+        self.callbacks: list[Callback] = []
+        if self.ranks.first:
+            self.callbacks += [self.log]
+            self.callbacks += [TensorBoard()] if config.tensorboard else []
+            self.callbacks += [ProgressBar()] if config.progress else []
+            self.callbacks += callbacks
         self.last_checkpoint: Path | None = None
         self.stop_reason: str | None = None
         self._plan: tuple[int, EpochPlan] | None = None
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
         self.identity = resume.identity(config, model, self.train_set.fingerprint(), eval_print)
-        seed_all(config.seed)
+        self.ranks.agree(self.identity)
+        seed_all(config.seed + self.ranks.rank)  # of dropout inside fine-tuned modules; rank 0 draws the seeds of steps
+        self.ranks.broadcast(self.parameters.values())
         if found is not None:
             self._restore(found)
 
@@ -120,6 +129,11 @@ class Trainer:
                 value=f"{half[0]} is {self.parameters[half[0]].dtype}",
                 remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
             )
+        if not self.ranks.alone and self.model.config.objective == "langvae-0.6":
+            raise ConfigError(
+                "objective='langvae-0.6' multiplies sums of a whole batch, so processes cannot share one",
+                value=f"{self.ranks.world} processes", limit=1, remedy="use objective='elbo', or one process",
+            )  # fmt: skip
         if eval_data is None and (self.config.schedule == "plateau" or self.config.early_stop is not None):
             raise ConfigError(
                 "schedule='plateau' and early_stop go by an evaluation figure",
@@ -187,8 +201,9 @@ class Trainer:
             self._log()
         if self.eval_set is not None and due(config.eval_every):
             self._evaluate()
-        if signals.received is not None and not last:
-            self.request_stop(signals.received)
+        stop = self.ranks.any_stop(self.stop_reason or signals.received)
+        if stop is not None and not last:
+            self.request_stop(stop)
         if due(config.save_every) or self.stop_reason is not None:
             self._save()
 
@@ -221,18 +236,26 @@ class Trainer:
         beta = self.model.beta = beta_at(self.step, self.total_steps, self.config)
         self.update.learning_rate = self._learning_rate()
         sentences = sum(len(rows) for rows in micro_batches)
+        # Memory for the step's longest sentence and its end token: alike in all micro-batches.
+        tokens = 1 + max(len(self.train_set.ids[row]) for rows in micro_batches for row in rows)
         for i, rows in enumerate(micro_batches):
-            batch = self.model.make_batch(self.train_set, rows, self.pooled).to(self.device)
+            share = self.ranks.share(len(rows))
+            own = rows if share is None else rows[share.rows]
+            batch = self.model.make_batch(self.train_set, own, self.pooled).to(self.device)
+            batch.share = share
             # From torch's CPU generator: its state is in the checkpoint, and reading it costs the device nothing.
-            seed = int(torch.randint(2**62, ()))
+            seed = self.ranks.same(int(torch.randint(2**62, ())))
             with self._autocast():
-                out = self.model(batch, beta=beta, seed=seed)
+                out = self.model(batch, beta=beta, seed=seed, tokens=tokens)
             self.watch.note(out.loss, self._position(i))
             # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
-            self.update.scaler.scale(out.loss * (len(rows) / sentences)).backward()
-            self.window.add(out, batch)
+            counted = len(rows) if share is None else share.count
+            self.update.scaler.scale(out.loss * (counted / sentences)).backward()
             self.progress.sentences += len(rows)
-            self.progress.tokens += batch.num_tokens
+            if counted:
+                self.window.add(out, batch)
+                self.progress.tokens += batch.num_tokens
+        self.update.synchronize(self.ranks)
         norm = self.update.norm()
         # With a scaler an infinite norm is how it finds its scale: it skips the step.
         if not self.update.scaler.is_enabled():
@@ -293,6 +316,7 @@ class Trainer:
             seed=self.config.seed,
             autocast=self._autocast,
         )
+        figures = self.ranks.same(figures)  # rank 0's word: what follows from them must follow on every rank
         # Smaller is better for all but the ELBO.
         value = -figures["elbo"] if self.config.monitor == "elbo" else figures[self.config.monitor]
         best = self.progress.best
@@ -319,14 +343,17 @@ class Trainer:
 
     def _save(self) -> None:
         self._stop_if_not_finite()
-        self.progress.window = self.window.read()
+        progress = replace(self.progress, window=self.window.read(), tokens=self._tokens())
+        if not self.ranks.first:
+            self.last_checkpoint = self.ranks.same(self.last_checkpoint)
+            return
         tensors = {
             "model": self.model.trainable_state_dict(),
             "optimizer": self.update.tensors(),
             "random": random_tensors(self.device),
         }
         state = {
-            "progress": asdict(self.progress),
+            "progress": asdict(progress),
             "plateau": self.plateau.state_dict(),
             "scaler": self.update.scaler.state_dict(),
             "beta": self.model.beta,
@@ -341,6 +368,7 @@ class Trainer:
             keep=self.config.keep_checkpoints,
             protect=None if best is None else best["step"],
         )
+        self.ranks.same(self.last_checkpoint)
         self._tell("on_checkpoint", self.last_checkpoint)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
@@ -348,14 +376,18 @@ class Trainer:
         self.model.load_trainable_state_dict(found.tensors["model"])
         self.update.restore(found.tensors["optimizer"])
         self.progress = Progress(**found.state["progress"])
+        if not self.ranks.first:  # sums of the whole run are rank 0's to go on with
+            self.progress = replace(self.progress, tokens=0, window={})
         self.window.reset(self.progress.window)
         self.plateau.load_state_dict(found.state["plateau"])
         if self.update.scaler.is_enabled():
             self.update.scaler.load_state_dict(found.state["scaler"])
         self.model.beta = found.state["beta"]
         self.last_checkpoint = found.path
-        checkpoint.set_aside(self.folder, after=found.path)
-        restore_random(found.tensors["random"], self.device)
+        self.ranks.gather(None)  # all have read it
+        if self.ranks.first:
+            checkpoint.set_aside(self.folder, after=found.path)
+            restore_random(found.tensors["random"], self.device)
 
     def _result(self) -> TrainResult:
         best = self.progress.best
@@ -369,5 +401,9 @@ class Trainer:
             epoch=self.step / self.steps_per_epoch,
             seconds=self.progress.seconds,
             sentences=self.progress.sentences,
-            tokens=self.progress.tokens,
+            tokens=self._tokens(),
         )
+
+    def _tokens(self) -> int:
+        """Tokens of all ranks."""
+        return int(self.ranks.total({"tokens": self.progress.tokens})["tokens"])

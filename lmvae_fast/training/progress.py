@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.training.callbacks import Record
+from lmvae_fast.training.distributed import Ranks
 from lmvae_fast.training.guards import StopSignals
 from lmvae_fast.training.validation import elbo_terms
 
@@ -66,8 +67,8 @@ class Window:
 
     NAMES = ("loss", "reconstruction", "kl", "grad_norm")
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self.device, self.ranks = device, ranks
         self.reset({})
 
     def reset(self, saved: dict[str, float]) -> None:
@@ -89,17 +90,19 @@ class Window:
     def means(self) -> dict[str, float]:
         """Means per sentence (the gradient norm: per step) and the rate, as numbers (synchronises)."""
         sums = self.read()
-        reconstruction, kl = sums["reconstruction"] / self.sentences, sums["kl"] / self.sentences
+        sentences = sums["sentences"]
+        reconstruction, kl = sums["reconstruction"] / sentences, sums["kl"] / sentences
         return {
-            "loss": sums["loss"] / self.sentences,
+            "loss": sums["loss"] / sentences,
             "reconstruction": reconstruction,
             "kl": kl,
             "elbo": -(reconstruction + kl),
             "grad_norm": sums["grad_norm"] / self.steps,
-            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+            "tokens_per_second": sums["tokens"] / max(self.seconds, 1e-9),
         }
 
     def read(self) -> dict[str, float]:
-        """All sums as numbers (synchronises)."""
+        """All sums as numbers, over all ranks (synchronises)."""
         counts = {"sentences": self.sentences, "tokens": self.tokens, "steps": self.steps, "seconds": self.seconds}
-        return dict(zip(self.NAMES, self.sums.tolist(), strict=True)) | counts
+        own = dict(zip(self.NAMES, self.sums.tolist(), strict=True)) | counts
+        return self.ranks.total(own, common=("grad_norm", "steps", "seconds"))

@@ -18,6 +18,7 @@ from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import CheckpointError
 from lmvae_fast.kernels.latent_kv import LatentKVAdamW
 from lmvae_fast.models.projectors import LinearProjector
+from lmvae_fast.training.distributed import Ranks
 from lmvae_fast.training.state import optimizer_tensors, restore_optimizer
 
 
@@ -73,6 +74,14 @@ class Update:
     @property
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.optimizer] if self.fused is None else [self.optimizer, self.fused]
+
+    def synchronize(self, ranks: Ranks) -> None:
+        """Make the gradients those of all ranks' sentences together; before `norm`, once a step."""
+        if ranks.alone:
+            return
+        ranks.sum_gradients(self._rest.values())
+        if self.fused is not None:
+            self.fused.exchange(ranks.gather_factors)
 
     def norm(self) -> Tensor:
         """Unscale the gradients (fp16); their global norm before clipping, a scalar on the device."""

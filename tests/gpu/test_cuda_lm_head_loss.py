@@ -9,12 +9,14 @@ import torch
 
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss, reference
 from tests.kernels.common import (
+    GRAD_FACTOR,
     LAYOUTS,
     ODD_SIZES,
+    VALUE_FACTOR,
     GuardedAllocations,
     assert_deterministic,
     assert_fullgraph_equal,
-    assert_op_within_error_rule,
+    assert_within_error_rule,
     run_with_grads,
 )
 from tests.kernels.test_lm_head_loss import call, inputs
@@ -24,24 +26,43 @@ from .common import DTYPES, assert_no_host_sync, assert_replays, cuda, triton
 pytestmark = pytest.mark.gpu
 op, plain = triton(call(lm_head_loss)), call(reference.lm_head_loss)
 NAMES = ("hidden", "weight", "bias", "token_weights")
+FEW = 64
 
 
 def check(arguments, **kwargs):
-    assert_op_within_error_rule(op, plain, arguments, ("loss", "nll"), NAMES, **kwargs)
+    """The error rule for every output and gradient of many values. It compares the largest of their errors, so one of FEW
+    values would pass or fail by luck: those may be off by some roundings of the terms that they sum."""
+    outputs, grads, weights = run_with_grads(op, arguments, **kwargs)
+    eager_outputs, eager_grads, _ = run_with_grads(plain, arguments, weights, **kwargs)
+    wide = [x.double() if x.is_floating_point() else x for x in arguments]
+    true_outputs, true_grads, _ = run_with_grads(plain, wide, weights, **kwargs)
+    tokens, vocabulary = arguments[0].shape[0], arguments[1].shape[0]
+    # A token pulls on an operand by at most about 1 times that operand, times its weights (at most 1.1 and some 4).
+    size = 5 * (1 + max(x.abs().max().item() for x in wide[:3]) + true_outputs[1].abs().max().item())
+    named = [*zip(("loss", "nll"), outputs, eager_outputs, true_outputs, [VALUE_FACTOR] * 2, strict=True)]
+    named += zip(NAMES, grads, eager_grads, true_grads, [GRAD_FACTOR] * 4, strict=True)
+    for name, ours, eager, truth, factor in named:
+        if ours.numel() > FEW:
+            assert_within_error_rule(name, ours, eager, truth, factor=factor)
+        else:
+            eps = torch.finfo(ours.dtype).eps
+            terms = size * (tokens if ours.dim() == 0 or ours.shape[0] == vocabulary else 1)
+            torch.testing.assert_close(ours.double(), truth, rtol=16 * eps, atol=16 * eps * terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", ODD_SIZES)
 def test_error_rule_at_odd_sizes(dtype, size):
-    check(cuda(inputs(min(size, 67), size, 131, dtype)))
-    check(cuda(inputs(5, 33, size, dtype)))
+    check(cuda(inputs(67, size, 131, dtype)))
+    check(cuda(inputs(size, 33, 131, dtype)))
+    check(cuda(inputs(67, 33, size, dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("logit_scale", [1.0, 0.37])
 def test_error_rule_with_softcap_and_scale(dtype, softcap, logit_scale):
-    check(cuda(inputs(37, 48, 301, dtype)), softcap=softcap, logit_scale=logit_scale)
+    check(cuda(inputs(67, 48, 301, dtype)), softcap=softcap, logit_scale=logit_scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,13 +78,13 @@ def test_at_the_size_of_gpt2(dtype):
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_chunks_change_nothing_but_rounding(chunk):
-    check(cuda(inputs(17, 20, 90)), chunk=chunk)
+    check(cuda(inputs(67, 20, 90)), chunk=chunk)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_layout(layout, dtype):
-    check(cuda(inputs(6, 37, 45, dtype), layout))
+    check(cuda(inputs(66, 37, 91, dtype), layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +112,7 @@ def test_labels_outside_the_vocabulary_are_nan_and_read_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_ten_thousand(dtype):
-    check(cuda(inputs(9, 32, 77, dtype, scale=1e4)))
+    check(cuda(inputs(67, 32, 77, dtype, scale=1e4)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -390,3 +390,33 @@ def test_a_wrong_optimizer_is_refused_by_name():
     optimizer.project(torch.randn(2, NZ), dropout=0.1).sum().backward()
     with raises_naming(ValueError, "dropout=0.0", 0.1):
         optimizer.project(torch.randn(2, NZ))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("slots", [(3, 3), (2, 5), (None, 4)])
+def test_forwards_over_the_first_slots_equal_those_whose_other_slots_nothing_reads(slots, dropout):
+    """Also slots that have moments from an earlier step, and none of a gradient in this one."""
+    layers, heads, most, dim, nz = 2, 2, 5, 3, 4
+    make = torch.Generator().manual_seed(0)
+    weight = torch.randn(layers, 2, heads, most, dim, nz, generator=make, dtype=torch.float64)
+    bias = torch.randn(layers, 2, heads, most, dim, generator=make, dtype=torch.float64)
+    plain = torch.nn.Parameter(weight.clone())
+    other = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.1)
+    fused = LatentKVAdamW(torch.nn.Parameter(weight.clone()), lr=0.1, weight_decay=0.1)
+    for counts in ((None, None), slots):
+        for i, count in enumerate(counts):
+            z = torch.randn(3, nz, generator=make, dtype=torch.float64)
+            memory = fused.project(z, bias[:, :, :, :count], dropout=dropout, seed=i, slots=count)
+            grad = torch.randn(memory.shape, generator=make, dtype=torch.float64)
+            memory.backward(grad)
+            want = latent_kv(z, plain[:, :, :, :count], bias[:, :, :, :count], dropout=dropout, seed=i)
+            torch.testing.assert_close(memory, want)
+            want.backward(grad)
+        torch.testing.assert_close(fused.norm_sq(), plain.grad.square().sum())
+        fused.step(0.5)
+        plain.grad.mul_(0.5)
+        other.step()
+        other.zero_grad()
+    torch.testing.assert_close(fused.weight, plain)
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(fused.state[fused.weight][name], other.state[plain][name])

@@ -387,3 +387,25 @@ def test_bf16_decoder_is_near_fp32(family):
     half(TEXTS, beta=1.0, eps=eps).loss.backward()
     assert half.projector.weight.grad.dtype == torch.float32
     assert len(half.decode(b.z.detach())) == 4
+
+
+@pytest.mark.parametrize("visibility", ["prefix", "rolling", "interleaved"])
+@pytest.mark.parametrize("free_running", [False, True])
+def test_slots_that_no_token_sees_are_not_made_and_change_nothing(visibility, free_running):
+    model = make_model(visibility=visibility, free_running=free_running, max_len=9, projector_dropout=0.0)
+    sentences = ["the cat sat", "a dog"]
+    batch = model.make_batch(model.tokenize(sentences))
+    eps = torch.randn(2, 6)
+    made = []
+    project = model.projector.forward
+    model.projector.forward = lambda *args, **options: made.append(project(*args, **options)) or made[-1]
+    losses, gradients = [], []
+    for tokens in (None, 9):
+        out = model(batch, eps=eps, tokens=tokens)
+        gradients.append(torch.autograd.grad(out.loss, [model.projector.weight, model.posterior_head.weight]))
+        losses.append(out.loss)
+    if visibility != "prefix":
+        assert [memory.shape[4] for memory in made] == [batch.max_seqlen, 9]
+    torch.testing.assert_close(losses[0], losses[1])
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want)

@@ -98,7 +98,7 @@ class FakeModel(nn.Module):
             pooled=pooled,
         )
 
-    def forward(self, batch, *, beta=None, eps=None, seed=None):
+    def forward(self, batch, *, beta=None, eps=None, seed=None, tokens=None):
         beta = self.beta if beta is None else beta
         mu, logvar = self.posterior_head(batch.pooled).chunk(2, dim=-1)
         mu, logvar = full(mu), full(logvar)

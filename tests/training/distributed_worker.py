@@ -1,0 +1,76 @@
+"""One rank of a distributed test: ``python distributed_worker.py RANK WORLD FOLDER`` with the case in FOLDER/case.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from lmvae_fast.errors import LMVAEError
+from lmvae_fast.training import Callback, train
+from tests.models.tiny import make_model
+from tests.training.helpers import StopAt, plain_sentences, settings
+
+
+class Die(Callback):
+    """Ends a rank without a word, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, run) -> None:
+        if run.step == self.step:
+            os._exit(9)
+
+
+def run(case: dict, rank: int) -> dict:
+    """Train as the case says and return what is compared."""
+    torch.set_num_threads(1)
+    data = plain_sentences(case.get("sentences", 26))
+    if rank == case.get("other_data"):
+        data = data[1:]
+    changes = dict(case.get("train", {}))
+    if rank == case.get("other_config"):
+        changes["learning_rate"] = 0.5
+    # another seed on each rank: what trains must come from rank 0
+    model = make_model(seed=rank, **{"projector_dropout": 0.0, **case.get("model", {})})
+    config = settings(Path(case["output"]), **{"batch_size": 6, "learning_rate": 0.01, "log_every": 1, **changes})
+    callbacks = [StopAt(*case["stop_at"])] if case.get("stop_at") else []
+    if case.get("die_at"):
+        callbacks.append(Die(case["die_at"]))
+    result = train(model, data, plain_sentences(10, seed=1), config, callbacks)
+    save_file(
+        {name: value.contiguous() for name, value in model.trainable_state_dict().items()},
+        Path(case["folder"]) / f"weights-{rank}.safetensors",
+    )
+    return {
+        "stop_reason": result.stop_reason, "step": result.step, "tokens": result.tokens, "history": result.history,
+        "checkpoint": str(result.checkpoint),
+    }  # fmt: skip
+
+
+def main() -> None:
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    case = json.loads((folder / "case.json").read_text())
+    case["folder"] = str(folder)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        found = run(case, rank)
+    except LMVAEError as error:
+        found = {"error": type(error).__name__, "message": str(error)}
+    except Exception:
+        found = {"error": "crash", "message": traceback.format_exc()}
+    (folder / f"result-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

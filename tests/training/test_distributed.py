@@ -1,0 +1,178 @@
+"""Training in 2 and 3 processes (gloo, CPU): the same run as one process on the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lmvae_fast.models.batch import Share
+from lmvae_fast.training import checkpoint
+from lmvae_fast.training.distributed import Ranks, _buckets
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(folder: Path, world: int, case: dict, *, timeout: float = 240) -> list[dict]:
+    """Run a case in ``world`` processes; what each rank reports (None for one that died)."""
+    folder.mkdir(parents=True)
+    case = {"output": str(folder / "run"), **case}
+    (folder / "case.json").write_text(json.dumps(case))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.distributed_worker", str(rank), str(world), str(folder)],
+            cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            process.wait(timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    files = [folder / f"result-{rank}.json" for rank in range(world)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+
+def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"weights-{rank}.safetensors")
+
+
+def assert_same_run(one: Path, many: Path, world: int) -> None:
+    """Loss and weights within 1e-6, and the ranks' weights equal to the bit."""
+    first = weights(many)
+    for rank in range(1, world):
+        other = weights(many, rank)
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    alone = weights(one)
+    assert alone.keys() == first.keys()
+    for name in alone:
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_figures(one: dict, many: dict) -> None:
+    assert many["tokens"] == one["tokens"]
+    assert len(many["history"]) == len(one["history"]) > 0
+    for a, b in zip(one["history"], many["history"], strict=True):
+        for name in ("step", "loss", "reconstruction", "kl", "grad_norm", "beta", "active_units"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-6), (name, a["step"])
+
+
+CASES = {
+    # 26 sentences in steps of 6: the last step of an epoch has 2, fewer than there are ranks
+    "fused": {"train": {"max_steps": 6}},
+    "plain": {"train": {"max_steps": 6, "fused_projector_update": False, "grad_clip": 0.05}},
+    "accumulated": {"train": {"max_steps": 4, "batch_size": 4, "accumulation": 2}},
+    "optimus": {"model": {"system": "optimus", "encoder": "bert"}, "train": {"max_steps": 4}},
+}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_are_one_process_on_the_whole_batch(tmp_path, name, world):
+    case = CASES[name]
+    (alone,) = launch(tmp_path / "one", 1, case)
+    together = launch(tmp_path / "many", world, case)
+    assert "error" not in alone, alone
+    assert all("error" not in found for found in together), together
+    assert_same_figures(alone, together[0])
+    assert_same_run(tmp_path / "one", tmp_path / "many", world)
+    assert [found["history"] for found in together[1:]] == [[]] * (world - 1)  # rank 0 alone keeps records
+
+
+def test_resume_on_another_number_of_ranks(tmp_path):
+    """One process begins, three go on, two end: the run of one process throughout."""
+    steps = {"max_steps": 9, "save_every": 3}
+    launch(tmp_path / "whole", 1, {"train": steps})
+    output = str(tmp_path / "run")
+    parts = [(1, [3]), (3, [6]), (2, [])]
+    for world, stop in parts:
+        resume = {"resume": True} if world != 1 else {}
+        found = launch(tmp_path / str(world), world, {"output": output, "stop_at": stop, "train": {**steps, **resume}})
+        assert all("error" not in each for each in found), found
+        assert {each["step"] for each in found} == {stop[0] if stop else 9}
+        assert {each["stop_reason"] for each in found} == {"test" if stop else "completed"}
+    assert_same_run(tmp_path / "whole", tmp_path / "2", 2)
+    whole = json.loads((tmp_path / "whole" / "result-0.json").read_text())
+    assert_same_figures(whole, found[0])
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "says"),
+    [("other_data", "DataError", "train data"), ("other_config", "ConfigError", "learning_rate")],
+)
+def test_ranks_that_differ_are_refused_at_start(tmp_path, what, error, says):
+    found = launch(tmp_path / "ranks", 2, {what: 1, "train": {"max_steps": 2}})
+    assert [each["error"] for each in found] == [error, error]
+    assert all(says in each["message"] for each in found)
+    assert not checkpoint.complete(tmp_path / "ranks" / "run" / "checkpoints")
+
+
+def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(tmp_path):
+    found = launch(tmp_path / "ranks", 2, {"die_at": 4, "train": {"max_steps": 8, "save_every": 2}})
+    assert found[0] is None  # rank 0 has the callbacks, and died
+    assert found[1]["error"] == "DistributedError", found[1]
+    assert "another rank" in found[1]["message"]
+    assert "--resume" in found[1]["message"]
+    saved = checkpoint.load_latest(tmp_path / "ranks" / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.state["progress"]["step"] == 2
+    (resumed,) = launch(
+        tmp_path / "again", 1,
+        {"output": str(tmp_path / "ranks" / "run"), "train": {"max_steps": 8, "save_every": 2, "resume": True}},
+    )  # fmt: skip
+    assert resumed["step"] == 8
+
+
+def test_objective_of_sums_of_a_batch_is_refused(tmp_path):
+    found = launch(tmp_path / "ranks", 2, {"model": {"objective": "langvae-0.6"}, "train": {"max_steps": 1}})
+    assert {each["error"] for each in found} == {"ConfigError"}
+    assert "langvae-0.6" in found[0]["message"]
+
+
+def test_dropout_of_ranks_never_overlaps():
+    """Processes draw the memory's dropout from streams of one key whose counters differ."""
+    from tests.models.tiny import make_model
+
+    model = make_model(projector_dropout=0.5)
+    pairs = [model._stream_of(Share(rank, 3, 9), 7) for rank in range(3)]
+    assert [pair.tolist() for pair in pairs] == [[7, 0], [7, 1], [7, 2]]
+    assert model._stream_of(None, 7) == 7
+
+
+def test_shares_cover_a_batch_once():
+    for total in range(1, 9):
+        for world in (1, 2, 3):
+            shares = [Share(rank, world, total) for rank in range(world)]
+            rows = [row for share in shares if share.count for row in share.rows]
+            assert sorted(rows) == list(range(total))
+            assert all(len(share.rows) >= 1 for share in shares)
+
+
+def test_alone_every_collective_is_the_identity():
+    ranks = Ranks()
+    assert ranks.alone
+    assert ranks.first
+    assert ranks.share(5) is None
+    assert ranks.total({"a": 2.0}, common=("a",)) == {"a": 2.0}
+    assert ranks.any_stop("SIGINT") == "SIGINT"
+    assert ranks.same([1]) == [1]
+    ranks.agree({"train_data": "x"})
+
+
+def test_buckets_keep_order_and_dtype(monkeypatch):
+    monkeypatch.setattr("lmvae_fast.training.distributed.BUCKET_BYTES", 40)
+    tensors = [torch.zeros(n, dtype=d) for n, d in ((5, torch.float32), (5, torch.float32), (9, torch.float32),
+                                                    (30, torch.float32), (1, torch.float64))]  # fmt: skip
+    found = list(_buckets(tensors))
+    assert [[t.numel() for t in bucket] for bucket in found] == [[5, 5], [9], [30], [1]]
