@@ -187,7 +187,7 @@ def sample_token_kernel(
 
 # ---- configuration and launcher --------------------------------------------------------------------------------------
 
-_CONFIG = Config({"BLOCK": 1024}, num_warps=8)
+_CONFIG = Config({"BLOCK": 1024}, num_warps=8, max_registers=128)
 
 
 def sample_token(logits, seed, rows, steps, seen, greedy, temperature, top_k, top_p, min_p, penalty, logprob):

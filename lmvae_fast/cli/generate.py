@@ -43,6 +43,12 @@ def generate(
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less than this many times as probable as the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens said before become less probable.")] = 1.0,
+    num_samples: Annotated[int, typer.Option(help="Sentences drawn per latent.")] = 1,
+    prompt: Annotated[str | None, typer.Option(help="Text that every sentence begins with.")] = None,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Write each token's log-probability too.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that decode (with --output); one GPU each where there are any.")] = 1,
     seed: Seed = 0,
     backend: Backend = "auto",
     as_json: Json = False,
@@ -59,13 +65,19 @@ def generate(
     if prior is not None and prior < 1:
         raise ConfigError("--prior draws at least one latent", value=prior, limit=">= 1")
     config = generation_config(
-        sample, temperature, top_k, top_p, seed, batch_size=batch_size, max_new_tokens=max_new_tokens
-    )
+        sample, temperature, top_k, top_p, seed, batch_size=batch_size, max_new_tokens=max_new_tokens, min_p=min_p,
+        repetition_penalty=repetition_penalty, num_samples=num_samples, logprobs=logprobs,
+    )  # fmt: skip
+    if workers > 1 and output is None:
+        raise ConfigError("workers write to a file", value=f"--workers {workers}", remedy="give --output")
+    import contextlib
+
     import torch
 
     from lmvae_fast.generation.engine import generate as decode
     from lmvae_fast.generation.latent_files import count_latents, read_latents
     from lmvae_fast.generation.stream import generate_file
+    from lmvae_fast.generation.workers import Workers
     from lmvae_fast.kernels.backend import backend as use_backend
 
     loaded = load_model(model)
@@ -97,7 +109,9 @@ def generate(
         def blocks(block: int, skip: int):
             return iter(mu[skip:].split(block))
 
-    with use_backend(backend), tqdm(total=total, unit="sentence", disable=as_json and output is None) as bar:
+    several = None if workers == 1 else Workers(load_model, str(model), workers, backend)
+    bar = tqdm(total=total * num_samples, unit="sentence", disable=as_json and output is None)
+    with use_backend(backend), bar, several or contextlib.nullcontext():
         tokens = 0
 
         def progress(sentences: int, new_tokens: int) -> None:
@@ -108,7 +122,7 @@ def generate(
 
         if output is None:
             rows = []
-            for out in decode(loaded, blocks(512, 0), config):
+            for out in decode(loaded, blocks(512, 0), config, prompts=prompt):
                 progress(1, len(out.ids))
                 if as_json:
                     rows.append({"index": out.index, "text": out.text})
@@ -118,8 +132,8 @@ def generate(
                 print_json(rows)
             return
         lines = generate_file(
-            loaded, blocks, output, config, source=source, total=total, text_only=output.suffix == ".txt",
-            overwrite=overwrite, progress=progress,
+            loaded, blocks, output, config, source=source, total=total, prompt=prompt, text_only=output.suffix == ".txt",
+            overwrite=overwrite, workers=several, progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps({"output": str(output), "sentences": lines}))

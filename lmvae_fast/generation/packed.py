@@ -20,6 +20,7 @@ from lmvae_fast.models.decoders import Decoder
 
 FP32_ROWS = 8  # with fewer, a product in fp32 waits for the weight's bytes, whatever their layout
 
+Linear = nn.Linear | Conv1D
 Forward = Callable[[Tensor], Tensor]
 _packed: WeakKeyDictionary[Decoder, tuple[tuple, list[tuple[nn.Module, Forward]]]] = WeakKeyDictionary()
 
@@ -49,14 +50,15 @@ def packed_weights(decoder: Decoder, rows: int) -> Iterator[None]:
 
 
 def _forwards(decoder: Decoder, rows: int) -> list[tuple[nn.Module, Forward]]:
-    modules = [m for m in decoder.model.modules() if type(m) in (nn.Linear, Conv1D) and m.weight.dtype == decoder.dtype]
+    linear = [m for m in decoder.model.modules() if isinstance(m, Linear) and type(m) in (nn.Linear, Conv1D)]
+    modules = [m for m in linear if m.weight.dtype == decoder.dtype]
     state = tuple((m.weight.data_ptr(), m.weight._version) for m in modules)
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed[decoder] = (state, [(module, _forward(module, rows)) for module in modules])
     return _packed[decoder][1]
 
 
-def _forward(module: nn.Module, rows: int) -> Forward:
+def _forward(module: Linear, rows: int) -> Forward:
     weight = module.weight.detach()
     weight = weight.t().contiguous() if type(module) is Conv1D else weight.contiguous()
     # The number of rows is a hint: the layout serves any other as well.

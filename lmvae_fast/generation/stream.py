@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, OutputError
-from lmvae_fast.generation.engine import generate, token_limit
+from lmvae_fast.generation.engine import Generated, generate, token_limit
+from lmvae_fast.generation.workers import Workers
 from lmvae_fast.models.lmvae import LMVAE
 
 BLOCKS_PER_BATCH = 8  # a block refills its rows this often before its tail runs in a smaller batch
@@ -33,8 +35,10 @@ def generate_file(
     *,
     source: str,
     total: int,
+    prompt: str | None = None,
     text_only: bool = False,
     overwrite: bool = False,
+    workers: Workers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Decode latents into a file; continues one that is already there.
@@ -42,12 +46,15 @@ def generate_file(
     Args:
         model: any LMVAE.
         blocks: ``blocks(block_size, skip)`` gives the latents behind the first ``skip``, in blocks of that size.
-        output: ``.jsonl`` with ``index``, ``text``, ``tokens``, ``finished`` per line, or one text per line with
-            ``text_only``.
+        output: ``.jsonl`` with ``index``, ``text``, ``tokens``, ``finished`` per line (and ``sample``, ``logprobs`` where
+            asked for), or one text per line with ``text_only``.
         config: how to decode; a draw needs a ``seed``, without which no run could be continued.
         source: identity of the latents (a content hash, say); kept beside the output.
         total: how many latents there are.
+        prompt: text that every sentence begins with.
         overwrite: begin anew instead of continuing.
+        workers: processes that decode the blocks; this one does where None. They hold a model of their own, which must be
+            ``model``.
         progress: called with (sentences, tokens) as they come; sentences found in the file count first.
 
     Returns:
@@ -59,24 +66,27 @@ def generate_file(
     """
     if config.do_sample and config.seed is None:
         raise ConfigError("a drawn output can only be continued under a seed", value="seed=None", remedy="set seed")
-    token_limit(model, config)
+    token_limit(model, config, 0 if prompt is None else len(model.decoder.tokenizer.encode([prompt])[0]))
     output = Path(output)
     meta_path = output.with_name(output.name + ".meta.json")
     block_size = BLOCKS_PER_BATCH * config.batch_size
+    per_latent = config.num_samples
     meta = {
-        "model": model_fingerprint(model), "latents": source, "total": total, "block_size": block_size,
+        "model": model_fingerprint(model), "latents": source, "total": total, "block_size": block_size, "prompt": prompt,
         "text_only": text_only, "generation": config.to_dict(),
     }  # fmt: skip
     try:
-        done = _continue_from(output, meta_path, meta, block_size, overwrite)
+        done = _continue_from(output, meta_path, meta, block_size * per_latent, total * per_latent, overwrite)
         if progress is not None and done:
             progress(done, 0)
+        first = done // per_latent
+        decode = partial(_decode, model) if workers is None else workers.decode
+        decoded: Iterator[Iterable[Generated]] = decode(blocks(block_size, first), config, prompt, first)
         with output.open("ab") as file:
-            for block in blocks(block_size, done):
-                lines, tokens = [], 0
-                for out in generate(model, block, config, first_index=done):
-                    tokens += len(out.ids)
-                    lines.append(_line(out, text_only))
+            for sentences in decoded:
+                lines = []
+                for out in sentences:
+                    lines.append(_line(out, config, text_only))
                     if progress is not None:
                         progress(1, len(out.ids))
                 file.write("".join(lines).encode())
@@ -103,14 +113,24 @@ def model_fingerprint(model: LMVAE) -> str:
     return digest.hexdigest()
 
 
-def _line(out, text_only: bool) -> str:
+def _decode(model, blocks, config, prompt, first_index) -> Iterator[Iterable[Generated]]:
+    for block in blocks:
+        yield generate(model, block, config, prompts=prompt, first_index=first_index)
+        first_index += block.shape[0]
+
+
+def _line(out: Generated, config: GenerationConfig, text_only: bool) -> str:
     if text_only:
         return " ".join(out.text.splitlines()) + "\n"
     row = {"index": out.index, "text": out.text, "tokens": len(out.ids), "finished": out.finished}
+    if config.num_samples > 1:
+        row["sample"] = out.sample
+    if out.logprobs is not None:
+        row["logprobs"] = [round(value, 6) for value in out.logprobs]
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _continue_from(output: Path, meta_path: Path, meta: dict, block_size: int, overwrite: bool) -> int:
+def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, total: int, overwrite: bool) -> int:
     """Lines of whole blocks already there, everything behind them cut off; 0 for a new file."""
     if overwrite or not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +159,8 @@ def _continue_from(output: Path, meta_path: Path, meta: dict, block_size: int, o
             if not line.endswith(b"\n"):
                 break
             lines += 1
-            if lines % block_size == 0 or lines == meta["total"]:
+            if lines % block_lines == 0 or lines == total:
                 end = place
-        whole = lines if lines == meta["total"] else lines - lines % block_size
+        whole = lines if lines == total else lines - lines % block_lines
         file.truncate(end)
     return whole

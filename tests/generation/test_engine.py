@@ -189,8 +189,8 @@ def test_prompts_that_do_not_fit_are_refused():
         generate(model, torch.zeros(1, 6), prompts="the sun " * 12)
     with pytest.raises(ConfigError, match="max_len=9"):
         generate(model, torch.zeros(1, 6), GenerationConfig(max_new_tokens=9), prompts="the sun")
+    optimus = make_model("gpt2", system="optimus")
     with pytest.raises(ConfigError, match="128 positions"):
-        optimus = make_model("gpt2", system="optimus")
         generate(optimus, torch.zeros(1, 6), GenerationConfig(max_new_tokens=3), prompts="the sun " * 200)
     with pytest.raises(DataError, match="as many rows"):
         generate(model, torch.zeros(2, 6), prompts=["one"])

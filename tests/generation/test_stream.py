@@ -12,6 +12,8 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
 from lmvae_fast.generation.latent_files import count_latents, read_latents, write_latents
 from lmvae_fast.generation.stream import generate_file
+from lmvae_fast.generation.workers import Workers
+from lmvae_fast.models.lmvae import LMVAE
 from tests.models.tiny import make_model
 
 N = 50
@@ -105,3 +107,35 @@ def test_bad_files(model, tmp_path):
         list(read_latents(tmp_path / "cut.safetensors", latent_dim=4))
     with pytest.raises(ConfigError, match="seed"):
         run(model, tmp_path / "w.npy", tmp_path / "o.jsonl", GenerationConfig(do_sample=True))
+
+
+def test_several_samples_and_a_prompt_continue_too(model, latents, tmp_path):
+    write_latents(tmp_path / "z.npy", latents)
+    config = GenerationConfig(batch_size=2, do_sample=True, seed=4, num_samples=3, logprobs=True)
+    options = {"config": config, "prompt": "the"}
+    assert run(model, tmp_path / "z.npy", tmp_path / "whole.jsonl", **options) == 3 * N
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [(row["index"], row["sample"]) for row in rows] == [(i, s) for i in range(N) for s in range(3)]
+    assert all(row["text"].startswith("the") and len(row["logprobs"]) == row["tokens"] for row in rows)
+    (tmp_path / "cut.jsonl").write_bytes(whole[: 2 * len(whole) // 3])
+    (tmp_path / "cut.jsonl.meta.json").write_text((tmp_path / "whole.jsonl.meta.json").read_text())
+    run(model, tmp_path / "z.npy", tmp_path / "cut.jsonl", **options)
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    with pytest.raises(OutputError, match="prompt"):
+        run(model, tmp_path / "z.npy", tmp_path / "cut.jsonl", config=config, prompt="a")
+
+
+def from_folder(source, device):
+    return LMVAE.from_pretrained(source).to(device)
+
+
+def test_workers_write_the_same_file(model, latents, tmp_path):
+    write_latents(tmp_path / "z.npy", latents)
+    model.save_pretrained(tmp_path / "model", include_frozen=True)
+    run(model, tmp_path / "z.npy", tmp_path / "one.jsonl")
+    with Workers(from_folder, str(tmp_path / "model"), 2) as workers:
+        run(model, tmp_path / "z.npy", tmp_path / "two.jsonl", workers=workers)
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="workers"):
+        Workers(from_folder, str(tmp_path / "model"), 0)

@@ -1,0 +1,169 @@
+"""Decoding, interleaved: the engine against LangVAE 0.6.13, transformers.generate and our eager reference.
+
+    python -m benchmarks.generation.decode langvae [--batches 1 32 256] [--shape gpt2-small] [--rounds 3]
+    python -m benchmarks.generation.decode transformers
+    python -m benchmarks.generation.decode eager
+
+Every side is a process of its own with the same weights and latents; greedy, 32 tokens, nothing stops early. In fp32 the
+tokens of both sides must be the same before anything is timed. Sides take turns, in random order within each round; a
+speed-up is the median over rounds of the ratio, of elapsed and of processor time. Besides: seconds until the first token, the peak memory of each
+process, and the share of the machine's limit (reading every weight once a step, or the matrix products). Writes
+benchmarks/results/generation/<against>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.kernels import harness
+from benchmarks.training.cases import LATENT, MAX_LEN, make_case
+from benchmarks.training.worker import Worker
+from lmvae_fast.data.corpus import generate_corpus
+
+RESULTS = harness.ROOT / "benchmarks" / "results" / "generation"
+OURS = ("-m", "benchmarks.generation.our_side")
+# Arguments of our_side by side; "LangVAE" is run by the Python of its own environment.
+SIDES: dict[str, dict[str, tuple[str, ...]]] = {
+    "langvae": {"engine fp32": ("fp32", "engine"), "engine bf16": ("bf16", "engine")},
+    "transformers": {
+        "engine fp32": ("fp32", "engine", "prefix"), "transformers fp32": ("fp32", "transformers", "prefix"),
+        "engine bf16": ("bf16", "engine", "prefix"), "transformers bf16": ("bf16", "transformers", "prefix"),
+    },
+    "eager": {"engine fp32": ("fp32", "engine"), "eager fp32": ("fp32", "eager")},
+}  # fmt: skip
+BASELINES = {
+    "langvae": {"engine fp32": "LangVAE", "engine bf16": "LangVAE"},
+    "transformers": {"engine fp32": "transformers fp32", "engine bf16": "transformers bf16"},
+    "eager": {"engine fp32": "eager fp32"},
+}
+
+
+def prepare(folder: Path, shape: str, batch: int, threads: int) -> tuple[Path, dict[str, Any]]:
+    """The case of the training comparison, with latents and a number of tokens."""
+    lines = generate_corpus(num_sentences=2000).texts
+    file = make_case(folder, shape, lines, 1, threads)
+    case = json.loads(file.read_text())
+    latents, decoder = folder / "latents.safetensors", file.parent / "decoder"
+    save_file({"z": torch.randn(batch, LATENT, generator=torch.Generator().manual_seed(0))}, latents)
+    case |= {"latents": str(latents), "tokens": MAX_LEN, "decoder": str(decoder)}
+    file.write_text(json.dumps(case))
+    weights = load_file(decoder / "model.safetensors")
+    # every matrix once but the position table; the tied embedding is the head's
+    case["weights"] = sum(value.numel() for name, value in weights.items() if value.dim() == 2 and "wpe" not in name)
+    return file, case
+
+
+def start(against: str, file: Path) -> dict[str, Worker]:
+    """The processes of a comparison."""
+    command = [sys.executable, *OURS, str(file)]
+    sides = {name: Worker([*command, *arguments], {}, name) for name, arguments in SIDES[against].items()}
+    if against == "langvae":
+        from tests.peers.check_langvae_loads import langvae_python
+
+        script = Path(__file__).with_name("langvae_side.py")
+        path = {"PYTHONPATH": str(harness.ROOT / "benchmarks" / "training")}
+        sides["LangVAE"] = Worker([str(langvae_python()), str(script), str(file)], path, "LangVAE")
+    return sides
+
+
+def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Times of one batch size; SystemExit where fp32 sides disagree about a token."""
+    pairs = BASELINES[against]
+    base = pairs["engine fp32"]
+    ours, theirs = (sides[name].ask("ids", batch=batch)["ids"] for name in ("engine fp32", base))
+    if ours != theirs:
+        first = next(row for row in range(batch) if ours[row] != theirs[row])
+        raise SystemExit(f"batch {batch}: tokens differ from {base}'s, first in sentence {first}: nothing is timed")
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    processor: dict[str, list[float]] = {name: [] for name in sides}
+    order, shuffle = list(sides), random.Random(0)
+    for name in order:
+        sides[name].ask("decode", batch=batch)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            answer = sides[name].ask("decode", batch=batch)
+            times[name].append(answer["seconds"])
+            processor[name].append(answer["cpu_seconds"])
+    first = {
+        name: round(min(sides[name].ask("decode", batch=batch, tokens=1)["seconds"] for _ in range(3)), 4)
+        for name in sides if name != "LangVAE"
+    }  # fmt: skip
+    return {
+        "batch": batch, "rounds": rounds, "same_tokens_fp32": True,
+        "seconds": {name: round(statistics.median(values), 4) for name, values in times.items()},
+        "all_seconds": {name: [round(value, 4) for value in values] for name, values in times.items()},
+        "sentences_per_second": {name: round(batch / statistics.median(values), 2) for name, values in times.items()},
+        "tokens_per_second": {name: round(MAX_LEN * batch / statistics.median(values), 1) for name, values in times.items()},
+        "first_token_seconds": first,
+        "cpu_seconds": {name: round(statistics.median(values), 4) for name, values in processor.items()},
+        "speedup": _ratios(times, pairs), "cpu_speedup": _ratios(processor, pairs),
+    }  # fmt: skip
+
+
+def _ratios(times: dict[str, list[float]], pairs: dict[str, str]) -> dict[str, float]:
+    """Median over rounds of baseline over ours."""
+    return {
+        name: round(statistics.median(b / a for a, b in zip(times[name], times[base], strict=True)), 2)
+        for name, base in pairs.items()
+    }
+
+
+def limit_share(row: dict[str, Any], weights: int, limits: dict[str, float]) -> dict[str, float]:
+    """What reading the weights once a step, or multiplying by them, takes at least, over what each engine side took."""
+    shares = {}
+    for name, seconds in row["seconds"].items():
+        if name.startswith("engine"):
+            half = name.endswith("bf16")
+            rate = limits["matmul_bfloat16_flops_per_s" if half else "matmul_float32_flops_per_s"]
+            # a copy reads and writes: reading alone is taken to go at its rate
+            least = max((2 if half else 4) * weights / limits["copy_bytes_per_s"], 2 * weights * row["batch"] / rate)
+            shares[name] = round(MAX_LEN * least / seconds, 3)
+    return shares
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("against", choices=SIDES)
+    parser.add_argument("--shape", default="gpt2-small")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256, 1024])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/generation/<against>.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    output = options.output or RESULTS / f"{options.against}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "command": "python -m benchmarks.generation.decode " + " ".join(sys.argv[1:]), "shape": options.shape,
+        "tokens": MAX_LEN, "machine": harness.machine("cpu"), "limits": harness.machine_limits("cpu", 0.5), "rows": [],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        file, case = prepare(Path(folder), options.shape, max(options.batches), options.threads)
+        sides = start(options.against, file)
+        for batch in options.batches:
+            row = measure(sides, options.against, batch, options.rounds)
+            row["share_of_limit"] = limit_share(row, case["weights"], record["limits"])
+            record["rows"].append(row)
+            # after every batch: a run that is stopped leaves those it has measured
+            record["peak_bytes"] = {name: side.ask("peak")["bytes"] for name, side in sides.items()}
+            output.write_text(json.dumps(record, indent=1) + "\n")
+            print(batch, row["sentences_per_second"], row["speedup"], "processor time:", row["cpu_speedup"], flush=True)
+        for side in sides.values():
+            side.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

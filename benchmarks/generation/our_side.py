@@ -1,0 +1,89 @@
+"""Our sides of a comparison, and transformers.generate.
+
+usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 engine|eager|transformers [rolling|prefix]
+
+`engine` is what `lf.generate` does; `eager` the same loop with every op in plain torch and no packed weights;
+`transformers` is `model.generate` of Hugging Face's own modules over a static cache that begins with the same memory, which
+only `prefix` visibility can be expressed in. All decode greedily and never stop early.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, StaticCache
+
+import lmvae_fast as lf
+from benchmarks.training.worker import serve
+from lmvae_fast.integrations.langvae import load_checkpoint
+from lmvae_fast.models.decoders import Decoder
+
+warnings.filterwarnings("ignore")
+
+
+class OurSide:
+    """A model loaded from LangVAE's checkpoint folder; with `prefix`, its slots are all seen by every token."""
+
+    def __init__(self, case: dict, precision: str, form: str, visibility: str = "rolling") -> None:
+        torch.set_num_threads(case["threads"])
+        self.form, self.limit = form, case["tokens"]
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.model = load_checkpoint(case["checkpoint"]).eval()
+        if visibility == "prefix":
+            config = self.model.config.replace(visibility="prefix")
+            projector = self.model.projector
+            self.model = lf.LMVAE(config, encoder=self.model.encoder, decoder=self.model.decoder).eval()
+            self.model.projector = projector
+        if dtype != torch.float32:
+            decoder = self.model.decoder
+            self.model.decoder = Decoder(decoder.model.to(dtype), decoder.tokenizer)
+        if form == "transformers":
+            self.decoder = AutoModelForCausalLM.from_pretrained(case["decoder"], dtype=dtype).eval()
+        self.bos = self.model.decoder.tokenizer.bos_token_id
+        self.model.decoder.tokenizer.eos_token_id = -1  # no sentence ends early
+        self.z = load_file(case["latents"])["z"]
+
+    def ids(self, batch: int) -> dict:
+        """The tokens it decodes."""
+        return {"ids": self._decode(batch, self.limit)}
+
+    def decode(self, batch: int, tokens: int | None = None) -> dict:
+        """Latents to strings, and the processor time of all threads that it took."""
+        start = time.process_time()
+        ids = self._decode(batch, tokens or self.limit)
+        if self.form == "transformers":  # the engine has made its strings already
+            self.model.decoder.tokenizer.decode(ids)
+        return {"cpu_seconds": time.process_time() - start}
+
+    def _decode(self, batch: int, tokens: int) -> list[list[int]]:
+        if self.form == "transformers":
+            return self._transformers(batch, tokens)
+        plain = self.form == "eager"
+        config = lf.GenerationConfig(batch_size=batch, max_new_tokens=tokens, pack_weights=not plain)
+        with lf.backend("reference" if plain else "auto"):
+            return [out.ids for out in lf.generate(self.model, self.z[:batch], config)]
+
+    @torch.no_grad()
+    def _transformers(self, batch: int, tokens: int) -> list[list[int]]:
+        memory = self.model.inject(self.z[:batch]).memory
+        slots = memory.shape[4]
+        cache = StaticCache(config=self.decoder.config, max_cache_len=slots + tokens + 1)
+        for layer in range(memory.shape[0]):
+            cache.update(memory[layer, 0], memory[layer, 1], layer, {"cache_position": torch.arange(slots)})
+        # places for the ids that stand for the memory; they are never read
+        ids = torch.full((batch, slots + 1), self.bos)
+        out = self.decoder.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens,
+            min_new_tokens=tokens, do_sample=False, pad_token_id=self.bos, eos_token_id=None,
+        )  # fmt: skip
+        return out[:, slots + 1 :].tolist()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as file:
+        serve(OurSide(json.load(file), *sys.argv[2:]))
