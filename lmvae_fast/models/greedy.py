@@ -1,12 +1,18 @@
-"""The bare greedy loop: a fixed number of tokens for every latent, nothing stops early."""
+"""What the decoder says when it reads its own greedy output: one token at a time, or by fixed-point iteration."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lmvae_fast.models.batch import Batch
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.injection import Injection
+
+_CHUNK = 64  # tokens whose logits exist at one time
+_REST = 16  # batches read token by token after an iteration that did not pay
 
 
 @torch.no_grad()
@@ -26,3 +32,78 @@ def greedy_ids(decoder: Decoder, injection: Injection, steps: int) -> Tensor:
         token = decoder.step(token, cache, injection).argmax(-1)
         out[:, step] = token
     return out
+
+
+@dataclass
+class FreeRunning:
+    """Decoder inputs of a batch when the decoder reads its own greedy output instead of the sentences.
+
+    Fixed-point (Jacobi) iteration begins with the sentences themselves: one parallel pass over a guess gives the greedy
+    token after every prefix of it, which is the next guess. A sentence that comes out as it went in is its own greedy
+    output. Every pass makes at least one more token of each sentence right, so the result is that of the loop over
+    tokens; a model that reconstructs well needs a pass or two where the loop needs one per token. Only sentences that are
+    not yet fixed are passed again. When a pass fixes less than half of them, the loop does the rest, and the next batches
+    are left to the loop alone: so a model that is not there yet pays for one pass in some batches.
+
+    Attributes:
+        passes, looped: passes that the last batch took, and sentences that were left to the loop.
+        rest: batches that are still left to the loop alone.
+    """
+
+    passes: int = 0
+    looped: int = 0
+    rest: int = 0
+
+    @torch.no_grad()
+    def inputs(self, decoder: Decoder, batch: Batch, injection: Injection) -> Tensor:
+        """Inputs ``[T]`` packed as the batch is. Reads on the host which sentences are fixed, once a pass."""
+        self.passes = 0
+        inputs, left = batch.input_ids.clone(), torch.arange(batch.batch_size, device=batch.input_ids.device)
+        if self.rest > 0:
+            self.rest -= 1
+        else:
+            left = self._iterate(decoder, batch, injection, inputs, left)
+        self.looped = left.shape[0]
+        if self.looped:
+            places = _places(batch, left)
+            lengths = batch.cu_seqlens.diff()[left].long()
+            whole = self.looped == batch.batch_size
+            ids = greedy_ids(decoder, injection if whole else injection.select(left), int(lengths.max()) - 1)
+            start = ids.new_full((ids.shape[0], 1), decoder.tokenizer.bos_token_id)
+            rows = torch.repeat_interleave(torch.arange(self.looped, device=left.device), lengths)
+            inputs[places] = torch.cat([start, ids], dim=1)[rows, batch.token_index[places]]
+        return inputs
+
+    def _iterate(self, decoder: Decoder, batch: Batch, injection: Injection, inputs: Tensor, left: Tensor) -> Tensor:
+        """Make `inputs` right for as many sentences as pays; returns the others."""
+        while left.shape[0]:
+            self.passes += 1
+            places, lengths = _places(batch, left), batch.cu_seqlens.diff()[left]
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            rows = torch.repeat_interleave(torch.arange(left.shape[0], device=left.device), lengths.long())
+            guess, index = inputs[places], batch.token_index[places]
+            whole = left.shape[0] == batch.batch_size
+            hidden = decoder.hidden(
+                guess, injection if whole else injection.select(left), cu_seqlens=offsets, max_seqlen=batch.max_seqlen,
+                rows=rows, token_index=index,
+            )  # fmt: skip
+            said = torch.cat([decoder.logits(chunk).argmax(-1) for chunk in hidden.split(_CHUNK)])
+            # What a token is answered with stands at the next place, if the sentence has one.
+            follows = index[1:] > 0
+            improved = guess.clone()
+            improved[1:][follows] = said[:-1][follows]
+            inputs[places] = improved
+            changed = torch.zeros(left.shape[0], dtype=torch.bool, device=left.device)
+            changed[rows[improved != guess]] = True
+            before, left = left.shape[0], left[changed]
+            if 2 * left.shape[0] > before:
+                self.rest = _REST
+                break
+        return left
+
+
+def _places(batch: Batch, sentences: Tensor) -> Tensor:
+    """Indices of all tokens of these sentences, in their order."""
+    wanted = torch.zeros(batch.batch_size, dtype=torch.bool, device=sentences.device)
+    wanted[sentences] = True
+    return wanted[batch.rows].nonzero().squeeze(1)

@@ -19,7 +19,7 @@ from lmvae_fast.kernels.posterior import posterior_sample
 from lmvae_fast.models.batch import Batch, Share, pack
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.encoders import Encoder, Posterior
-from lmvae_fast.models.greedy import greedy_ids
+from lmvae_fast.models.greedy import FreeRunning
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.modes import evaluating
 from lmvae_fast.models.objective import combine, kl_per_dim, kl_reduce, segment_sum
@@ -79,6 +79,7 @@ class LMVAE(nn.Module):
         self._check_parts(config, encoder, decoder)
         self.config, self.encoder, self.decoder = config, encoder, decoder
         self.beta: float | Tensor = 1.0
+        self.free_running = FreeRunning()
         width = encoder.width + len(config.annotations)
         self.posterior_head = nn.Linear(width, 2 * config.latent_dim, bias=False)
         self.projector = self._build_projector()
@@ -348,9 +349,7 @@ class LMVAE(nn.Module):
     @torch.no_grad()
     def greedy_inputs(self, batch: Batch, injection: Injection) -> Tensor:
         """Decoder inputs ``[T]`` when the decoder reads its own greedy output instead of the sentence (LangVAE)."""
-        ids = greedy_ids(self.decoder, injection.detach(), max(batch.max_seqlen - 1, 0))
-        start = ids.new_full((ids.shape[0], 1), self.decoder.tokenizer.bos_token_id)
-        return torch.cat([start, ids], dim=1)[batch.rows, batch.token_index]
+        return self.free_running.inputs(self.decoder, batch, injection.detach())
 
     # Decoding -------------------------------------------------------------------------------------------------------
 

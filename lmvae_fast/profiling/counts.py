@@ -50,7 +50,7 @@ RECIPES = {
 @dataclass(frozen=True)
 class StepShape:
     """``batch`` sentences of ``tokens`` tokens each, for encoder and decoder alike; ``max_len`` sizes the memory of
-    recipes with a slot per position; a latent of ``latent_dim``."""
+    recipes with a slot per position (a step makes the slots that its tokens can see); a latent of ``latent_dim``."""
 
     batch: int = 32
     tokens: int = 16
@@ -133,6 +133,7 @@ class _Maps(nn.Module):
         self.kind, self.geometry = recipe.projector, (layers, kv_heads, head_dim)
         slots = shape.max_len + 1 if recipe.slots is None else recipe.slots
         self.memory_shape = (layers, 2, kv_heads, slots, head_dim)
+        self.made = slots if recipe.slots is not None else min(slots, shape.tokens)  # slots that some token can see
         options: Any = {"device": META, "bias": False}
         if self.kind == "shared":
             self.memory = nn.Linear(nz, layers * kv_heads * head_dim, **options)
@@ -150,13 +151,15 @@ class _Maps(nn.Module):
             return vectors[:, None, :, :, None].expand(-1, 2, -1, -1, -1, -1), self.shift(z)
         if self.hidden is not None:
             z = nn.functional.gelu(self.hidden(z))
-        return torch.ops.lmvae_fast.latent_kv_fwd(z, self.weight, self.bias, 0.0, None, z.dtype), None
+        weight, bias = (x[:, :, :, : self.made] for x in (self.weight, self.bias))
+        return torch.ops.lmvae_fast.latent_kv_fwd(z, weight, bias, 0.0, None, z.dtype), None
 
     def gradient_bytes(self, batch: int) -> int:
         """Of its own gradients: latent_kv's weight is updated without one, from the gradient of the memory."""
         if self.kind == "shared":
             return 4 * parameter_count(self)
-        return 4 * (parameter_count(self) - self.weight.numel() + batch * self.bias.numel())
+        memory = batch * self.bias[:, :, :, : self.made].numel()
+        return 4 * (parameter_count(self) - self.weight.numel() + memory)
 
 
 def count_encoder(model: PreTrainedModel, shape: StepShape, *, trains: bool) -> tuple[int, int]:

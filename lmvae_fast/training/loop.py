@@ -357,6 +357,7 @@ class Trainer:
             "plateau": self.plateau.state_dict(),
             "scaler": self.update.scaler.state_dict(),
             "beta": self.model.beta,
+            "free_running_rest": self.model.free_running.rest,
             "identity": self.identity,
         }
         best = self.progress.best
@@ -383,6 +384,7 @@ class Trainer:
         if self.update.scaler.is_enabled():
             self.update.scaler.load_state_dict(found.state["scaler"])
         self.model.beta = found.state["beta"]
+        self.model.free_running.rest = found.state.get("free_running_rest", 0)
         self.last_checkpoint = found.path
         self.ranks.gather(None)  # all have read it
         if self.ranks.first:

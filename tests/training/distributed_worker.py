@@ -1,4 +1,5 @@
-"""One rank of a distributed test: ``python distributed_worker.py RANK WORLD FOLDER`` with the case in FOLDER/case.json."""
+"""A rank of distributed tests. For every line ``RANK WORLD FOLDER`` on standard input it joins the others, runs the case in
+FOLDER/case.json, writes FOLDER/result-RANK.json and answers with a line; so one process serves many tests."""
 
 from __future__ import annotations
 
@@ -41,8 +42,12 @@ def run(case: dict, rank: int) -> dict:
     if rank == case.get("other_config"):
         changes["learning_rate"] = 0.5
     # another seed on each rank: what trains must come from rank 0
-    model = make_model(seed=rank, **{"projector_dropout": 0.0, **case.get("model", {})})
-    config = settings(Path(case["output"]), **{"batch_size": 6, "learning_rate": 0.01, "log_every": 1, **changes})
+    options = {"projector_dropout": 0.0, **case.get("model", {})}
+    model = make_model(seed=rank, dtype=getattr(torch, case.get("dtype", "float64")), **options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # of fine-tuned models: drawn by torch, for as many tokens as a rank has
+    config = settings(Path(case["output"]), **{"batch_size": 6, "learning_rate": 0.001, "log_every": 1, **changes})
     callbacks = [StopAt(*case["stop_at"])] if case.get("stop_at") else []
     if case.get("die_at"):
         callbacks.append(Die(case["die_at"]))
@@ -57,8 +62,7 @@ def run(case: dict, rank: int) -> dict:
     }  # fmt: skip
 
 
-def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def serve(rank: int, world: int, folder: Path) -> None:
     case = json.loads((folder / "case.json").read_text())
     case["folder"] = str(folder)
     if world > 1:
@@ -70,7 +74,12 @@ def main() -> None:
     except Exception:
         found = {"error": "crash", "message": traceback.format_exc()}
     (folder / f"result-{rank}.json").write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        number, count, where = line.split(maxsplit=2)
+        serve(int(number), int(count), Path(where.strip()))
+        print("done", flush=True)

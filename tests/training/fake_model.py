@@ -48,6 +48,7 @@ class FakeModel(nn.Module):
         super().__init__()
         self.config = Config(latent_dim=LATENT, max_len=8, annotations=[], train_encoder=train_encoder, dropout=dropout)
         self.beta, self.noise = 1.0, noise
+        self.free_running = SimpleNamespace(rest=0)
         self.pool_calls = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(encoder_seed)

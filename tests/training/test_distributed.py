@@ -19,28 +19,45 @@ from lmvae_fast.training.distributed import Ranks, _buckets
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(folder: Path, world: int, case: dict, *, timeout: float = 240) -> list[dict]:
-    """Run a case in ``world`` processes; what each rank reports (None for one that died)."""
-    folder.mkdir(parents=True)
-    case = {"output": str(folder / "run"), **case}
-    (folder / "case.json").write_text(json.dumps(case))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.distributed_worker", str(rank), str(world), str(folder)],
-            cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            process.wait(timeout)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    files = [folder / f"result-{rank}.json" for rank in range(world)]
-    return [json.loads(file.read_text()) if file.exists() else None for file in files]
+class Pool:
+    """Worker processes that serve one case after the other: they import torch once, not once a case."""
+
+    def __init__(self) -> None:
+        self.workers: list[subprocess.Popen] = []
+
+    def _start(self) -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.training.distributed_worker"], cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def __call__(self, folder: Path, world: int, case: dict) -> list[dict]:
+        """Run a case in ``world`` processes; what each rank reports (None for one that died)."""
+        folder.mkdir(parents=True)
+        (folder / "case.json").write_text(json.dumps({"output": str(folder / "run"), **case}))
+        self.workers = [worker for worker in self.workers if worker.poll() is None]
+        self.workers += [self._start() for _ in range(world - len(self.workers))]
+        for rank, worker in enumerate(self.workers[:world]):
+            worker.stdin.write(f"{rank} {world} {folder}\n")
+            worker.stdin.flush()
+        for worker in self.workers[:world]:
+            if not worker.stdout.readline():  # it died
+                worker.wait()
+        files = [folder / f"result-{rank}.json" for rank in range(world)]
+        return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.wait()
+
+
+@pytest.fixture(scope="module")
+def launch():
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -48,7 +65,7 @@ def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(one: Path, many: Path, world: int) -> None:
-    """Loss and weights within 1e-6, and the ranks' weights equal to the bit."""
+    """Weights within 1e-6, and the ranks' weights equal to the bit."""
     first = weights(many)
     for rank in range(1, world):
         other = weights(many, rank)
@@ -69,8 +86,10 @@ def assert_same_figures(one: dict, many: dict) -> None:
 
 
 CASES = {
-    # 26 sentences in steps of 6: the last step of an epoch has 2, fewer than there are ranks
+    # 26 sentences in steps of 6: one step of an epoch has 2, fewer than there are ranks
     "fused": {"train": {"max_steps": 6}},
+    # AdamW's first steps divide a gradient by itself: where it is all but zero, rounding decides. So the rest is float64.
+    "float32": {"dtype": "float32", "train": {"max_steps": 6}},
     "plain": {"train": {"max_steps": 6, "fused_projector_update": False, "grad_clip": 0.05}},
     "accumulated": {"train": {"max_steps": 4, "batch_size": 4, "accumulation": 2}},
     "optimus": {"model": {"system": "optimus", "encoder": "bert"}, "train": {"max_steps": 4}},
@@ -79,7 +98,7 @@ CASES = {
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_are_one_process_on_the_whole_batch(tmp_path, name, world):
+def test_ranks_are_one_process_on_the_whole_batch(launch, tmp_path, name, world):
     case = CASES[name]
     (alone,) = launch(tmp_path / "one", 1, case)
     together = launch(tmp_path / "many", world, case)
@@ -90,7 +109,7 @@ def test_ranks_are_one_process_on_the_whole_batch(tmp_path, name, world):
     assert [found["history"] for found in together[1:]] == [[]] * (world - 1)  # rank 0 alone keeps records
 
 
-def test_resume_on_another_number_of_ranks(tmp_path):
+def test_resume_on_another_number_of_ranks(launch, tmp_path):
     """One process begins, three go on, two end: the run of one process throughout."""
     steps = {"max_steps": 9, "save_every": 3}
     launch(tmp_path / "whole", 1, {"train": steps})
@@ -111,14 +130,14 @@ def test_resume_on_another_number_of_ranks(tmp_path):
     ("what", "error", "says"),
     [("other_data", "DataError", "train data"), ("other_config", "ConfigError", "learning_rate")],
 )
-def test_ranks_that_differ_are_refused_at_start(tmp_path, what, error, says):
+def test_ranks_that_differ_are_refused_at_start(launch, tmp_path, what, error, says):
     found = launch(tmp_path / "ranks", 2, {what: 1, "train": {"max_steps": 2}})
     assert [each["error"] for each in found] == [error, error]
     assert all(says in each["message"] for each in found)
     assert not checkpoint.complete(tmp_path / "ranks" / "run" / "checkpoints")
 
 
-def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(tmp_path):
+def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(launch, tmp_path):
     found = launch(tmp_path / "ranks", 2, {"die_at": 4, "train": {"max_steps": 8, "save_every": 2}})
     assert found[0] is None  # rank 0 has the callbacks, and died
     assert found[1]["error"] == "DistributedError", found[1]
@@ -134,7 +153,7 @@ def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(t
     assert resumed["step"] == 8
 
 
-def test_objective_of_sums_of_a_batch_is_refused(tmp_path):
+def test_objective_of_sums_of_a_batch_is_refused(launch, tmp_path):
     found = launch(tmp_path / "ranks", 2, {"model": {"objective": "langvae-0.6"}, "train": {"max_steps": 1}})
     assert {each["error"] for each in found} == {"ConfigError"}
     assert "langvae-0.6" in found[0]["message"]

@@ -1,0 +1,61 @@
+"""Free running by fixed-point iteration says what the loop over tokens says, in as few passes as the guess is right."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lmvae_fast.models.greedy import FreeRunning, greedy_ids
+from tests.models.tiny import make_model
+
+SENTENCES = ["the cat sat on the mat", "a dog", "plants need light", "ice"]
+
+
+def parts(family="gpt2", **config):
+    model = make_model(family, max_len=9, projector_dropout=0.0, free_running=True, **config).eval()
+    with torch.no_grad():  # memories that differ enough for sentences to be read differently
+        model.projector.weight.mul_(4.0)
+    batch = model.make_batch(model.tokenize(SENTENCES))
+    injection = model.inject(torch.randn(4, 6), tokens=batch.max_seqlen).detach()
+    ids = greedy_ids(model.decoder, injection, batch.max_seqlen - 1)
+    start = ids.new_full((4, 1), model.decoder.tokenizer.bos_token_id)
+    want = torch.cat([start, ids], 1)[batch.rows, batch.token_index]
+    return model, batch, injection, want
+
+
+@pytest.mark.parametrize("visibility", ["prefix", "rolling", "interleaved"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_any_guess_ends_in_what_the_loop_says(family, visibility):
+    model, batch, injection, want = parts(family, visibility=visibility)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        guess = torch.where(batch.token_index > 0, torch.randint_like(want, model.decoder.vocab_size), batch.input_ids)
+        free = FreeRunning()
+        assert torch.equal(free.inputs(model.decoder, dataclasses.replace(batch, input_ids=guess), injection), want)
+
+
+def test_a_right_guess_takes_one_pass_and_a_wrong_token_costs_its_sentence_another():
+    model, batch, injection, want = parts()
+    free = FreeRunning()
+    right = dataclasses.replace(batch, input_ids=want)
+    assert torch.equal(free.inputs(model.decoder, right, injection), want)
+    assert (free.passes, free.looped) == (1, 0)
+    guess = want.clone()
+    last = int(batch.cu_seqlens[1]) - 1  # of the first sentence: nothing follows it
+    guess[last] = (guess[last] + 1) % model.decoder.vocab_size
+    assert torch.equal(free.inputs(model.decoder, dataclasses.replace(batch, input_ids=guess), injection), want)
+    assert (free.passes, free.looped) == (2, 0)
+
+
+def test_after_a_pass_that_fixes_few_sentences_the_loop_is_left_alone_for_a_while():
+    model, batch, injection, want = parts()
+    guess = torch.where(batch.token_index > 0, (want + 1) % model.decoder.vocab_size, want)
+    wrong = dataclasses.replace(batch, input_ids=guess)
+    free = FreeRunning()
+    taken = []
+    for _ in range(18):
+        assert torch.equal(free.inputs(model.decoder, wrong, injection), want)
+        taken.append(free.passes)
+    assert taken[0] >= 1
+    assert taken[1:17] == [0] * 16
+    assert taken[17] >= 1
