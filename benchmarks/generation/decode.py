@@ -6,9 +6,9 @@
 
 Every side is a process of its own with the same weights and latents; greedy, 32 tokens, nothing stops early. In fp32 the
 tokens of both sides must be the same before anything is timed. Sides take turns, in random order within each round; a
-speed-up is the median over rounds of the ratio, of elapsed and of processor time. Besides: seconds until the first token, the peak memory of each
-process, and the share of the machine's limit (reading every weight once a step, or the matrix products). Writes
-benchmarks/results/generation/<against>.json.
+speed-up is the median over rounds of the ratio, of elapsed and of processor time. Besides: seconds until the first token,
+the peak memory of each process, and the share of the machine's limit (reading every weight once a step, or the matrix
+products). Writes benchmarks/results/generation/<against>.json.
 """
 
 from __future__ import annotations
