@@ -29,6 +29,7 @@ _PUBLIC = {
     "Callback": "lmvae_fast.training.callbacks",
     "generate": "lmvae_fast.generation.engine",
     "Generated": "lmvae_fast.generation.engine",
+    "score": "lmvae_fast.generation.scoring",
     "interpolate": "lmvae_fast.generation.latent_ops",
     "traverse": "lmvae_fast.generation.latent_ops",
     "arithmetic": "lmvae_fast.generation.latent_ops",
@@ -83,6 +84,7 @@ __all__ = [
     "generate_corpus",
     "interpolate",
     "read",
+    "score",
     "train",
     "traverse",
 ]
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from lmvae_fast.evaluation.evaluate import evaluate
     from lmvae_fast.generation.engine import Generated, generate
     from lmvae_fast.generation.latent_ops import arithmetic, interpolate, traverse
+    from lmvae_fast.generation.scoring import score
     from lmvae_fast.kernels.backend import backend
     from lmvae_fast.models.batch import Batch
     from lmvae_fast.models.decoders import Decoder
