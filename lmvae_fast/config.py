@@ -165,6 +165,7 @@ class TrainConfig(ConfigBase):
         beta_cycles, beta_zero, beta_increase: cycles; share of a cycle at 0; share spent rising (``linear`` rises over
             beta_increase of the run after beta_zero of it).
         precision: ``fp32``, or autocast in ``bf16`` / ``fp16`` (the latter with a gradient scaler).
+        shard: hold the layers of a frozen decoder in pieces, one on each process (FSDP2); needs torchrun.
         fused_projector_update: update the projector's weight within the backward pass, so that its gradient, as large as
             the weight, is never made (not with fp16, whose scaler must see it). False: torch's AdamW for everything.
         eval_every, save_every, log_every: in optimiser steps; None for once an epoch (log: 10).
@@ -201,6 +202,7 @@ class TrainConfig(ConfigBase):
     beta_zero: float = 0.25
     beta_increase: float = 0.25
     precision: str = "fp32"
+    shard: bool = False
     fused_projector_update: bool = True
     eval_every: int | None = None
     save_every: int | None = None
@@ -244,7 +246,7 @@ class TrainConfig(ConfigBase):
             raise ConfigError("TrainConfig.adam_betas is out of range", value=betas, limit="two numbers in [0, 1)")
         self._text("output_dir")
         self._text("cache_dir", optional=True)
-        self._flag("tensorboard", "progress", "fused_projector_update")
+        self._flag("tensorboard", "progress", "shard", "fused_projector_update")
         if not isinstance(self.resume, bool):
             self._text("resume")
         if self.beta_zero + self.beta_increase > 1.0:
