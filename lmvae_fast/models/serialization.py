@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
+from lmvae_fast.models.tuning import without_adapters
 
 if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE
@@ -51,7 +52,7 @@ def _store_part(part: Any, tokenizer: Any, folder: Path) -> None:
             )  # fmt: skip
         shutil.copytree(part.source, folder)
         return
-    part.model.save_pretrained(folder)
+    part.model.save_pretrained(folder, state_dict=without_adapters(part.model.state_dict()))
     tokenizer.save_pretrained(folder)
 
 
