@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
 from benchmarks.records import RESULTS, ROOT, load, where
+from benchmarks.training.scaling_tables import TABLES as SCALING_TABLES
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 OPS = ("posterior", "latent_kv", "latent_attention", "lm_head_loss", "coupling_flow")
@@ -87,7 +88,7 @@ def training() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"kernels": kernels, "demo": demo, "interpolation": interpolation, "training": training}
-TABLES |= COMPUTE_TABLES
+TABLES |= COMPUTE_TABLES | SCALING_TABLES
 
 
 def filled(text: str) -> str:

@@ -16,6 +16,7 @@ VISIBILITIES = ("prefix", "rolling", "interleaved")
 POOLINGS = ("mean", "cls", "last", "pooler")
 PROJECTORS = ("linear", "shared", "mlp", "none")
 KL_MODES = ("sum", "dim_threshold", "free_bits", "sample_threshold")
+DECODER_PARTS = ("all", "embeddings", "lora")
 OBJECTIVES = ("elbo", "langvae-0.6")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BETA_SCHEDULES = ("constant", "linear", "cyclical")
@@ -52,11 +53,14 @@ class LMVAEConfig(ConfigBase):
         length_normalize: divide a sentence's reconstruction by its number of predicted tokens.
         free_running: train on the decoder's own greedy output (LangVAE) instead of teacher forcing.
         train_encoder, train_decoder: fine-tune the encoder or decoder instead of freezing it.
+        decoder_part: what of a decoder that trains does: ``all``, ``embeddings`` (token embedding and head, LlaMaVAE) or
+            ``lora`` (low-rank adapters; needs the ``lora`` extra).
+        lora_rank, lora_alpha: of the adapters.
         annotations: names of the per-token labels that condition the encoder; empty for none.
         conditional_decoder: concatenate the pooled labels to z before the projector.
         add_prefix_space: tokenise the first word like any other.
-        dtype: dtype that encoder and decoder are held in, and of the memory. What is trained around them is float32
-            (float64 of a float64 model); an encoder or decoder that trains must be float32 or float64 as well.
+        dtype: dtype that a frozen encoder or decoder is held in, and of the memory. What trains, and an encoder or decoder
+            of which a part trains, is float32 (float64 of a float64 model).
     """
 
     system: str = "langvae"
@@ -79,6 +83,9 @@ class LMVAEConfig(ConfigBase):
     free_running: bool | None = None
     train_encoder: bool | None = None
     train_decoder: bool | None = None
+    decoder_part: str = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
     annotations: tuple[str, ...] = ()
     conditional_decoder: bool = False
     add_prefix_space: bool | None = None
@@ -95,6 +102,9 @@ class LMVAEConfig(ConfigBase):
         ):
             self._choice(name, allowed, optional=True)
         self._choice("dtype", DTYPES)
+        self._choice("decoder_part", DECODER_PARTS)
+        self._number("lora_rank", 1, integer=True)
+        self._number("lora_alpha", 0.0, open_low=True)
         self._number("latent_dim", 1, integer=True)
         self._number("max_len", 1, integer=True)
         self._number("slots", 1, integer=True, optional=True)
@@ -137,6 +147,11 @@ class LMVAEConfig(ConfigBase):
                 value=f"projector={self.projector!r}",
                 remedy="set projector='mlp' or drop projector_hidden",
             )
+        if self.decoder_part != "all" and self.train_decoder is False:
+            raise ConfigError(
+                "decoder_part says what of a decoder trains, and train_decoder=False freezes it",
+                value=f"decoder_part={self.decoder_part!r}", remedy="set train_decoder=True, or drop decoder_part",
+            )  # fmt: skip
         if self.conditional_decoder and not self.annotations:
             raise ConfigError(
                 "conditional_decoder needs annotations", value="annotations=()", remedy="name the labels of the data"
@@ -165,6 +180,7 @@ class TrainConfig(ConfigBase):
         beta_cycles, beta_zero, beta_increase: cycles; share of a cycle at 0; share spent rising (``linear`` rises over
             beta_increase of the run after beta_zero of it).
         precision: ``fp32``, or autocast in ``bf16`` / ``fp16`` (the latter with a gradient scaler).
+        shard: hold the layers of a frozen decoder in pieces, one on each process (FSDP2); needs torchrun.
         fused_projector_update: update the projector's weight within the backward pass, so that its gradient, as large as
             the weight, is never made (not with fp16, whose scaler must see it). False: torch's AdamW for everything.
         eval_every, save_every, log_every: in optimiser steps; None for once an epoch (log: 10).
@@ -201,6 +217,7 @@ class TrainConfig(ConfigBase):
     beta_zero: float = 0.25
     beta_increase: float = 0.25
     precision: str = "fp32"
+    shard: bool = False
     fused_projector_update: bool = True
     eval_every: int | None = None
     save_every: int | None = None
@@ -244,7 +261,7 @@ class TrainConfig(ConfigBase):
             raise ConfigError("TrainConfig.adam_betas is out of range", value=betas, limit="two numbers in [0, 1)")
         self._text("output_dir")
         self._text("cache_dir", optional=True)
-        self._flag("tensorboard", "progress", "fused_projector_update")
+        self._flag("tensorboard", "progress", "shard", "fused_projector_update")
         if not isinstance(self.resume, bool):
             self._text("resume")
         if self.beta_zero + self.beta_increase > 1.0:

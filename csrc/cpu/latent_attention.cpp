@@ -25,8 +25,8 @@ Strided cached(const at::Tensor& x) {  // [batch, heads, rows, head_dim]
 }
 at::ScalarType stats_type(const at::Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Runs body(pair, workspace) for every pair, each on one thread; threads take pairs as they become free, so that long
-// sentences do not leave the others waiting.
+// Runs body(pair, workspace) for every pair, each on one thread. Threads take runs of neighbours, which get shorter towards
+// the end so that long sentences do not leave the others waiting: what lies side by side is then mostly written by one.
 template <typename F>
 void for_pairs(int64_t pairs, int64_t workspace_bytes, double flops, F&& body) {
   if (pairs == 0) return;
@@ -40,7 +40,13 @@ void for_pairs(int64_t pairs, int64_t workspace_bytes, double flops, F&& body) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; thread++) {
       char* own = base + place.fetch_add(1) * bytes;
-      for (int64_t pair = next.fetch_add(1); pair < pairs; pair = next.fetch_add(1)) body(pair, own);
+      int64_t from = next.load(), to = 0;
+      while (from < pairs) {
+        to = from + std::max<int64_t>(1, (pairs - from) / (4 * threads));
+        if (!next.compare_exchange_weak(from, to)) continue;
+        for (int64_t pair = from; pair < to; pair++) body(pair, pair + 1 < to ? pair + 1 : -1, own);
+        from = next.load();
+      }
     }
   });
 }
@@ -95,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q, const at::Tensor& k,
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
     const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, void* own) { pair(a, p, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
   });
   return {out, stats};
 }
@@ -126,7 +132,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
     const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, void* own) { pair(a, p, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
   });
   return {grad_q, grad_kv, grad_memory};
 }
@@ -152,7 +158,7 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tens
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_decode", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_decode_workspace<scalar_t>(a));
     const auto pair = LMVAE_PICK(latent_attention_decode<scalar_t>);
-    for_pairs(batch * a.kv_heads, bytes, 4 * flops, [&](int64_t p, void* own) {
+    for_pairs(batch * a.kv_heads, bytes, 4 * flops, [&](int64_t p, int64_t, void* own) {
       pair(a, p / a.kv_heads, p % a.kv_heads, count[p / a.kv_heads], own);
     });
   });

@@ -46,11 +46,11 @@ struct LatentAttentionDecodeArgs {
 LMVAE_DECLARE(template <typename T> int64_t latent_attention_workspace(const ::lmvae::LatentAttentionArgs& args,
                                                                        int64_t max_seqlen, bool backward))
 // One pair (sentence, kv head), numbered sentence * kv_heads + kv_head. Two of them share nothing that is written, so results
-// do not depend on threads.
+// do not depend on threads. next: the pair this thread does afterwards, or -1; what it needs is fetched meanwhile.
 LMVAE_DECLARE(template <typename T> void latent_attention_fwd(const ::lmvae::LatentAttentionArgs& args, int64_t pair,
-                                                              void* workspace))
+                                                              int64_t next, void* workspace))
 LMVAE_DECLARE(template <typename T> void latent_attention_bwd(const ::lmvae::LatentAttentionArgs& args, int64_t pair,
-                                                              void* workspace))
+                                                              int64_t next, void* workspace))
 LMVAE_DECLARE(template <typename T> int64_t latent_attention_decode_workspace(const ::lmvae::LatentAttentionDecodeArgs& args))
 LMVAE_DECLARE(template <typename T> void latent_attention_decode(const ::lmvae::LatentAttentionDecodeArgs& args, int64_t b,
                                                                  int64_t kv_head, int64_t length, void* workspace))

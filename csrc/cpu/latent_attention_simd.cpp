@@ -56,6 +56,7 @@ struct Unit {
   using A = acc_t<T>;
   const LatentAttentionArgs& args;
   int64_t b, kv_head, first, tokens, group, used, rows, columns, pitch;
+  mutable Ahead ahead;
   bool whole;  // a row is whole vectors of the accumulation type: it can be read and written in place
 
   Unit(const LatentAttentionArgs& args_, int64_t pair) : args(args_), b(pair / args_.kv_heads), kv_head(pair % args_.kv_heads) {
@@ -90,6 +91,18 @@ struct Unit {
     int64_t lo = std::max<int64_t>(0, i - reach);
     if (args.visibility == Visibility::Rolling) lo = std::max(lo, i - 1);
     return {used + lo, used + i + 1};
+  }
+
+  // Plans to fetch what pair `next` (-1: none) will read and write of memory, where that is dense; the rest is little.
+  void look_ahead(int64_t next, bool backward) const {
+    if (next < 0) return;
+    const Unit n(args, next);
+    const int64_t bytes = n.used * args.head_dim * sizeof(T);
+    for (const Strided* x : {&args.memory_k, &args.memory_v})
+      if (x->row == args.head_dim && x->dim == 1)
+        ahead.add(static_cast<const T*>(x->data) + n.b * x->batch + n.kv_head * x->head, bytes, false);
+    if (backward && args.grad_memory_k != nullptr)
+      for (void* x : {args.grad_memory_k, args.grad_memory_v}) ahead.add(n.memory_rows(x), bytes, true);
   }
 
   int64_t token_of(int64_t row) const { return first + row / group; }
@@ -197,7 +210,7 @@ struct Tile {
   void dots_of(const Piece* pieces, const Columns<const A>& x, const A* rows_t, A* s) const {
     for (int kind = 0; kind < 2; kind++)
       dots<A, QV>(x.at(kind, pieces[kind].column), x.pitch(kind), pieces[kind].count, rows_t, u.args.head_dim,
-                  s + pieces[kind].at * W);
+                  s + pieces[kind].at * W, u.ahead);
   }
 
   // s = masked (and capped) scores of the pass; slope, where given, is d(capped score) / d(score).
@@ -462,9 +475,10 @@ int64_t latent_attention_workspace(const LatentAttentionArgs& args, int64_t max_
 }
 
 template <typename T>
-void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, void* workspace) {
+void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, int64_t next, void* workspace) {
   const Unit<T> u(args, pair);
   if (u.tokens == 0) return;
+  u.look_ahead(next, false);
   Workspace<acc_t<T>> w;
   w.lay_out(static_cast<acc_t<T>*>(workspace), u.columns, u.pitch, false);
   const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys), u.load_columns(args.memory_v, args.v, w.values)};
@@ -474,9 +488,10 @@ void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, void* w
 }
 
 template <typename T>
-void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, void* workspace) {
+void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, int64_t next, void* workspace) {
   using A = acc_t<T>;
   const Unit<T> u(args, pair);
+  u.look_ahead(next, true);
   Workspace<A> w;
   w.lay_out(static_cast<A*>(workspace), u.columns, u.pitch, true);
   const Columns<A> grad_keys = u.target_columns(args.grad_memory_k, args.grad_k, w.grad_keys);
@@ -496,8 +511,8 @@ void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, void* w
 
 #define LMVAE_INSTANTIATE(T)                                                                                   \
   template int64_t latent_attention_workspace<T>(const LatentAttentionArgs&, int64_t, bool);                   \
-  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, void*);                             \
-  template void latent_attention_bwd<T>(const LatentAttentionArgs&, int64_t, void*);           
+  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);                  \
+  template void latent_attention_bwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)
 LMVAE_INSTANTIATE(c10::BFloat16)

@@ -30,16 +30,57 @@ template <typename A> LMVAE_INLINE Vec<A> load(const A* p) { return *reinterpret
 template <typename A> LMVAE_INLINE void store(A* p, Vec<A> x) { *reinterpret_cast<Vec<A>*>(p) = x; }
 template <typename A> LMVAE_INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
 
+// ---- fetching ahead ---------------------------------------------------------------------------------------------------
+
+// Blocks of memory that will be needed soon. A register tile asks for as many lines as it has steps and touches one in each,
+// so that what comes from far away is on its way while there is work; the hardware does not foresee where the next pair lies.
+class Ahead {
+ public:
+  struct Lines {
+    const char* at;
+    int64_t count;
+    bool write;
+    void fetch(int64_t n) const {
+      if (n >= count) return;
+      const char* line = at + n * kLine;
+#if defined(__AVX512F__)
+      if (write) asm volatile("prefetchw %0" : : "m"(*line));  // GCC emits it only where told that the CPU has it
+      else
+#endif
+        __builtin_prefetch(line, 0, 2);
+    }
+  };
+  void add(const void* first, int64_t bytes, bool write) {
+    if (count_ < kBlocks && bytes > 0) block_[count_++] = {static_cast<const char*>(first), (bytes + kLine - 1) / kLine, write};
+  }
+  Lines take(int64_t lines) {
+    if (next_ == count_) return {nullptr, 0, false};
+    Lines& block = block_[next_];
+    const Lines out = {block.at, std::min(lines, block.count), block.write};
+    block.at += out.count * kLine, block.count -= out.count;
+    if (block.count == 0) next_++;
+    return out;
+  }
+
+ private:
+  static constexpr int kBlocks = 4;
+  static constexpr int64_t kLine = 64;
+  Lines block_[kBlocks] = {};
+  int count_ = 0, next_ = 0;
+};
+
 // ---- dots ------------------------------------------------------------------------------------------------------------
 
 // s[n][r] = sum_d k[n][d] qt[d][r] for n < KN. Where a tile has too few sums to hide the latency of an addition, each is
 // split in two.
 template <typename A, int QV, int KN>
-static void dots_tile(const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s) {
+static void dots_tile(const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s, Ahead& ahead) {
   constexpr int L = Lanes<A>::count, W = QV * L, C = KN * QV <= 4 ? 2 : 1;
   Vec<A> acc[C][KN][QV] = {};
+  const Ahead::Lines lines = ahead.take(d_count / C);
   int64_t d = 0;
   for (; d + C <= d_count; d += C) {
+    lines.fetch(d / C);
 #pragma GCC unroll 2
     for (int c = 0; c < C; c++) {
       Vec<A> q[QV];
@@ -68,9 +109,10 @@ static void dots_tile(const A* k, int64_t ldk, const A* qt, int64_t d_count, A* 
 }
 
 template <typename A, int QV, int KN = kDotTile / QV>
-static void dots_rows(int64_t rows, const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s) {
-  if (rows == KN) return dots_tile<A, QV, KN>(k, ldk, qt, d_count, s);
-  if constexpr (KN > 1) dots_rows<A, QV, KN - 1>(rows, k, ldk, qt, d_count, s);
+static void dots_rows(int64_t rows, const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s,
+                      Ahead& ahead) {
+  if (rows == KN) return dots_tile<A, QV, KN>(k, ldk, qt, d_count, s, ahead);
+  if constexpr (KN > 1) dots_rows<A, QV, KN - 1>(rows, k, ldk, qt, d_count, s, ahead);
 }
 
 // How many rows each of the fewest tiles of at most `most` rows takes that cover `rows`: 13 by 6 -> 5 (5 + 5 + 3).
@@ -81,10 +123,11 @@ LMVAE_INLINE int64_t even_step(int64_t rows, int64_t most) {
 
 // s[n][r] = sum_d k[n][d] qt[d][r] for n < count; rows of qt and s are QV vectors wide.
 template <typename A, int QV>
-static void dots(const A* k, int64_t ldk, int64_t count, const A* qt, int64_t d_count, A* s) {
+static void dots(const A* k, int64_t ldk, int64_t count, const A* qt, int64_t d_count, A* s, Ahead& ahead) {
   const int64_t step = even_step(count, kDotTile / QV);
   for (int64_t n = 0; n < count; n += step)
-    dots_rows<A, QV>(std::min(step, count - n), k + n * ldk, ldk, qt, d_count, s + n * QV * Lanes<A>::count);
+    dots_rows<A, QV>(std::min(step, count - n), k + n * ldk, ldk, qt, d_count, s + n * QV * Lanes<A>::count,
+                     ahead);
 }
 
 // ---- outer -----------------------------------------------------------------------------------------------------------

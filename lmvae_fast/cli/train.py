@@ -35,6 +35,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of data order, noise, dropout and initialisation.")] = None,
     on_long: Annotated[str | None, typer.Option(help="Sentences over max_len: truncate, drop or error.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Hold the frozen decoder in pieces, one on each process of torchrun.")] = False,  # noqa: E501
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with sections model, train and data; flags override.")] = None,  # noqa: E501
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")] = None,
     backend: Backend = "auto",
@@ -46,6 +47,8 @@ def train(
     bit for bit. The finished model is in `OUTPUT/model`.
 
     Example: `lmvae-fast train --data sentences.txt --encoder bert-base-cased --decoder gpt2 --output runs/first`
+
+    In several processes: `torchrun --nproc-per-node 4 -m lmvae_fast.cli train ...` with the same options.
     """
     values = merged(
         config, SECTIONS,
@@ -54,7 +57,7 @@ def train(
             "train": {
                 "output_dir": output, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
                 "learning_rate": lr, "beta": beta, "precision": precision, "seed": seed, "on_long": on_long,
-                "resume": resume or None,
+                "resume": resume or None, "shard": shard or None,
             },
             "data": {"path": data, "eval_path": eval_data, "column": column, "limit": limit},
         },
@@ -73,20 +76,26 @@ def train(
 
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.models.lmvae import LMVAE
+    from lmvae_fast.training.distributed import Ranks, process_group
     from lmvae_fast.training.loop import train as run_training
 
     torch.manual_seed(train_config.seed)
-    with use_backend(backend):
-        model = LMVAE(model_config).to("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(train_config.output_dir) / "model"
+    with process_group() as device, use_backend(backend):
+        ranks = Ranks()
+        model = LMVAE(model_config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if not as_json:
+        if ranks.first and not as_json:
             console.print(f"{len(train_data)} sentences to train on, {len(held_out)} held out; {trainable:,} parameters train")
         result = run_training(model, train_data, held_out, train_config)
-    folder = Path(train_config.output_dir) / "model"
-    model.save_pretrained(folder)
+        if ranks.first:
+            model.save_pretrained(folder)
+        ranks.gather(None)  # none leaves before the model is written
+    if not ranks.first:
+        raise typer.Exit(INTERRUPTED if result.interrupted else 0)
     summary = {
         "stopped": result.stop_reason, "step": result.step, "epoch": round(result.epoch, 3), "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second, "best": result.best, "model": str(folder),
+        "tokens_per_second": result.tokens_per_second, "processes": ranks.world, "best": result.best, "model": str(folder),
         "checkpoint": str(result.checkpoint), "trainable_parameters": trainable,
     }  # fmt: skip
     if as_json:

@@ -22,6 +22,7 @@ from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.loading import load_pretrained
 from lmvae_fast.models.tokenization import SentenceTokenizer
+from lmvae_fast.models.tuning import Tuning
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Decoder(nn.Module):
     Args:
         model: the causal LM. Its attention implementation is switched to ours.
         tokenizer: its tokenizer.
-        train: whether its parameters train; they are frozen otherwise.
+        train: whether it trains; it is frozen otherwise.
+        tuning: what of it trains then.
         source: name or folder it came from, if any.
 
     Raises:
@@ -47,28 +49,47 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: SentenceTokenizer, *, train: bool = False, source: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: SentenceTokenizer,
+        *,
+        train: bool = False,
+        tuning: Tuning | None = None,
+        source: str | None = None,
     ):
         super().__init__()
         self.model, self.tokenizer, self.trains, self.source = model, tokenizer, train, source
+        self.tuning = tuning or Tuning()
         config = model.config.get_text_config(decoder=True)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size, self.hidden_size = self._embedding.shape
-        model.requires_grad_(train)
+        model.requires_grad_(False)
         self.train(False)
         tokenizer.check_ids(self.vocab_size)
         self._examine()
+        if train:
+            self.tuning.apply(model)
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: torch.dtype, train: bool = False, add_prefix_space: bool = True
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype,
+        train: bool = False,
+        tuning: Tuning | None = None,
+        add_prefix_space: bool = True,
     ) -> Decoder:
-        """Load from a Hugging Face name or folder; raises CheckpointError when it cannot be had."""
+        """Load from a Hugging Face name or folder; raises CheckpointError when it cannot be had.
+
+        A decoder that trains is held in float32 at least: half precision is then a matter of autocast.
+        """
+        dtype = torch.promote_types(dtype, torch.float32) if train else dtype
         config = load_pretrained(AutoConfig, name, "decoder")
         model = load_pretrained(AutoModelForCausalLM, name, "decoder", dtype=dtype)
         tokenizer = SentenceTokenizer.load(name, config, add_prefix_space=add_prefix_space)
-        return cls(model, tokenizer, train=train, source=name)
+        return cls(model, tokenizer, train=train, tuning=tuning, source=name)
 
     @property
     def body(self) -> nn.Module:

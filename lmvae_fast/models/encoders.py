@@ -88,7 +88,11 @@ class Encoder(nn.Module):
     def load(
         cls, name: str, *, dtype: torch.dtype, pooling: str = "mean", normalize: bool = False, train: bool = False
     ) -> Encoder:
-        """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had."""
+        """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had.
+
+        An encoder that trains is held in float32 at least: half precision is then a matter of autocast.
+        """
+        dtype = torch.promote_types(dtype, torch.float32) if train else dtype
         config = load_pretrained(AutoConfig, name, "encoder")
         # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
         auto_class = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel

@@ -26,6 +26,7 @@ from lmvae_fast.models.objective import combine, kl_per_dim, kl_reduce, segment_
 from lmvae_fast.models.projectors import LinearProjector, SharedProjector
 from lmvae_fast.models.systems import resolve
 from lmvae_fast.models.tokenization import TokenizedSentences, tokenize
+from lmvae_fast.models.tuning import Tuning
 
 # The dropout of the memory must not reuse the noise of the posterior when a caller gives one seed for a whole step.
 _DROPOUT_STREAM = 0x5DEECE66D
@@ -68,7 +69,7 @@ class LMVAE(nn.Module):
         dtype = getattr(torch, config.dtype)
         if decoder is None:
             decoder = Decoder.load(
-                config.decoder, dtype=dtype, train=bool(config.train_decoder),
+                config.decoder, dtype=dtype, train=bool(config.train_decoder), tuning=tuning_of(config),
                 add_prefix_space=bool(config.add_prefix_space),
             )  # fmt: skip
         if encoder is None:
@@ -418,6 +419,11 @@ class LMVAE(nn.Module):
                     f"the {name} given and the configuration disagree about training it",
                     value=f"{name}.trains={part.trains}, train_{name}={wanted}", remedy="make them equal",
                 )  # fmt: skip
+        if decoder.trains and decoder.tuning != tuning_of(config):
+            raise ConfigError(
+                "the decoder given and the configuration disagree about what of it trains", value=str(decoder.tuning),
+                limit=str(tuning_of(config)), remedy="give Decoder the configuration's tuning",
+            )  # fmt: skip
         for name in ("pooling", "normalize"):
             if getattr(encoder, name) != getattr(config, name):
                 raise ConfigError(
@@ -430,6 +436,11 @@ class LMVAE(nn.Module):
                 f"{config.visibility} visibility is about memory slots, and projector='none' makes none",
                 remedy="set visibility='prefix'",
             )
+
+
+def tuning_of(config: LMVAEConfig) -> Tuning:
+    """What of the decoder trains, by a configuration."""
+    return Tuning(config.decoder_part, config.lora_rank, config.lora_alpha)
 
 
 def _other_stream(seed: int | Tensor | None) -> int | Tensor | None:

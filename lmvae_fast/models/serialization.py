@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
+from lmvae_fast.models.tuning import without_adapters
 
 if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE
@@ -38,6 +39,21 @@ posterior = model.encode(["a cat is a kind of animal"])
 print(model.decode(posterior.mu))
 ```
 """
+
+
+def _store_part(part: Any, tokenizer: Any, folder: Path) -> None:
+    """Encoder or decoder with its tokenizer as an ordinary Hugging Face folder."""
+    if any(hasattr(parameter, "device_mesh") for parameter in part.model.parameters()):  # DTensors (training/sharding.py):
+        # no process has all of it; but it is frozen, so what it was loaded from is what it is
+        if part.source is None or not Path(part.source).is_dir():
+            raise OutputError(
+                "a sharded decoder that came from no folder cannot be stored", value=f"source={part.source}",
+                remedy="save with include_frozen=False, or load the decoder from a folder",
+            )  # fmt: skip
+        shutil.copytree(part.source, folder)
+        return
+    part.model.save_pretrained(folder, state_dict=without_adapters(part.model.state_dict()))
+    tokenizer.save_pretrained(folder)
 
 
 def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_frozen: bool | None = None) -> None:
@@ -65,9 +81,8 @@ def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_fro
         for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
             store = include_frozen if include_frozen is not None else part.source is None or Path(part.source).is_dir()
             if store:
-                part.model.save_pretrained(temporary / name)
                 tokenizer: Any = part.tokenizer if name == "encoder" else part.tokenizer.tokenizer
-                tokenizer.save_pretrained(temporary / name)
+                _store_part(part, tokenizer, temporary / name)
                 config = config.replace(**{name: f"./{name}"})
         state = {name: value.contiguous() for name, value in model.trainable_state_dict().items()}
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})

@@ -60,6 +60,8 @@ def resolve(config: LMVAEConfig) -> LMVAEConfig:
     """The configuration with every open field filled from its system's preset and its encoder's own pooling."""
     preset = {**PRESETS[config.system], **ENCODER_POOLING.get(config.encoder, {})}
     changes = {name: value for name, value in preset.items() if getattr(config, name) is None}
+    if config.train_decoder is None and config.decoder_part != "all":
+        changes["train_decoder"] = True
     visibility = changes.get("visibility", config.visibility)
     if config.slots is None and (visibility != "prefix" or "slots" not in changes):
         # LangVAE projects one slot more than it has positions; rolling never sees the last one.

@@ -112,18 +112,22 @@ def random_model(
     ``config`` says all but the two models (its names of them are replaced). Both models read a byte-level BPE made from
     ``texts``, which uses a part of their vocabularies. Raises ConfigError for an unknown preset.
     """
-    full = resolve(config.replace(encoder=encoder, decoder=decoder))
-    dtype = getattr(torch, full.dtype)
-    size = min(ENCODERS.get(encoder, {}).get("vocab_size", 512), DECODERS.get(decoder, {}).get("vocab_size", 512), 8000)
-    tokenizer = make_tokenizer(texts, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        models = build_encoder(encoder, device).to(dtype), build_decoder(decoder, device).to(dtype)
+        models = build_encoder(encoder, device), build_decoder(decoder, device)
+    return assembled(*models, config.replace(encoder=encoder, decoder=decoder), texts)
+
+
+def assembled(encoder: PreTrainedModel, decoder: PreTrainedModel, config: LMVAEConfig, texts: Sequence[str]) -> LMVAE:
+    """A whole model of two that are in memory, both reading a byte-level BPE made from ``texts``."""
+    full = resolve(config)
+    dtype = getattr(torch, full.dtype)
+    tokenizer = make_tokenizer(texts, min(encoder.config.vocab_size, decoder.config.vocab_size, 8000))
     return LMVAE(
         full,
         encoder=Encoder(
-            models[0], tokenizer, pooling=str(full.pooling), normalize=bool(full.normalize),
+            encoder.to(dtype), tokenizer, pooling=str(full.pooling), normalize=bool(full.normalize),
             train=bool(full.train_encoder),
         ),
-        decoder=Decoder(models[1], SentenceTokenizer(tokenizer), train=bool(full.train_decoder)),
+        decoder=Decoder(decoder.to(dtype), SentenceTokenizer(tokenizer), train=bool(full.train_decoder)),
     )  # fmt: skip

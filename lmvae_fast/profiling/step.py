@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,18 +20,21 @@ class TrainingStep:
     """Forward, backward, clipping and update of a fixed batch, exactly as ``train`` would run them.
 
     A context manager: within it, calls are steps. The batch is the first of the plan for ``texts``; features of a frozen
-    encoder are computed on entering, once, as training does. Nothing is kept on disk.
+    encoder are computed once, as training does. Files go to ``folder`` (all ranks of a run name the same one), or nowhere.
 
     Raises what ``train`` raises for a model or sentences that cannot be trained, ConfigError for accumulation (a step is
     one batch here).
     """
 
-    def __init__(self, model: LMVAE, texts: Sequence[str], config: TrainConfig) -> None:
+    def __init__(
+        self, model: LMVAE, texts: Sequence[str], config: TrainConfig, folder: Path | None = None
+    ) -> None:
         if config.accumulation != 1:
             raise ConfigError("a profiled step is one batch", value=f"accumulation={config.accumulation}", limit=1)
-        self._folder = tempfile.TemporaryDirectory(prefix="lmvae-step-")
+        self._folder = None if folder else tempfile.TemporaryDirectory(prefix="lmvae-step-")
+        output = str(folder) if self._folder is None else self._folder.name
         quiet = {"progress": False, "tensorboard": False, "resume": False, "cache_dir": None}
-        self.trainer = Trainer(model, texts, None, config.replace(output_dir=self._folder.name, **quiet), ())
+        self.trainer = Trainer(model, texts, None, config.replace(output_dir=output, **quiet), ())
         (self.rows,) = self.trainer._batches(0)
         self._prepared = self.trainer.prepared()
 
@@ -42,7 +46,8 @@ class TrainingStep:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._prepared.__exit__(kind, error, trace)
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def __call__(self) -> None:
         self.trainer.optimizer_step((self.rows,))

@@ -29,6 +29,7 @@ from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_e
 from lmvae_fast.training.progress import Progress, TrainResult, Window
 from lmvae_fast.training.resources import frozen_in, keeping_freed_memory
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
+from lmvae_fast.training.sharding import check_shardable, shard_decoder
 from lmvae_fast.training.state import random_tensors, restore_random, seed_all, trainable_parameters
 from lmvae_fast.training.update import Update
 from lmvae_fast.training.validation import validate
@@ -115,6 +116,8 @@ class Trainer:
         self.ranks.agree(self.identity)
         seed_all(config.seed + self.ranks.rank)  # of dropout inside fine-tuned modules; rank 0 draws the seeds of steps
         self.ranks.broadcast(self.parameters.values())
+        if config.shard:  # after its weights have been compared
+            shard_decoder(model.decoder, self.ranks, AUTOCAST.get(config.precision))
         if found is not None:
             self._restore(found)
 
@@ -129,6 +132,8 @@ class Trainer:
                 value=f"{half[0]} is {self.parameters[half[0]].dtype}",
                 remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
             )
+        if self.config.shard:
+            check_shardable(self.model, self.ranks)
         if not self.ranks.alone and self.model.config.objective == "langvae-0.6":
             raise ConfigError(
                 "objective='langvae-0.6' multiplies sums of a whole batch, so processes cannot share one",

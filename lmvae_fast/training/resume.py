@@ -15,7 +15,7 @@ from lmvae_fast.training.state import frozen_fingerprint
 
 # Fields that leave every step as it was ...
 FREE = {
-    "output_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "tensorboard", "progress",
+    "output_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "tensorboard", "progress", "shard",
 }  # fmt: skip
 # ... and fields that one may well want to change half-way, although the run is then no longer the one that was begun.
 CHANGEABLE = {

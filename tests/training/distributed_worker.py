@@ -51,14 +51,19 @@ def run(case: dict, rank: int) -> dict:
     callbacks = [StopAt(*case["stop_at"])] if case.get("stop_at") else []
     if case.get("die_at"):
         callbacks.append(Die(case["die_at"]))
+    whole = sum(p.numel() for p in model.decoder.body.h.parameters()) if config.shard else 0
     result = train(model, data, plain_sentences(10, seed=1), config, callbacks)
+    sharding = {}
+    if config.shard:
+        held = sum(p.to_local().numel() for p in model.decoder.body.h.parameters())
+        sharding = {"local_layer_elements": held, "layer_elements": whole}
     save_file(
         {name: value.contiguous() for name, value in model.trainable_state_dict().items()},
         Path(case["folder"]) / f"weights-{rank}.safetensors",
     )
     return {
         "stop_reason": result.stop_reason, "step": result.step, "tokens": result.tokens, "history": result.history,
-        "checkpoint": str(result.checkpoint),
+        "checkpoint": str(result.checkpoint), **sharding,
     }  # fmt: skip
 
 

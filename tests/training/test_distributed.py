@@ -92,6 +92,7 @@ CASES = {
     "float32": {"dtype": "float32", "train": {"max_steps": 6}},
     "plain": {"train": {"max_steps": 6, "fused_projector_update": False, "grad_clip": 0.05}},
     "accumulated": {"train": {"max_steps": 4, "batch_size": 4, "accumulation": 2}},
+    "sharded": {"train": {"max_steps": 4}, "shard": True},
     "optimus": {"model": {"system": "optimus", "encoder": "bert"}, "train": {"max_steps": 4}},
 }
 
@@ -101,7 +102,8 @@ CASES = {
 def test_ranks_are_one_process_on_the_whole_batch(launch, tmp_path, name, world):
     case = CASES[name]
     (alone,) = launch(tmp_path / "one", 1, case)
-    together = launch(tmp_path / "many", world, case)
+    shard = {"train": {**case["train"], "shard": case.get("shard", False)}}
+    together = launch(tmp_path / "many", world, {**case, **shard})
     assert "error" not in alone, alone
     assert all("error" not in found for found in together), together
     assert_same_figures(alone, together[0])
@@ -151,6 +153,49 @@ def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(l
         {"output": str(tmp_path / "ranks" / "run"), "train": {"max_steps": 8, "save_every": 2, "resume": True}},
     )  # fmt: skip
     assert resumed["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("world", "model", "says"),
+    [
+        (1, {}, "torchrun"),
+        (2, {"train_decoder": True}, "frozen"),
+        (2, {"free_running": True}, "free_running"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(launch, tmp_path, world, model, says):
+    found = launch(tmp_path / "ranks", world, {"model": model, "train": {"max_steps": 1, "shard": True}})
+    assert {each["error"] for each in found} == {"ConfigError"}
+    assert says in found[0]["message"]
+
+
+def test_a_process_keeps_its_part_of_a_sharded_decoder_only(launch, tmp_path):
+    found = launch(tmp_path / "ranks", 2, {"dtype": "float32", "train": {"max_steps": 1, "shard": True, "precision": "bf16"}})
+    for each in found:
+        assert each["local_layer_elements"] == pytest.approx(each["layer_elements"] / 2, rel=0.05)
+
+
+def test_torchrun_trains_through_the_command_line(tmp_path):
+    """The documented command, two processes; its model is loaded again."""
+    from lmvae_fast.cli.common import load_model
+    from tests.models.tiny import make_model
+    from tests.training.helpers import plain_sentences
+
+    make_model(latent_dim=4, max_len=10).save_pretrained(tmp_path / "parts")
+    (tmp_path / "data.txt").write_text("\n".join(plain_sentences(40)) + "\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lmvae_fast.cli",
+        "train", "--data", str(tmp_path / "data.txt"), "--encoder", str(tmp_path / "parts" / "encoder"),
+        "--decoder", str(tmp_path / "parts" / "decoder"), "--latent-dim", "4", "--max-len", "10", "--max-steps", "3",
+        "--batch-size", "8", "--output", str(tmp_path / "run"), "--shard", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = json.loads(done.stdout)  # one document, from rank 0 alone
+    assert printed["processes"] == 2
+    assert printed["step"] == 3
+    assert load_model(tmp_path / "run").decode(torch.zeros(1, 4))
 
 
 def test_objective_of_sums_of_a_batch_is_refused(launch, tmp_path):
