@@ -1,10 +1,11 @@
 """Our sides of a comparison, and transformers.generate.
 
-usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 engine|eager|transformers [rolling|prefix]
+usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 engine|top-p|eager|transformers [rolling|prefix]
 
-`engine` is what `lf.generate` does; `eager` the same loop with every op in plain torch and no packed weights;
+`engine` is what `lf.generate` does, `top-p` the same with a draw; `eager` the same loop with every op in plain torch and no packed weights;
 `transformers` is `model.generate` of Hugging Face's own modules over a static cache that begins with the same memory, which
-only `prefix` visibility can be expressed in. All decode greedily and never stop early.
+only `prefix` visibility can be expressed in. All but `top-p` decode
+greedily, and none stops early.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class OurSide:
         if self.form == "transformers":
             return self._transformers(batch, tokens)
         plain = self.form == "eager"
-        config = lf.GenerationConfig(batch_size=batch, max_new_tokens=tokens, pack_weights=not plain)
+        draw = {"do_sample": True, "top_p": 0.9, "seed": 0} if self.form == "top-p" else {}
+        config = lf.GenerationConfig(batch_size=batch, max_new_tokens=tokens, pack_weights=not plain, **draw)
         with lf.backend("reference" if plain else "auto"):
             return [out.ids for out in lf.generate(self.model, self.z[:batch], config)]
 
