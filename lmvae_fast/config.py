@@ -285,6 +285,9 @@ class GenerationConfig(ConfigBase):
         repetition_penalty: above 1 makes tokens of the prompt and of the sentence so far less probable; also for greedy.
         seed: of the draw; None takes it from torch's generator. A sentence's draw depends on its row, not on its batch.
         num_samples: sentences drawn per latent; they share its projection.
+        num_beams: above 1, beam search of that width instead of the greedy sentence.
+        length_penalty: of beam search: a sentence's log-probability is divided by its length, end token included, to this
+            power; 0 compares whole sentences, 1 tokens' averages.
         stop_tokens: ids that end a sentence, beside the tokenizer's end token; the token itself is not kept.
         logprobs: also return the log-probability of every token under the model's own distribution.
         batch_size: sentences decoded at a time.
@@ -300,6 +303,8 @@ class GenerationConfig(ConfigBase):
     repetition_penalty: float = 1.0
     seed: int | None = None
     num_samples: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     logprobs: bool = False
     batch_size: int = 64
@@ -314,6 +319,8 @@ class GenerationConfig(ConfigBase):
         self._number("repetition_penalty", 0.0, open_low=True)
         self._number("seed", 0, integer=True, optional=True)
         self._number("num_samples", 1, integer=True)
+        self._number("num_beams", 1, integer=True)
+        self._number("length_penalty", 0.0)
         self._number("batch_size", 1, integer=True)
         self._flag("do_sample", "logprobs", "pack_weights")
         stops = self.stop_tokens
@@ -326,3 +333,8 @@ class GenerationConfig(ConfigBase):
                 value="do_sample=False",
                 remedy="set do_sample=True",
             )
+        if self.num_beams > 1 and (self.do_sample or self.logprobs or self.repetition_penalty != 1.0):
+            raise ConfigError(
+                "beam search takes the most probable sentences of the model's own distribution",
+                value=f"num_beams={self.num_beams} with do_sample, logprobs or repetition_penalty", remedy="leave them out",
+            )  # fmt: skip

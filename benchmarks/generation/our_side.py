@@ -2,10 +2,9 @@
 
 usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 engine|top-p|eager|transformers [rolling|prefix]
 
-`engine` is what `lf.generate` does, `top-p` the same with a draw; `eager` the same loop with every op in plain torch and no packed weights;
-`transformers` is `model.generate` of Hugging Face's own modules over a static cache that begins with the same memory, which
-only `prefix` visibility can be expressed in. All but `top-p` decode
-greedily, and none stops early.
+`engine` is what `lf.generate` does, `top-p` the same with a draw; `eager` the same loop with every op in plain torch and no
+packed weights; `transformers` is `model.generate` of Hugging Face's own modules over a static cache that begins with the
+same memory, which only `prefix` visibility can be expressed in. All but `top-p` decode greedily, and none stops early.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError
+from lmvae_fast.generation.beams import search
+from lmvae_fast.generation.packed import packed_weights
 from lmvae_fast.generation.rows import Rows, Start
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
@@ -70,6 +72,14 @@ def generate(
     ids = _prompt_ids(model, latents, prompts)
     longest = max(map(len, ids), default=0)
     limit = token_limit(model, config, longest)
+    if config.num_beams > 1:
+        if len(set(map(len, ids))) > 1:
+            raise ConfigError(
+                "beam search reads one prompt length for all sentences", value=sorted(set(map(len, ids))),
+                remedy="group the latents by the length of their prompts",
+            )  # fmt: skip
+        blocks = _blocks(model, latents, annotations, max(1, config.batch_size // config.num_beams))
+        return _beams(model, blocks, ids, config, limit, first_index)
     blocks = _blocks(model, latents, annotations, config.batch_size)
     seed = None
     if config.do_sample:
@@ -201,6 +211,23 @@ def _run(model: LMVAE, waiting: _Waiting, config: GenerationConfig, options: dic
             yield done.pop(emitted)
             index, sample = emitted
             emitted = (index, sample + 1) if sample + 1 < config.num_samples else (index + 1, 0)
+
+
+def _beams(model: LMVAE, blocks, prompts, config: GenerationConfig, limit: int, index: int) -> Iterator[Generated]:
+    place = 0
+    for z, labels in blocks:
+        chosen = [prompts[row if len(prompts) > 1 else 0] for row in range(place, place + len(z))] if prompts else []
+        with evaluating(model), packed_weights(model.decoder, len(z) * config.num_beams, config.pack_weights):
+            weight = model.posterior_head.weight
+            z = z.to(device=weight.device, dtype=weight.dtype)
+            injection = model.inject(z, None if labels is None else labels.to(weight.device))
+            best = search(model.decoder, injection, chosen, config, limit)
+        texts = model.decoder.tokenizer.decode(
+            [[*(chosen[row] if chosen else ()), *found.ids] for row, found in enumerate(best)]
+        )
+        for row, (found, text) in enumerate(zip(best, texts, strict=True)):
+            yield Generated(index + place + row, text.strip(), found.ids, found.finished)
+        place += len(best)
 
 
 def _read(model: LMVAE, rows: Rows, ended: list[int]) -> list[Generated]:

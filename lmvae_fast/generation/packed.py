@@ -37,9 +37,9 @@ def pays(decoder: Decoder, rows: int) -> bool:
 
 
 @contextmanager
-def packed_weights(decoder: Decoder, rows: int) -> Iterator[None]:
-    """Inside, the decoder's linear maps read packed weights where that pays; outside, nothing is changed."""
-    exchanged = _forwards(decoder, rows) if pays(decoder, rows) else []
+def packed_weights(decoder: Decoder, rows: int, wanted: bool = True) -> Iterator[None]:
+    """Inside, the decoder's linear maps read packed weights where that is wanted and pays; outside, nothing is changed."""
+    exchanged = _forwards(decoder, rows) if wanted and pays(decoder, rows) else []
     for module, forward in exchanged:
         module.__dict__["forward"] = forward
     try:

@@ -100,10 +100,7 @@ class Rows:
         """One token further in every row; nothing is copied to the host."""
         state, config, decoder = self.state, self.config, self.model.decoder
         reading = self.cache.step.clone() if "prompt" in state else None
-        if config.pack_weights:
-            with packed_weights(decoder, self.size):
-                logits = decoder.step(state["token"], self.cache, self.injection)
-        else:
+        with packed_weights(decoder, self.size, config.pack_weights):
             logits = decoder.step(state["token"], self.cache, self.injection)
         options = {} if not config.do_sample else {
             "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p,

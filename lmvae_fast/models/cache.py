@@ -79,6 +79,12 @@ class LatentCache:
         self.kv, self.step = self.kv[:, :, rows], self.step[rows]
         self._rows = self._rows[: rows.shape[0]]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Row r goes on from the tokens of row ``rows[r]`` (int64 ``[batch]``), whose memory and step must be its own too."""
+        tokens = {"prefix": slice(self.slots, None), "interleaved": slice(1, None, 2), "rolling": slice(0, 2)}
+        view = self.kv[..., tokens[self.visibility], :]
+        view.copy_(view[:, :, rows])
+
     def position_ids(self) -> Tensor:
         """Position id of the token each row reads next, int64 ``[batch]``."""
         return token_position(self.step, self.slots, self.visibility)
