@@ -75,9 +75,9 @@ def search(
         cache.reorder(torch.tensor(origins, device=device))
         token = torch.tensor(tokens, device=device)
     for latent, row in enumerate(scores.tolist()):
-        for beam, score in zip(beams[latent], row, strict=True):
-            if len(beam) == limit and score > -torch.inf:
-                aside[latent].append(Sentence(beam, score / limit**config.length_penalty, False))
+        for so_far, score in zip(beams[latent], row, strict=True):
+            if len(so_far) == limit and score > -torch.inf:
+                aside[latent].append(Sentence(so_far, score / limit**config.length_penalty, False))
     return [max(found, key=lambda sentence: sentence.score) for found in aside]
 
 
