@@ -1,6 +1,6 @@
 // sample_token, row by row. Where a filter cuts is found by bisection over the scores, on a list of candidates that shrinks
-// at every step: some three passes over the vocabulary in all, and no sort. Sums of weights are exact (reference.py says
-// why), so neither lanes nor chunks nor the order of bisection can change an id.
+// at every step: some three passes over the vocabulary in all, exponentials taken once, and no sort. Sums of weights are
+// exact (reference.py says why), so neither lanes nor chunks nor the order of bisection can change an id.
 #include <limits>
 #include <type_traits>
 
@@ -11,12 +11,12 @@ namespace lmvae::LMVAE_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024;  // tokens whose weight is summed as one when a draw is located
-constexpr int64_t kSmall = 32;    // candidates that are sorted rather than bisected
 constexpr int kWays = 32;         // independent running maxima: two registers of AVX-512
 
+// e^x in units that make sums exact.
 template <typename A>
-LMVAE_INLINE double weight(A x, double magic) {
-  return (static_cast<double>(exp_(x)) + magic) - magic;
+LMVAE_INLINE double in_units(A weight, double magic) {
+  return (static_cast<double>(weight) + magic) - magic;
 }
 
 struct Best {
@@ -66,25 +66,34 @@ const acc_t<T>* scores(const SampleTokenArgs& a, int64_t b, bool penalised, acc_
   return room;
 }
 
+// Scores and, where they are wanted, the weights e^x beside them.
+template <typename A>
+struct List {
+  A *x, *w;
+};
+
 // Keeps what is (not) at least `pivot`, in order; source and target may be one list. Returns how many are left.
-template <bool above, typename A>
-int64_t compact(const A* from, int64_t n, A pivot, A* to) {
+template <bool above, bool by_weight, typename A>
+int64_t compact(const List<A>& from, int64_t n, A pivot, const List<A>& to) {
   int64_t kept = 0, i = 0;
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float>) {
     const __m512 at = _mm512_set1_ps(pivot);
     for (; i + 16 <= n; i += 16) {
-      const __m512 v = _mm512_loadu_ps(from + i);
+      const __m512 v = _mm512_loadu_ps(from.x + i);
       const __mmask16 keep = _mm512_cmp_ps_mask(v, at, above ? _CMP_GE_OQ : _CMP_LT_OQ);
-      // compressed in the register and stored whole: what it writes behind the kept ones is read already or not yet there
-      _mm512_storeu_ps(to + kept, _mm512_maskz_compress_ps(keep, v));
+      // compressed in the register and stored whole: what that writes behind the kept ones has been read, or is to come
+      if constexpr (by_weight)
+        _mm512_storeu_ps(to.w + kept, _mm512_maskz_compress_ps(keep, _mm512_loadu_ps(from.w + i)));
+      _mm512_storeu_ps(to.x + kept, _mm512_maskz_compress_ps(keep, v));
       kept += __builtin_popcount(keep);
     }
   }
 #endif
   for (; i < n; i++) {
-    const A v = from[i];
-    to[kept] = v;
+    const A v = from.x[i];
+    to.x[kept] = v;
+    if constexpr (by_weight) to.w[kept] = from.w[i];
     kept += above ? v >= pivot : v < pivot;
   }
   return kept;
@@ -92,10 +101,11 @@ int64_t compact(const A* from, int64_t n, A pivot, A* to) {
 
 // What the candidates from `pivot` upwards measure: their weight, or their number.
 template <bool by_weight, typename A>
-double measure(const A* x, int64_t n, A pivot, double magic) {
+double measure(const List<A>& list, int64_t n, A pivot, double magic) {
+  const A *x = list.x, *w = list.w;
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += x[i] >= pivot ? (by_weight ? weight(x[i], magic) : 1.0) : 0.0;
+  for (int64_t i = 0; i < n; i++) sum += x[i] >= pivot ? (by_weight ? in_units(w[i], magic) : 1.0) : 0.0;
   return sum;
 }
 
@@ -119,41 +129,36 @@ void range(const A* x, int64_t n, A* low, A* high) {
 // The largest candidate from which upwards they measure `need` or more; the smallest where they never do. The list of n > 0
 // candidates is used up. Every step drops one side of the middle of their range, and both sides hold at least one.
 template <bool by_weight, typename A>
-A select(A* list, int64_t n, double need, double magic) {
+A select(const List<A>& list, int64_t n, double need, double magic) {
   double passed = 0;  // measure of what is above all candidates
   A low, high;
-  while (n > kSmall) {
-    range(list, n, &low, &high);
-    if (low == high) return low;
+  while (n > 0) {
+    range(list.x, n, &low, &high);
+    if (low == high) break;
     A pivot = low + (high - low) / 2;
     if (!(pivot > low)) pivot = high;
     const double upper = measure<by_weight>(list, n, pivot, magic);
     if (passed + upper >= need) {
-      n = compact<true>(list, n, pivot, list);
+      n = compact<true, by_weight>(list, n, pivot, list);
     } else {
       passed += upper;
-      n = compact<false>(list, n, pivot, list);
+      n = compact<false, by_weight>(list, n, pivot, list);
     }
   }
-  std::sort(list, list + n, [](A a, A b) { return a > b; });
-  for (int64_t i = 0; i < n; i++) {
-    passed += by_weight ? weight(list[i], magic) : 1.0;
-    if (passed >= need) return list[i];
-  }
-  return list[n - 1];
+  return low;
 }
 
 // The smallest x that the filters keep.
 template <typename A>
-A cut(const SampleTokenArgs& a, const A* x, A* list, double magic) {
+A cut(const SampleTokenArgs& a, const List<A>& all, const List<A>& list, double magic) {
   A least = -std::numeric_limits<A>::infinity();
   if (a.top_k > 0 && a.top_k < a.vocab) {
-    const int64_t n = compact<true>(x, a.vocab, std::numeric_limits<A>::lowest(), list);
+    const int64_t n = compact<true, false>(all, a.vocab, std::numeric_limits<A>::lowest(), list);
     if (n > a.top_k) least = select<false>(list, n, static_cast<double>(a.top_k), magic);
   }
   if (a.top_p < 1.0) {
     // what is lower weighs nothing: 2^-53 is the smallest unit there is
-    const int64_t n = compact<true>(x, a.vocab, std::max(least, A(-37)), list);
+    const int64_t n = compact<true, true>(all, a.vocab, std::max(least, A(-37)), list);
     const double total = measure<true>(list, n, A(-37), magic);
     least = std::max(least, select<true>(list, n, a.top_p * total, magic));
   }
@@ -169,10 +174,12 @@ double uniform(uint64_t seed, uint64_t offset, int64_t row) {
 
 // The first token of a kept x at which the running weight passes u of the whole; -1 when nothing weighs anything.
 template <typename A>
-int64_t locate(const A* x, int64_t n, A least, double u, double magic, double* chunks) {
+int64_t locate(const List<A>& all, int64_t n, A least, double u, double magic, double* chunks) {
   double total = 0;
-  for (int64_t c = 0; c * kChunk < n; c++)
-    total += chunks[c] = measure<true>(x + c * kChunk, std::min(kChunk, n - c * kChunk), least, magic);
+  for (int64_t i = 0; i < n; i += kChunk) {
+    const List<A> chunk{all.x + i, all.w + i};
+    total += chunks[i / kChunk] = measure<true>(chunk, std::min(kChunk, n - i), least, magic);
+  }
   const double target = u * total;
   double running = 0;
   for (int64_t c = 0; c * kChunk < n; c++) {
@@ -181,7 +188,7 @@ int64_t locate(const A* x, int64_t n, A least, double u, double magic, double* c
       continue;
     }
     for (int64_t i = c * kChunk;; i++)
-      if (x[i] >= least && (running += weight(x[i], magic)) > target) return i;
+      if (all.x[i] >= least && (running += in_units(all.w[i], magic)) > target) return i;
   }
   return -1;
 }
@@ -202,7 +209,7 @@ int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
 
 template <typename T>
 int64_t sample_token_workspace(int64_t vocab) {
-  return chunks_of(vocab) * sizeof(double) + 2 * (vocab + 16) * sizeof(acc_t<T>);
+  return chunks_of(vocab) * sizeof(double) + 4 * (vocab + 16) * sizeof(acc_t<T>);
 }
 
 template <typename T>
@@ -211,7 +218,8 @@ void sample_token_rows(const SampleTokenArgs& a, int64_t begin, int64_t end, voi
   const int64_t n = a.vocab;
   auto* chunks = static_cast<double*>(workspace);
   A* x = reinterpret_cast<A*>(chunks + chunks_of(n));
-  A* list = x + n + 16;
+  A* w = x + n + 16;
+  const List<A> all{x, w}, list{w + n + 16, w + 2 * (n + 16)};
   int bits = 0;
   while (n >> bits) bits++;
   const double magic = std::ldexp(1.5, bits);
@@ -223,9 +231,12 @@ void sample_token_rows(const SampleTokenArgs& a, int64_t begin, int64_t end, voi
     if (!a.greedy && top.finite) {
       const A largest = s[id];
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) x[i] = (s[i] - largest) * inverse;
+      for (int64_t i = 0; i < n; i++) {
+        x[i] = (s[i] - largest) * inverse;
+        w[i] = exp_(x[i]);
+      }
       const double u = uniform(a.seed, a.offset + static_cast<uint64_t>(a.steps[b]), a.rows[b]);
-      const int64_t drawn = locate(x, n, cut(a, x, list, magic), u, magic, chunks);
+      const int64_t drawn = locate(all, n, cut(a, all, list, magic), u, magic, chunks);
       id = drawn < 0 ? id : drawn;
     }
     a.ids[b] = id;
