@@ -16,6 +16,7 @@ from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
 from benchmarks.generation.tables import TABLES as GENERATION_TABLES
 from benchmarks.records import RESULTS, ROOT, load, where
 from benchmarks.training.scaling_tables import TABLES as SCALING_TABLES
+from benchmarks.training.tables import TABLES as STEP_TABLES
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 OPS = ("posterior", "latent_kv", "latent_attention", "lm_head_loss", "coupling_flow", "sample_token")
@@ -89,7 +90,7 @@ def training() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"kernels": kernels, "demo": demo, "interpolation": interpolation, "training": training}
-TABLES |= COMPUTE_TABLES | GENERATION_TABLES | SCALING_TABLES
+TABLES |= COMPUTE_TABLES | GENERATION_TABLES | SCALING_TABLES | STEP_TABLES
 
 
 def filled(text: str) -> str:

@@ -183,6 +183,8 @@ class TrainConfig(ConfigBase):
         shard: hold the layers of a frozen decoder in pieces, one on each process (FSDP2); needs torchrun.
         fused_projector_update: update the projector's weight within the backward pass, so that its gradient, as large as
             the weight, is never made (not with fp16, whose scaler must see it). False: torch's AdamW for everything.
+        recompute_decoder: keep only what goes into the decoder's layers, and compute the rest anew in backward: less memory
+            for long sentences or deep decoders, for one more forward pass.
         eval_every, save_every, log_every: in optimiser steps; None for once an epoch (log: 10).
         eval_batch_size: sentences per evaluation batch (default: batch_size).
         early_stop: evaluations without progress before stopping, or None.
@@ -219,6 +221,7 @@ class TrainConfig(ConfigBase):
     precision: str = "fp32"
     shard: bool = False
     fused_projector_update: bool = True
+    recompute_decoder: bool = False
     eval_every: int | None = None
     save_every: int | None = None
     log_every: int = 10

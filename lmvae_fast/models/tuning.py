@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -40,10 +41,8 @@ class Tuning:
                 ) from error  # fmt: skip
             # GPT-2 keeps its linear weights transposed, which peft asks to be told.
             transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
-            config = LoraConfig(
-                r=self.rank, lora_alpha=self.alpha, target_modules="all-linear", fan_in_fan_out=transposed,
-                task_type="CAUSAL_LM",
-            )  # fmt: skip
+            options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "fan_in_fan_out": transposed}
+            config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
             inject_adapter_in_model(config, model)  # freezes all but the adapters
 
 

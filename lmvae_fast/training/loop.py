@@ -27,7 +27,7 @@ from lmvae_fast.training.features import TensorCache, encoder_fingerprint, poole
 from lmvae_fast.training.guards import FiniteWatch, StopSignals
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.progress import Progress, TrainResult, Window
-from lmvae_fast.training.resources import frozen_in, keeping_freed_memory
+from lmvae_fast.training.resources import frozen_in, keeping_freed_memory, recomputing
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
 from lmvae_fast.training.sharding import check_shardable, shard_decoder
 from lmvae_fast.training.state import random_tensors, restore_random, seed_all, trainable_parameters
@@ -187,7 +187,13 @@ class Trainer:
         """The state in which steps are taken; what it sets up is given back at its end."""
         dtype = AUTOCAST.get(self.config.precision)
         self.model.train()
-        with frozen_in(self.model.decoder, dtype), keeping_freed_memory(self.device), self.update.attached():
+        decoder = self.model.decoder
+        with (
+            frozen_in(decoder, dtype),
+            recomputing(decoder, self.config.recompute_decoder),
+            keeping_freed_memory(self.device),
+            self.update.attached(),
+        ):
             yield
 
     def _advance(self, signals: StopSignals) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lmvae_fast.errors import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
@@ -33,6 +38,27 @@ def frozen_in(decoder: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for parameter, data in kept:
             parameter.data = data
+
+
+@contextlib.contextmanager
+def recomputing(decoder: nn.Module, wanted: bool) -> Iterator[None]:
+    """While this lasts, the decoder keeps only what goes into its layers and computes the rest anew in backward.
+
+    Raises ConfigError for a decoder whose layers transformers does not mark as fit for it.
+    """
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if wanted and not layers:
+        raise ConfigError(
+            "the decoder has no layers that can be computed again", value=type(decoder).__name__,
+            remedy="set recompute_decoder=False",
+        )  # fmt: skip
+    for layer in layers if wanted else ():
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers if wanted else ():
+            del layer.forward  # the class's own again
 
 
 @contextlib.contextmanager

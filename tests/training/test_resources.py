@@ -3,10 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from lmvae_fast.training import Callback
-from lmvae_fast.training.resources import frozen_in
+from lmvae_fast.training.resources import frozen_in, recomputing
 from tests.models.tiny import make_model
 from tests.training.helpers import run
 
@@ -38,6 +39,32 @@ def test_beside_a_trained_part_only_matrices_are_held_in_half_precision():
             half = not value.requires_grad and value.dim() > 1
             assert value.dtype == (torch.bfloat16 if half else torch.float32)
     assert all(value.dtype == torch.float32 for value in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("train_decoder", [False, True])
+def test_recomputed_activations_are_not_kept_and_change_nothing(family, train_decoder):
+    model = make_model(family, max_len=12, projector_dropout=0.0, train_decoder=train_decoder)
+    batch = model.make_batch(model.tokenize(["a cat is a kind of animal", "ice"]))
+    trained = [value for value in model.parameters() if value.requires_grad]
+    kept, gradients = [], []
+    for wanted in (False, True):
+        held: list[int] = []
+
+        def hold(tensor, held=held):
+            held.append(tensor.numel())
+            return tensor
+
+        with recomputing(model.decoder, wanted):
+            torch.manual_seed(0)  # of dropout inside a decoder that trains
+            with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+                loss = model(batch, eps=torch.zeros(2, 6)).loss
+            gradients.append(torch.autograd.grad(loss, trained, allow_unused=True))
+        kept.append(sum(held))
+    assert kept[1] < 0.8 * kept[0]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+    assert "forward" not in vars(next(iter(model.decoder.body.children())))
 
 
 def test_freed_memory_is_given_back_after_the_run():

@@ -1,0 +1,56 @@
+"""Tables of the recorded training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.records import load, where
+
+SIDES = ("free-running fp32", "teacher-forced fp32", "teacher-forced bf16")
+
+
+def _note(record: dict[str, Any]) -> str:
+    return f"Machine: {where(record['machine'])}. Command: `{record['command']}`."
+
+
+def against_langvae() -> str:
+    """Times LangVAE 0.6.13's step, peak memory of the process, and the differences, case by case."""
+    record = load("training/steps/langvae.json")
+    if record is None:
+        return "Not measured."
+    lines = [
+        "| decoder, batch | side | step | times faster | peak memory | share of matrix rate | difference: loss, gradients |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["cases"]:
+        found, base = row["differences"], row["baseline"]
+        for side in (base, *SIDES):
+            speedup, share = row["speedup"].get(side), row["share_of_matrix_rate"].get(side)
+            exact = f"{found['loss']:.0e}, {found['gradients']:.0e}" if side == found["sides"][0] else ""
+            lines.append(
+                f"| {row['shape']}, {row['batch']} | {side} | {row['milliseconds'][side]:,.0f} ms | "
+                f"{f'{speedup:.1f}' if speedup else ''} | {row['peak_bytes'][side] / 1e9:.2f} GB | "
+                f"{f'{share:.0%}' if share else ''} | {exact} |"
+            )
+    return "\n".join([*lines, "", _note(record)])
+
+
+def against_eager() -> str:
+    """Times the eager reference's step and its torch.compile."""
+    record = load("training/steps/eager.json")
+    if record is None:
+        return "Not measured."
+    lines = [
+        "| decoder, batch | ours | eager reference | its torch.compile | times faster than eager |", "|---|---|---|---|---|"
+    ]  # fmt: skip
+    for row in record["cases"]:
+        ours, eager, compiled = (row["milliseconds"][side] for side in ("teacher-forced fp32", "eager", "torch.compile"))
+        lines.append(
+            f"| {row['shape']}, {row['batch']} | {ours:,.0f} ms | {eager:,.0f} ms | {compiled:,.0f} ms | "
+            f"{row['speedup']['teacher-forced fp32']:.2f} |"
+        )
+    return "\n".join([*lines, "", _note(record)])
+
+
+TABLES: dict[str, Callable[[], str]] = {"steps-langvae": against_langvae, "steps-eager": against_eager}
