@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-compute bench-train test-peers clean
+.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-compute bench-generate bench-train test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -47,6 +47,12 @@ bench-kernels: $(READY) ## every op against its baseline, interleaved, JSON unde
 bench-compute: $(READY) ## LangVAE's way against Optimus's: parameters, FLOPs and memory of every published pair, and measured steps
 	$(BIN)/python -m benchmarks.compute.pairs
 	$(BIN)/python -m benchmarks.compute.steps
+
+bench-generate: $(READY) ## decoding against LangVAE, transformers.generate and the eager reference, interleaved
+	$(BIN)/python -m benchmarks.generation.decode langvae
+	$(BIN)/python -m benchmarks.generation.decode transformers
+	$(BIN)/python -m benchmarks.generation.decode eager
+	$(BIN)/python -m benchmarks.generation.decode sampling --batches 32
 
 bench-train: $(READY) ## training steps against LangVAE 0.6.13 (in its own environment) and against the eager reference
 	$(BIN)/python -m benchmarks.training.steps langvae $(BENCH_ARGS)
