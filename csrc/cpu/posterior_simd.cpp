@@ -80,11 +80,25 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
       const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch;
       const A* mu = read_tile<T>(a.mu, r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
       const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv, rows, cols, pitch);
+      const uint64_t block = static_cast<uint64_t>(r0 * row_blocks + c0 / 4);
+      if (a.samples == 1) {  // the usual case in one loop: nothing but the noise goes through memory
+        normal_fill(t.eps, a.seed, a.offset, block, n / 4);
+        A* z = output_tile<T>(a.z, r0 * dim + c0, dim, t.dmu, rows, cols, pitch);
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) {
-        A minus1, excess;
-        exp_parts(lv[i], &t.std[i], &minus1, &excess);
-        t.excess[i] = kl_term<A, mode>(A(0.5) * (mu[i] * mu[i] + excess), target);
+        for (int64_t i = 0; i < n; i++) {
+          A std, minus1, excess;
+          exp_parts(lv[i], &std, &minus1, &excess);
+          z[i] = mu[i] + std * t.eps[i];
+          t.excess[i] = kl_term<A, mode>(A(0.5) * (mu[i] * mu[i] + excess), target);
+        }
+        write_tile<T>(z, a.z, r0 * dim + c0, dim, rows, cols, pitch);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+          A minus1, excess;
+          exp_parts(lv[i], &t.std[i], &minus1, &excess);
+          t.excess[i] = kl_term<A, mode>(A(0.5) * (mu[i] * mu[i] + excess), target);
+        }
       }
       for (int64_t r = 0; r < rows; r++) {
         double sum = 0;
@@ -92,8 +106,8 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
         for (int64_t c = 0; c < cols; c++) sum += static_cast<double>(t.excess[r * pitch + c]);
         total[r] += sum;
       }
-      for (int64_t s = 0; s < a.samples; s++) {
-        normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
+      for (int64_t s = 0; a.samples > 1 && s < a.samples; s++) {
+        normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>(s * a.batch * row_blocks) + block, n / 4);
         const int64_t at = (s * a.batch + r0) * dim + c0;
         A* z = output_tile<T>(a.z, at, dim, t.dmu, rows, cols, pitch);
 #pragma omp simd
@@ -122,6 +136,30 @@ void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
       const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv, rows, cols, pitch);
       A* dmu = output_tile<T>(a.dmu, at, dim, t.dmu, rows, cols, pitch);
       A* dlv = output_tile<T>(a.dlogvar, at, dim, t.dlv, rows, cols, pitch);
+      const auto kl_gradient = [&](int64_t r) {
+        const A g = static_cast<const A*>(a.dkl)[(r0 + r) * a.dkl_row];
+        if (mode != KlMode::SampleThreshold) return g;
+        return g * (static_cast<const A*>(a.kl_saved)[r0 + r] > target ? A(1) : A(0));
+      };
+      if (a.samples == 1 && a.dz != nullptr && a.dkl != nullptr) {  // the usual case in one loop
+        normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>(r0 * row_blocks + c0 / 4), n / 4);
+        const A* dz = read_tile<T>(a.dz, r0 * a.dz_row + c0 * a.dz_col, a.dz_row, a.dz_col, t.dz, rows, cols, pitch);
+        const A* mu = read_tile<T>(a.mu, r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
+        for (int64_t r = 0; r < rows; r++) {
+          const A g = kl_gradient(r);
+#pragma omp simd
+          for (int64_t i = r * pitch; i < (r + 1) * pitch; i++) {
+            A std, minus1, excess;
+            exp_parts(lv[i], &std, &minus1, &excess);
+            const A gk = g * kl_mask<A, mode>(A(0.5) * (mu[i] * mu[i] + excess), target);
+            dmu[i] = dz[i] + gk * mu[i];
+            dlv[i] = A(0.5) * (dz[i] * t.eps[i] * std + gk * minus1);
+          }
+        }
+        write_tile<T>(dmu, a.dmu, at, dim, rows, cols, pitch);
+        write_tile<T>(dlv, a.dlogvar, at, dim, rows, cols, pitch);
+        continue;
+      }
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) exp_parts(lv[i], &t.std[i], &t.em1[i], &t.excess[i]);
       for (int64_t s = 0; a.dz != nullptr && s < a.samples; s++) {
@@ -145,8 +183,7 @@ void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
       if (a.dkl != nullptr) {
         const A* mu = read_tile<T>(a.mu, r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
         for (int64_t r = 0; r < rows; r++) {
-          A g = static_cast<const A*>(a.dkl)[(r0 + r) * a.dkl_row];
-          if (mode == KlMode::SampleThreshold) g *= static_cast<const A*>(a.kl_saved)[r0 + r] > target ? A(1) : A(0);
+          const A g = kl_gradient(r);
           const int64_t row = r * pitch;
 #pragma omp simd
           for (int64_t i = row; i < row + pitch; i++) {
