@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,20 +17,26 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lmvae_fast.errors import LMVAEError
-from lmvae_fast.training import Callback, train
+from lmvae_fast.training import train
 from tests.models.tiny import make_model
 from tests.training.helpers import StopAt, plain_sentences, settings
 
 
-class Die(Callback):
-    """Ends a rank without a word, as a crash would."""
+def strike(model: torch.nn.Module, step: int, what: str) -> None:
+    """At the forward pass of a training step: ``die`` without a word, as a crash would; a ``signal``; or a ``nan`` weight."""
+    done = 0
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, run) -> None:
-        if run.step == self.step:
+    def before(module: torch.nn.Module, arguments: tuple) -> None:
+        nonlocal done
+        done += module.training
+        if done == step and what == "die":
             os._exit(9)
+        if done == step and what == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if done == step and what == "nan":
+            module.posterior_head.weight.data.fill_(float("nan"))
+
+    model.register_forward_pre_hook(before)
 
 
 def run(case: dict, rank: int) -> dict:
@@ -49,8 +56,8 @@ def run(case: dict, rank: int) -> dict:
             module.p = 0.0  # of fine-tuned models: drawn by torch, for as many tokens as a rank has
     config = settings(Path(case["output"]), **{"batch_size": 6, "learning_rate": 0.001, "log_every": 1, **changes})
     callbacks = [StopAt(*case["stop_at"])] if case.get("stop_at") else []
-    if case.get("die_at"):
-        callbacks.append(Die(case["die_at"]))
+    if rank == case.get("struck_rank"):
+        strike(model, case["at"], case["by"])
     whole = sum(p.numel() for p in model.decoder.body.h.parameters()) if config.shard else 0
     result = train(model, data, plain_sentences(10, seed=1), config, callbacks)
     sharding = {}

@@ -139,12 +139,15 @@ def test_ranks_that_differ_are_refused_at_start(launch, tmp_path, what, error, s
     assert not checkpoint.complete(tmp_path / "ranks" / "run" / "checkpoints")
 
 
-def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(launch, tmp_path):
-    found = launch(tmp_path / "ranks", 2, {"die_at": 4, "train": {"max_steps": 8, "save_every": 2}})
-    assert found[0] is None  # rank 0 has the callbacks, and died
-    assert found[1]["error"] == "DistributedError", found[1]
-    assert "another rank" in found[1]["message"]
-    assert "--resume" in found[1]["message"]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(launch, tmp_path, rank):
+    death = {"struck_rank": rank, "at": 4, "by": "die", "train": {"max_steps": 8, "save_every": 2}}
+    found = launch(tmp_path / "ranks", 2, death)
+    assert found[rank] is None
+    survivor = found[1 - rank]
+    assert survivor["error"] == "DistributedError", survivor
+    assert "another rank" in survivor["message"]
+    assert "--resume" in survivor["message"]
     saved = checkpoint.load_latest(tmp_path / "ranks" / "run" / "checkpoints")
     assert saved is not None
     assert saved.state["progress"]["step"] == 2
@@ -153,6 +156,21 @@ def test_a_rank_that_dies_stops_the_others_and_the_last_checkpoint_stays_whole(l
         {"output": str(tmp_path / "ranks" / "run"), "train": {"max_steps": 8, "save_every": 2, "resume": True}},
     )  # fmt: skip
     assert resumed["step"] == 8
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, tmp_path):
+    found = launch(tmp_path / "ranks", 3, {"struck_rank": 2, "at": 3, "by": "signal", "train": {"max_steps": 9}})
+    assert [each["stop_reason"] for each in found] == ["SIGTERM"] * 3
+    assert [each["step"] for each in found] == [3] * 3
+    saved = checkpoint.load_latest(tmp_path / "ranks" / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.state["progress"]["step"] == 3
+
+
+def test_nan_on_one_rank_stops_all(launch, tmp_path):
+    found = launch(tmp_path / "ranks", 2, {"struck_rank": 1, "at": 3, "by": "nan", "train": {"max_steps": 9}})
+    assert [each["error"] for each in found] == ["NumericalError"] * 2
+    assert all("step 3" in each["message"] for each in found)
 
 
 @pytest.mark.parametrize(
