@@ -41,6 +41,8 @@ class OurSide:
         if form != "fast":
             self.held.enter_context(lf.backend("reference"))
         if form == "compiled":
+            # Every layer is a recompilation to the compiler, whose default limit is eight.
+            torch._dynamo.config.recompile_limit = 128
             self.model.forward = torch.compile(self.model.forward, dynamic=True)  # type: ignore[method-assign]
         config = lf.TrainConfig(
             output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(case["sentences"]), precision=precision,
