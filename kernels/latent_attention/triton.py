@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +19,50 @@ _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl
 # By the power of two that holds head_dim: the most rows of a block, the keys of a block, warps, and the bound on registers
 # that keeps the assembler from spilling. fp32 is multiplied without tensor cores (TF32 would break the error rule), whose
 # operands live in registers: smaller blocks.
-_FWD = {d: (64, 64, 4, None) for d in (16, 32)} | {64: (32, 64, 4, None), 128: (64, 32, 8, None), 256: (32, 32, 8, None)}
-_BWD = {d: (64, 32, 4, None) for d in (16, 32)} | {64: (32, 32, 4, None), 128: (32, 32, 8, None), 256: (16, 16, 8, 255)}
-_FWD_FP32 = {d: (32, 32, 4, 255) for d in (16, 32, 64)} | {128: (16, 32, 4, 255), 256: (16, 16, 4, 255)}
-_BWD_FP32 = {d: (32, 32, 4, 255) for d in (16, 32)} | {64: (32, 32, 8, 255), 128: (16, 16, 8, 255), 256: (16, 16, 8, 255)}
-_DECODE = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (32, 4), 256: (16, 4)}
+_FWD = {
+    16: (64, 64, 4, 255),
+    32: (64, 64, 4, None),
+    64: (32, 64, 4, None),
+    128: (64, 32, 8, None),
+    256: (32, 32, 8, None),
+}
+_BWD = {
+    16: (64, 32, 4, None),
+    32: (32, 32, 4, 255),
+    64: (32, 32, 4, None),
+    128: (32, 16, 8, None),
+    256: (16, 16, 8, 255),
+}
+_FWD_FP32 = {
+    16: (32, 32, 4, None),
+    32: (32, 32, 4, 255),
+    64: (16, 32, 4, None),
+    128: (16, 32, 4, None),
+    256: (16, 16, 4, None),
+}
+_BWD_FP32 = {
+    16: (32, 32, 4, 255),
+    32: (32, 32, 4, None),
+    64: (16, 32, 8, 255),
+    128: (16, 16, 8, 255),
+    256: (16, 16, 8, 255),
+}
+# grad_q alone, of long sentences
+_BWD_QUERIES = {
+    16: (64, 32, 4, 168),
+    32: (64, 32, 4, None),
+    64: (32, 32, 4, None),
+    128: (32, 32, 8, None),
+    256: (16, 16, 8, None),
+}
+_BWD_QUERIES_FP32 = {
+    16: (32, 32, 4, None),
+    32: (32, 32, 4, None),
+    64: (16, 32, 8, None),
+    128: (16, 16, 8, None),
+    256: (16, 32, 16, 112),
+}
+_DECODE = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (32, 4), 256: (16, 4)}  # keys, warps
 
 # Decoding is split from so many cache positions on, into parts of so many at least, until two programs stand ready for each
 # of an H200's 132 multiprocessors. Below that, a second launch costs more than it brings.
@@ -37,7 +78,13 @@ def _config(table: dict, head_dim: int, rows: int) -> Config:
     block_d = _block_d(head_dim)
     most, keys, warps, registers = table[block_d]
     block_m = min(most, max(16, triton.next_power_of_2(max(1, rows))))
-    return Config({"BLOCK_M": block_m, "BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps, max_registers=registers)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": keys, "BLOCK_D": block_d}
+    return Config(sizes, num_warps=warps, max_registers=registers)
+
+
+def _decode_config(block_d: int) -> Config:
+    keys, warps = _DECODE[block_d]
+    return Config({"BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps, max_registers=255)
 
 
 def _combine_config(block_d: int) -> Config:
@@ -99,20 +146,23 @@ def latent_attention_bwd(
     memory_v, mv_strides, _ = _memory(q, memory_v)
     group = heads // kv_heads
     longest = _bound(q, cu_seqlens, slots, visibility, max_seqlen)
-    config = _config(_BWD_FP32 if q.dtype == torch.float32 else _BWD, head_dim, longest * group)
-    block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
-    query_blocks = triton.cdiv(longest * group, block_m)
-    key_blocks = triton.cdiv(slots, block_n) + triton.cdiv(longest, block_n)
-    # (programs per pair, makes gradients of queries?, of keys?)
-    passes = [(1, True, True)] if query_blocks <= 1 else [(query_blocks, True, False), (key_blocks, False, True)]
-    for programs, queries, keys in passes:
+    exact, rows = q.dtype == torch.float32, longest * group
+    config = _config(_BWD_FP32 if exact else _BWD, head_dim, rows)
+    # (configuration, programs per pair, makes gradients of queries?, of keys?)
+    passes = [(config, 1, True, True)]
+    if rows > config.constants["BLOCK_M"]:
+        for_queries = _config(_BWD_QUERIES_FP32 if exact else _BWD_QUERIES, head_dim, rows)
+        query_blocks = triton.cdiv(rows, for_queries.constants["BLOCK_M"])
+        key_blocks = sum(triton.cdiv(n, config.constants["BLOCK_N"]) for n in (slots, longest))
+        passes = [(for_queries, query_blocks, True, False), (config, key_blocks, False, True)]
+    for config, programs, queries, keys in passes:
         launch(
             latent_attention_bwd_kernel, (batch * kv_heads, programs), q.device, config,
             grad_out, q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats,
             grad_q, *grad_kv, *grad_memory, heads, kv_heads, slots, head_dim, scale, window or 0, softcap or 0.0,
             *grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *mk_strides, *mv_strides,
             VISIBILITY=visibility, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
-            EXACT=q.dtype == torch.float32, DOT=_dot_type(q), QUERIES=queries, KEYS=keys,
+            EXACT=exact, DOT=_dot_type(q), QUERIES=queries, KEYS=keys,
         )  # fmt: skip
     return grad_q, grad_kv, grad_memory
 
@@ -132,7 +182,6 @@ def latent_attention_decode(q, k_cache, v_cache, lengths, scale, window, softcap
         check_lengths(lengths, positions)
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
     block_d = _block_d(head_dim)
-    keys, warps = _DECODE[block_d]
     group, exact = heads // kv_heads, q.dtype == torch.float32
     splits = decode_splits(positions if window is None else min(window, positions), batch * kv_heads)
     partial, stats = out, out
@@ -140,8 +189,7 @@ def latent_attention_decode(q, k_cache, v_cache, lengths, scale, window, softcap
         partial = torch.empty((batch * heads, splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((batch * heads, splits, 2), dtype=torch.float32, device=q.device)
     launch(
-        latent_attention_decode_kernel, (batch * kv_heads, splits), q.device,
-        Config({"BLOCK_N": keys, "BLOCK_D": block_d}, num_warps=warps),
+        latent_attention_decode_kernel, (batch * kv_heads, splits), q.device, _decode_config(block_d),
         q, k_cache, v_cache, lengths, out, partial, stats, heads, kv_heads, head_dim, scale, window or 0, softcap or 0.0,
         *q.stride(), *k_cache.stride(), *v_cache.stride(), lengths.stride(0),
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
@@ -173,29 +221,32 @@ def _compile_cases() -> list[CompileCase]:
     for dtype, name in TRITON_TYPES.items():
         exact = dtype == torch.float32
         signature = {**_SIZES, **_STRIDES, **dict.fromkeys(_TENSORS, f"*{name}")}
-        for head_dim in _FWD:
-            for visibility, window, softcap in variants if head_dim == 64 and dtype != torch.float16 else variants[:1]:
+        # kernel, table, what a program makes, and is the block as small as the longest sentence allows, or always full?
+        forward, backward = latent_attention_fwd_kernel, latent_attention_bwd_kernel
+        tables = (_FWD_FP32, _BWD_FP32, _BWD_QUERIES_FP32) if exact else (_FWD, _BWD, _BWD_QUERIES)
+        uses = {
+            "fwd": (forward, tables[0], {}, True),
+            "bwd-all": (backward, tables[1], {"QUERIES": True, "KEYS": True}, True),
+            "bwd-q": (backward, tables[2], {"QUERIES": True, "KEYS": False}, False),
+            "bwd-kv": (backward, tables[1], {"QUERIES": False, "KEYS": True}, False),
+        }
+        for (made, (kernel, table, more, adapts)), head_dim in itertools.product(uses.items(), _FWD):
+            most = table[head_dim][0]
+            blocks = [rows for rows in (16, 32, 64) if rows <= most] if adapts else [most]
+            rules = variants if head_dim == 64 and dtype != torch.float16 else variants[:1]
+            for rows, (visibility, window, softcap) in itertools.product(blocks, rules):
                 options = {"VISIBILITY": visibility, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "GROUP": 1}
-                options |= {"EXACT": exact, "DOT": _DOT[dtype]}
-                for rows in (16, 4096):  # the longest sentence's: one block, and many
-                    uses = [("fwd", latent_attention_fwd_kernel, _FWD_FP32 if exact else _FWD, {})]
-                    for queries, keys in ((True, True),) if rows == 16 else ((True, False), (False, True)):
-                        made = "bwd-all" if queries and keys else "bwd-q" if queries else "bwd-kv"
-                        table = _BWD_FP32 if exact else _BWD
-                        uses.append((made, latent_attention_bwd_kernel, table, {"QUERIES": queries, "KEYS": keys}))
-                    for made, kernel, table, more in uses:
-                        only = {n: t for n, t in signature.items() if n in kernel.arg_names}
-                        tag = f"{made}-{name}-{head_dim}-rows{rows}-{VISIBILITIES[visibility]}"
-                        config = _config(table, head_dim, rows)
-                        cases.append(
-                            CompileCase(tag, kernel, only, config, {**options, **more}, tensor_cores=not exact)
-                        )
-        for head_dim, (keys, warps) in _DECODE.items():
+                options |= {"EXACT": exact, "DOT": _DOT[dtype], **more}
+                only = {n: t for n, t in signature.items() if n in kernel.arg_names}
+                tag = f"{made}-{name}-{head_dim}-rows{rows}-{VISIBILITIES[visibility]}"
+                config = _config(table, head_dim, rows)
+                cases.append(CompileCase(tag, kernel, only, config, options, tensor_cores=not exact))
+        for head_dim in _DECODE:
             decode = latent_attention_decode_kernel
             strides = {n: 1 if n.endswith("_d") else "i32" for n in decode.arg_names if n.startswith("stride_")}
             only = {n: t for n, t in {**signature, **strides}.items() if n in decode.arg_names}
             only |= {"k_cache": f"*{name}", "v_cache": f"*{name}", "lengths": "*i64"}
-            config = Config({"BLOCK_N": keys, "BLOCK_D": head_dim}, num_warps=warps)
+            config = _decode_config(head_dim)
             only |= {"partial": "*fp32", "stats": "*fp32"}
             for group in (1, 4):
                 for split in (False, True):

@@ -251,7 +251,7 @@ def _cases() -> list[CompileCase]:
     # (weight, memory): one type, and an fp32 master weight with bf16 memory. Dropout costs registers, so every type is
     # compiled with it at the largest sizes; the other sizes once in each width.
     pairs = [(t, t) for t in TRITON_TYPES.values()] + [("fp32", "bf16")]
-    others = ((16, 16, False), (32, 32, False), (64, 128, False))
+    others = ((16, 16, False), (32, 32, False), (32, 128, False), (64, 32, False), (64, 128, False))
     for weight, memory in pairs:
         shapes = ((64, 128, True), *(others if (weight, memory) in (("fp32", "fp32"), ("bf16", "bf16")) else ()))
         io = {
