@@ -15,11 +15,11 @@ from torch import Tensor
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.generation.beams import search
-from lmvae_fast.generation.packed import packed_weights
 from lmvae_fast.generation.rows import Rows, Start
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
+from lmvae_fast.models.packed import packed_weights
 
 #: Steps between two looks at which sentences have ended, by device: on a CPU looking is free.
 STEPS_PER_LOOK = {"cpu": 1}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.generation.packed import packed_weights
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.packed import packed_weights
 
 
 @dataclass(frozen=True)

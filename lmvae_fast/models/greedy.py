@@ -10,6 +10,7 @@ from torch import Tensor
 from lmvae_fast.models.batch import Batch
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.injection import Injection
+from lmvae_fast.models.packed import packed_weights
 
 _CHUNK = 64  # tokens whose logits exist at one time
 _REST = 16  # batches read token by token after an iteration that did not pay
@@ -28,9 +29,10 @@ def greedy_ids(decoder: Decoder, injection: Injection, steps: int) -> Tensor:
     cache = decoder.new_cache(injection, batch=batch, max_tokens=steps)
     cache.place(torch.arange(batch, device=device), injection)
     token = torch.full((batch,), decoder.tokenizer.bos_token_id, dtype=torch.int64, device=device)
-    for step in range(steps):
-        token = decoder.step(token, cache, injection).argmax(-1)
-        out[:, step] = token
+    with packed_weights(decoder, batch):
+        for step in range(steps):
+            token = decoder.step(token, cache, injection).argmax(-1)
+            out[:, step] = token
     return out
 
 
