@@ -1,0 +1,145 @@
+"""packed_linear: the product with a weight packed once equals torch's linear."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from lmvae_fast.kernels.packed_linear import pack_weight, packed_linear
+
+from .common import (
+    LAYOUTS,
+    ODD_SIZES,
+    GuardedAllocations,
+    assert_within_error_rule,
+    lay_out,
+    on_backend,
+    opcheck,
+    raises_naming,
+    require,
+)
+
+BACKENDS = ("reference", "cpp")
+
+
+def _draw(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+
+
+def _check(name, function, x, weight, bias):
+    out = function(x, pack_weight(weight), bias, out_features=weight.shape[0])
+    truth = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_within_error_rule(name, out, linear(x, weight, bias), truth)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("rows", [*ODD_SIZES, 11, 12, 13, 24, 25])  # around a register tile of 12 rows
+def test_rows(name, rows):
+    require("packed_linear", name)
+    _check(f"{rows} rows", on_backend(packed_linear, name), *_draw(rows, 200, 96))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("outputs", ODD_SIZES)
+def test_outputs(name, outputs):
+    require("packed_linear", name)
+    _check(f"{outputs} outputs", on_backend(packed_linear, name), *_draw(33, 300, outputs))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("inputs", [*ODD_SIZES, 3072])
+def test_inputs(name, inputs):
+    require("packed_linear", name)
+    x, weight, _ = _draw(32, inputs, 64)
+    _check(f"{inputs} inputs", on_backend(packed_linear, name), x, weight, None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    require("packed_linear", "cpp")
+    x, weight, bias = _draw(19, 130, 70)
+    _check(layout, on_backend(packed_linear, "cpp"), lay_out(x, layout), lay_out(weight, layout), bias)
+
+
+def test_nothing_is_written_or_read_outside():
+    require("packed_linear", "cpp")
+    x, weight, bias = _draw(7, 129, 33)
+    packed = pack_weight(weight)
+    with GuardedAllocations():
+        out = on_backend(packed_linear, "cpp")(x, packed, bias, out_features=33)
+    torch.testing.assert_close(out, linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+def test_leading_dimensions_and_no_rows():
+    require("packed_linear", "cpp")
+    x, weight, bias = torch.randn(2, 3, 40), torch.randn(50, 40), torch.randn(50)
+    out = packed_linear(x, pack_weight(weight), bias, out_features=50)
+    torch.testing.assert_close(out, linear(x, weight, bias), rtol=1e-4, atol=1e-5)
+    assert packed_linear(x[:0], pack_weight(weight), bias, out_features=50).shape == (0, 3, 50)
+
+
+def test_nan_and_inf_stay_in_their_rows():
+    require("packed_linear", "cpp")
+    x, weight, _ = _draw(14, 64, 40)
+    x[3, 5], x[13, 0] = float("nan"), float("inf")
+    out = on_backend(packed_linear, "cpp")(x, pack_weight(weight), None, out_features=40)
+    assert out[3].isnan().all()
+    assert not out[13].isfinite().any()
+    assert out[[r for r in range(14) if r not in (3, 13)]].isfinite().all()
+
+
+def test_threads_compilation_and_registration():
+    require("packed_linear", "cpp")
+    x, weight, bias = _draw(9, 700, 4500)
+    packed = pack_weight(weight)
+
+    def run(x):
+        return packed_linear(x, packed, bias, out_features=4500)
+
+    out, threads = run(x), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(run(x), out)
+    finally:
+        torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), out)
+    opcheck("packed_linear", (x, packed, bias, 4500))
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    require("packed_linear", "cpp")
+    code = (
+        "import torch\nfrom lmvae_fast.kernels.packed_linear import pack_weight, packed_linear\n"
+        "for m, k, n in ((1, 5, 3), (7, 130, 33), (32, 768, 100), (129, 257, 64)):\n"
+        "    x, w, b = torch.randn(m, k), torch.randn(n, k), torch.randn(n)\n"
+        "    y = packed_linear(x, pack_weight(w), b, out_features=n)\n"
+        "    torch.testing.assert_close(y, torch.nn.functional.linear(x, w, b), rtol=1e-4, atol=1e-4)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "LMVAE_CPU_ISA": isa})
+
+
+def test_bad_input_is_named():
+    x, weight, bias = _draw(4, 16, 40)
+    packed = pack_weight(weight)
+    with raises_naming(ValueError, "weight", "[4]"):
+        pack_weight(torch.randn(4))
+    with raises_naming(TypeError, "weight", "int64"):
+        pack_weight(torch.ones(4, 4, dtype=torch.int64))
+    with raises_naming(ValueError, "x", "[4, 15]", "packed"):
+        packed_linear(x[:, :15], packed, bias, out_features=40)
+    with raises_naming(ValueError, "out_features", "65", "2 panels"):
+        packed_linear(x, packed, None, out_features=65)
+    with raises_naming(ValueError, "bias", "[40]", "[39]"):
+        packed_linear(x, packed, bias, out_features=39)
+    with raises_naming(TypeError, "packed", "float64"):
+        packed_linear(x, packed.double(), None, out_features=40)
+    with raises_naming(ValueError, "gradient"):
+        packed_linear(x.requires_grad_(), packed, None, out_features=40)
