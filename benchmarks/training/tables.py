@@ -53,4 +53,24 @@ def against_eager() -> str:
     return "\n".join([*lines, "", _note(record)])
 
 
-TABLES: dict[str, Callable[[], str]] = {"steps-langvae": against_langvae, "steps-eager": against_eager}
+def learning() -> str:
+    """What every side has learnt at each mark of CPU time."""
+    record = load("training/learning.json")
+    if record is None:
+        return "Not measured."
+    lines = ["| CPU time | side | steps | reconstruction | BLEU-4 | KL | active units |", "|---|---|---|---|---|---|---|"]
+    for points in zip(*record["sides"].values(), strict=True):
+        for side, point in zip(record["sides"], points, strict=True):
+            lines.append(
+                f"| {point['cpu_seconds'] / 60:.0f} min | {side} | {point['steps']:,} | {point['reconstruction']:.1f} nats | "
+                f"{point['bleu']:.3f} | {point['kl']:.1f} nats | {point['active_units']} |"
+            )
+    sentences = f"{record['train_sentences']:,} sentences, {record['held_out_sentences']} held out"
+    return "\n".join([*lines, "", f"{sentences}. Machine: {where(record['machine'])}. Command: `{record['command']}`."])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "steps-langvae": against_langvae,
+    "steps-eager": against_eager,
+    "learning": learning,
+}
