@@ -58,7 +58,7 @@ class FreeRunning:
 
     @torch.no_grad()
     def inputs(self, decoder: Decoder, batch: Batch, injection: Injection) -> Tensor:
-        """Inputs ``[T]`` packed as the batch is. Reads on the host which sentences are fixed, once a pass."""
+        """Inputs ``[T]`` packed as the batch is. A pass reads on the host which sentences it has fixed; the loop reads nothing."""
         self.passes = 0
         inputs, left = batch.input_ids.clone(), torch.arange(batch.batch_size, device=batch.input_ids.device)
         if self.rest > 0:
@@ -66,12 +66,13 @@ class FreeRunning:
         else:
             left = self._iterate(decoder, batch, injection, inputs, left)
         self.looped = left.shape[0]
+        start = inputs.new_full((self.looped, 1), decoder.tokenizer.bos_token_id)
+        if self.looped == batch.batch_size:  # nothing is read on the host
+            ids = greedy_ids(decoder, injection, max(batch.max_seqlen - 1, 0))
+            return torch.cat([start, ids], dim=1)[batch.rows, batch.token_index]
         if self.looped:
-            places = _places(batch, left)
-            lengths = batch.cu_seqlens.diff()[left].long()
-            whole = self.looped == batch.batch_size
-            ids = greedy_ids(decoder, injection if whole else injection.select(left), int(lengths.max()) - 1)
-            start = ids.new_full((ids.shape[0], 1), decoder.tokenizer.bos_token_id)
+            places, lengths = _places(batch, left), batch.cu_seqlens.diff()[left].long()
+            ids = greedy_ids(decoder, injection.select(left), int(lengths.max()) - 1)
             rows = torch.repeat_interleave(torch.arange(self.looped, device=left.device), lengths)
             inputs[places] = torch.cat([start, ids], dim=1)[rows, batch.token_index[places]]
         return inputs
