@@ -58,7 +58,7 @@ class FreeRunning:
 
     @torch.no_grad()
     def inputs(self, decoder: Decoder, batch: Batch, injection: Injection) -> Tensor:
-        """Inputs ``[T]`` packed as the batch is. A pass reads on the host which sentences it has fixed; the loop reads nothing."""
+        """Inputs ``[T]`` packed as the batch is. Each pass looks at what it has fixed, the loop at nothing."""
         self.passes = 0
         inputs, left = batch.input_ids.clone(), torch.arange(batch.batch_size, device=batch.input_ids.device)
         if self.rest > 0:
