@@ -61,3 +61,7 @@ class NumericalError(LMVAEError, ArithmeticError):
 
 class DistributedError(LMVAEError, RuntimeError):
     """The processes of one run have lost one another."""
+
+
+class MemoryLimitError(LMVAEError, MemoryError):
+    """The machine or the GPU has not enough memory for what was asked."""

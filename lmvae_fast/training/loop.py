@@ -24,7 +24,7 @@ from lmvae_fast.training import checkpoint, resume
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Record, TensorBoard
 from lmvae_fast.training.distributed import Ranks
 from lmvae_fast.training.features import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
-from lmvae_fast.training.guards import FiniteWatch, StopSignals
+from lmvae_fast.training.guards import FiniteWatch, StopSignals, memory_guard
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.progress import Progress, TrainResult, Window
 from lmvae_fast.training.resources import frozen_in, keeping_freed_memory, recomputing
@@ -34,6 +34,8 @@ from lmvae_fast.training.state import random_tensors, restore_random, seed_all, 
 from lmvae_fast.training.update import Update
 from lmvae_fast.training.validation import validate
 
+_LESS_AT_ONCE = "lower batch_size and raise accumulation as much, set recompute_decoder=True, or precision='bf16'"
+_LESS_THAT_TRAINS = "lower latent_dim or slots, or train less (decoder_part='lora')"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -256,12 +258,13 @@ class Trainer:
             batch.share = share
             # From torch's CPU generator: its state is in the checkpoint, and reading it costs the device nothing.
             seed = self.ranks.same(int(torch.randint(2**62, ())))
-            with self._autocast():
-                out = self.model(batch, beta=beta, seed=seed, tokens=tokens)
-            self.watch.note(out.loss, self._position(i))
-            # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
             counted = len(rows) if share is None else share.count
-            self.update.scaler.scale(out.loss * (counted / sentences)).backward()
+            with self._memory(f"forward and backward of {len(own)} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE):
+                with self._autocast():
+                    out = self.model(batch, beta=beta, seed=seed, tokens=tokens)
+                self.watch.note(out.loss, self._position(i))
+                # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
+                self.update.scaler.scale(out.loss * (counted / sentences)).backward()
             self.progress.sentences += len(rows)
             if counted:
                 self.window.add(out, batch)
@@ -274,7 +277,12 @@ class Trainer:
         if self.check_every_step:
             self._stop_if_not_finite()
         self.window.add_step(norm)
-        self.update.step(norm)
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        with self._memory(f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS):
+            self.update.step(norm)
+
+    def _memory(self, what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
+        return memory_guard(what, remedy, self.last_checkpoint)
 
     def _position(self, part: int) -> int:
         """A number for each figure that is watched: the losses of a step's micro-batches, then its gradient norm."""

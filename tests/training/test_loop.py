@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmvae_fast.config import TrainConfig
-from lmvae_fast.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
+from lmvae_fast.errors import CheckpointError, ConfigError, DataError, MemoryLimitError, NumericalError, OutputError
 from lmvae_fast.training import Callback, checkpoint, train
 from lmvae_fast.training.callbacks import read_records
 from lmvae_fast.training.loop import Trainer
@@ -191,6 +191,38 @@ def test_not_a_number_stops_the_run(tmp_path, gradient_only, accumulation, check
     assert all(torch.isfinite(value).all() for value in checkpoint.load(newest).tensors["model"].values())
     if check_every_step:
         assert all(torch.isfinite(value).all() for value in model.parameters()), "the bad step was not taken"
+
+
+class Greedy(FakeModel):
+    """Asks for more memory than there is, at its third step."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.error, self.calls = error, 0
+
+    def forward(self, batch, **options):
+        self.calls += self.training
+        if self.calls > 2:
+            if self.error is not None:
+                raise self.error
+            torch.empty(2**60, dtype=torch.uint8)
+        return super().forward(batch, **options)
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()])
+def test_out_of_memory_says_what_took_it(tmp_path, error):
+    with pytest.raises(MemoryLimitError, match="forward and backward of 8 sentences with [0-9]+ tokens") as caught:
+        train(Greedy(error), sentences(60), None, settings(tmp_path, batch_size=8, save_every=2))
+    assert "batch_size" in str(caught.value)
+    assert "step-00000002" in str(caught.value), "the last checkpoint is named"
+    assert checkpoint.complete(tmp_path / "checkpoints")
+    if error is None:
+        assert str(2**60) in str(caught.value), "how much was asked for"
+
+
+def test_other_errors_of_a_model_are_its_own(tmp_path):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(Greedy(RuntimeError("mat1 and mat2 shapes cannot be multiplied")), sentences(60), None, settings(tmp_path))
 
 
 def test_evaluation_that_is_not_finite(tmp_path):
