@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "training" / "scaling.json")
     options = parser.parse_args()
     record: dict[str, Any] = {
-        "command": "python -m benchmarks.training.bench_scaling", "machine": machine("cpu"), "base": BASE, "sizes": {},
+        "command": " ".join(["python -m benchmarks.training.bench_scaling", *sys.argv[1:]]), "machine": machine("cpu"), "base": BASE, "sizes": {},
     }  # fmt: skip
     for axis in options.axes:
         record["sizes"][axis] = []
