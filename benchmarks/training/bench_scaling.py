@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -123,7 +124,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "training" / "scaling.json")
     options = parser.parse_args()
     record: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.training.bench_scaling", *sys.argv[1:]]), "machine": machine("cpu"), "base": BASE, "sizes": {},
+        "command": " ".join(["python -m benchmarks.training.bench_scaling", *sys.argv[1:]]),
+        "machine": machine("cpu"), "base": BASE, "sizes": {},
     }  # fmt: skip
     for axis in options.axes:
         record["sizes"][axis] = []
