@@ -22,7 +22,7 @@ from lmvae_fast.kernels.packed_linear import pack_weight, packed_linear
 from lmvae_fast.models.decoders import Decoder
 
 FP32_ROWS = 2  # a single row waits for the weight's bytes, whatever their layout
-OUR_ROWS = 64  # with more, oneDNN's product is the faster one
+OUR_ROWS = 48  # ahead of oneDNN's packed product at 32, not at 64 (docs/kernels/packed_linear.md)
 
 Linear = nn.Linear | Conv1D
 Forward = Callable[[Tensor], Tensor]
