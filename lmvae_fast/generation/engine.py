@@ -51,6 +51,7 @@ def generate(
     annotations: Tensor | None = None,
     prompts: str | Sequence[str] | None = None,
     first_index: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Generated]:
     """Decode latents, in their order.
 
@@ -61,12 +62,14 @@ def generate(
         annotations: pooled labels ``[N, labels]`` of a conditional decoder (``latents`` must then be one tensor).
         prompts: text that every sentence, or the sentence of each latent, begins with.
         first_index: index of the first latent: what a resumed stream continues from.
+        numbers: of each latent (``latents`` must then be one tensor), where its draw is to go by another number than its
+            index: the rows of a dataset that comes in pieces of any order.
 
     Raises:
         LatentError: latents of another width or dtype, or with NaN or Inf; none of that block is decoded then.
         ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
             stop token beyond the vocabulary.
-        DataError: prompts and latents of different number.
+        DataError: prompts, or numbers, and latents of different number.
     """
     config = config or GenerationConfig()
     ids = _prompt_ids(model, latents, prompts)
@@ -84,7 +87,10 @@ def generate(
     seed = None
     if config.do_sample:
         seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
-    waiting = _Waiting(model, blocks, ids, config.num_samples, first_index)
+    if numbers is not None and (not isinstance(latents, Tensor) or len(numbers) != latents.shape[0]):
+        value = len(latents) if isinstance(latents, Tensor) else type(latents).__name__
+        raise DataError("numbers are one per latent of one tensor", value=value, limit=len(numbers))
+    waiting = _Waiting(model, blocks, ids, config.num_samples, first_index, numbers)
     return _run(model, waiting, config, {"limit": limit, "longest_prompt": longest, "config": config, "seed": seed})
 
 
@@ -149,8 +155,11 @@ def _blocks(model, latents, annotations, batch_size) -> Iterator[tuple[Tensor, T
 class _Waiting:
     """Latents projected but not started: one block at a time, handed out sentence by sentence."""
 
-    def __init__(self, model: LMVAE, blocks, prompts: list[tuple[int, ...]], samples: int, first_index: int):
-        self.model, self.blocks, self.prompts, self.samples = model, blocks, prompts, samples
+    def __init__(
+        self, model: LMVAE, blocks, prompts: list[tuple[int, ...]], samples: int, first_index: int,
+        numbers: Sequence[int] | None,
+    ):  # fmt: skip
+        self.model, self.blocks, self.prompts, self.samples, self.numbers = model, blocks, prompts, samples, numbers
         self.block: Injection | None = None
         self.first_index = self.block_start = first_index
         self.next = 0  # sentence of the block: sample s of its latent r is number r * samples + s
@@ -177,7 +186,8 @@ class _Waiting:
         index = self.block_start + number // self.samples
         each = len(self.prompts) > 1
         prompt = self.prompts[index - self.first_index if each else 0] if self.prompts else ()
-        return Start(index, number % self.samples, prompt)
+        latent = index if self.numbers is None else int(self.numbers[index - self.first_index])
+        return Start(index, number % self.samples, latent * self.samples + number % self.samples, prompt)
 
 
 def _run(model: LMVAE, waiting: _Waiting, config: GenerationConfig, options: dict) -> Iterator[Generated]:

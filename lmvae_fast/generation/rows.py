@@ -18,10 +18,12 @@ from lmvae_fast.models.packed import packed_weights
 
 @dataclass(frozen=True)
 class Start:
-    """A sentence about to begin: row of its latent, number among that latent's samples, and ids it must begin with."""
+    """A sentence about to begin: row of its latent, number among that latent's samples, number that its draw goes by, and
+    ids it must begin with."""
 
     index: int
     sample: int
+    draw: int
     prompt: tuple[int, ...] = ()
 
 
@@ -85,8 +87,7 @@ class Rows:
         for name in ("count", "done", "stopped", "seen"):
             if name in state:
                 state[name].index_fill_(0, where, 0)
-        numbers = [start.index * self.config.num_samples + start.sample for start in starts]
-        state["sentence"].index_copy_(0, where, torch.tensor(numbers, device=device))
+        state["sentence"].index_copy_(0, where, torch.tensor([start.draw for start in starts], device=device))
         if "prompt" in state:
             width = state["prompt"].shape[1]
             padded = [[*start.prompt, *[0] * (width - len(start.prompt))] for start in starts]

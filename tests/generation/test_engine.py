@@ -136,6 +136,19 @@ def test_looking_seldom_changes_nothing(monkeypatch):
         assert list(generate(model, z, config)) == expected
 
 
+def test_a_draw_goes_by_the_number_of_its_latent_where_one_is_given():
+    model = make_model("gpt2", latent_dim=4, max_len=8).eval()
+    z = 2 * torch.randn(9, 4)
+    config = GenerationConfig(do_sample=True, seed=5, num_samples=2, batch_size=4)
+    whole = [out.ids for out in generate(model, z, config)]
+    order = torch.randperm(9).tolist()
+    mixed = list(generate(model, z[order], config, numbers=order))
+    assert [(out.index, out.sample) for out in mixed] == [(row, sample) for row in range(9) for sample in range(2)]
+    assert [out.ids for out in mixed] == [whole[2 * row + sample] for row in order for sample in range(2)]
+    with pytest.raises(DataError, match="numbers"):
+        generate(model, z, config, numbers=order[:3])
+
+
 def test_several_samples_per_latent():
     model = make_model("gpt2").eval()
     z = 2 * torch.randn(7, 6)
