@@ -56,11 +56,13 @@ def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def words(seed: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """The stream's 32-bit words for [rows, cols], as int64 in [0, 2^32). seed: int64 [2]."""
+def words(seed: torch.Tensor, rows: int | torch.Tensor, cols: int) -> torch.Tensor:
+    """The stream's 32-bit words for [rows, cols], as int64 in [0, 2^32). seed: int64 [2]; rows: how many from row 0 on, or
+    which, int64 [R]."""
     blocks = -(-cols // 4)
-    block = torch.arange(rows * blocks, dtype=torch.int64, device=seed.device)
-    return block_words(seed[0], seed[1].expand_as(block), block).view(rows, blocks * 4)[:, :cols]
+    which = torch.arange(rows, device=seed.device) if isinstance(rows, int) else rows
+    block = (which.unsqueeze(1) * blocks + torch.arange(blocks, device=seed.device)).flatten()
+    return block_words(seed[0], seed[1].expand_as(block), block).view(len(which), blocks * 4)[:, :cols]
 
 
 def block_words(key: torch.Tensor, offset: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -85,11 +87,16 @@ def uniform(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = tor
     return ((words(seed, *_rows_cols(shape)) >> 8).to(torch.float64) * 2.0**-24).to(dtype).view(shape)
 
 
-def normal(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Standard normals of `shape`, computed in fp64 and rounded once to `dtype`. seed: int64 [2]."""
+def normal(
+    seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, which: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Standard normals of `shape`, computed in fp64 and rounded once to `dtype`. seed: int64 [2].
+
+    which: int64 [R], the rows of the stream to take, where they are not the first ones.
+    """
     rows, cols = _rows_cols(shape)
     padded = -(-cols // 4) * 4
-    pairs = (words(seed, rows, padded) >> 8).to(torch.float64).view(rows, padded // 2, 2)
+    pairs = (words(seed, rows if which is None else which, padded) >> 8).to(torch.float64).view(rows, padded // 2, 2)
     radius = torch.sqrt(-2.0 * torch.log((pairs[..., 0] + 1.0) * 2.0**-24))
     angle = pairs[..., 1] * (2.0 * math.pi * 2.0**-24)
     both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)

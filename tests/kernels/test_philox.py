@@ -83,6 +83,13 @@ def test_an_element_does_not_depend_on_how_many_rows_there_are():
     assert torch.equal(philox.words(pair((3, 4)), 9, 7)[:2], philox.words(pair((3, 4)), 2, 7))
 
 
+def test_single_rows_can_be_taken_from_the_stream():
+    whole, which = philox.normal(pair((3, 4)), (9, 7)), torch.tensor([8, 0, 3, 3])
+    assert torch.equal(philox.normal(pair((3, 4)), (4, 7), which=which), whole[which])
+    far = torch.tensor([2**40])  # past 32 bits of the block's number
+    assert not torch.equal(philox.normal(pair((3, 4)), (1, 7), which=far), whole[:1])
+
+
 def test_normals_are_normal():
     """Mean, variance, skewness, kurtosis and lag-1 correlation of 2^20 draws, each within five standard errors."""
     x = philox.normal(pair((11, 0)), (1024, 1024), torch.float64).flatten()
