@@ -71,14 +71,17 @@ void cut(KvRows& r) {
   r.chunks_per_run = (r.run + r.chunk - 1) / r.chunk;
 }
 
-KvDropout dropout_of(double p, const std::optional<at::Tensor>& seed) {
+KvDropout dropout_of(double p, const std::optional<at::Tensor>& seed, int64_t batch) {
   if (p == 0.0) return {};
-  TORCH_CHECK(seed.has_value() && seed->numel() == 2 && seed->scalar_type() == at::kLong && seed->is_contiguous(),
-              "latent_kv: dropout needs a seed, int64 [2]");
+  TORCH_CHECK(seed.has_value() && (seed->numel() == 2 || seed->numel() == 5) && seed->scalar_type() == at::kLong &&
+                  seed->is_contiguous(),
+              "latent_kv: dropout needs a seed, int64 [2] or [5]");
   const int64_t* s = seed->const_data_ptr<int64_t>();
   // nearbyint rounds halves to even, as Python's round in kernels/philox.py does
-  return {static_cast<uint32_t>(std::nearbyint(p * 16777216.0)), 1.0 / (1.0 - p), static_cast<uint64_t>(s[0]),
-          static_cast<uint64_t>(s[1])};
+  KvDropout d{static_cast<uint32_t>(std::nearbyint(p * 16777216.0)), 1.0 / (1.0 - p), static_cast<uint64_t>(s[0]),
+              static_cast<uint64_t>(s[1]), 0, 1, batch};
+  if (seed->numel() == 5) d.first = s[2], d.step = s[3], d.total = s[4];
+  return d;
 }
 
 template <typename T>
@@ -119,7 +122,7 @@ void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::o
   limit_run(a.rows, a.weight), limit_run(a.rows, a.memory), cut(a.rows);
   const at::Tensor dense_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
   a.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
-  a.dropout = dropout_of(dropout, seed);
+  a.dropout = dropout_of(dropout, seed, z.size(0));
   if (memory.numel() == 0) return;
   with_accumulation(weight, [&](auto acc) {
     using T = decltype(acc);
@@ -167,7 +170,7 @@ struct Pass {
     for (size_t i = 0; i < gradients.size(); i++) {
       kept.push_back(with_dense_rows(gradients[i]));
       KvGrad grad{memory_like(kept.back()), zs[i].size(0),
-                  dropout_of(dropout, dropout == 0.0 ? std::optional<at::Tensor>() : seeds[i])};
+                  dropout_of(dropout, dropout == 0.0 ? std::optional<at::Tensor>() : seeds[i], zs[i].size(0))};
       grad.tensor.stride[5] = 1;
       limit_run(a.rows, grad.tensor);
       grads.push_back(grad);

@@ -33,6 +33,8 @@ struct KvDropout {
   uint32_t threshold = 0;  // a word keeps its element when word >> 8 >= threshold; 0: no dropout
   double scale = 1.0;
   uint64_t seed = 0, offset = 0;
+  int64_t first = 0, step = 1, total = 0;  // sentence b is number first + b * step of a batch of `total`
+  int64_t row(int64_t group, int64_t b) const { return group * total + first + b * step; }  // of the mask
 };
 
 struct KvForward {

@@ -217,7 +217,7 @@ LMVAE_INLINE PrefetchTo<level> lines_of(const KvRows& r, const KvTensor& t, cons
   return {p, p + c.n * r.nz * size_of(t.type)};
 }
 
-// Dropout factors of n elements from column `first` on of row `row` of the mask [layers * 2 * batch, rows].
+// Dropout factors of n elements from column `first` on of row `row` of the mask [layers * 2 * total, rows].
 struct Factors {
   alignas(64) float buffer[kKvChunk + 2 * 4 * kLanes];
   const float* fill(const KvDropout& d, int64_t row, int64_t cols, int64_t first, int64_t n) {
@@ -262,7 +262,7 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
         T* x = turned + (b - b0) * kKvChunk;
         for (int64_t i = 0; i < c.n; i++) x[i] += bias[i];
         if (a.dropout.threshold != 0) {
-          const float* keep = factors.fill(a.dropout, c.group() * r.batch + b, r.rows(), c.flat, c.n);
+          const float* keep = factors.fill(a.dropout, a.dropout.row(c.group(), b), r.rows(), c.flat, c.n);
           for (int64_t i = 0; i < c.n; i++) x[i] *= static_cast<T>(keep[i]);
         }
         save(a.memory, c.at(a.memory, b), x, c.n);
@@ -286,7 +286,7 @@ void load_gradients(const KvBackward& a, const Chunk& c, T* g, Factors& factors)
       T* x = g + row * kKvChunk;
       load(grad->tensor, c.at(grad->tensor, b), x, c.n);
       if (grad->dropout.threshold != 0) {
-        const float* keep = factors.fill(grad->dropout, c.group() * grad->batch + b, a.rows.rows(), c.flat, c.n);
+        const float* keep = factors.fill(grad->dropout, grad->dropout.row(c.group(), b), a.rows.rows(), c.flat, c.n);
         for (int64_t i = 0; i < c.n; i++) x[i] *= static_cast<T>(keep[i]);
       }
       std::fill(x + c.n, x + kKvChunk, T(0));

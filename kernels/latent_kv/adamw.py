@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import backend, philox
 from ..registration import define, primitives
 from . import reference
-from .op import check_operands, latent_kv
+from .op import check_operands, latent_kv, stream_tensor
 
-Factors = tuple[Tensor, Tensor, "Tensor | None"]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2]
+Factors = tuple[Tensor, Tensor, "Tensor | None"]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2] or [5]
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ def latent_kv_norm(
         weight: ``[L, 2, Hkv, M, D, nz]``; gives shape and dtype, its values are not read.
         grads: gradients of the memories, each ``[L, 2, B, Hkv, M, D]``, one for each forward (micro-batch).
         zs: the latents of those forwards, each ``[B, nz]``.
-        dropout, seeds: of those forwards; each seed an int64 tensor [2].
+        dropout, seeds: of those forwards; each seed an int64 tensor [2] or [5], as `latent_kv` takes it.
 
     Raises ValueError or TypeError naming the argument. No host synchronisation.
     """
@@ -249,9 +249,9 @@ class LatentKVAdamW(torch.optim.Optimizer):
         """
         if self._kept and dropout != self._dropout:
             raise ValueError(f"dropout={dropout} differs from {self._dropout} of gradients that wait for step()")
-        pair = philox.seed_tensor(seed, z.device) if dropout > 0.0 else None
+        stream = stream_tensor(seed, z.device) if dropout > 0.0 else None
         weight = self.weight.detach().view(self.shape)[:, :, :, :slots]
-        memory = latent_kv(z, weight, bias, dropout=dropout, seed=pair, dtype=dtype)
+        memory = latent_kv(z, weight, bias, dropout=dropout, seed=stream, dtype=dtype)
         if not torch.is_grad_enabled():
             return memory
         if not memory.requires_grad:
@@ -260,7 +260,7 @@ class LatentKVAdamW(torch.optim.Optimizer):
 
         def keep(grad: Tensor) -> None:
             self._dropout = dropout
-            self._kept.append((grad.detach(), latent, pair))
+            self._kept.append((grad.detach(), latent, stream))
 
         memory.register_hook(keep)
         return memory

@@ -117,7 +117,9 @@ def latent_kv(
         dropout: probability of zeroing an element of the memory; the kept ones are scaled by 1 / (1 - dropout).
         seed: of the dropout mask, as `philox.seed_tensor` takes it: None (drawn from torch's generator of the device),
             an int, or an int64 tensor [2] = (seed, offset) on the device. The mask depends on it and on the element's
-            index only (`reference.keep_mask`), and is regenerated in backward, never stored.
+            index only (`reference.keep_mask`), and is regenerated in backward, never stored. Where processes share a
+            batch: an int64 tensor [5] = (seed, offset, first, step, total) on the device; these sentences are then
+            numbers first, first + step, ... of a batch of ``total``, and have the masks they would have there.
         out: written in place and returned: ``[L, 2, B, Hkv, M, D]`` of any floating dtype and any strides with the
             last dim contiguous, e.g. every second position, ``cache[:, :, :, :, 0:2 * M:2]``. It has no autograd.
         dtype: of the memory. Default: out's, else autocast's, else weight's. An fp32 master weight may give bf16
@@ -139,16 +141,24 @@ def latent_kv(
     refuse_vmap("latent_kv", z, weight, bias, out)
     philox.dropout_threshold(dropout)  # raises outside [0, 1)
     z = z.to(weight.dtype)
-    pair = philox.seed_tensor(seed, z.device) if dropout > 0.0 else None
+    stream = stream_tensor(seed, z.device) if dropout > 0.0 else None
     choice = backend.choose("latent_kv", weight, memory=dtype)
     if choice == "reference":
-        memory = reference.latent_kv(z, weight, bias, dropout, pair, dtype)
+        memory = reference.latent_kv(z, weight, bias, dropout, stream, dtype)
         return memory if out is None else out.copy_(memory)
     if out is None:
-        return primitives(choice, z).latent_kv_fwd(z, weight, bias, dropout, pair, dtype)
+        return primitives(choice, z).latent_kv_fwd(z, weight, bias, dropout, stream, dtype)
     with torch.no_grad():
-        primitives(choice, z).latent_kv_out(z, weight, bias, dropout, pair, out)
+        primitives(choice, z).latent_kv_out(z, weight, bias, dropout, stream, out)
     return out
+
+
+def stream_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The dropout's stream on `device`: what `philox.seed_tensor` makes of a seed, or the five numbers of a shared batch."""
+    if not isinstance(seed, Tensor) or seed.shape != (5,):
+        return philox.seed_tensor(seed, device)
+    philox.seed_tensor(seed[:2], device)  # raises for another dtype or device
+    return seed.detach().contiguous()
 
 
 def check_operands(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -11,10 +11,24 @@ from torch import Tensor
 from .. import philox
 
 
+def places(seed: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The number of each of `batch` sentences in the batch that a mask is drawn for, and that batch's size; int64 [B], [].
+
+    seed int64 [2]: they are that batch; int64 [5] = (seed, offset, first, step, total): they are every step-th of it.
+    """
+    index = torch.arange(batch, dtype=torch.int64, device=seed.device)
+    return (index, torch.full_like(seed[0], batch)) if seed.numel() == 2 else (seed[2] + seed[3] * index, seed[4])
+
+
 def keep_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
-    """Which elements of a memory [L, 2, B, Hkv, M, D] a dropout keeps; a row of the stream is one [l, s, b]."""
-    rows = math.prod(shape[:3])
-    return philox.keep_mask(seed, (rows, math.prod(shape[3:])), p).view(tuple(shape))
+    """Which elements of a memory [L, 2, B, Hkv, M, D] a dropout keeps; a row of the stream is one [l, s, place of b]."""
+    groups, batch, columns = shape[0] * shape[1], shape[2], math.prod(shape[3:])
+    blocks = -(-columns // 4)
+    index, total = places(seed, batch)
+    row = torch.arange(groups, dtype=torch.int64, device=seed.device)[:, None] * total + index
+    block = (row.reshape(-1, 1) * blocks + torch.arange(blocks, dtype=torch.int64, device=seed.device)).reshape(-1)
+    words = philox.block_words(seed[0], seed[1].expand_as(block), block).view(groups * batch, blocks * 4)[:, :columns]
+    return ((words >> 8) >= philox.dropout_threshold(p)).view(tuple(shape))
 
 
 def latent_kv(

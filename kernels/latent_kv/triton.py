@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .. import backend, philox
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
+from . import reference
 from .triton_kernels import (
     latent_kv_adamw_kernel,
     latent_kv_dw_kernel,
@@ -82,14 +83,13 @@ def _memory_strides(memory: torch.Tensor) -> tuple[int, ...]:
 
 
 def _streams(zs: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor], dropout: float) -> torch.Tensor:
-    """int64 [batch, 4]: seed, offset, size and index of each sentence's own forward; anything without dropout."""
+    """int64 [batch, 4]: seed, offset, size of the batch and place in it of each sentence; anything without dropout."""
     if dropout == 0.0:
         return zs[0]
     rows = []
     for z, seed in zip(zs, seeds, strict=True):
-        size = z.shape[0]
-        index = torch.arange(size, dtype=torch.int64, device=z.device)
-        rows.append(torch.stack((*seed.expand(size, 2).unbind(1), torch.full_like(index, size), index), dim=1))
+        index, total = reference.places(seed, z.shape[0])
+        rows.append(torch.stack([*(x.expand_as(index) for x in (seed[0], seed[1], total)), index], dim=1))
     return torch.cat(rows)
 
 

@@ -2,8 +2,8 @@
 
 Rows are the (head, slot, dim) of one layer and side, flattened; a group is one (layer, side). fp32 operands are
 multiplied in three TF32 products (tf32x3), whose error is that of fp32. A sentence's dropout stream is a row of
-`streams` int64 [batch, 4] = (seed, offset, batch size, index) of the forward it belonged to, so that gradients of
-several micro-batches form one batch here.
+`streams` int64 [batch, 4] = (seed, offset, size of its batch, place in it), so that gradients of several forwards, or parts
+of a batch that processes share, form one batch here.
 """
 
 from __future__ import annotations

@@ -111,6 +111,26 @@ def test_dropout_mask_is_a_function_of_seed_and_index(name):
     torch.testing.assert_close(dropped, torch.where(keep, plain_memory / 0.75, 0.0))
 
 
+@pytest.mark.parametrize("name", ["reference", *FAST])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_parts_of_a_batch_have_the_masks_and_gradients_of_the_whole(name, world):
+    """Every world-th sentence, with the numbers that say so: memory and gradients of one call over all five."""
+    require("latent_kv", name)
+    whole = [x.requires_grad_() for x in inputs((2, 5, 2, 3, 5, 7))]
+    z, weight, bias = (x.detach().clone().requires_grad_() for x in whole)
+    with backend(name):
+        memory = latent_kv(*whole, dropout=0.4, seed=torch.tensor([5, 9]))
+        factor = torch.randn_like(memory)
+        (memory * factor).sum().backward()
+        for rank in range(world):
+            part = slice(rank, None, world)
+            found = latent_kv(z[part], weight, bias, dropout=0.4, seed=torch.tensor([5, 9, rank, world, 5]))
+            torch.testing.assert_close(found, memory[:, :, part], rtol=1e-5, atol=1e-6)
+            (found * factor[:, :, part]).sum().backward()
+    for mine, want in zip((z, weight, bias), whole, strict=True):
+        torch.testing.assert_close(mine.grad, want.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_noise_comes_from_torchs_generator():
     z, weight, _ = inputs((1, 4, 2, 5, 8, 16))
     draws = []
@@ -351,6 +371,8 @@ def test_bad_input_is_refused_by_name():
             latent_kv(z, weight, dropout=p)
     with raises_naming(ValueError, "seed"):
         latent_kv(z, weight, dropout=0.1, seed=torch.tensor([1]))
+    with raises_naming(ValueError, "seed"):
+        latent_kv(z, weight, dropout=0.1, seed=torch.tensor([1.0, 2.0, 0.0, 1.0, 3.0]))
 
 
 def test_bad_out_is_refused_by_name():

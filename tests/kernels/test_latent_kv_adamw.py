@@ -102,6 +102,27 @@ def test_equals_backward_clip_adamw(name, max_norm, micro, batch, dropout):
     assert (ours - weight.detach()).abs().max() > 0.02, "the steps must have moved the weight"
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("batch", [5, 23])  # below nz and above: the norm's two ways
+def test_parts_of_a_batch_are_the_whole(name, batch):
+    """Factors of two processes' sentences, as `exchange` brings them together, against one process's."""
+    require("latent_kv", name)
+    z, factor = torch.randn(batch, NZ), torch.randn(*SHAPE[:2], batch, *SHAPE[2:])
+    initial, found = make_weight(), []
+    for world in (1, 2):
+        optimizer = LatentKVAdamW(initial.detach().clone(), **OPTIONS)
+        with backend(name):
+            for rank in range(world):
+                stream = torch.tensor([3, 4, rank, world, batch])
+                memory = optimizer.project(z[rank::world], dropout=0.3, seed=stream)
+                linear_loss(memory, factor[:, :, rank::world]).backward()
+            found.append(optimizer.norm_sq())
+            optimizer.step()
+        found.append(optimizer.weight)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_have_fp32_moments(name, dtype):
