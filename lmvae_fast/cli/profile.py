@@ -1,8 +1,9 @@
-"""``lmvae-fast profile``: where a step's time goes, beside the eager reference and the machine's limits."""
+"""``lmvae-fast profile``: where time goes in training and decoding, beside the eager reference and the machine's limits."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,19 @@ import typer
 from rich.table import Table
 
 from lmvae_fast.cli.app import app
-from lmvae_fast.cli.common import Backend, Json, console, load_model, print_json
+from lmvae_fast.cli.common import (
+    Backend,
+    Json,
+    Sample,
+    Temperature,
+    TopK,
+    TopP,
+    console,
+    generation_config,
+    load_model,
+    print_json,
+)
+from lmvae_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE
@@ -19,21 +32,30 @@ profile = typer.Typer(no_args_is_help=True, help="Where time, bytes and FLOPs go
 app.add_typer(profile, name="profile")
 
 
+Source = Annotated[str | None, typer.Argument(help="Folder of a trained model, or a hub name; none with --tiny or --preset.")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="A tiny random model, to see what the report looks like.")]
+Preset = Annotated[str | None, typer.Option(help="Random weights of published shapes: ENCODER,DECODER (bert-base-cased,gpt2).")]
+System = Annotated[str, typer.Option(help="With --tiny and --preset: langvae or optimus.")]
+LatentDim = Annotated[int, typer.Option(help="With --tiny and --preset: width of the latent.")]
+MaxLen = Annotated[int, typer.Option(help="With --tiny and --preset: most tokens per sentence.")]
+Output = Annotated[Path, typer.Option(help="Folder of report, record and traces.")]
+
+
 @profile.command("train")
 def train(
-    model: Annotated[str | None, typer.Argument(help="Folder of a trained model, or a hub name; none with --tiny or --preset.")] = None,  # noqa: E501
-    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model, to see what the report looks like.")] = False,
-    preset: Annotated[str | None, typer.Option(help="Random weights of published shapes: ENCODER,DECODER (bert-base-cased,gpt2).")] = None,  # noqa: E501
-    system: Annotated[str, typer.Option(help="With --tiny and --preset: langvae or optimus.")] = "langvae",
+    model: Source = None,
+    tiny: Tiny = False,
+    preset: Preset = None,
+    system: System = "langvae",
     data: Annotated[str, typer.Option(help="Sentences: a file, or `corpus`, the bundled one.")] = "corpus",
     column: Annotated[str | None, typer.Option(help="Column or field with the sentence.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sentences of the step.")] = 32,
-    latent_dim: Annotated[int, typer.Option(help="With --tiny and --preset: width of the latent.")] = 128,
-    max_len: Annotated[int, typer.Option(help="With --tiny and --preset: most tokens per sentence.")] = 32,
+    latent_dim: LatentDim = 128,
+    max_len: MaxLen = 32,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, both sides together.")] = 10.0,
     reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Measure the eager reference as well (a second copy of both models).")] = True,  # noqa: E501
-    output: Annotated[Path, typer.Option(help="Folder of report, record and traces.")] = Path("runs/profile"),
+    output: Output = Path("runs/profile"),
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -43,7 +65,7 @@ def train(
 
     Example: `lmvae-fast profile train runs/first/model --data sentences.txt --batch-size 64`
     """
-    from lmvae_fast.cli.profile_report import write
+    from lmvae_fast.cli.profile_report import write_train
     from lmvae_fast.config import TrainConfig
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.train import profile_train
@@ -53,25 +75,101 @@ def train(
     with use_backend(backend):
         subject = _subject(model, tiny, preset, system, latent_dim, max_len, texts)
         found = profile_train(subject, texts, config, folder=output, seconds=seconds, reference=reference)
+    if _written(found, write_train, output, as_json):
+        return
+    for side in found["sides"].values():
+        _print_side(side, f"{side['seconds'] * 1e3:.1f} ms a step, {side['tokens_per_s']:,.0f} tokens/s")
+    if "speedup" in found:
+        console.print(f"\nthe fast path is {found['speedup']:.2f} times as fast")
+
+
+@profile.command("generate")
+def generate(
+    model: Source = None,
+    tiny: Tiny = False,
+    preset: Preset = None,
+    system: System = "langvae",
+    batch_sizes: Annotated[str, typer.Option(help="Sentences at a time, as 1,32,256.")] = "1,32,256",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per sentence; default: the model's max_len.")] = None,
+    latent_dim: LatentDim = 128,
+    max_len: MaxLen = 32,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16: what the decoder's weights are held in; default: as they are.")] = None,  # noqa: E501
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, all sides and sizes together.")] = 20.0,
+    reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Measure the eager loop as well.")] = True,
+    output: Output = Path("runs/profile-generate"),
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> None:
+    """Profile decoding over batch sizes: sentences/s, first token, time per part, FLOPs, bytes, memory, the machine's limits.
+
+    Latents come from the prior, and every sentence gets all its tokens. Writes `OUTPUT/report.html`, `profile.json`, and
+    one trace per side and size for ui.perfetto.dev.
+
+    Example: `lmvae-fast profile generate runs/first/model --batch-sizes 1,64,512 --precision bf16`
+    """
+    import torch
+
+    from lmvae_fast.cli.profile_report import write_generate
+    from lmvae_fast.kernels.backend import backend as use_backend
+    from lmvae_fast.profiling.generate import profile_generate
+
+    sizes, dtypes = _sizes(batch_sizes), {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision is not None and precision not in dtypes:
+        raise ConfigError("unknown precision", value=precision, limit=", ".join(dtypes), remedy="choose one of these")
+    config = generation_config(sample, temperature, top_k, top_p, 0, max_new_tokens=max_new_tokens)
+    with use_backend(backend):
+        subject = _subject(model, tiny, preset, system, latent_dim, max_len, _texts("corpus", None, 32)).eval()
+        if precision is not None:
+            torch.nn.Module.to(subject.decoder.model, dtypes[precision])
+        found = profile_generate(
+            subject, config, batches=sizes, folder=output, seconds=seconds, reference=reference
+        )
+    if _written(found, write_generate, output, as_json):
+        return
+    for row in found["batches"]:
+        console.print(f"\nbatch {row['batch']}")
+        for side in row["sides"].values():
+            speed = f"{side['sentences_per_s']:,.1f} sentences/s, {side['tokens_per_s']:,.0f} tokens/s"
+            step = f"{side['seconds_per_step'] * 1e3:.2f} ms a step, {side['share_of_limit']:.0%} of the limit"
+            first = f"first token after {side['first_token_seconds'] * 1e3:.1f} ms"
+            _print_side(side, f"{speed}, {step} ({side['bound_by']}), {first}")
+        if "speedup" in row:
+            console.print(f"the engine is {row['speedup']:.2f} times as fast")
+
+
+def _written(found: dict[str, Any], write: Callable[[dict[str, Any], Path], Path], output: Path, as_json: bool) -> bool:
+    """Write record and report; whether nothing is left to print."""
     (output / "profile.json").write_text(json.dumps(found, indent=1) + "\n")
     report = write(found, output / "report.html")
     if as_json:
         print_json({**found, "report": str(report)})
-        return
-    for side in found["sides"].values():
-        table = Table("part", "ms", "share", "GFLOP", "of matrix rate", "of bandwidth")
-        for row in side["parts"]:
-            table.add_row(
-                row["part"], f"{row['seconds'] * 1e3:.2f}", f"{row['share']:.1%}", f"{row['flops'] / 1e9:.3f}",
-                f"{row['share_of_matrix_rate']:.1%}", f"{row['share_of_bandwidth']:.1%}",
-            )  # fmt: skip
-        memory = f"{side['peak_extra_bytes'] / 2**20:,.1f} MiB beside the {side['held_bytes'] / 2**20:,.1f} held"
-        speed = f"{side['seconds'] * 1e3:.1f} ms a step, {side['tokens_per_s']:,.0f} tokens/s"
-        console.print(f"\n{side['name']}: {speed}, {memory}")
-        console.print(table)
-    if "speedup" in found:
-        console.print(f"\nthe fast path is {found['speedup']:.2f} times as fast")
-    console.print(f"report: {report}", markup=False)
+    else:
+        console.print(f"report: {report}", markup=False)
+    return as_json
+
+
+def _print_side(side: dict[str, Any], speed: str) -> None:
+    table = Table("part", "ms", "share", "GFLOP", "of matrix rate", "of bandwidth")
+    for row in side["parts"]:
+        table.add_row(
+            row["part"], f"{row['seconds'] * 1e3:.2f}", f"{row['share']:.1%}", f"{row['flops'] / 1e9:.3f}",
+            f"{row['share_of_matrix_rate']:.1%}", f"{row['share_of_bandwidth']:.1%}",
+        )  # fmt: skip
+    memory = f"{side['peak_extra_bytes'] / 2**20:,.1f} MiB beside the {side['held_bytes'] / 2**20:,.1f} held"
+    console.print(f"\n{side['name']}: {speed}, {memory}")
+    console.print(table)
+
+
+def _sizes(text: str) -> list[int]:
+    """``"1,32"`` -> ``[1, 32]``. Raises ConfigError for anything but numbers of at least 1."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError("--batch-sizes wants numbers", value=text, limit="at least 1 each", remedy="for example 1,32,256")
+    return [int(part) for part in parts]
 
 
 def _texts(data: str, column: str | None, batch_size: int) -> list[str]:
@@ -98,7 +196,6 @@ def _subject(
     import torch
 
     from lmvae_fast.config import LMVAEConfig
-    from lmvae_fast.errors import ConfigError
     from lmvae_fast.profiling.presets import random_model
 
     if (model is not None) + tiny + (preset is not None) != 1:

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import flop_registry
 
 import lmvae_fast.kernels.latent_attention
 import lmvae_fast.kernels.latent_kv
-import lmvae_fast.kernels.lm_head_loss  # noqa: F401  (the ops must be registered before they can have a formula)
+import lmvae_fast.kernels.lm_head_loss
+import lmvae_fast.kernels.packed_linear  # noqa: F401  (the ops must be registered before they can have a formula)
 from lmvae_fast.kernels.latent_attention.visibility import VISIBILITIES, visible_slots, visible_tokens
 
 Formula = Callable[..., int]
@@ -86,6 +87,10 @@ def _linear(x, weight, *rest: Any, **_: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
+def _packed_linear(x, packed, bias, out_features, **_: Any) -> int:
+    return 2 * x.numel() * out_features
+
+
 def _formulas() -> dict[Any, Formula]:
     ours: dict[str, Formula] = {
         "latent_attention_fwd": _attention_fwd,
@@ -97,6 +102,7 @@ def _formulas() -> dict[Any, Formula]:
         "latent_kv_norm": _kv_norm,
         "latent_kv_adamw": _kv_adamw,
         "lm_head_loss_fwd": _head,
+        "packed_linear": _packed_linear,
     }
     found: dict[Any, Formula] = {}
     for space in (torch.ops.lmvae_fast, torch.ops.lmvae_fast_interpret):

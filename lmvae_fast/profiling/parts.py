@@ -1,4 +1,4 @@
-"""Which part of a training step runs now: forward by module hooks, backward by autograd's sequence numbers.
+"""Which part of a training step, or of decoding, runs now: forward by hooks, backward by autograd's sequence numbers.
 
 Every node of the graph carries the number it was made with, and the numbers of a forward pass only grow. So where the
 forward pass changed from one part to the next divides the backward pass too, and no kernel needs to know of it.
@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmvae_fast.generation import rows
+from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.packed import Linear
 from lmvae_fast.reference.langvae import ReferenceLangVAE
 from lmvae_fast.reference.optimus import ReferenceOptimus
 from lmvae_fast.reference.stepwise import StepwiseDecoder
 
 PARTS = ("encoder", "posterior", "latent_kv", "body", "head", "optimizer", "other")
+#: Of decoding. ``products``: the linear maps of the decoder's layers; ``layers``: all else in them but attention.
+DECODING_PARTS = ("latent_kv", "products", "attention", "layers", "head", "choosing", "other")
 RANGE = "part:"  # how a part's ranges are named in a trace
 _NO_NUMBER = 2**63  # nodes that accumulate gradients have a number beyond all others
 
@@ -69,62 +75,83 @@ class Parts:
 @contextlib.contextmanager
 def watching(parts: Parts, model: nn.Module) -> Iterator[None]:
     """Within this block, forward passes of ``model`` (an LMVAE or an eager reference) switch the parts."""
-    with contextlib.ExitStack() as stack:
-
-        def on(module: nn.Module | None, before: str, after: str | None = None) -> None:
-            if module is None:
-                return
-            stack.callback(module.register_forward_pre_hook(lambda *_: parts.switch(before)).remove)
-            if after is not None:
-                stack.callback(module.register_forward_hook(lambda *_: parts.switch(after)).remove)
-
+    with _Switches(parts) as on:
         if isinstance(model, LMVAE):
-            on(model, "posterior", "other")
-            on(model.encoder, "encoder", "posterior")
-            on(model.projector, "latent_kv", "body")
-            on(model.embedding_shift, "latent_kv", "body")
-            on(model.decoder.body, "body", "head")
+            on.module(model, "posterior", "other")
+            on.module(model.encoder, "encoder", "posterior")
+            on.module(model.projector, "latent_kv", "body")
+            on.module(model.embedding_shift, "latent_kv", "body")
+            on.module(model.decoder.body, "body", "head")
         elif isinstance(model, (ReferenceLangVAE, ReferenceOptimus)):
-            on(model.encoder, "encoder", "posterior")
-            on(model.linear, "posterior", "posterior")
-            on(model.decoder, "body")
-            on(model.decoder.base_model, "body", "head")
+            on.module(model.encoder, "encoder", "posterior")
+            on.module(model.linear, "posterior", "posterior")
+            on.module(model.decoder, "body")
+            on.module(model.decoder.base_model, "body", "head")
             if isinstance(model, ReferenceLangVAE):
                 for linear in model.context_hidden:
-                    on(linear, "latent_kv")
+                    on.module(linear, "latent_kv")
             else:
-                on(model.linear_memory, "latent_kv", "body")
-                on(model.linear_embedding, "latent_kv", "body")
+                on.module(model.linear_memory, "latent_kv", "body")
+                on.module(model.linear_embedding, "latent_kv", "body")
             # what a step of the sequential decoder does around its model is the cache's and the mask's business
-            stack.callback(setattr, StepwiseDecoder, "step", StepwiseDecoder.step)
-            StepwiseDecoder.step = _within(parts, StepwiseDecoder.step, "body", "head")  # type: ignore[method-assign]
+            on.function(StepwiseDecoder, "step", "body", "head")
         else:
             raise TypeError(f"parts of a {type(model).__name__} are not known")
-        try:
-            yield
-        finally:
-            parts.close()
-
-
-def _within(parts: Parts, function: Callable[..., Any], part: str, after: str) -> Callable[..., Any]:
-    """``function`` as a part of its own."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        parts.switch(part)
-        out = function(*args, **kwargs)
-        parts.switch(after)
-        return out
-
-    return run
+        yield
 
 
 @contextlib.contextmanager
 def as_part(parts: Parts, part: str, owner: Any, *names: str) -> Iterator[None]:
     """Within this block, the named methods of ``owner`` (an instance) run as ``part``."""
-    for name in names:
-        setattr(owner, name, _within(parts, getattr(owner, name), part, "other"))
-    try:
-        yield
-    finally:
+    with _Switches(parts) as on:
         for name in names:
-            delattr(owner, name)
+            on.function(owner, name, part, "other")
+        yield
+
+
+@contextlib.contextmanager
+def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
+    """Within this block, ``generate`` with this model switches the parts of DECODING_PARTS."""
+    body = model.decoder.body
+    with _Switches(parts) as on:
+        on.function(model, "inject", "latent_kv", "other")
+        on.function(LatentCache, "place", "latent_kv", "other")
+        on.module(body, "layers", "head")
+        for module in body.modules():
+            if isinstance(module, Linear):
+                on.module(module, "products", "layers")
+        on.function(LatentCache, "attend", "attention", "layers")
+        on.function(rows, "sample_token", "choosing", "other")
+        yield
+
+
+class _Switches(contextlib.ExitStack):
+    """Makes modules and functions switch the parts before and after they run, until the stack is left."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.callback(parts.close)
+
+    def module(self, module: nn.Module | None, before: str, after: str | None = None) -> None:
+        """``after`` None: what follows the module stays its part."""
+        if module is None:
+            return
+        switch = self.parts.switch
+        self.callback(module.register_forward_pre_hook(lambda *_: switch(before)).remove)
+        if after is not None:
+            self.callback(module.register_forward_hook(lambda *_: switch(after)).remove)
+
+    def function(self, owner: Any, name: str, part: str, after: str) -> None:
+        """``owner`` is a class, a module or an instance."""
+        function, own = getattr(owner, name), name in vars(owner)
+        self.callback(setattr, owner, name, function) if own else self.callback(delattr, owner, name)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.parts.switch(part)
+            out = function(*args, **kwargs)
+            self.parts.switch(after)
+            return out
+
+        setattr(owner, name, run)

@@ -1,0 +1,153 @@
+"""The profile of decoding: the engine beside its eager form over batch sizes, part by part, against the machine's limits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.config import GenerationConfig
+from lmvae_fast.errors import ConfigError
+from lmvae_fast.generation.engine import generate, token_limit
+from lmvae_fast.kernels import philox
+from lmvae_fast.kernels.backend import backend
+from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.packed import Linear
+from lmvae_fast.profiling.measure import interleave, machine, machine_limits
+from lmvae_fast.profiling.parts import DECODING_PARTS, watching_decoding
+from lmvae_fast.profiling.sides import Side, measure
+
+EAGER = "the same loop with every op in plain torch"
+
+
+def profile_generate(
+    model: LMVAE,
+    config: GenerationConfig,
+    *,
+    batches: Sequence[int] = (1, 32, 256),
+    folder: Path,
+    seconds: float = 20.0,
+    reference: bool = True,
+) -> dict[str, Any]:
+    """Time, bytes, FLOPs and memory of decoding latents of the prior, for each batch size.
+
+    Every sentence gets all of its tokens: the end token ends none, so that all sides and sizes do the same work.
+
+    Args:
+        model: any LMVAE. config: how tokens are chosen, and how many; its ``batch_size`` is not read.
+        batches: sentences at a time.
+        folder: where ``trace-fast-BATCH.json`` and ``trace-reference-BATCH.json`` go (Chrome's trace format).
+        seconds: of timing, all batch sizes together (one round at least, three of what takes less than a second).
+        reference: whether the loop in plain torch (``LMVAE_BACKEND=reference``) is measured too.
+
+    Returns:
+        a JSON-able record: ``batches``, each with ``sides`` by name as in :func:`~lmvae_fast.profiling.train.profile_train`
+        (``seconds`` of the whole decoding), and besides ``sentences_per_s``, ``tokens_per_s``, ``first_token_seconds``,
+        ``flops_per_step``, ``bytes_per_step`` and ``share_of_limit``: the least time in which the machine could read every
+        weight once a step, or multiply the batch by it, over the time taken.
+
+    Raises:
+        ConfigError: no batch size, or one below 1; more tokens than the model allows; beam search.
+    """
+    if not batches or min(batches) < 1:
+        raise ConfigError("nothing to profile", value=f"batches={list(batches)}", limit="sizes of at least 1")
+    if config.num_beams > 1:
+        raise ConfigError("beam search is not profiled", value=f"num_beams={config.num_beams}", limit=1)
+    tokens, device = token_limit(model, config), model.device
+    folder.mkdir(parents=True, exist_ok=True)
+    limits = machine_limits(device.type, 0.5)
+    dtype = "bfloat16" if model.decoder.dtype == torch.bfloat16 else "float32"
+    record: dict[str, Any] = {
+        "machine": machine(device.type), "limits": limits, "matrix_dtype": dtype, "model": model.config.to_dict(),
+        "generation": config.to_dict(), "tokens": tokens, "weight_bytes": _step_weights(model)[1], "batches": [],
+    }  # fmt: skip
+    with _nothing_ends(model):
+        for batch in batches:
+            row = _one_batch(model, config, batch, tokens, record, folder, seconds / len(batches), reference)
+            record["batches"].append(row)
+    return record
+
+
+def _one_batch(
+    model: LMVAE, config: GenerationConfig, batch: int, tokens: int, record: dict[str, Any], folder: Path, seconds: float,
+    reference: bool,
+) -> dict[str, Any]:  # fmt: skip
+    z = philox.normal(philox.seed_tensor(0, model.device), (batch, model.config.latent_dim))
+    labels = None
+    if model.config.conditional_decoder:
+        labels = torch.zeros(batch, len(model.config.annotations), device=model.device)
+    decoders = {"fast": functools.partial(_decode, model, z, labels, config.replace(batch_size=batch))}
+    names = {"fast": "lmvae_fast"}
+    if reference:
+        decoders["reference"] = functools.partial(decoders["fast"], eager=True)
+        names["reference"] = EAGER
+    calls: dict[str, Callable[[], Any]] = {name: functools.partial(run, tokens) for name, run in decoders.items()}
+    probe = interleave({"fast": calls["fast"]}, 0.0, model.device.type, rounds=1)["fast"][0]
+    rounds = 3 if probe < 1.0 else 1
+    times = interleave(calls, seconds, model.device.type, rounds=rounds)
+    first = interleave({name: functools.partial(run, 1) for name, run in decoders.items()}, 0.0, model.device.type, rounds=3)
+    watch = functools.partial(watching_decoding, model=model)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    out: dict[str, Any] = {"batch": batch, "sides": {}}
+    for name, call in calls.items():
+        side = Side(names[name], call, model.device, watch, lambda: held)
+        trace = folder / f"trace-{name}-{batch}.json"
+        found = measure(side, times[name], DECODING_PARTS, record["limits"], record["matrix_dtype"], trace)
+        out["sides"][name] = found | _per_step(found, model, batch, tokens, record) | {
+            "first_token_seconds": statistics.median(first[name])
+        }  # fmt: skip
+    if reference:
+        out["speedup"] = statistics.median(b / a for a, b in zip(times["fast"], times["reference"], strict=True))
+    return out
+
+
+def _decode(
+    model: LMVAE, z: Tensor, labels: Tensor | None, config: GenerationConfig, tokens: int, *, eager: bool = False
+) -> None:
+    config = config.replace(max_new_tokens=tokens, pack_weights=config.pack_weights and not eager)
+    with backend("reference") if eager else contextlib.nullcontext():
+        for _ in generate(model, z, config, annotations=labels):
+            pass
+
+
+def _per_step(
+    found: dict[str, Any], model: LMVAE, batch: int, tokens: int, record: dict[str, Any]
+) -> dict[str, float]:
+    """What a step of all rows does, the projection of the latents left out, and how near it is to the machine's limit."""
+    limits = record["limits"]
+    rate, bandwidth = limits[f"matmul_{record['matrix_dtype']}_flops_per_s"], limits["copy_bytes_per_s"]
+    count, size = _step_weights(model)
+    # a copy reads and writes: reading alone is taken to go at its rate
+    least = {"bandwidth": size / bandwidth, "arithmetic": 2 * count * batch / rate}
+    bound = max(least, key=lambda name: least[name])
+    steps = [row for row in found["parts"] if row["part"] != "latent_kv"]
+    return {
+        "sentences_per_s": batch / found["seconds"], "tokens_per_s": batch * tokens / found["seconds"],
+        "seconds_per_step": found["seconds"] / tokens, "flops_per_step": sum(row["flops"] for row in steps) / tokens,
+        "bytes_per_step": sum(row["bytes"] for row in steps) / tokens,
+        "bound_by": bound, "share_of_limit": least[bound] * tokens / found["seconds"],
+    }  # fmt: skip
+
+
+def _step_weights(model: LMVAE) -> tuple[int, int]:
+    """(elements, bytes) of the matrices that every step multiplies by: linear maps of the layers, and the head."""
+    maps = [module.weight for module in model.decoder.body.modules() if isinstance(module, Linear)]
+    weights = [*maps, model.decoder.head_weight]
+    return sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights)
+
+
+@contextlib.contextmanager
+def _nothing_ends(model: LMVAE) -> Iterator[None]:
+    """Within this block no sentence ends before its last token."""
+    tokenizer = model.decoder.tokenizer
+    before, tokenizer.eos_token_id = tokenizer.eos_token_id, -1
+    try:
+        yield
+    finally:
+        tokenizer.eos_token_id = before
