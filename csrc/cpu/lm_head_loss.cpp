@@ -7,6 +7,8 @@
 // fixed order, so that results are the same bits run after run and on any number of threads.
 #include "lm_head_loss.h"
 
+#include "amx.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -88,7 +88,6 @@ class Room {
 template <typename C>
 std::unique_ptr<HeadEngine<C>> make_gemm_engine(const HeadProblem& problem, int64_t tokens, Product next);
 std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& problem, int64_t tokens, Product next);
-bool have_amx();  // of this CPU, and the system lets us use it
 
 }  // namespace lmvae
 

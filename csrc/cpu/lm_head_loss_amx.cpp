@@ -8,16 +8,11 @@
 // An infinite number has no such sum: sets with one are refused and the caller uses the BLAS.
 #include "lm_head_loss.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(LMVAE_NO_AMX)
-#define LMVAE_AMX 1
-#include <algorithm>
-#include <cstring>
-#include <memory>
+#include "amx.h"
 
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12: _mm512_undefined in its own header
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef LMVAE_AMX
+#include <algorithm>
+#include <memory>
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -27,65 +22,6 @@ namespace lmvae {
 
 #ifdef LMVAE_AMX
 namespace {
-
-#define TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define TILES_INLINE __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"), always_inline)) inline
-
-constexpr int64_t kTile = 1024;  // bytes: 16 rows x 64 bytes
-constexpr int64_t kPair = 2 * kTile;
-
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-// The assembly names all 64 bytes; the compiler's own intrinsic declares only the first 8 as read.
-TILES void configure_tiles() {
-  TileConfig config;
-  std::memset(&config, 0, sizeof config);
-  config.palette = 1;
-  for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-  asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
-}
-TILES void release_tiles() { _tile_release(); }
-
-// Operands are strings of tiles [step over 32 of depth][part][2][16 x 64 bytes]; C is 32 x 32 fp32.
-//   left:  tile h holds rows 16h .. of the left matrix, 32 consecutive bf16 of depth each
-//   right: tile h holds columns 16h .., row r of it the pairs (depth 2r, 2r+1) of the 16 columns
-// (The tile intrinsics are statements, not expressions.)
-#define LMVAE_LEFT(part) _tile_loadd(4, a + (part) * kPair, 64); _tile_loadd(5, a + (part) * kPair + kTile, 64)
-#define LMVAE_RIGHT(part) _tile_loadd(6, b + (part) * kPair, 64); _tile_loadd(7, b + (part) * kPair + kTile, 64)
-#define LMVAE_PRODUCT() \
-  _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
-template <int parts>
-TILES __attribute__((noinline)) void product32(const char* a, const char* b, int64_t steps, float* c, int64_t ldc, bool add) {
-  asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
-  const int64_t row = ldc * 4;
-  float *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
-  if (add) {
-    _tile_loadd(0, c, row); _tile_loadd(1, c1, row); _tile_loadd(2, c2, row); _tile_loadd(3, c3, row);
-  } else {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  }
-  for (int64_t k = 0; k < steps; k++, a += parts * kPair, b += parts * kPair) {
-    if constexpr (parts == 1) {
-      LMVAE_LEFT(0); LMVAE_RIGHT(0); LMVAE_PRODUCT();
-    } else if constexpr (parts == 2) {
-      LMVAE_LEFT(0); LMVAE_RIGHT(1); LMVAE_PRODUCT();
-      LMVAE_RIGHT(0); LMVAE_PRODUCT();
-      LMVAE_LEFT(1); LMVAE_PRODUCT();
-    } else {
-      LMVAE_LEFT(0); LMVAE_RIGHT(2); LMVAE_PRODUCT();
-      LMVAE_RIGHT(1); LMVAE_PRODUCT();
-      LMVAE_RIGHT(0); LMVAE_PRODUCT();
-      LMVAE_LEFT(1); LMVAE_PRODUCT();
-      LMVAE_RIGHT(1); LMVAE_PRODUCT();
-      LMVAE_LEFT(2); LMVAE_RIGHT(0); LMVAE_PRODUCT();
-    }
-  }
-  _tile_stored(0, c, row); _tile_stored(1, c1, row); _tile_stored(2, c2, row); _tile_stored(3, c3, row);
-}
 
 // 32 numbers as `parts` vectors of 32 bf16; bad marks numbers that have no finite parts.
 template <int parts>
@@ -311,21 +247,6 @@ class AmxEngine final : public HeadEngine<float> {
 
 }  // namespace
 
-bool have_amx() {
-  static const bool have = [] {
-    if (cpu_isa() != Isa::Avx512) return false;  // LMVAE_CPU_ISA lowers this engine too
-    uint32_t a = 7, b = 0, c = 0, d = 0;
-    asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if (((d >> 22) & 1) == 0 || ((d >> 24) & 1) == 0) return false;  // amx_bf16, amx_tile
-    a = 7, c = 1;
-    asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if (((a >> 5) & 1) == 0) return false;  // avx512_bf16
-    constexpr int kRequest = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  }();
-  return have;
-}
-
 std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& p, int64_t tokens, Product next) {
   switch (p.dtype) {
     case c10::ScalarType::BFloat16: return std::make_unique<AmxEngine<c10::BFloat16, 1>>(p, tokens, next);
@@ -334,7 +255,6 @@ std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& p, int64_t
   }
 }
 #else
-bool have_amx() { return false; }
 std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem&, int64_t, Product) { return nullptr; }
 #endif
 

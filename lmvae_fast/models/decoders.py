@@ -19,6 +19,7 @@ from lmvae_fast.models.attention import (
     without_attention_dropout,
 )
 from lmvae_fast.models.cache import LatentCache
+from lmvae_fast.models.head import greedy_tokens
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.loading import load_pretrained
 from lmvae_fast.models.tokenization import SentenceTokenizer
@@ -151,12 +152,19 @@ class Decoder(nn.Module):
 
     def step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
         """Logits ``[batch, vocabulary]`` of one token per row over the cache, which then is one step further."""
+        return self.logits(self._step(input_ids, cache, injection))
+
+    def greedy_step(self, input_ids: Tensor, cache: LatentCache, injection: Injection, pack: bool = True) -> Tensor:
+        """As `step`, but the token of greatest logit alone, int64 ``[batch]``."""
+        return greedy_tokens(self, self._step(input_ids, cache, injection), pack)
+
+    def _step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
         cache.prepare()
         hidden = self._run(input_ids, cache.position_ids(), injection.embedding_shift, cache)
         cache.advance()
         if injection.output_residual is not None:
             hidden = hidden + injection.output_residual.to(hidden.dtype)
-        return self.logits(hidden)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: ``[..., vocabulary]``."""

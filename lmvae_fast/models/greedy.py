@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lmvae_fast.models.batch import Batch
 from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.models.head import greedy_tokens
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.packed import packed_weights
 
-_CHUNK = 64  # tokens whose logits exist at one time
 _REST = 16  # batches read token by token after an iteration that did not pay
 
 
@@ -31,7 +31,7 @@ def greedy_ids(decoder: Decoder, injection: Injection, steps: int) -> Tensor:
     token = torch.full((batch,), decoder.tokenizer.bos_token_id, dtype=torch.int64, device=device)
     with packed_weights(decoder, batch):
         for step in range(steps):
-            token = decoder.step(token, cache, injection).argmax(-1)
+            token = decoder.greedy_step(token, cache, injection)
             out[:, step] = token
     return out
 
@@ -90,7 +90,7 @@ class FreeRunning:
                 guess, injection if whole else injection.select(left), cu_seqlens=offsets, max_seqlen=batch.max_seqlen,
                 rows=rows, token_index=index,
             )  # fmt: skip
-            said = torch.cat([decoder.logits(chunk).argmax(-1) for chunk in hidden.split(_CHUNK)])
+            said = greedy_tokens(decoder, hidden)
             # What a token is answered with stands at the next place, if the sentence has one.
             follows = index[1:] > 0
             improved = guess.clone()

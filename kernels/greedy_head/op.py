@@ -1,0 +1,82 @@
+"""greedy_head: registration and the public functions. The truth is reference.py.
+
+CPU only, fp32 only, no gradient: it serves greedy decoding with a frozen head, whose weight is a third of what a small
+decoder reads per token. The weight's bf16 copy is half as many bytes and is multiplied on the matrix units where there are
+any; what that can be wrong by is bounded, and only entries that the bound cannot exclude are computed in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..registration import define, primitives, refuse_vmap
+from . import reference
+
+# ---- primitives ------------------------------------------------------------------------------------------------------
+
+
+def _fake(hidden, weight, panels, errors, norms):
+    return hidden.new_empty((hidden.shape[0],), dtype=torch.int64)
+
+
+define("greedy_head(Tensor hidden, Tensor weight, Tensor panels, Tensor errors, Tensor norms) -> Tensor", fake=_fake)
+backend.register("greedy_head", cpp=backend.Support((torch.float32,), ("greedy_head",)))
+
+# ---- the public functions --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GreedyHead:
+    """A head's weight ``[V, K]`` (not copied) beside its rounded panels: see `reference.pack_panels`."""
+
+    weight: Tensor
+    panels: Tensor
+    errors: Tensor
+    norms: Tensor
+
+
+def pack_head(weight: Tensor) -> GreedyHead:
+    """Prepare the frozen head ``weight`` ``[V, K]`` fp32: half its bytes once more.
+
+    Raises ValueError or TypeError for anything but a fp32 matrix with rows and columns.
+    """
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must be [V, K], neither of them 0, got {list(weight.shape)}")
+    if weight.dtype != torch.float32:
+        raise TypeError(f"weight is {weight.dtype}, it must be torch.float32")
+    weight = weight.detach().contiguous()
+    return GreedyHead(weight, *reference.pack_panels(weight))
+
+
+def greedy_head(hidden: Tensor, head: GreedyHead) -> Tensor:
+    """The token of greatest logit ``hidden . weight[v]``, as an fp32 product has it. Not differentiable.
+
+    Args:
+        hidden: fp32 ``[..., K]``, any strides.
+        head: of `pack_head`; its weight must not have changed since.
+
+    Returns:
+        ids int64 ``[...]``. Of equal logits the lowest id; a NaN counts as the largest, as in torch.argmax.
+
+    Entries whose logits differ by less than fp32's rounding may come out in either order, as between any two fp32
+    products. Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, BackendError when a forced
+    backend cannot run.
+    """
+    refuse_vmap("greedy_head", hidden)
+    if hidden.dim() < 1 or hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(head.weight.shape)}: they must end alike")
+    if hidden.dtype != torch.float32 or hidden.device != head.weight.device:
+        raise TypeError(f"hidden is {hidden.dtype} on {hidden.device}, weight torch.float32 on {head.weight.device}")
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise ValueError("greedy_head has no gradient: hidden must not require one")
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    choice = backend.choose("greedy_head", hidden)
+    if choice == "reference":
+        ids = reference.greedy_head(rows, head.weight)
+    else:
+        ids = primitives(choice, hidden).greedy_head(rows, head.weight, head.panels, head.errors, head.norms)
+    return ids.view(hidden.shape[:-1])

@@ -1,0 +1,50 @@
+"""The most probable token without its logits, where a frozen head was packed for that (kernels/greedy_head)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lmvae_fast.kernels.backend import current, extension
+from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
+
+if TYPE_CHECKING:
+    from lmvae_fast.models.decoders import Decoder
+
+_CHUNK = 64  # tokens whose logits exist at one time
+_packed: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], GreedyHead]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def greedy_tokens(decoder: Decoder, hidden: Tensor, pack: bool = True) -> Tensor:
+    """The token of greatest logit after every hidden state ``[T, hidden]``: int64 ``[T]``.
+
+    pack: whether the head may be packed (a bf16 copy, kept while the decoder lives).
+    """
+    if pack and _pays(decoder, hidden):
+        return greedy_head(hidden, _head(decoder))
+    if hidden.shape[0] <= _CHUNK:
+        return decoder.logits(hidden).argmax(-1)
+    return torch.cat([decoder.logits(chunk).argmax(-1) for chunk in hidden.split(_CHUNK)])
+
+
+def _pays(decoder: Decoder, hidden: Tensor) -> bool:
+    """Frozen, in fp32 on a CPU, and nothing but a matrix: on other devices and in bf16 the plain product is at its limit."""
+    module = decoder.model.get_output_embeddings()
+    return (
+        not decoder.trains and hidden.device.type == "cpu" and hidden.dtype == torch.float32
+        and type(module) is nn.Linear and module.bias is None and module.weight.dtype == torch.float32
+        and decoder.softcap is None and current() in ("auto", "cpp") and extension()[0]
+        and not torch.is_autocast_enabled("cpu")
+    )  # fmt: skip
+
+
+def _head(decoder: Decoder) -> GreedyHead:
+    weight = decoder.model.get_output_embeddings().weight
+    state = (weight.data_ptr(), weight._version)
+    if decoder not in _packed or _packed[decoder][0] != state:
+        _packed[decoder] = (state, pack_head(weight))
+    return _packed[decoder][1]
