@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lmvae_fast.kernels.latent_kv import LatentKVAdamW, latent_kv
+from lmvae_fast.kernels.latent_kv import LatentKVAdamW, keep_mask, latent_kv, stream_tensor
 
 
 class LinearProjector(nn.Module):
@@ -80,6 +80,10 @@ class SharedProjector(nn.Module):
     ) -> Tensor:
         """Memory ``[layers, 2, batch, kv_heads, 1, head_dim]``; its key and value halves are one storage."""
         vectors = nn.functional.linear(z.to(self.weight.dtype), self.weight)
-        vectors = nn.functional.dropout(vectors, self.dropout, self.training).to(dtype)
+        if self.training and self.dropout > 0.0:
+            # latent_kv's own dropout, of one "layer" and "side", so that processes that share a batch drop what one would
+            keep = keep_mask((1, 1, *vectors.shape), self.dropout, stream_tensor(seed, z.device)).view(vectors.shape)
+            vectors = vectors * (keep / (1.0 - self.dropout)).to(vectors.dtype)
+        vectors = vectors.to(dtype)
         vectors = vectors.view(-1, self.layers, self.kv_heads, self.head_dim).transpose(0, 1)
         return vectors[:, None, :, :, None].expand(-1, 2, -1, -1, -1, -1)

@@ -49,7 +49,7 @@ def run(case: dict, rank: int) -> dict:
     if rank == case.get("other_config"):
         changes["learning_rate"] = 0.5
     # another seed on each rank: what trains must come from rank 0
-    options = {"projector_dropout": 0.0, **case.get("model", {})}
+    options = {"projector_dropout": 0.2, **case.get("model", {})}
     model = make_model(seed=rank, dtype=getattr(torch, case.get("dtype", "float64")), **options)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -222,16 +222,6 @@ def test_objective_of_sums_of_a_batch_is_refused(launch, tmp_path):
     assert "langvae-0.6" in found[0]["message"]
 
 
-def test_dropout_of_ranks_never_overlaps():
-    """Processes draw the memory's dropout from streams of one key whose counters differ."""
-    from tests.models.tiny import make_model
-
-    model = make_model(projector_dropout=0.5)
-    pairs = [model._stream_of(Share(rank, 3, 9), 7) for rank in range(3)]
-    assert [pair.tolist() for pair in pairs] == [[7, 0], [7, 1], [7, 2]]
-    assert model._stream_of(None, 7) == 7
-
-
 def test_shares_cover_a_batch_once():
     for total in range(1, 9):
         for world in (1, 2, 3):
