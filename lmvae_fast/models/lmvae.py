@@ -316,12 +316,12 @@ class LMVAE(nn.Module):
         return posterior.mu + eps * torch.exp(0.5 * posterior.logvar), kl
 
     def _stream_of(self, share: Share | None, seed: int | Tensor | None) -> int | Tensor | None:
-        """The seed of the memory's dropout: processes that share a batch draw from streams that never overlap."""
-        if share is None or isinstance(seed, Tensor):
+        """The seed of the memory's dropout; processes that share a batch say which of its sentences they have, so that the
+        masks are those of the whole batch."""
+        if share is None:
             return seed
-        pair = seed_tensor(seed, self.device)
-        pair[1:] += share.first
-        return pair
+        places = torch.tensor([share.rows.start, share.rows.step, share.total], device=self.device)
+        return torch.cat([seed_tensor(seed, self.device), places])
 
     def _token_weights(self, batch: Batch) -> Tensor:
         """How much each token's NLL counts in the loss, ``[T]``, so that one weighted sum is the reconstruction."""
@@ -447,5 +447,5 @@ def _other_stream(seed: int | Tensor | None) -> int | Tensor | None:
     if seed is None:
         return None
     if isinstance(seed, Tensor):
-        return torch.stack([seed[0] ^ _DROPOUT_STREAM, seed[1]])
+        return torch.cat([seed[:1] ^ _DROPOUT_STREAM, seed[1:]])
     return seed ^ _DROPOUT_STREAM
