@@ -295,6 +295,7 @@ class GenerationConfig(ConfigBase):
         logprobs: also return the log-probability of every token under the model's own distribution.
         batch_size: sentences decoded at a time.
         pack_weights: on a CPU, keep a second copy of a frozen decoder's weights in the layout its matrix units read fastest.
+        cuda_graphs: on a CUDA device, record the decode step once per batch size and replay it; None does where it can.
     """
 
     max_new_tokens: int | None = None
@@ -312,6 +313,7 @@ class GenerationConfig(ConfigBase):
     logprobs: bool = False
     batch_size: int = 64
     pack_weights: bool = True
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         self._number("max_new_tokens", 1, integer=True, optional=True)
@@ -325,7 +327,7 @@ class GenerationConfig(ConfigBase):
         self._number("num_beams", 1, integer=True)
         self._number("length_penalty", 0.0)
         self._number("batch_size", 1, integer=True)
-        self._flag("do_sample", "logprobs", "pack_weights")
+        self._flag("do_sample", "logprobs", "pack_weights", "cuda_graphs")
         stops = self.stop_tokens
         if not isinstance(stops, tuple) or not all(type(token) is int and token >= 0 for token in stops):
             raise ConfigError("GenerationConfig.stop_tokens is out of range", value=repr(stops), limit="a tuple of token ids")

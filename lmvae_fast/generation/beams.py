@@ -10,6 +10,7 @@ from torch import Tensor
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.injection import Injection
+from lmvae_fast.models.prefill import read
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,24 @@ def search(
 
     A step extends every beam by every token and keeps the ``num_beams`` most probable extensions that do not end; those
     that end while they rank among the first ``num_beams`` are set aside. A latent is done when no extension of its beams
-    can surpass the worst of ``num_beams`` sentences set aside. ``prompts``: none, or one per latent, all of one length.
+    can surpass the worst of ``num_beams`` sentences set aside. ``prompts``: none, or one per latent.
     """
     latents, width = injection.batch_size, config.num_beams
     device = decoder.device
     rows = torch.arange(latents, device=device).repeat_interleave(width)
-    spread = injection.select(rows)
-    cache = decoder.new_cache(spread, batch=latents * width, max_tokens=limit + (len(prompts[0]) if prompts else 0))
-    cache.place(torch.arange(latents * width, device=device), spread)
-    token = torch.full((latents * width,), decoder.tokenizer.bos_token_id, dtype=torch.int64, device=device)
-    for ids in zip(*prompts, strict=True):
-        decoder.step(token, cache, spread)
-        token = torch.tensor(ids, device=device)[rows]
+    longest = max(map(len, prompts), default=0)
+    cache = decoder.new_cache(injection, batch=latents * width, max_tokens=limit + longest)
+    for beam in range(width):
+        cache.place(torch.arange(latents, device=device) * width + beam, injection)
+    spread = Injection(
+        injection.visibility, None if injection.memory is None else cache.memory,
+        *(None if part is None else part[rows] for part in (injection.embedding_shift, injection.output_residual)),
+    )  # fmt: skip
+    begins = [(decoder.tokenizer.bos_token_id, *prompt) for prompt in prompts or [()] * latents]
+    if longest:  # read by the first beam of each latent, for all
+        read(decoder, cache, injection, range(0, latents * width, width), [ids[:-1] for ids in begins])
+        cache.reorder(rows * width)
+    token = torch.tensor([ids[-1] for ids in begins], device=device)[rows]
     stops = {decoder.tokenizer.eos_token_id, *config.stop_tokens}
     # All beams of a latent are one at first: only the first counts.
     scores = torch.full((latents, width), -torch.inf, device=device)

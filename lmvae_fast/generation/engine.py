@@ -1,7 +1,7 @@
 """The decode engine: any number of latents to text, in batches over one static cache.
 
-A row whose sentence has ended takes the next latent at once, so the batch stays full; memory is projected for a whole
-batch of waiting latents at a time, because one projection reads every weight of the projector whatever its batch.
+A row whose sentence has ended takes the next latent at once, so the batch stays full. `waiting.py` holds what is to come,
+`rows.py` what is being decoded.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import ConfigError, DataError, LatentError
+from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.generation.beams import search
-from lmvae_fast.generation.rows import Rows, Start
-from lmvae_fast.models.injection import Injection
+from lmvae_fast.generation.rows import Ended, Rows
+from lmvae_fast.generation.waiting import Waiting, blocks_of
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
 from lmvae_fast.models.packed import packed_weights
@@ -57,7 +57,8 @@ def generate(
 
     Args:
         model: any LMVAE.
-        latents: ``[N, latent_dim]``, or an iterable of such blocks (read one at a time).
+        latents: ``[N, latent_dim]``, or an iterable of such blocks of any size, of which no more are read at a time than
+            fill a batch.
         config: how; greedy by default.
         annotations: pooled labels ``[N, labels]`` of a conditional decoder (``latents`` must then be one tensor).
         prompts: text that every sentence, or the sentence of each latent, begins with.
@@ -66,7 +67,7 @@ def generate(
             index: the rows of a dataset that comes in pieces of any order.
 
     Raises:
-        LatentError: latents of another width or dtype, or with NaN or Inf; none of that block is decoded then.
+        LatentError: latents of another width or dtype, or with NaN or Inf; none of that batch is decoded then.
         ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
             stop token beyond the vocabulary.
         DataError: prompts, or numbers, and latents of different number.
@@ -76,21 +77,19 @@ def generate(
     longest = max(map(len, ids), default=0)
     limit = token_limit(model, config, longest)
     if config.num_beams > 1:
-        if len(set(map(len, ids))) > 1:
-            raise ConfigError(
-                "beam search reads one prompt length for all sentences", value=sorted(set(map(len, ids))),
-                remedy="group the latents by the length of their prompts",
-            )  # fmt: skip
-        blocks = _blocks(model, latents, annotations, max(1, config.batch_size // config.num_beams))
+        blocks = blocks_of(model, latents, annotations, max(1, config.batch_size // config.num_beams))
         return _beams(model, blocks, ids, config, limit, first_index)
-    blocks = _blocks(model, latents, annotations, config.batch_size)
+    blocks = blocks_of(model, latents, annotations, -(-config.batch_size // config.num_samples))
     seed = None
     if config.do_sample:
         seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
     if numbers is not None and (not isinstance(latents, Tensor) or len(numbers) != latents.shape[0]):
         value = len(latents) if isinstance(latents, Tensor) else type(latents).__name__
         raise DataError("numbers are one per latent of one tensor", value=value, limit=len(numbers))
-    waiting = _Waiting(model, blocks, ids, config.num_samples, first_index, numbers)
+    waiting = Waiting(
+        model, blocks, tokens=longest + limit, prompts=ids, samples=config.num_samples, first_index=first_index,
+        numbers=numbers,
+    )  # fmt: skip
     return _run(model, waiting, config, {"limit": limit, "longest_prompt": longest, "config": config, "seed": seed})
 
 
@@ -131,72 +130,13 @@ def _prompt_ids(model: LMVAE, latents, prompts: str | Sequence[str] | None) -> l
     return [tuple(ids) for ids in model.decoder.tokenizer.encode(prompts)]
 
 
-def _blocks(model, latents, annotations, batch_size) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Blocks of at most batch_size checked latents. A tensor is checked whole before the first block is given out."""
-    if isinstance(latents, Tensor):
-        model.check_latents(latents)
-        if annotations is not None and annotations.shape[0] != latents.shape[0]:
-            raise LatentError(
-                "one row of pooled labels per latent", value=list(annotations.shape), limit=f"[{latents.shape[0]}, labels]"
-            )
-        latents = [latents]
-    elif annotations is not None:
-        raise LatentError("annotations need the latents as one tensor", value=type(latents).__name__)
-
-    def split():
-        for block in latents:
-            model.check_latents(block)
-            labels = [None] * block.shape[0] if annotations is None else annotations.split(batch_size)
-            yield from zip(block.split(batch_size), labels, strict=False)
-
-    return split()
-
-
-class _Waiting:
-    """Latents projected but not started: one block at a time, handed out sentence by sentence."""
-
-    def __init__(
-        self, model: LMVAE, blocks, prompts: list[tuple[int, ...]], samples: int, first_index: int,
-        numbers: Sequence[int] | None,
-    ):  # fmt: skip
-        self.model, self.blocks, self.prompts, self.samples, self.numbers = model, blocks, prompts, samples, numbers
-        self.block: Injection | None = None
-        self.first_index = self.block_start = first_index
-        self.next = 0  # sentence of the block: sample s of its latent r is number r * samples + s
-
-    def take(self, count: int) -> tuple[Injection, list[Start]] | None:
-        """Up to ``count`` sentences; None when there is nothing left."""
-        if self.block is None or self.next == self.block.batch_size * self.samples:
-            self.block_start += 0 if self.block is None else self.block.batch_size
-            z, labels = next(self.blocks, (None, None))
-            if z is None:
-                return None
-            weight = self.model.posterior_head.weight
-            z = z.to(device=weight.device, dtype=weight.dtype)
-            self.block, self.next = self.model.inject(z, None if labels is None else labels.to(weight.device)), 0
-        begin, self.next = self.next, min(self.next + count, self.block.batch_size * self.samples)
-        numbers = range(begin, self.next)
-        starts = [self._start(number) for number in numbers]
-        if self.samples == 1:
-            return self.block.select(slice(begin, self.next)), starts
-        rows = torch.tensor([number // self.samples for number in numbers], device=self.model.device)
-        return self.block.select(rows), starts
-
-    def _start(self, number: int) -> Start:
-        index = self.block_start + number // self.samples
-        each = len(self.prompts) > 1
-        prompt = self.prompts[index - self.first_index if each else 0] if self.prompts else ()
-        latent = index if self.numbers is None else int(self.numbers[index - self.first_index])
-        return Start(index, number % self.samples, latent * self.samples + number % self.samples, prompt)
-
-
-def _run(model: LMVAE, waiting: _Waiting, config: GenerationConfig, options: dict) -> Iterator[Generated]:
+def _run(model: LMVAE, waiting: Waiting, config: GenerationConfig, options: dict) -> Iterator[Generated]:
     with evaluating(model):  # never held while a consumer has control
-        first = waiting.take(config.batch_size)
-        if first is None:
+        size = min(waiting.ready(), config.batch_size)
+        if size == 0:
             return
-        rows = Rows(model, first[0], **options)
-        rows.start(list(range(rows.size)), *first)
+        rows = Rows(model, waiting.kind(), size, **options)
+        waiting.fill(rows)
     steps = STEPS_PER_LOOK.get(model.device.type, _STEPS_PER_LOOK_ELSEWHERE)
     emitted = (waiting.first_index, 0)
     done: dict[tuple[int, int], Generated] = {}
@@ -207,16 +147,11 @@ def _run(model: LMVAE, waiting: _Waiting, config: GenerationConfig, options: dic
             ended = rows.ended()
         if not ended:
             continue
-        for out in _read(model, rows, ended):
+        for out in _texts(model, rows.take(ended)):
             done[out.index, out.sample] = out
-        free = [row for row, start in enumerate(rows.starts) if start is None]
         with evaluating(model):
-            while free and (more := waiting.take(len(free))) is not None:
-                rows.start(free[: len(more[1])], *more)
-                free = free[len(more[1]) :]
-            # the cache is copied to shrink, so a few idle rows are let be
-            if 4 * len(free) >= rows.size:
-                rows.keep([row for row in range(rows.size) if rows.starts[row] is not None])
+            waiting.fill(rows)
+            rows.shrink()
         while emitted in done:
             yield done.pop(emitted)
             index, sample = emitted
@@ -228,9 +163,7 @@ def _beams(model: LMVAE, blocks, prompts, config: GenerationConfig, limit: int, 
     for z, labels in blocks:
         chosen = [prompts[row if len(prompts) > 1 else 0] for row in range(place, place + len(z))] if prompts else []
         with evaluating(model), packed_weights(model.decoder, len(z) * config.num_beams, config.pack_weights):
-            weight = model.posterior_head.weight
-            z = z.to(device=weight.device, dtype=weight.dtype)
-            injection = model.inject(z, None if labels is None else labels.to(weight.device))
+            injection = model.inject(z, labels, tokens=limit + max(map(len, prompts), default=0))
             best = search(model.decoder, injection, chosen, config, limit)
         texts = model.decoder.tokenizer.decode(
             [[*(chosen[row] if chosen else ()), *found.ids] for row, found in enumerate(best)]
@@ -240,10 +173,9 @@ def _beams(model: LMVAE, blocks, prompts, config: GenerationConfig, limit: int, 
         place += len(best)
 
 
-def _read(model: LMVAE, rows: Rows, ended: list[int]) -> list[Generated]:
-    taken = [rows.take(row) for row in ended]
-    texts = model.decoder.tokenizer.decode([[*start.prompt, *ids] for start, ids, _, _ in taken])
+def _texts(model: LMVAE, ended: list[Ended]) -> list[Generated]:
+    texts = model.decoder.tokenizer.decode([[*out.start.prompt, *out.ids] for out in ended])
     return [
-        Generated(start.index, text.strip(), ids, stopped, start.sample, logprobs)
-        for (start, ids, logprobs, stopped), text in zip(taken, texts, strict=True)
+        Generated(out.start.index, text.strip(), out.ids, out.stopped, out.start.sample, out.logprobs)
+        for out, text in zip(ended, texts, strict=True)
     ]

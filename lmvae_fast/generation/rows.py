@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
+from lmvae_fast.generation.graphs import RecordedStep, capture_for, rows_of
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.packed import packed_weights
+from lmvae_fast.models.prefill import read
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,24 @@ class Start:
     prompt: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A sentence that has ended: how it began, its ids, their log-probabilities where asked for, and whether an end or
+    stop token ended it."""
+
+    start: Start
+    ids: list[int]
+    logprobs: list[float] | None
+    stopped: bool
+
+
 class Rows:
-    """Up to ``first.batch_size`` sentences at a time, each at a step of its own.
+    """Up to ``size`` sentences at a time, each at a step of its own.
 
     Args:
         model: any LMVAE.
-        first: an injection of the kind that the rows will hold.
+        kind: an injection, of no latents, like those that the rows will hold.
+        size: rows.
         limit: the most tokens a sentence may have beside its prompt.
         longest_prompt: the most tokens of a prompt.
         config: how tokens are chosen.
@@ -43,23 +57,30 @@ class Rows:
     """
 
     def __init__(
-        self, model: LMVAE, first: Injection, *, limit: int, longest_prompt: int, config: GenerationConfig, seed: int | None
+        self,
+        model: LMVAE,
+        kind: Injection,
+        size: int,
+        *,
+        limit: int,
+        longest_prompt: int,
+        config: GenerationConfig,
+        seed: int | None,
     ):
-        self.model, self.config, self.limit = model, config, limit
-        decoder = model.decoder
-        device, size = decoder.device, first.batch_size
-        self.size = size
-        self.cache: LatentCache = decoder.new_cache(first, batch=size, max_tokens=longest_prompt + limit)
+        self.model, self.config, self.limit, self.size = model, config, limit, size
+        decoder, device = model.decoder, model.decoder.device
+        self.cache: LatentCache = decoder.new_cache(kind, batch=size, max_tokens=longest_prompt + limit)
         # What is not memory is kept per row and overwritten when a row starts a new sentence.
+        parts = (kind.embedding_shift, kind.output_residual)
         self.injection = Injection(
-            first.visibility, None if first.memory is None else self.cache.memory,
-            *(None if part is None else part.detach().clone() for part in (first.embedding_shift, first.output_residual)),
+            kind.visibility, None if kind.memory is None else self.cache.memory,
+            *(None if part is None else part.new_zeros(size, part.shape[1]) for part in parts),
         )  # fmt: skip
         self.seed = philox.seed_tensor(0 if seed is None else seed, device)
         self.stops = torch.tensor([decoder.tokenizer.eos_token_id, *config.stop_tokens], device=device)
         # One column beyond the limit takes what rows without effect write.
         self.state: dict[str, Tensor] = {
-            "token": torch.empty(size, dtype=torch.int64, device=device),
+            "token": torch.zeros(size, dtype=torch.int64, device=device),
             "count": torch.zeros(size, dtype=torch.int64, device=device),
             "sentence": torch.zeros(size, dtype=torch.int64, device=device),
             "done": torch.ones(size, dtype=torch.bool, device=device),
@@ -70,37 +91,49 @@ class Rows:
             self.state["logprobs"] = torch.zeros(size, limit + 1, device=device)
         if config.repetition_penalty != 1.0:
             self.state["seen"] = torch.zeros(size, decoder.vocab_size, dtype=torch.uint8, device=device)
-        if longest_prompt:
-            self.state["prompt"] = torch.zeros(size, longest_prompt, dtype=torch.int64, device=device)
-            self.state["prompt_length"] = torch.zeros(size, dtype=torch.int64, device=device)
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence
+        self._recorded: RecordedStep | None
+        self.capture = capture_for(decoder, device, config.cuda_graphs)
+        self._record()
 
-    def start(self, rows: list[int], injection: Injection, starts: list[Start]) -> None:
-        """Begin new sentences in these rows."""
+    def room(self, first: int, count: int) -> Tensor | None:
+        """The memory slots of some rows that lie side by side, for a projector to write; None without memory."""
+        return None if self.injection.memory is None else self.cache.memory[:, :, first : first + count]
+
+    def start(self, rows: list[int], injection: Injection, starts: list[Start], *, placed: bool = False) -> None:
+        """Begin new sentences in these rows. placed: their memory was written into :meth:`room`."""
         device, state = self.cache.step.device, self.state
         where = torch.tensor(rows, dtype=torch.int64, device=device)
-        self.cache.place(where, injection)
+        if placed:
+            self.cache.restart(where)
+        else:
+            self.cache.place(where, injection)
         for name in ("embedding_shift", "output_residual"):
             if (part := getattr(injection, name)) is not None:
                 getattr(self.injection, name).index_copy_(0, where, part)
-        state["token"].index_fill_(0, where, self.model.decoder.tokenizer.bos_token_id)
         for name in ("count", "done", "stopped", "seen"):
             if name in state:
                 state[name].index_fill_(0, where, 0)
         state["sentence"].index_copy_(0, where, torch.tensor([start.draw for start in starts], device=device))
-        if "prompt" in state:
-            width = state["prompt"].shape[1]
-            padded = [[*start.prompt, *[0] * (width - len(start.prompt))] for start in starts]
-            state["prompt"].index_copy_(0, where, torch.tensor(padded, device=device))
-            lengths = torch.tensor([len(start.prompt) for start in starts], device=device)
-            state["prompt_length"].index_copy_(0, where, lengths)
+        # All that a sentence begins with but the last token is read at once; the first step reads that one.
+        begins = [(self.model.decoder.tokenizer.bos_token_id, *start.prompt) for start in starts]
+        state["token"].index_copy_(0, where, torch.tensor([ids[-1] for ids in begins], device=device))
+        if any(start.prompt for start in starts):
+            with packed_weights(self.model.decoder, self.size, self.config.pack_weights):
+                read(self.model.decoder, self.cache, injection, rows, [ids[:-1] for ids in begins])
+            if "seen" in state:
+                pairs = [(row, token) for row, start in zip(rows, starts, strict=True) for token in start.prompt]
+                state["seen"][torch.tensor(pairs, device=device).unbind(1)] = 1
         for row, start in zip(rows, starts, strict=True):
             self.starts[row] = start
 
     def advance(self) -> None:
         """One token further in every row; nothing is copied to the host."""
+        step = self._recorded or self._advance
+        step()
+
+    def _advance(self) -> None:
         state, config, decoder = self.state, self.config, self.model.decoder
-        reading = self.cache.step.clone() if "prompt" in state else None
         with packed_weights(decoder, self.size, config.pack_weights):
             logits = decoder.step(state["token"], self.cache, self.injection)
         options = {} if not config.do_sample else {
@@ -113,11 +146,6 @@ class Rows:
         )  # fmt: skip
         token, logprob = chosen if config.logprobs else (chosen, None)
         own = ~state["done"]
-        if reading is not None:
-            forced = reading < state["prompt_length"]
-            prompt = state["prompt"].gather(1, reading.clamp_max(state["prompt"].shape[1] - 1).unsqueeze(1)).squeeze(1)
-            token = torch.where(forced, prompt, token)
-            own &= ~forced
         ending = own & (token.unsqueeze(1) == self.stops).any(1)
         place = torch.where(own, state["count"], self.limit).unsqueeze(1)
         state["ids"].scatter_(1, place, token.unsqueeze(1))
@@ -134,17 +162,30 @@ class Rows:
         """Rows whose sentence has ended and was not taken yet. The one place where the host waits for the device."""
         return [row for row, done in enumerate(self.state["done"].tolist()) if done and self.starts[row] is not None]
 
-    def take(self, row: int) -> tuple[Start, list[int], list[float] | None, bool]:
-        """Take an ended sentence out of its row: what it was, its ids, their log-probabilities, whether it was stopped."""
-        start, self.starts[row] = self.starts[row], None
-        assert start is not None
-        count, stopped = int(self.state["count"][row]), bool(self.state["stopped"][row])
-        logprobs = self.state["logprobs"][row, :count].tolist() if "logprobs" in self.state else None
-        return start, self.state["ids"][row, :count].tolist(), logprobs, stopped
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows: what is left runs in a smaller batch."""
+    def take(self, rows: list[int]) -> list[Ended]:
+        """Take ended sentences out of their rows."""
         where = torch.tensor(rows, dtype=torch.int64, device=self.cache.step.device)
+        count, stopped, ids = (self.state[name][where].tolist() for name in ("count", "stopped", "ids"))
+        logprobs = self.state["logprobs"][where].tolist() if "logprobs" in self.state else None
+        taken = []
+        for place, row in enumerate(rows):
+            start, self.starts[row] = self.starts[row], None
+            assert start is not None
+            own = None if logprobs is None else logprobs[place][: count[place]]
+            taken.append(Ended(start, ids[place][: count[place]], own, stopped[place]))
+        return taken
+
+    def shrink(self) -> None:
+        """Drop rows without a sentence, where that makes the batch at least a quarter smaller: the cache is copied for it."""
+        live = [row for row, start in enumerate(self.starts) if start is not None]
+        size = len(live) if self.capture is None else rows_of(len(live))
+        if live and 4 * (self.size - size) >= self.size:
+            idle = [row for row, start in enumerate(self.starts) if start is None]
+            self._keep((live + idle)[:size])
+
+    def _keep(self, rows: list[int]) -> None:
+        where = torch.tensor(rows, dtype=torch.int64, device=self.cache.step.device)
+        self._recorded = None  # it must not outlive the tensors it was recorded over
         self.cache.select(where)
         parts = (self.injection.embedding_shift, self.injection.output_residual)
         self.injection = Injection(
@@ -154,3 +195,11 @@ class Rows:
         self.state = {name: value[where] for name, value in self.state.items()}
         self.starts = [self.starts[row] for row in rows]
         self.size = len(rows)
+        self._record()
+
+    def _record(self) -> None:
+        """Have steps over the tensors as they are now recorded, where that is wanted."""
+        self._recorded = None
+        if self.capture is not None:
+            state = [self.cache.step, *self.state.values()]
+            self._recorded = RecordedStep(self._advance, state, self.capture, self.model.decoder)

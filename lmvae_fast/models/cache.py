@@ -72,6 +72,10 @@ class LatentCache:
         """Start new sentences in ``rows`` (int64 ``[n]``): their memory goes to its slots, their step to 0."""
         if injection.memory is not None:
             self.memory.index_copy_(2, rows, injection.memory.to(self.kv.dtype))
+        self.restart(rows)
+
+    def restart(self, rows: Tensor) -> None:
+        """Start new sentences in ``rows`` (int64 ``[n]``) whose memory was written into :attr:`memory` itself."""
         self.step.index_fill_(0, rows, 0)
 
     def select(self, rows: Tensor) -> None:
@@ -80,33 +84,39 @@ class LatentCache:
         self._rows = self._rows[: rows.shape[0]]
 
     def reorder(self, rows: Tensor) -> None:
-        """Row r goes on from the tokens of row ``rows[r]`` (int64 ``[batch]``), whose memory and step must be its own too."""
+        """Row r goes on from the tokens of row ``rows[r]`` (int64 ``[batch]``), whose memory must be its own too."""
         tokens = {"prefix": slice(self.slots, None), "interleaved": slice(1, None, 2), "rolling": slice(0, 2)}
         view = self.kv[..., tokens[self.visibility], :]
         view.copy_(view[:, :, rows])
+        self.step.copy_(self.step[rows])
 
     def position_ids(self) -> Tensor:
         """Position id of the token each row reads next, int64 ``[batch]``."""
         return token_position(self.step, self.slots, self.visibility)
 
+    def places(self, index: Tensor) -> Tensor:
+        """Where in the cache tokens of these indices go, int64 of any shape."""
+        return index % 2 if self.visibility == "rolling" else token_position(index, self.slots, self.visibility)
+
     def prepare(self) -> None:
         """Fix where this step's keys and values go and what each row sees; once a step, before the layers run."""
-        if self.visibility == "rolling":
-            self._positions = self.step % 2
-            self._lengths = self.step + 2
-        else:
-            self._positions = token_position(self.step, self.slots, self.visibility)
-            self._lengths = self._positions + 1
+        self._positions = self.places(self.step)
+        self._lengths = self.step + 2 if self.visibility == "rolling" else self._positions + 1
 
     def advance(self) -> None:
         """The step is done in every layer. A row that has read all it may stays where it is, and reads there again."""
         self.step.add_(1).clamp_(max=self.max_tokens - 1)
 
+    def write(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keys and values ``[n, kv_heads, head_dim]`` of one layer to these (row, position) pairs (int64 ``[n]``, no two
+        of them equal)."""
+        self.kv[layer, 0][rows, :, positions] = key.to(self.kv.dtype)
+        self.kv[layer, 1][rows, :, positions] = value.to(self.kv.dtype)
+
     def attend(self, layer, query, key, value, *, scale, window, softcap):
         """One token per row: query ``[batch, heads, head_dim]``, key and value ``[batch, kv_heads, head_dim]``."""
         keys, values = self.kv[layer, 0], self.kv[layer, 1]
-        keys[self._rows, :, self._positions] = key.to(keys.dtype)
-        values[self._rows, :, self._positions] = value.to(values.dtype)
+        self.write(layer, self._rows, self._positions, key, value)
         return latent_attention_decode(
             query.to(keys.dtype), keys, values, self._lengths, scale=scale, window=window, softcap=softcap
         ).to(query.dtype)

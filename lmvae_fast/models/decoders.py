@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -137,12 +138,16 @@ class Decoder(nn.Module):
         max_seqlen: int,
         rows: Tensor,
         token_index: Tensor,
+        attention: Callable[..., PackedAttention] = PackedAttention,
     ) -> Tensor:
-        """Final hidden states ``[T, hidden]`` of a packed batch in one parallel pass (fields as in Batch)."""
+        """Final hidden states ``[T, hidden]`` of a packed batch in one parallel pass (fields as in Batch).
+
+        attention: what makes the pass's attention of memory, visibility, cu_seqlens and max_seqlen.
+        """
         if injection is None:
-            context, position_ids, shift = PackedAttention(None, "prefix", cu_seqlens, max_seqlen), token_index, None
+            context, position_ids, shift = attention(None, "prefix", cu_seqlens, max_seqlen), token_index, None
         else:
-            context = PackedAttention(injection.memory, injection.visibility, cu_seqlens, max_seqlen)
+            context = attention(injection.memory, injection.visibility, cu_seqlens, max_seqlen)
             position_ids = token_position(token_index, injection.slots, injection.visibility)
             shift = None if injection.embedding_shift is None else injection.embedding_shift[rows]
         hidden = self._run(input_ids, position_ids, shift, context)

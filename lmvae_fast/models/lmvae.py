@@ -203,11 +203,19 @@ class LMVAE(nn.Module):
     # Injection ------------------------------------------------------------------------------------------------------
 
     def inject(
-        self, z: Tensor, annotations: Tensor | None = None, *, seed: int | Tensor | None = None, tokens: int | None = None
+        self,
+        z: Tensor,
+        annotations: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        tokens: int | None = None,
+        out: Tensor | None = None,
     ) -> Injection:
         """What latents ``[batch, latent_dim]`` add to the decoder.
 
         tokens: the most tokens that will be read under it; memory slots that none of them sees are then not made.
+        out: where to write the memory, without a gradient (a view of a cache): of its shape, floating, its last dimension
+        dense.
         Raises LatentError for another shape or dtype of latents.
         """
         self.check_latents(z, finite=False)
@@ -227,7 +235,8 @@ class LMVAE(nn.Module):
         if self.projector is not None:
             # Under the other rules token i sees no slot after the i-th.
             slots = None if tokens is None or self.config.visibility == "prefix" else max(tokens, 1)
-            memory = self.projector(z, dtype=self._compute_dtype, seed=_other_stream(seed), slots=slots)
+            dtype = self._compute_dtype if out is None else out.dtype
+            memory = self.projector(z, dtype=dtype, seed=_other_stream(seed), slots=slots, out=out)
         if self.embedding_shift is not None:
             shift = self.embedding_shift(z)
         return Injection(str(self.config.visibility), memory, shift)

@@ -49,20 +49,27 @@ class LinearProjector(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None, slots: int | None = None
+        self,
+        z: Tensor,
+        *,
+        dtype: torch.dtype,
+        seed: Tensor | int | None = None,
+        slots: int | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Memory ``[layers, 2, batch, kv_heads, slots, head_dim]`` in ``dtype`` for z ``[batch, latent_dim]``.
 
-        slots: make only the first so many; None makes all.
+        slots: make only the first so many; None makes all. out: written in place, without a gradient, and returned: such a
+        tensor of ``dtype`` with any strides but a dense last dimension.
         """
         if self.hidden is not None:
             z = nn.functional.gelu(self.hidden(z))
         z, bias = z.to(self.weight.dtype), self.bias.view(self.shape)[:, :, :, :slots]
         dropout = self.dropout if self.training else 0.0
-        if self.fused is not None:
+        if self.fused is not None and out is None:
             return self.fused.project(z, bias, dropout=dropout, seed=seed, dtype=dtype, slots=slots)
         weight = self.weight.view(*self.shape, -1)[:, :, :, :slots]
-        return latent_kv(z, weight, bias, dropout=dropout, seed=seed, dtype=dtype)
+        return latent_kv(z, weight, bias, dropout=dropout, seed=seed, out=out, dtype=dtype)
 
 
 class SharedProjector(nn.Module):
@@ -76,9 +83,18 @@ class SharedProjector(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(
-        self, z: Tensor, *, dtype: torch.dtype, seed: Tensor | int | None = None, slots: int | None = None
+        self,
+        z: Tensor,
+        *,
+        dtype: torch.dtype,
+        seed: Tensor | int | None = None,
+        slots: int | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Memory ``[layers, 2, batch, kv_heads, 1, head_dim]``; its key and value halves are one storage."""
+        """Memory ``[layers, 2, batch, kv_heads, 1, head_dim]``; its key and value halves are one storage.
+
+        out: a tensor of that shape to write instead.
+        """
         vectors = nn.functional.linear(z.to(self.weight.dtype), self.weight)
         if self.training and self.dropout > 0.0:
             # latent_kv's own dropout, of one "layer" and "side", so that processes that share a batch drop what one would
@@ -86,4 +102,5 @@ class SharedProjector(nn.Module):
             vectors = vectors * (keep / (1.0 - self.dropout)).to(vectors.dtype)
         vectors = vectors.to(dtype)
         vectors = vectors.view(-1, self.layers, self.kv_heads, self.head_dim).transpose(0, 1)
-        return vectors[:, None, :, :, None].expand(-1, 2, -1, -1, -1, -1)
+        memory = vectors[:, None, :, :, None].expand(-1, 2, -1, -1, -1, -1)
+        return memory if out is None else out.copy_(memory)

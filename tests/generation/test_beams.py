@@ -66,14 +66,18 @@ def test_one_beam_is_greedy_and_more_are_no_worse():
         assert [out.ids for out in other] == [out.ids for out in wide]
 
 
-def test_prompts_of_one_length():
+def test_prompts_before_beams():
     model = make_model("gpt2").eval()
     z = 2 * torch.randn(3, 6)
     config = GenerationConfig(num_beams=3, max_new_tokens=4)
     outs = list(generate(model, z, config, prompts="the sun"))
     assert all(out.text.startswith("the sun") and len(out.ids) <= 4 for out in outs)
-    with pytest.raises(ConfigError, match="prompt length"):
-        generate(model, z, config, prompts=["", "the sun", "ice"])
+    texts = ["", "the sun", "ice is water"]
+    each = list(generate(model, z, config, prompts=texts))
+    for row, text in enumerate(texts):
+        (alone,) = generate(model, z[row : row + 1], config, prompts=text)
+        assert (each[row].text, each[row].ids) == (alone.text, alone.ids)
+    assert each[1] == outs[1]
 
 
 def test_what_does_not_go_with_beams():
