@@ -15,6 +15,7 @@ from torch import Tensor
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.generation.beams import search
+from lmvae_fast.generation.graphs import capture_for
 from lmvae_fast.generation.rows import Ended, Rows
 from lmvae_fast.generation.waiting import Waiting, blocks_of
 from lmvae_fast.models.lmvae import LMVAE
@@ -69,13 +70,14 @@ def generate(
     Raises:
         LatentError: latents of another width or dtype, or with NaN or Inf; none of that batch is decoded then.
         ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
-            stop token beyond the vocabulary.
+            stop token beyond the vocabulary; CUDA graphs asked for on another device.
         DataError: prompts, or numbers, and latents of different number.
     """
     config = config or GenerationConfig()
     ids = _prompt_ids(model, latents, prompts)
     longest = max(map(len, ids), default=0)
     limit = token_limit(model, config, longest)
+    capture_for(model.decoder, model.device, config.cuda_graphs)  # raises where what is asked for cannot be
     if config.num_beams > 1:
         blocks = blocks_of(model, latents, annotations, max(1, config.batch_size // config.num_beams))
         return _beams(model, blocks, ids, config, limit, first_index)

@@ -92,9 +92,7 @@ class Rows:
         if config.repetition_penalty != 1.0:
             self.state["seen"] = torch.zeros(size, decoder.vocab_size, dtype=torch.uint8, device=device)
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence
-        self._recorded: RecordedStep | None
-        self.capture = capture_for(decoder, device, config.cuda_graphs)
-        self._record()
+        self.recorded = self._recording()
 
     def room(self, first: int, count: int) -> Tensor | None:
         """The memory slots of some rows that lie side by side, for a projector to write; None without memory."""
@@ -129,7 +127,7 @@ class Rows:
 
     def advance(self) -> None:
         """One token further in every row; nothing is copied to the host."""
-        step = self._recorded or self._advance
+        step = self.recorded or self._advance
         step()
 
     def _advance(self) -> None:
@@ -178,14 +176,14 @@ class Rows:
     def shrink(self) -> None:
         """Drop rows without a sentence, where that makes the batch at least a quarter smaller: the cache is copied for it."""
         live = [row for row, start in enumerate(self.starts) if start is not None]
-        size = len(live) if self.capture is None else rows_of(len(live))
+        size = len(live) if self.recorded is None else rows_of(len(live))
         if live and 4 * (self.size - size) >= self.size:
             idle = [row for row, start in enumerate(self.starts) if start is None]
             self._keep((live + idle)[:size])
 
     def _keep(self, rows: list[int]) -> None:
         where = torch.tensor(rows, dtype=torch.int64, device=self.cache.step.device)
-        self._recorded = None  # it must not outlive the tensors it was recorded over
+        self.recorded = None  # it must not outlive the tensors it was recorded over
         self.cache.select(where)
         parts = (self.injection.embedding_shift, self.injection.output_residual)
         self.injection = Injection(
@@ -195,11 +193,10 @@ class Rows:
         self.state = {name: value[where] for name, value in self.state.items()}
         self.starts = [self.starts[row] for row in rows]
         self.size = len(rows)
-        self._record()
+        self.recorded = self._recording()
 
-    def _record(self) -> None:
-        """Have steps over the tensors as they are now recorded, where that is wanted."""
-        self._recorded = None
-        if self.capture is not None:
-            state = [self.cache.step, *self.state.values()]
-            self._recorded = RecordedStep(self._advance, state, self.capture, self.model.decoder)
+    def _recording(self) -> RecordedStep | None:
+        """What records steps over the tensors as they are now, where that can be and is wanted."""
+        decoder, state = self.model.decoder, [self.cache.step, *self.state.values()]
+        capture = capture_for(decoder, self.cache.step.device, self.config.cuda_graphs)
+        return None if capture is None else RecordedStep(self._advance, state, capture, decoder)
