@@ -131,18 +131,8 @@ class Rows:
         step()
 
     def _advance(self) -> None:
-        state, config, decoder = self.state, self.config, self.model.decoder
-        with packed_weights(decoder, self.size, config.pack_weights):
-            logits = decoder.step(state["token"], self.cache, self.injection)
-        options = {} if not config.do_sample else {
-            "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p,
-            "seed": self.seed, "rows": state["sentence"], "steps": state["count"],
-        }  # fmt: skip
-        chosen = sample_token(
-            logits, greedy=not config.do_sample, seen=state.get("seen"), logprob=config.logprobs,
-            repetition_penalty=config.repetition_penalty, **options,
-        )  # fmt: skip
-        token, logprob = chosen if config.logprobs else (chosen, None)
+        state = self.state
+        token, logprob = self._choose()
         own = ~state["done"]
         ending = own & (token.unsqueeze(1) == self.stops).any(1)
         place = torch.where(own, state["count"], self.limit).unsqueeze(1)
@@ -155,6 +145,23 @@ class Rows:
         state["stopped"] |= ending
         state["done"] |= ending | (state["count"] >= self.limit)
         state["token"].copy_(token)
+
+    def _choose(self) -> tuple[Tensor, Tensor | None]:
+        """The next token of every row, int64 ``[size]``, and its log-probability where asked for."""
+        state, config, decoder = self.state, self.config, self.model.decoder
+        with packed_weights(decoder, self.size, config.pack_weights):
+            if not (config.do_sample or config.logprobs or "seen" in state):  # no logit is wanted
+                return decoder.greedy_step(state["token"], self.cache, self.injection, config.pack_weights), None
+            logits = decoder.step(state["token"], self.cache, self.injection)
+        options = {} if not config.do_sample else {
+            "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p,
+            "seed": self.seed, "rows": state["sentence"], "steps": state["count"],
+        }  # fmt: skip
+        chosen = sample_token(
+            logits, greedy=not config.do_sample, seen=state.get("seen"), logprob=config.logprobs,
+            repetition_penalty=config.repetition_penalty, **options,
+        )  # fmt: skip
+        return chosen if config.logprobs else (chosen, None)
 
     def ended(self) -> list[int]:
         """Rows whose sentence has ended and was not taken yet. The one place where the host waits for the device."""

@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
     def greedy_step(self, input_ids: Tensor, cache: LatentCache, injection: Injection, pack: bool = True) -> Tensor:
         """As `step`, but the token of greatest logit alone, int64 ``[batch]``."""
-        return greedy_tokens(self, self._step(input_ids, cache, injection), pack)
+        return greedy_tokens(self, self._step(input_ids, cache, injection), pack=pack)
 
     def _step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
         cache.prepare()

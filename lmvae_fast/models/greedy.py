@@ -13,6 +13,7 @@ from lmvae_fast.models.head import greedy_tokens
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.packed import packed_weights
 
+_CHUNK = 64  # tokens whose logits exist at one time
 _REST = 16  # batches read token by token after an iteration that did not pay
 
 
@@ -90,7 +91,7 @@ class FreeRunning:
                 guess, injection if whole else injection.select(left), cu_seqlens=offsets, max_seqlen=batch.max_seqlen,
                 rows=rows, token_index=index,
             )  # fmt: skip
-            said = greedy_tokens(decoder, hidden)
+            said = greedy_tokens(decoder, hidden, at_once=_CHUNK)
             # What a token is answered with stands at the next place, if the sentence has one.
             follows = index[1:] > 0
             improved = guess.clone()

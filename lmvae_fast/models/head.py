@@ -14,21 +14,21 @@ from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
 if TYPE_CHECKING:
     from lmvae_fast.models.decoders import Decoder
 
-_CHUNK = 64  # tokens whose logits exist at one time
 _packed: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], GreedyHead]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def greedy_tokens(decoder: Decoder, hidden: Tensor, pack: bool = True) -> Tensor:
+def greedy_tokens(decoder: Decoder, hidden: Tensor, *, pack: bool = True, at_once: int | None = None) -> Tensor:
     """The token of greatest logit after every hidden state ``[T, hidden]``: int64 ``[T]``.
 
-    pack: whether the head may be packed (a bf16 copy, kept while the decoder lives).
+    pack: whether the head may be packed (a bf16 copy, kept while the decoder lives). at_once: tokens whose logits may
+    exist at one time, where logits are made; all by default.
     """
     if pack and _pays(decoder, hidden):
         return greedy_head(hidden, _head(decoder))
-    if hidden.shape[0] <= _CHUNK:
+    if at_once is None:
         return decoder.logits(hidden).argmax(-1)
-    return torch.cat([decoder.logits(chunk).argmax(-1) for chunk in hidden.split(_CHUNK)])
+    return torch.cat([decoder.logits(chunk).argmax(-1) for chunk in hidden.split(at_once)])
 
 
 def _pays(decoder: Decoder, hidden: Tensor) -> bool:
