@@ -15,6 +15,7 @@ from lmvae_fast.generation.graphs import PLAIN_STEPS, RecordedStep, rows_of
 from tests.generation.replay import RecordedOperations
 from tests.generation.test_engine import end_with_a_common_token
 from tests.models.tiny import make_model
+from tests.reference.tiny import FAMILIES
 
 OPTIONS = (
     {},
@@ -62,6 +63,16 @@ def test_replayed_steps_give_the_same_texts(recordings, system, options):
     assert sizes[0] == 11 and set(sizes[1:]) <= {2, 4, 8} and len(sizes) > 1
     assert sizes == sorted(set(sizes), reverse=True), "a size is recorded once"
     assert sum(recording.replays for _, recording in recordings) > 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_every_family_can_be_recorded(recordings, family):
+    model = make_model(family, visibility="prefix", slots=2).eval()
+    z = 2 * torch.randn(3, 6)
+    model.decoder.tokenizer.eos_token_id = -1
+    config = GenerationConfig(pack_weights=False)
+    assert list(generate(model, z, config)) == list(generate(model, z, config.replace(cuda_graphs=False)))
+    assert [size for size, _ in recordings] == [3]
 
 
 def test_looking_seldom_changes_nothing(recordings, monkeypatch):
