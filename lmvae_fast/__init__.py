@@ -33,6 +33,9 @@ _PUBLIC = {
     "interpolate": "lmvae_fast.generation.latent_ops",
     "traverse": "lmvae_fast.generation.latent_ops",
     "arithmetic": "lmvae_fast.generation.latent_ops",
+    "neighbourhood": "lmvae_fast.generation.latent_ops",
+    "average": "lmvae_fast.generation.latent_ops",
+    "aggregate_quantiles": "lmvae_fast.generation.points",
     "evaluate": "lmvae_fast.evaluation.evaluate",
     "read": "lmvae_fast.data",
     "generate_corpus": "lmvae_fast.data",
@@ -79,12 +82,15 @@ __all__ = [
     "TrainResult",
     "UnsupportedDecoderError",
     "__version__",
+    "aggregate_quantiles",
     "arithmetic",
+    "average",
     "backend",
     "evaluate",
     "generate",
     "generate_corpus",
     "interpolate",
+    "neighbourhood",
     "read",
     "score",
     "train",
@@ -108,7 +114,8 @@ if TYPE_CHECKING:
     )
     from lmvae_fast.evaluation.evaluate import evaluate
     from lmvae_fast.generation.engine import Generated, generate
-    from lmvae_fast.generation.latent_ops import arithmetic, interpolate, traverse
+    from lmvae_fast.generation.latent_ops import arithmetic, average, interpolate, neighbourhood, traverse
+    from lmvae_fast.generation.points import aggregate_quantiles
     from lmvae_fast.generation.scoring import score
     from lmvae_fast.kernels.backend import backend
     from lmvae_fast.models.batch import Batch

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lmvae_fast.cli.report import Report, style
+from lmvae_fast.cli.report import Report, plane, style
 
 
 def write(run: Any) -> Path:
@@ -41,7 +41,7 @@ def write(run: Any) -> Path:
                                                                      strict=True)])  # fmt: skip
     report.heading("Traversal", f"“{run.held_out.texts[2]}” while one dimension of its latent moves.")
     report.table(
-        ["dimension", *(f"{value:+.1f}" for value in run.traversal.values)],
+        ["dimension", *(f"{value:+.1f}" for value in run.traversal.values[0])],
         [(f"z[{dim}]", *texts) for dim, texts in zip(run.traversal.dims, run.traversal.texts, strict=True)],
     )
     report.heading("Arithmetic")
@@ -103,10 +103,7 @@ def _map(run: Any) -> Any:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    points = run.latents.cpu().double().numpy()
-    centred = points - points.mean(0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    plane = centred @ directions[:2].T
+    points = plane(run.latents.cpu().numpy())
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     for axis, factor in zip(axes, ("predicate", "topic"), strict=True):
         values = [example[factor] for example in run.held_out.factors[: len(points)]]
@@ -114,7 +111,7 @@ def _map(run: Any) -> Any:
         for value in [*common, None]:
             chosen = np.array([item == value if value is not None else item not in common for item in values])
             if chosen.any():
-                axis.scatter(*plane[chosen].T, s=9, alpha=0.7, linewidths=0, label=value or "other",
+                axis.scatter(*points[chosen].T, s=9, alpha=0.7, linewidths=0, label=value or "other",
                              color="#c9ced8" if value is None else None)  # fmt: skip
         axis.set(title=f"by {factor}", xticks=[], yticks=[])
         axis.legend(frameon=False, fontsize=8, markerscale=1.6, loc="center left", bbox_to_anchor=(1, 0.5))

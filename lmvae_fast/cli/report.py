@@ -93,6 +93,17 @@ def _cell(value: Any) -> str:
     return f"<td>{html.escape(str(value))}</td>"
 
 
+def plane(points: Any) -> Any:
+    """Points ``[N, dimensions]`` on the two directions along which they vary most: a NumPy array ``[N, 2]``."""
+    import numpy as np
+
+    points = np.asarray(points, dtype=np.float64)
+    centred = points - points.mean(0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    flat = centred @ directions[:2].T
+    return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+
+
 def style() -> None:
     """Matplotlib settings of our figures (no display is needed)."""
     import matplotlib
