@@ -57,6 +57,7 @@ bench-generate: $(READY) ## decoding against LangVAE, transformers.generate and 
 bench-train: $(READY) ## training steps against LangVAE 0.6.13 (in its own environment) and against the eager reference
 	$(BIN)/python -m benchmarks.training.steps langvae $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.training.steps eager $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.training.memory
 	$(BIN)/python -m benchmarks.training.bench_scaling
 
 gpu:             ## on a CUDA machine, with its own Python (PYTHON=...): build, CUDA tests, benchmarks, sanitizer, under 9 minutes

@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore")
 class OurSide:
     """A model loaded from LangVAE's checkpoint folder, and a trainer around one batch."""
 
-    def __init__(self, case: dict, mode: str, precision: str, form: str = "fast") -> None:
+    def __init__(self, case: dict, mode: str, precision: str, form: str = "fast", **options: Any) -> None:
         torch.set_num_threads(case["threads"])
         self.case, self.held = case, contextlib.ExitStack()
         free = mode == "free-running"
@@ -47,7 +47,7 @@ class OurSide:
         config = lf.TrainConfig(
             output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(case["sentences"]), precision=precision,
             learning_rate=case["learning_rate"], grad_clip=None, beta=case["beta"], beta_schedule="constant",
-            tensorboard=False, progress=False, fused_projector_update=form == "fast",
+            tensorboard=False, progress=False, fused_projector_update=form == "fast", **options,
         )  # fmt: skip
         self.trainer = Trainer(self.model, case["sentences"], None, config, ())
         self.rows = self.trainer._batches(0)

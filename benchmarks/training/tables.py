@@ -53,6 +53,30 @@ def against_eager() -> str:
     return "\n".join([*lines, "", _note(record)])
 
 
+def memory() -> str:
+    """What holds a step's memory, stage by stage, and LangVAE's peak beside it."""
+    record, peer = load("training/memory.json"), load("training/steps/langvae.json")
+    if record is None:
+        return "Not measured."
+    lines = ["| | " + " | ".join(record["variants"]) + " |", "|---|" + "---|" * len(record["variants"])]
+    found = list(record["variants"].values())
+
+    def row(name: str, values: list[int]) -> None:
+        lines.append(f"| {name} | " + " | ".join(f"{value / 1e9:.2f} GB" for value in values) + " |")
+
+    stages = [{name: sum(parts.values()) for name, parts in one["stages"].items()} for one in found]
+    row("libraries", [one["libraries"] for one in stages])
+    for part in found[0]["weights_and_moments"]:
+        row(part, [one["weights_and_moments"][part] for one in found])
+    row("process after steps", [one["after steps"] for one in stages])
+    row("peak of the process", [one["peak_bytes"] for one in found])
+    if peer is not None:
+        case = next(c for c in peer["cases"] if (c["shape"], c["batch"]) == (record["shape"], record["batch"]))
+        theirs = case["peak_bytes"]["LangVAE"]
+        lines += ["", f"LangVAE's process peaks at {theirs / 1e9:.2f} GB, a third of which is {theirs / 3e9:.2f} GB."]
+    return "\n".join([*lines, "", f"{record['shape']}, batch {record['batch']}. {_note(record)}"])
+
+
 def learning() -> str:
     """What every side has learnt at each mark of CPU time."""
     record = load("training/learning.json")
@@ -72,5 +96,6 @@ def learning() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "steps-langvae": against_langvae,
     "steps-eager": against_eager,
+    "memory": memory,
     "learning": learning,
 }
