@@ -16,7 +16,7 @@ from .common import LAYOUTS, ODD_SIZES, GuardedAllocations, lay_out, on_backend,
 BACKENDS = ("reference", "cpp")
 
 
-def _assert_argmax(ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+def assert_argmax(ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """The logit of every id is the largest, up to what two fp32 sums of these products can differ by."""
     logits = hidden.double() @ weight.double().t()
     chosen = logits.gather(1, ids[:, None]).squeeze(1)
@@ -29,7 +29,7 @@ def _assert_argmax(ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
 def test_rows(name, rows):
     require("greedy_head", name)
     hidden, weight = torch.randn(rows, 96), torch.randn(500, 96)
-    _assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
+    assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -37,7 +37,7 @@ def test_rows(name, rows):
 def test_vocabularies(name, vocabulary):
     require("greedy_head", name)
     hidden, weight = torch.randn(40, 70), torch.randn(vocabulary, 70)
-    _assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
+    assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -45,7 +45,7 @@ def test_vocabularies(name, vocabulary):
 def test_inputs(name, inputs):
     require("greedy_head", name)
     hidden, weight = torch.randn(9, inputs), torch.randn(300, inputs)
-    _assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
+    assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
 
 
 @pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4, 1e-5])
@@ -56,7 +56,7 @@ def test_gaps_that_bf16_does_not_see(gap):
     weight = base + gap * torch.randn(2000, 256)
     hidden = torch.randn(12, 256)
     ids = on_backend(greedy_head, "cpp")(hidden, pack_head(weight))
-    _assert_argmax(ids, hidden, weight)
+    assert_argmax(ids, hidden, weight)
     rounded = (hidden.bfloat16().double() @ weight.bfloat16().double().t()).argmax(1)
     if gap <= 1e-3:
         assert (ids != rounded).any(), "this case would not notice a product in bf16"
@@ -65,9 +65,9 @@ def test_gaps_that_bf16_does_not_see(gap):
 def test_entries_of_very_different_size():
     require("greedy_head", "cpp")
     hidden, weight = torch.randn(16, 128), torch.randn(3000, 128) * torch.logspace(-6, 4, 3000)[torch.randperm(3000), None]
-    _assert_argmax(on_backend(greedy_head, "cpp")(hidden, pack_head(weight)), hidden, weight)
+    assert_argmax(on_backend(greedy_head, "cpp")(hidden, pack_head(weight)), hidden, weight)
     hidden = hidden * torch.logspace(-30, 15, 16)[:, None]
-    _assert_argmax(on_backend(greedy_head, "cpp")(hidden, pack_head(weight)), hidden, weight)
+    assert_argmax(on_backend(greedy_head, "cpp")(hidden, pack_head(weight)), hidden, weight)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
