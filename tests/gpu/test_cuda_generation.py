@@ -40,7 +40,7 @@ def build(name="rolling", **options):
 @pytest.fixture
 def recorded(monkeypatch):
     """The number of replays of each graph that is captured."""
-    made = []
+    made: list[int] = []
 
     class Counted(graphs.CudaGraph):
         def __init__(self, step, device):

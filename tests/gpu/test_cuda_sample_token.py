@@ -14,20 +14,14 @@ from .common import DTYPES, SEED, capture, far_apart, no_host_sync, triton
 
 pytestmark = pytest.mark.gpu
 op, reference = triton(sample_token), on_backend(sample_token, "reference")
-TENSORS = ("rows", "steps", "seen")
-
-
-def on_device(options):
-    return {name: value.cuda() if name in TENSORS else value for name, value in options.items()}
 
 
 def same(logits, **options):
-    """Ids on the device are those of the reference on the CPU, log-probabilities equal to fp32 rounding."""
-    options = {"seed": SEED, "logprob": True, **options}
-    ids, logprob = op(logits.cuda(), **on_device(options))
-    expected, expected_logprob = reference(logits, **options)
-    assert torch.equal(ids.cpu(), expected)
-    torch.testing.assert_close(logprob.cpu(), expected_logprob, rtol=2e-6, atol=2e-6, equal_nan=True)
+    """Ids on the device are those of the reference on the CPU, log-probabilities fp64's to fp32 rounding."""
+    ids, logprob = op(logits.cuda(), seed=SEED, logprob=True, **options)
+    assert torch.equal(ids.cpu(), reference(logits, seed=SEED, **options))
+    expected = logits.double().log_softmax(-1).gather(-1, ids.cpu()[:, None])[:, 0]
+    torch.testing.assert_close(logprob.cpu().double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_triton_is_what_a_cuda_tensor_gets():
@@ -51,14 +45,12 @@ def test_from_nearly_uniform_to_one_token(scale):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout):
-    logits, seen = 3 * torch.randn(5, 131), torch.rand(5, 131) < 0.3
+    logits, seen = (lay_out(x.cuda(), layout) for x in (3 * torch.randn(5, 131), torch.rand(5, 131) < 0.3))
+    rows, steps = torch.arange(20, device="cuda")[::4], torch.arange(10, 0, -2, device="cuda")
     options = {"top_p": 0.8, "repetition_penalty": 1.5, "seed": SEED}
-    rows, steps = torch.arange(20)[::4], torch.arange(10, 0, -2)
-    ids = op(
-        lay_out(logits.cuda(), layout), seen=lay_out(seen.cuda(), layout), rows=torch.arange(20, device="cuda")[::4],
-        steps=steps.cuda(), **options,
-    )  # fmt: skip
-    assert torch.equal(ids.cpu(), reference(logits, seen=seen, rows=rows, steps=steps, **options))
+    ids = op(logits, seen=seen, rows=rows, steps=steps, **options)
+    expected = reference(logits.cpu(), seen=seen.cpu(), rows=rows.cpu(), steps=steps.cpu(), **options)
+    assert torch.equal(ids.cpu(), expected)
 
 
 @pytest.mark.parametrize("options", FILTERS)
