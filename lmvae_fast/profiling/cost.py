@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import lmvae_fast.kernels.greedy_head
 import lmvae_fast.kernels.latent_attention
 import lmvae_fast.kernels.latent_kv
 import lmvae_fast.kernels.lm_head_loss
@@ -91,6 +92,10 @@ def _packed_linear(x, packed, bias, out_features, **_: Any) -> int:
     return 2 * x.numel() * out_features
 
 
+def _greedy_head(hidden, weight, *rest: Any, **_: Any) -> int:
+    return 2 * hidden.shape[0] * weight.numel()
+
+
 def _formulas() -> dict[Any, Formula]:
     ours: dict[str, Formula] = {
         "latent_attention_fwd": _attention_fwd,
@@ -103,6 +108,7 @@ def _formulas() -> dict[Any, Formula]:
         "latent_kv_adamw": _kv_adamw,
         "lm_head_loss_fwd": _head,
         "packed_linear": _packed_linear,
+        "greedy_head": _greedy_head,
     }
     found: dict[Any, Formula] = {}
     for space in (torch.ops.lmvae_fast, torch.ops.lmvae_fast_interpret):

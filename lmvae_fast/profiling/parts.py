@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lmvae_fast.generation import rows
+from lmvae_fast.models import decoders
 from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.packed import Linear
@@ -121,6 +122,7 @@ def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
             if isinstance(module, Linear):
                 on.module(module, "products", "layers")
         on.function(LatentCache, "attend", "attention", "layers")
+        on.function(decoders, "greedy_tokens", "head", "other")
         on.function(rows, "sample_token", "choosing", "other")
         yield
 
