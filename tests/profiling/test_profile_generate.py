@@ -58,7 +58,7 @@ def test_profile_of_batch_sizes(tmp_path, model, options):
             assert parts["products"]["flops"] == 2 * batch * TOKENS * body
             assert parts["head"]["flops"] == 2 * batch * TOKENS * head
             # slots that no token will see are not made
-            assert parts["latent_kv"]["flops"] == 2 * batch * model.projector.weight[:, :, :, :TOKENS].numel()
+            assert parts["latent_kv"]["flops"] == 2 * batch * model.projector.weight.numel() * TOKENS // model.config.slots
             assert parts["attention"]["flops"] > 0
             assert all(part["seconds"] > 0 for part in side["parts"])
             assert side["flops_per_step"] == pytest.approx((side["flops"] - parts["latent_kv"]["flops"]) / TOKENS)
