@@ -60,7 +60,8 @@ def test_profile_of_batch_sizes(tmp_path, model, options):
             # slots that no token will see are not made
             assert parts["latent_kv"]["flops"] == 2 * batch * model.projector.weight.numel() * TOKENS // model.config.slots
             assert parts["attention"]["flops"] > 0
-            assert all(part["seconds"] > 0 for part in side["parts"])
+            # greedy decoding has the head say the token
+            assert all(part["seconds"] > 0 for part in side["parts"] if options or part["part"] != "choosing")
             assert side["flops_per_step"] == pytest.approx((side["flops"] - parts["latent_kv"]["flops"]) / TOKENS)
             assert side["sentences_per_s"] == pytest.approx(batch / side["seconds"])
             assert side["tokens_per_s"] == pytest.approx(TOKENS * side["sentences_per_s"])
