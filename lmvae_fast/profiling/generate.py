@@ -50,7 +50,7 @@ def profile_generate(
         a JSON-able record: ``batches``, each with ``sides`` by name as in :func:`~lmvae_fast.profiling.train.profile_train`
         (``seconds`` of the whole decoding), and besides ``sentences_per_s``, ``tokens_per_s``, ``first_token_seconds``,
         ``flops_per_step``, ``bytes_per_step`` and ``share_of_limit``: the least time in which the machine could read every
-        weight once a step, or multiply the batch by it, over the time taken.
+        weight once a step as it is held, or multiply the batch by it, over the time taken.
 
     Raises:
         ConfigError: no batch size, or one below 1; more tokens than the model allows; beam search.
@@ -82,7 +82,8 @@ def _one_batch(
     labels = None
     if model.config.conditional_decoder:
         labels = torch.zeros(batch, len(model.config.annotations), device=model.device)
-    decoders = {"fast": functools.partial(_decode, model, z, labels, config.replace(batch_size=batch))}
+    config = config.replace(batch_size=batch)
+    decoders = {"fast": functools.partial(_decode, model, z, labels, config)}
     names = {"fast": "lmvae_fast"}
     if reference:
         decoders["reference"] = functools.partial(decoders["fast"], eager=True)
@@ -95,8 +96,10 @@ def _one_batch(
     watch = functools.partial(watching_decoding, model=model)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     out: dict[str, Any] = {"batch": batch, "sides": {}}
-    for name, call in calls.items():
-        side = Side(names[name], call, model.device, watch, lambda: held)
+    for name, run in decoders.items():
+        # a recorded step has no parts to be seen: it is taken apart as it runs without a recording
+        apart = functools.partial(run, tokens, cuda_graphs=False)
+        side = Side(names[name], apart, model.device, watch, lambda: held)
         trace = folder / f"trace-{name}-{batch}.json"
         found = measure(side, times[name], DECODING_PARTS, record["limits"], record["matrix_dtype"], trace)
         out["sides"][name] = found | _per_step(found, model, batch, tokens, record) | {
@@ -108,9 +111,10 @@ def _one_batch(
 
 
 def _decode(
-    model: LMVAE, z: Tensor, labels: Tensor | None, config: GenerationConfig, tokens: int, *, eager: bool = False
+    model: LMVAE, z: Tensor, labels: Tensor | None, config: GenerationConfig, tokens: int, *, eager: bool = False,
+    **other: Any,
 ) -> None:
-    config = config.replace(max_new_tokens=tokens, pack_weights=config.pack_weights and not eager)
+    config = config.replace(max_new_tokens=tokens, pack_weights=config.pack_weights and not eager, **other)
     with backend("reference") if eager else contextlib.nullcontext():
         for _ in generate(model, z, config, annotations=labels):
             pass

@@ -25,7 +25,8 @@ from lmvae_fast.reference.optimus import ReferenceOptimus
 from lmvae_fast.reference.stepwise import StepwiseDecoder
 
 PARTS = ("encoder", "posterior", "latent_kv", "body", "head", "optimizer", "other")
-#: Of decoding. ``products``: the linear maps of the decoder's layers; ``layers``: all else in them but attention.
+#: Of decoding. ``products``: the linear maps of the decoder's layers; ``layers``: all else in them but attention;
+#: ``choosing``: the draw (a greedy token comes out of the head).
 DECODING_PARTS = ("latent_kv", "products", "attention", "layers", "head", "choosing", "other")
 RANGE = "part:"  # how a part's ranges are named in a trace
 _NO_NUMBER = 2**63  # nodes that accumulate gradients have a number beyond all others
