@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,8 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens said before become less probable.")] = 1.0,
     num_samples: Annotated[int, typer.Option(help="Sentences drawn per latent.")] = 1,
     prompt: Annotated[str | None, typer.Option(help="Text that every sentence begins with.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of one prompt per latent: lines of txt, or jsonl.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="For conditional decoders, per latent: its words' labels (lines of txt), or pooled labels (npy, safetensors, jsonl).")] = None,  # noqa: E501
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Write each token's log-probability too.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that decode (with --output); one GPU each where there are any.")] = 1,
     seed: Seed = 0,
@@ -62,67 +65,50 @@ def generate(
     """
     if sum(source is not None for source in (latents, prior, texts)) != 1:
         raise ConfigError("one source of latents", limit="--latents FILE, --prior N or --texts FILE", remedy="give one")
-    if prior is not None and prior < 1:
-        raise ConfigError("--prior draws at least one latent", value=prior, limit=">= 1")
+    if prompt is not None and prompts is not None:
+        raise ConfigError("one source of prompts", limit="--prompt TEXT or --prompts FILE", remedy="give one")
     config = generation_config(
         sample, temperature, top_k, top_p, seed, batch_size=batch_size, max_new_tokens=max_new_tokens, min_p=min_p,
         repetition_penalty=repetition_penalty, num_samples=num_samples, logprobs=logprobs,
     )  # fmt: skip
     if workers > 1 and output is None:
         raise ConfigError("workers write to a file", value=f"--workers {workers}", remedy="give --output")
-    import contextlib
-
-    import torch
-
-    from lmvae_fast.generation.engine import generate as decode
-    from lmvae_fast.generation.latent_files import count_latents, read_latents
-    from lmvae_fast.generation.stream import generate_file
+    from lmvae_fast.generation import sources
+    from lmvae_fast.generation.stream import generate_all, generate_file
     from lmvae_fast.generation.workers import Workers
     from lmvae_fast.kernels.backend import backend as use_backend
 
     loaded = load_model(model)
     width = loaded.config.latent_dim
-    if latents is not None:
-        total, source = count_latents(latents), _file_hash(latents)
-
-        def blocks(block: int, skip: int):
-            return read_latents(latents, latent_dim=width, block=block, skip=skip)
-    elif prior is not None:
-        total, source = prior, f"prior seed={seed}"
-
-        def blocks(block: int, skip: int):
-            from lmvae_fast.kernels import philox
-
-            # A latent's noise depends on the seed and its row only, so a continued run draws the same latents.
-            key = philox.seed_tensor(seed or 0, "cpu")
-            for start in range(skip, prior, block):
-                pair = torch.stack([key[0], torch.tensor(start)])
-                yield philox.normal(pair, (min(block, prior - start), width))
-    else:
-        from lmvae_fast.data import read
-
-        assert texts is not None
-        sentences = read(texts).texts
-        mu = loaded.encode(sentences).mu.cpu()
-        total, source = len(sentences), _file_hash(texts)
-
-        def blocks(block: int, skip: int):
-            return iter(mu[skip:].split(block))
-
+    given = {
+        "prompts": prompt if prompts is None else sources.read_prompts(prompts),
+        "annotations": None if annotations is None else sources.read_annotations(
+            annotations, loaded.config.annotations, loaded.config.max_len
+        ),
+    }  # fmt: skip
+    with use_backend(backend):
+        if latents is not None:
+            source = sources.latents_of_file(latents, width)
+        elif prior is not None:
+            source = sources.latents_of_prior(prior, width, seed or 0)
+        else:
+            source = sources.latents_of_texts(loaded, texts)
     several = None if workers == 1 else Workers(load_model, str(model), workers, backend)
-    bar = tqdm(total=total * num_samples, unit="sentence", disable=as_json and output is None)
+    bar = tqdm(total=source.total * num_samples, unit="sentence", disable=as_json and output is None)
     with use_backend(backend), bar, several or contextlib.nullcontext():
-        tokens = 0
+        tokens, begun = 0, time.perf_counter()
 
-        def progress(sentences: int, new_tokens: int) -> None:
+        def progress(sentences: int, new_tokens: int | None) -> None:
             nonlocal tokens
-            tokens += new_tokens
+            if new_tokens is None:  # found in the file: they are no part of this run's rate
+                bar.initial = sentences
+            tokens += new_tokens or 0
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s", refresh=False)
             bar.update(sentences)
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
 
         if output is None:
             rows = []
-            for out in decode(loaded, blocks(512, 0), config, prompts=prompt):
+            for out in generate_all(loaded, source, config, **given):
                 progress(1, len(out.ids))
                 if as_json:
                     rows.append({"index": out.index, "text": out.text})
@@ -132,22 +118,11 @@ def generate(
                 print_json(rows)
             return
         lines = generate_file(
-            loaded, blocks, output, config, source=source, total=total, prompt=prompt, text_only=output.suffix == ".txt",
-            overwrite=overwrite, workers=several, progress=progress,
+            loaded, source, output, config, text_only=output.suffix == ".txt", overwrite=overwrite, workers=several,
+            progress=progress, **given,
         )  # fmt: skip
     if as_json:
         print(json.dumps({"output": str(output), "sentences": lines}))
     else:
         console.print(f"{lines} sentences in {output}")
 
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(
-                file.read()
-            ).hexdigest()
-    except OSError as error:
-        from lmvae_fast.errors import DataError
-
-        raise DataError(f"cannot read {path}: {error}", remedy="check the path") from error

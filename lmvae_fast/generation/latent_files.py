@@ -18,36 +18,42 @@ from lmvae_fast.errors import DataError, LatentError, OutputError
 FORMATS = (".safetensors", ".npy", ".jsonl")
 
 
-def count_latents(path: str | os.PathLike[str]) -> int:
-    """Rows in a latent file, without reading their values."""
-    path = _checked(path)
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    return int(_open_array(path)[1][0])
+def check_latents(path: str | os.PathLike[str], *, latent_dim: int, name: str = "z") -> int:
+    """Rows of a file that :func:`read_latents` reads, every one of them looked at before any is used.
+
+    Raises what :func:`read_latents` raises, and LatentError for NaN or Inf, with the row.
+    """
+    rows = 0
+    for block in read_latents(path, latent_dim=latent_dim, block=8192, name=name):
+        bad = (~torch.isfinite(block)).any(1)
+        if bool(bad.any()):
+            row = rows + int(bad.nonzero()[0])
+            raise LatentError(f"{path} contains NaN or Inf", value=f"row {row}, counted from 0", remedy="drop or mend that row")
+        rows += block.shape[0]
+    return rows
 
 
 def read_latents(
-    path: str | os.PathLike[str], *, latent_dim: int, block: int = 1024, skip: int = 0
+    path: str | os.PathLike[str], *, latent_dim: int, block: int = 1024, skip: int = 0, name: str = "z"
 ) -> Iterator[Tensor]:
     """Blocks of latents, float32 ``[n <= block, latent_dim]``, beginning at row ``skip``.
 
-    ``.safetensors``: the tensor ``z``, or the only one; ``.npy``: an array (memory-mapped); ``.jsonl``: one
-    ``{"z": [...]}`` or bare list per line.
+    ``.safetensors``: the tensor ``name``, or the only one; ``.npy``: an array (memory-mapped); ``.jsonl``: one
+    ``{"<name>": [...]}`` or bare list per line.
 
     Raises:
         DataError: missing, empty or unreadable file (with the line number for jsonl).
-        LatentError: latents of another width.
+        LatentError: rows of another width.
     """
     path = _checked(path)
     if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, latent_dim, block, skip)
+        yield from _read_jsonl(path, latent_dim, block, skip, name)
         return
-    read, shape = _open_array(path)
+    read, shape = _open_array(path, name)
     if len(shape) != 2 or shape[1] != latent_dim:
-        raise LatentError(f"latents in {path}", value=list(shape), limit=f"[N, {latent_dim}]")
+        raise LatentError(f"{path} holds rows of another width", value=list(shape), limit=f"[N, {latent_dim}]")
     if shape[0] == 0:
-        raise DataError(f"{path} holds no latents", value=list(shape), remedy="check what wrote it")
+        raise DataError(f"{path} holds no rows", value=list(shape), remedy="check what wrote it")
     for start in range(skip, shape[0], block):
         yield read(start, min(start + block, shape[0])).float()
 
@@ -77,32 +83,35 @@ def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tenso
 def _checked(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"no latent file at {path}", remedy="check the path")
+        raise DataError(f"no file of latents at {path}", remedy="check the path")
     if path.suffix not in FORMATS:
-        raise DataError("unknown latent file format", value=path.suffix or path.name, limit=", ".join(FORMATS))
+        raise DataError("unknown format of a file of latents", value=path.suffix or path.name, limit=", ".join(FORMATS))
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty", value="0 bytes", remedy="check what wrote it")
     return path
 
 
-def _open_array(path: Path):
+def _open_array(path: Path, name: str):
     """(function (start, stop) -> rows, shape) of a safetensors or npy file."""
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.dtype.kind not in "fiu":
+                raise DataError(f"{path} holds no real numbers", value=array.dtype, limit="floats or integers")
             return lambda start, stop: torch.from_numpy(np.array(array[start:stop])), array.shape
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            if "z" not in names and len(names) != 1:
+            if name not in names and len(names) != 1:
                 raise DataError(
-                    f"{path} holds several tensors and none is named z", value=", ".join(names[:5]), remedy="name it z"
-                )
-            name = "z" if "z" in names else names[0]
-            shape = tuple(file.get_slice(name).get_shape())
+                    f"{path} holds several tensors and none is named {name}", value=", ".join(names[:5]),
+                    remedy=f"name it {name}",
+                )  # fmt: skip
+            stored = name if name in names else names[0]
+            shape = tuple(file.get_slice(stored).get_shape())
 
         def read(start: int, stop: int) -> Tensor:
             with safe_open(path, "pt") as file:
-                return file.get_slice(name)[start:stop]
+                return file.get_slice(stored)[start:stop]
 
         return read, shape
     except (SafetensorError, ValueError, OSError) as error:
@@ -111,10 +120,10 @@ def _open_array(path: Path):
         raise DataError(f"{path} is truncated or corrupt: {error}", remedy="write it again") from error
 
 
-def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int) -> Iterator[Tensor]:
+def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -> Iterator[Tensor]:
     rows: list[list[float]] = []
     seen = 0
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:  # a byte that is no UTF-8 makes its line no JSON
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -123,12 +132,13 @@ def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int) -> Iterator[
                 continue
             try:
                 values = json.loads(line)
-                values = values["z"] if isinstance(values, dict) else values
+                values = values[name] if isinstance(values, dict) else values
                 row = [float(value) for value in values]
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
-                    f"{path} line {number} is no latent: {error}", value=line[:60].strip(), limit='{"z": [numbers]}'
-                ) from error
+                    f"{path} line {number} is no row: {error}", value=line[:60].strip(),
+                    limit=f'{{"{name}": [numbers]}}', remedy="mend that line",
+                ) from error  # fmt: skip
             if len(row) != latent_dim:
                 raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
             rows.append(row)
@@ -138,4 +148,4 @@ def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int) -> Iterator[
     if rows:
         yield torch.tensor(rows)
     if not seen:
-        raise DataError(f"{path} holds no latents", remedy="check what wrote it")
+        raise DataError(f"{path} holds no rows", remedy="check what wrote it")

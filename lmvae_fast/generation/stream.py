@@ -11,17 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import ConfigError, OutputError
-from lmvae_fast.generation.engine import Generated, generate, token_limit
-from lmvae_fast.generation.workers import Workers
+from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
+from lmvae_fast.generation.engine import Generated, token_limit
+from lmvae_fast.generation.sources import LatentSource
+from lmvae_fast.generation.workers import Block, Workers
 from lmvae_fast.models.lmvae import LMVAE
 
 BLOCKS_PER_BATCH = 8  # a block refills its rows this often before its tail runs in a smaller batch
@@ -29,59 +29,62 @@ BLOCKS_PER_BATCH = 8  # a block refills its rows this often before its tail runs
 
 def generate_file(
     model: LMVAE,
-    blocks: Callable[[int, int], Iterable[Tensor]],
+    latents: LatentSource,
     output: str | os.PathLike[str],
     config: GenerationConfig,
     *,
-    source: str,
-    total: int,
-    prompt: str | None = None,
+    prompts: str | Sequence[str] | None = None,
+    annotations: Tensor | None = None,
     text_only: bool = False,
     overwrite: bool = False,
     workers: Workers | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> int:
     """Decode latents into a file; continues one that is already there.
 
     Args:
         model: any LMVAE.
-        blocks: ``blocks(block_size, skip)`` gives the latents behind the first ``skip``, in blocks of that size.
+        latents: where they come from.
         output: ``.jsonl`` with ``index``, ``text``, ``tokens``, ``finished`` per line (and ``sample``, ``logprobs`` where
             asked for), or one text per line with ``text_only``.
         config: how to decode; a draw needs a ``seed``, without which no run could be continued.
-        source: identity of the latents (a content hash, say); kept beside the output.
-        total: how many latents there are.
-        prompt: text that every sentence begins with.
+        prompts: text that every sentence begins with, or one text per latent.
+        annotations: pooled labels ``[N, labels]`` of a conditional decoder; default: those of the source.
         overwrite: begin anew instead of continuing.
         workers: processes that decode the blocks; this one does where None. They hold a model of their own, which must be
             ``model``.
-        progress: called with (sentences, tokens) as they come; sentences found in the file count first.
+        progress: called with (sentences, tokens) as they come; first, if some are found in the file, with (those, None).
 
     Returns:
         number of lines in the file.
 
-    Raises:
-        ConfigError: a draw without a seed.
+    Raises, before anything is decoded or written:
+        ConfigError: a draw without a seed; more tokens asked for than model and prompts allow.
+        DataError: prompts and latents of different number.
+        LatentError: annotations that do not fit model and latents, or with NaN or Inf.
         OutputError: the output cannot be written, or belongs to another model, other latents or other settings.
     """
     if config.do_sample and config.seed is None:
         raise ConfigError("a drawn output can only be continued under a seed", value="seed=None", remedy="set seed")
-    token_limit(model, config, 0 if prompt is None else len(model.decoder.tokenizer.encode([prompt])[0]))
+    annotations, limited = _checked(model, latents, config, prompts, annotations)
     output = Path(output)
     meta_path = output.with_name(output.name + ".meta.json")
     block_size = BLOCKS_PER_BATCH * config.batch_size
     per_latent = config.num_samples
     meta = {
-        "model": model_fingerprint(model), "latents": source, "total": total, "block_size": block_size, "prompt": prompt,
+        "model": model_fingerprint(model), "latents": latents.identity, "total": latents.total, "block_size": block_size,
+        "prompt": prompts if prompts is None or isinstance(prompts, str) else _digest(json.dumps(list(prompts)).encode()),
+        "annotations": None if annotations is None else _digest(annotations.float().contiguous().numpy().tobytes()),
         "text_only": text_only, "generation": config.to_dict(),
     }  # fmt: skip
     try:
-        done = _continue_from(output, meta_path, meta, block_size * per_latent, total * per_latent, overwrite)
+        done = _continue_from(output, meta_path, meta, block_size * per_latent, latents.total * per_latent, overwrite)
         if progress is not None and done:
-            progress(done, 0)
-        first = done // per_latent
-        decode = partial(_decode, model) if workers is None else workers.decode
-        decoded: Iterator[Iterable[Generated]] = decode(blocks(block_size, first), config, prompt, first)
+            progress(done, None)
+        blocks = _blocks(latents, done // per_latent, block_size, prompts, annotations)
+        decoded: Iterable[Iterable[Generated]] = (
+            (block.decode(model, limited) for block in blocks) if workers is None else workers.decode(blocks, limited)
+        )
         with output.open("ab") as file:
             for sentences in decoded:
                 lines = []
@@ -102,6 +105,20 @@ def generate_file(
     return done
 
 
+def generate_all(
+    model: LMVAE,
+    latents: LatentSource,
+    config: GenerationConfig,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    annotations: Tensor | None = None,
+) -> Iterator[Generated]:
+    """The sentences that :func:`generate_file` writes, one by one; arguments and errors as there."""
+    annotations, limited = _checked(model, latents, config, prompts, annotations)
+    for block in _blocks(latents, 0, BLOCKS_PER_BATCH * config.batch_size, prompts, annotations):
+        yield from block.decode(model, limited)
+
+
 def model_fingerprint(model: LMVAE) -> str:
     """SHA-256 over the configuration and every weight that decides what is decoded, hexadecimal."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
@@ -113,10 +130,63 @@ def model_fingerprint(model: LMVAE) -> str:
     return digest.hexdigest()
 
 
-def _decode(model, blocks, config, prompt, first_index) -> Iterator[Iterable[Generated]]:
-    for block in blocks:
-        yield generate(model, block, config, prompts=prompt, first_index=first_index)
-        first_index += block.shape[0]
+def _blocks(
+    latents: LatentSource, first: int, size: int, prompts: str | Sequence[str] | None, annotations: Tensor | None
+) -> Iterator[Block]:
+    """The latents from the first-th on in blocks, each with what goes with it."""
+    for z in latents.read(size, first):
+        rows = slice(first, first + z.shape[0])
+        each = prompts if prompts is None or isinstance(prompts, str) else list(prompts[rows])
+        yield Block(z, first, each, None if annotations is None else annotations[rows])
+        first = rows.stop
+
+
+def _checked(
+    model: LMVAE, latents: LatentSource, config: GenerationConfig, prompts: str | Sequence[str] | None,
+    annotations: Tensor | None,
+) -> tuple[Tensor | None, GenerationConfig]:  # fmt: skip
+    """The annotations that hold, and the configuration with the limit that the longest prompt leaves: the same for every
+    block, whatever prompts are in it."""
+    annotations = latents.annotations if annotations is None else annotations
+    _check_annotations(model, annotations, latents.total)
+    longest = _longest_prompt(model, prompts, latents.total)
+    return annotations, config.replace(max_new_tokens=token_limit(model, config, longest))
+
+
+def _longest_prompt(model: LMVAE, prompts: str | Sequence[str] | None, total: int) -> int:
+    """Tokens of the longest prompt; DataError unless there is one, or one for each of so many latents."""
+    if prompts is None:
+        return 0
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    elif len(prompts) != total:
+        raise DataError("prompts and latents differ in number", value=len(prompts), limit=total, remedy="give one per latent")
+    return max(map(len, model.decoder.tokenizer.encode(prompts)))
+
+
+def _check_annotations(model: LMVAE, annotations: Tensor | None, total: int) -> None:
+    labels = model.config.annotations if model.config.conditional_decoder else ()
+    if annotations is None:
+        if labels:
+            raise LatentError(
+                "a conditional decoder needs annotations beside the latents", limit=f"pooled labels [{total}, {len(labels)}]",
+                remedy="give annotations",
+            )  # fmt: skip
+        return
+    if not labels:
+        raise LatentError("this decoder is conditioned on no labels", value=list(annotations.shape), remedy="leave them out")
+    if annotations.shape != (total, len(labels)):
+        raise LatentError(
+            "annotations do not fit the latents and the model's labels", value=list(annotations.shape),
+            limit=[total, len(labels)], remedy=f"one row per latent: {', '.join(labels)}",
+        )  # fmt: skip
+    if not bool(torch.isfinite(annotations).all()):
+        row = int((~torch.isfinite(annotations)).any(1).nonzero()[0])
+        raise LatentError("annotations contain NaN or Inf", value=f"row {row}", remedy="drop or mend that row")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _line(out: Generated, config: GenerationConfig, text_only: bool) -> str:

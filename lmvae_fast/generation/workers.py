@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,23 @@ from lmvae_fast.kernels.backend import backend as use_backend
 from lmvae_fast.models.lmvae import LMVAE
 
 _model: LMVAE | None = None  # of a worker process
+
+
+@dataclass(frozen=True)
+class Block:
+    """Latents ``[N, latent_dim]`` that are decoded by themselves, the index of the first, and what goes with them: one
+    prompt for all or one each, pooled labels ``[N, labels]``."""
+
+    latents: Tensor
+    first_index: int
+    prompts: str | list[str] | None = None
+    annotations: Tensor | None = None
+
+    def decode(self, model: LMVAE, config: GenerationConfig) -> Iterator[Generated]:
+        """Their sentences, in order."""
+        return generate(
+            model, self.latents, config, annotations=self.annotations, prompts=self.prompts, first_index=self.first_index
+        )
 
 
 class Workers:
@@ -47,9 +65,7 @@ class Workers:
         threads = max(1, len(os.sched_getaffinity(0)) // count)
         self._pool = ProcessPoolExecutor(count, context, _begin, (load, source, numbers, threads, gpus > 0, backend))
 
-    def decode(
-        self, blocks: Iterable[Tensor], config: GenerationConfig, prompt: str | None, first_index: int
-    ) -> Iterator[list[Generated]]:
+    def decode(self, blocks: Iterable[Block], config: GenerationConfig) -> Iterator[list[Generated]]:
         """The sentences of each block, in order; a few blocks are under way at any time.
 
         Raises OutputError when a worker process dies: what was handed back before is whole.
@@ -57,8 +73,7 @@ class Workers:
         pending: deque[Future] = deque()
         try:
             for block in blocks:
-                pending.append(self._pool.submit(_decode, block, config, prompt, first_index))
-                first_index += block.shape[0]
+                pending.append(self._pool.submit(_decode, block, config))
                 if len(pending) > 2 * self.count:
                     yield pending.popleft().result()
             while pending:
@@ -82,6 +97,6 @@ def _begin(load: Callable[[str, str], LMVAE], source: str, numbers, threads: int
     use_backend(backend).__enter__()  # for the life of the process
 
 
-def _decode(block: Tensor, config: GenerationConfig, prompt: str | None, first_index: int) -> list[Generated]:
+def _decode(block: Block, config: GenerationConfig) -> list[Generated]:
     assert _model is not None
-    return list(generate(_model, block, config, prompts=prompt, first_index=first_index))
+    return list(block.decode(_model, config))

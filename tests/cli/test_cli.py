@@ -84,10 +84,38 @@ def test_generate_to_a_file_and_again(capsys, folder, tmp_path):
 
 
 def test_generate_from_the_prior_is_one_stream(capsys, folder, tmp_path):
-    for size, name in ((5, "a.txt"), (5, "b.txt")):
-        call(capsys, "generate", folder, "--prior", size, "--output", tmp_path / name, "--seed", "3", "--sample")
+    for size, name, batch in ((5, "a.txt", 64), (5, "b.txt", 64), (25, "more.txt", 2)):
+        call(capsys, "generate", folder, "--prior", size, "--output", tmp_path / name, "--seed", "3", "--sample",
+             "--batch-size", batch)  # fmt: skip
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text()
-    assert len((tmp_path / "a.txt").read_text().splitlines()) == 5
+    texts = (tmp_path / "more.txt").read_text().splitlines()
+    assert texts[:5] == (tmp_path / "a.txt").read_text().splitlines() and len(texts) == 25
+
+
+def test_generate_with_prompts_and_annotations(capsys, tmp_path):
+    make_model("gpt2", latent_dim=4, max_len=12, annotations=("NOUN", "VERB"), conditional_decoder=True).save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "prompts.txt").write_text("the\n\nthe sun\n")
+    (tmp_path / "labels.txt").write_text("NOUN VERB\nVERB\nNOUN NOUN\n")
+    (tmp_path / "labelled.srl").write_text("the sun & NOUN VERB\na cat eats & NOUN NOUN VERB\n")
+    conditions = ["--prompts", tmp_path / "prompts.txt", "--annotations", tmp_path / "labels.txt"]
+    rows = as_json(capsys, "generate", tmp_path / "model", "--prior", "3", *conditions)
+    assert rows[0]["text"].startswith("the") and rows[2]["text"].startswith("the sun")
+    output = tmp_path / "out.jsonl"
+    call(capsys, "generate", tmp_path / "model", "--prior", "3", *conditions, "--output", output)
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [row["text"] for row in rows]
+    err = call(capsys, "generate", tmp_path / "model", "--prior", "3", *conditions[2:], "--output", output, code=3)[1]
+    assert "another prompt" in err
+    # sentences with labels bring their annotations along
+    assert len(as_json(capsys, "generate", tmp_path / "model", "--texts", tmp_path / "labelled.srl")) == 2
+    for count, arguments, message in [
+        ("3", [], "needs annotations"),
+        ("3", ["--prompts", tmp_path / "labelled.srl"], "format"),
+        ("3", [*conditions, "--prompt", "a"], "one source of prompts"),
+        ("2", conditions, "do not fit the latents"),
+    ]:
+        assert message in call(capsys, "generate", tmp_path / "model", "--prior", count, *arguments, code=3)[1]
 
 
 def test_train_eval_and_resume(capsys, folder, tmp_path):

@@ -10,10 +10,13 @@ import torch
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
-from lmvae_fast.generation.latent_files import count_latents, read_latents, write_latents
+from lmvae_fast.generation.engine import generate
+from lmvae_fast.generation.latent_files import check_latents, read_latents, write_latents
+from lmvae_fast.generation.sources import latents_of_file, latents_of_prior, read_annotations, read_prompts
 from lmvae_fast.generation.stream import generate_file
 from lmvae_fast.generation.workers import Workers
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.tokenization import label_features
 from tests.models.tiny import make_model
 
 N = 50
@@ -30,18 +33,14 @@ def latents():
 
 
 def run(model, path, output, config=None, **options):
-    def blocks(block, skip):
-        return read_latents(path, latent_dim=4, block=block, skip=skip)
-
-    config = config or GenerationConfig(batch_size=2)
-    return generate_file(model, blocks, output, config, source="x", total=count_latents(path), **options)
+    return generate_file(model, latents_of_file(path, 4), output, config or GenerationConfig(batch_size=2), **options)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".jsonl"])
 def test_formats_agree(model, latents, tmp_path, suffix):
     path = tmp_path / f"z{suffix}"
     write_latents(path, latents)
-    assert count_latents(path) == N
+    assert check_latents(path, latent_dim=4) == N
     torch.testing.assert_close(torch.cat(list(read_latents(path, latent_dim=4, block=7))), latents)
     torch.testing.assert_close(torch.cat(list(read_latents(path, latent_dim=4, block=7, skip=33))), latents[33:])
     assert run(model, path, tmp_path / "out.jsonl") == N
@@ -82,37 +81,72 @@ def test_a_foreign_output_is_refused_and_left_alone(model, latents, tmp_path):
     assert output.read_bytes() == before
 
 
-def test_bad_files(model, tmp_path):
-    with pytest.raises(DataError, match="no latent file"):
-        count_latents(tmp_path / "none.npy")
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="empty"):
-        count_latents(tmp_path / "empty.jsonl")
-    (tmp_path / "z.txt").write_text("1 2")
-    with pytest.raises(DataError, match="format"):
-        count_latents(tmp_path / "z.txt")
-    (tmp_path / "z.jsonl").write_text('{"z": [1, 2, 3, 4]}\n{"z": [1, 2]}\n')
-    with pytest.raises(LatentError, match="line 2"):
-        list(read_latents(tmp_path / "z.jsonl", latent_dim=4))
-    (tmp_path / "z.jsonl").write_text('{"z": [1, 2, 3, 4]}\nnonsense\n')
-    with pytest.raises(DataError, match="line 2"):
-        list(read_latents(tmp_path / "z.jsonl", latent_dim=4))
-    np.save(tmp_path / "w.npy", np.zeros((3, 5)))
-    with pytest.raises(LatentError, match=r"\[N, 4\]"):
-        list(read_latents(tmp_path / "w.npy", latent_dim=4))
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("none.npy", None, DataError, "no file of latents"),
+        ("empty.jsonl", b"", DataError, "empty"),
+        ("blank.jsonl", b"\n\n", DataError, "no rows"),
+        ("z.txt", b"1 2", DataError, "format"),
+        ("z.jsonl", b'{"z": [1, 2, 3, 4]}\n{"z": [1, 2]}\n', LatentError, "line 2"),
+        ("z.jsonl", b'{"z": [1, 2, 3, 4]}\nnonsense\n', DataError, "line 2"),
+        ("z.jsonl", b'{"z": [1, 2, 3, 4]}\n{"y": [1, 2, 3, 4]}\n', DataError, "line 2"),
+        ("z.jsonl", b'{"z": [1, 2, 3, 4]}\n\xff\xfe\n', DataError, "line 2"),
+        ("z.jsonl", b"[1, 2, 3, 4]\n[1, NaN, 3, 4]\n", LatentError, "row 1"),
+        ("z.npy", np.zeros((3, 5)), LatentError, r"\[N, 4\]"),
+        ("z.npy", np.zeros(4), LatentError, r"\[N, 4\]"),
+        ("z.npy", np.zeros((0, 4)), DataError, "no rows"),
+        ("z.npy", np.array([["a"] * 4]), DataError, "no real numbers"),
+        ("z.npy", np.array([[0, 0, 0, 0]] * 9000 + [[0, np.inf, 0, 0]]), LatentError, "row 9000"),
+        ("z.npy", b"\x93NUMPY", DataError, "truncated"),
+    ],
+)
+def test_a_bad_latent_file_is_refused_before_anything_is_decoded(model, tmp_path, name, content, error, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(error, match=message):
+        run(model, path, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_cut_safetensors_file_is_refused(tmp_path):
     write_latents(tmp_path / "cut.safetensors", torch.zeros(9, 4))
     whole = (tmp_path / "cut.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
     with pytest.raises(DataError, match="truncated"):
         list(read_latents(tmp_path / "cut.safetensors", latent_dim=4))
-    with pytest.raises(ConfigError, match="seed"):
-        run(model, tmp_path / "w.npy", tmp_path / "o.jsonl", GenerationConfig(do_sample=True))
+
+
+def test_bad_settings_are_refused_before_anything_is_decoded(model, latents, tmp_path):
+    write_latents(tmp_path / "z.npy", latents)
+    long = " ".join(["the"] * 9)
+    for options, error, message in [
+        ({"config": GenerationConfig(do_sample=True)}, ConfigError, "seed"),
+        ({"config": GenerationConfig(max_new_tokens=7)}, ConfigError, "max_len=6"),
+        ({"prompts": long}, ConfigError, "max_len=6"),
+        ({"prompts": ["the"] * (N - 1) + [long]}, ConfigError, "max_len=6"),
+        ({"prompts": ["the"] * (N - 1)}, DataError, f"{N - 1}.*{N}"),
+        ({"annotations": torch.zeros(N, 2)}, LatentError, "no labels"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(model, tmp_path / "z.npy", tmp_path / "out.jsonl", **options)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written(model, latents, tmp_path):
+    write_latents(tmp_path / "z.npy", latents)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        run(model, tmp_path / "z.npy", tmp_path / "file" / "out.jsonl")
 
 
 def test_several_samples_and_a_prompt_continue_too(model, latents, tmp_path):
     write_latents(tmp_path / "z.npy", latents)
     config = GenerationConfig(batch_size=2, do_sample=True, seed=4, num_samples=3, logprobs=True)
-    options = {"config": config, "prompt": "the"}
+    options = {"config": config, "prompts": "the"}
     assert run(model, tmp_path / "z.npy", tmp_path / "whole.jsonl", **options) == 3 * N
     whole = (tmp_path / "whole.jsonl").read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
@@ -123,7 +157,81 @@ def test_several_samples_and_a_prompt_continue_too(model, latents, tmp_path):
     run(model, tmp_path / "z.npy", tmp_path / "cut.jsonl", **options)
     assert (tmp_path / "cut.jsonl").read_bytes() == whole
     with pytest.raises(OutputError, match="prompt"):
-        run(model, tmp_path / "z.npy", tmp_path / "cut.jsonl", config=config, prompt="a")
+        run(model, tmp_path / "z.npy", tmp_path / "cut.jsonl", config=config, prompts="a")
+
+
+def test_a_prompt_for_each_latent(model, latents, tmp_path):
+    """Every sentence has the limit that the longest prompt of the file leaves, whatever stands in its block."""
+    write_latents(tmp_path / "z.npy", latents)
+    prompts = ["the sun" if row == N - 1 else "a" if row % 3 else "" for row in range(N)]
+    run(model, tmp_path / "z.npy", tmp_path / "whole.jsonl", prompts=prompts)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    expected = list(generate(model, latents, GenerationConfig(), prompts=prompts))
+    assert [(row["text"], row["tokens"]) for row in rows] == [(out.text, len(out.ids)) for out in expected]
+    (tmp_path / "cut.jsonl").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.jsonl.meta.json").write_text((tmp_path / "whole.jsonl.meta.json").read_text())
+    with pytest.raises(OutputError, match="prompt"):
+        run(model, tmp_path / "z.npy", tmp_path / "cut.jsonl", prompts=["a", *prompts[1:]])
+    run(model, tmp_path / "z.npy", tmp_path / "cut.jsonl", prompts=prompts)
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+
+
+def test_annotations_of_a_conditional_decoder(latents, tmp_path):
+    conditional = make_model(
+        "gpt2", latent_dim=4, max_len=6, annotations=("NOUN", "VERB"), conditional_decoder=True
+    ).eval()
+    write_latents(tmp_path / "z.npy", latents)
+    labels = torch.rand(N, 2)
+    output = tmp_path / "whole.jsonl"
+    run(conditional, tmp_path / "z.npy", output, annotations=labels)
+    texts = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    assert texts == conditional.decode(latents, annotations=labels)
+    assert texts != conditional.decode(latents, annotations=labels.flip(0))
+    with pytest.raises(OutputError, match="annotations"):
+        run(conditional, tmp_path / "z.npy", output, annotations=labels.flip(0))
+    broken = labels.clone()
+    broken[7, 1] = float("nan")
+    for wrong, message in [(None, "needs annotations"), (labels[1:], f"{N}, 2"), (labels[:, :1], f"{N}, 2"), (broken, "row 7")]:
+        with pytest.raises(LatentError, match=message):
+            run(conditional, tmp_path / "z.npy", tmp_path / "other.jsonl", annotations=wrong)
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_files_of_prompts_and_annotations(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\nthe sun\n")
+    (tmp_path / "p.jsonl").write_text('"a cat"\n{"prompt": ""}\n{"prompt": "the sun"}\n')
+    assert read_prompts(tmp_path / "p.txt") == read_prompts(tmp_path / "p.jsonl") == ["a cat", "", "the sun"]
+    for name, content, message in [
+        ("p.csv", "a", "format"), ("empty.txt", "", "empty"), ("none.txt", None, "cannot read"),
+        ("p.jsonl", '"a"\n{"text": "b"}\n', "line 2"), ("p.jsonl", "3\n", "line 1"),
+    ]:  # fmt: skip
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_prompts(tmp_path / name)
+    labels = ("NOUN", "VERB")
+    (tmp_path / "a.txt").write_text("NOUN VERB NOUN\nVERB\n")
+    expected = torch.stack([label_features(words, labels, 6) for words in (["NOUN", "VERB", "NOUN"], ["VERB"])])
+    torch.testing.assert_close(read_annotations(tmp_path / "a.txt", labels, 6), expected, rtol=0, atol=0)
+    np.save(tmp_path / "a.npy", expected.numpy())
+    torch.testing.assert_close(read_annotations(tmp_path / "a.npy", labels, 6), expected, rtol=0, atol=0)
+    (tmp_path / "a.txt").write_text("NOUN\nADV\n")
+    with pytest.raises(DataError, match=r"sentence 1 .*ADV"):
+        read_annotations(tmp_path / "a.txt", labels, 6)
+    (tmp_path / "a.jsonl").write_text('{"annotations": [0.5, NaN]}\n')
+    with pytest.raises(LatentError, match="row 0"):
+        read_annotations(tmp_path / "a.jsonl", labels, 6)
+
+
+def test_a_latent_of_the_prior_depends_on_its_row_only():
+    source = latents_of_prior(11, 5, seed=3)
+    whole = torch.cat(list(source.read(11, 0)))
+    for block, skip in ((3, 0), (4, 6), (1, 10)):
+        torch.testing.assert_close(torch.cat(list(source.read(block, skip))), whole[skip:], rtol=1e-6, atol=1e-7)
+    assert not torch.equal(whole, torch.cat(list(latents_of_prior(11, 5, seed=4).read(11, 0))))
+    with pytest.raises(ConfigError, match="at least one"):
+        latents_of_prior(0, 5, seed=3)
 
 
 def from_folder(source, device):
