@@ -80,18 +80,17 @@ def generate(
 
     loaded = load_model(model)
     width = loaded.config.latent_dim
-    given = {
-        "prompts": prompt if prompts is None else sources.read_prompts(prompts),
-        "annotations": None if annotations is None else sources.read_annotations(
-            annotations, loaded.config.annotations, loaded.config.max_len
-        ),
-    }  # fmt: skip
+    begins = prompt if prompts is None else sources.read_prompts(prompts)
+    labels = None
+    if annotations is not None:
+        labels = sources.read_annotations(annotations, loaded.config.annotations, loaded.config.max_len)
     with use_backend(backend):
         if latents is not None:
             source = sources.latents_of_file(latents, width)
         elif prior is not None:
             source = sources.latents_of_prior(prior, width, seed or 0)
         else:
+            assert texts is not None
             source = sources.latents_of_texts(loaded, texts)
     several = None if workers == 1 else Workers(load_model, str(model), workers, backend)
     bar = tqdm(total=source.total * num_samples, unit="sentence", disable=as_json and output is None)
@@ -108,7 +107,7 @@ def generate(
 
         if output is None:
             rows = []
-            for out in generate_all(loaded, source, config, **given):
+            for out in generate_all(loaded, source, config, prompts=begins, annotations=labels):
                 progress(1, len(out.ids))
                 if as_json:
                     rows.append({"index": out.index, "text": out.text})
@@ -118,8 +117,8 @@ def generate(
                 print_json(rows)
             return
         lines = generate_file(
-            loaded, source, output, config, text_only=output.suffix == ".txt", overwrite=overwrite, workers=several,
-            progress=progress, **given,
+            loaded, source, output, config, prompts=begins, annotations=labels, text_only=output.suffix == ".txt",
+            overwrite=overwrite, workers=several, progress=progress,
         )  # fmt: skip
     if as_json:
         print(json.dumps({"output": str(output), "sentences": lines}))
