@@ -1,0 +1,177 @@
+"""Decoding and encoding over a Ray cluster: what one process gives, also when a machine is lost on the way."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lmvae_fast.config import GenerationConfig
+from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError
+from lmvae_fast.generation.engine import generate
+from lmvae_fast.integrations.ray import _Decode, _Encode, decode, encode
+from tests.models.tiny import make_model
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'lmvae_fast[ray]')")
+pytest.importorskip("ray.data", reason="Ray Data is not installed (pip install 'lmvae_fast[ray]')")
+
+N = 400
+DRAW = GenerationConfig(do_sample=True, seed=7, num_samples=2, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("gpt2", latent_dim=4, max_len=6).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ray") / "model"
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head that computes nothing, and two nodes of two CPUs."""
+    from ray.cluster_utils import Cluster
+
+    place = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path has to be short
+    common = {"object_store_memory": 10**8, "temp_dir": place, "include_dashboard": False}
+    # a lost node is noticed within seconds instead of half a minute
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick, **common})
+    nodes = [cluster.add_node(num_cpus=2, **common) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def test_encode_and_decode_in_one_pipeline(model, folder, cluster):
+    texts = [f"{word} {place}" for word in ("cats", "the sun", "a stone") for place in ("sleeps", "warms water", "")]
+    rows = [{"text": text, "index": 3 * row, "own": f"row {row}"} for row, text in enumerate(texts)]
+    encoded = encode(ray.data.from_items(rows, override_num_blocks=3), folder, seed=5, workers=1)
+    out = decode(encoded, folder, text="decoded", workers=1).take_all()
+    posterior = model.encode(texts)
+    z = posterior.mu.new_empty(3 * len(texts), 4)  # rows of a longer posterior: noise goes by number
+    z[::3], logvar = posterior.mu, torch.zeros_like(z)
+    logvar[::3] = posterior.logvar
+    z = type(posterior)(z, logvar).sample(seed=5)[::3]
+    assert sorted(row["index"] for row in out) == [3 * row for row in range(len(texts))]
+    for row in out:
+        place = row["index"] // 3
+        assert (row["text"], row["own"]) == (texts[place], f"row {place}")
+        for name, expected in (("mu", posterior.mu), ("logvar", posterior.logvar), ("z", z)):
+            np.testing.assert_allclose(row[name], expected[place].numpy(), rtol=1e-5, atol=1e-6)
+        assert row["decoded"] == model.decode(torch.from_numpy(np.array(row["z"])))[0]
+
+
+def test_a_node_is_lost_and_nothing_else(model, folder, cluster):
+    z = 2 * torch.randn(N, 4)
+    expected = {(out.index, out.sample): (out.text, len(out.ids)) for out in generate(model, z, DRAW)}
+    order = np.random.default_rng(0).permutation(N)
+
+    def latents(rows):
+        time.sleep(0.1)
+        node = ray.get_runtime_context().get_node_id()
+        index = order[rows["id"]]
+        return {"index": index, "z": z.numpy()[index], "own": 2 * index, "node": np.full(len(index), node)}
+
+    source = ray.data.range(N, override_num_blocks=N // 5).map_batches(latents, batch_size=None)
+    done, nodes, lost = [], set(), None
+    for rows in decode(source, folder, DRAW, batch_size=5, workers=2).iter_batches(batch_size=None, prefetch_batches=0):
+        columns = ("index", "sample", "text", "tokens", "own")
+        done += zip(*(rows[name].tolist() for name in columns), strict=True)
+        nodes |= set(rows["node"].tolist())
+        if lost is None and len(nodes) == 2:  # both are at work
+            lost = len(done)
+            cluster[0].remove_node(cluster[1][1], allow_graceful=False)
+    assert lost is not None and lost < len(expected)
+    assert len(done) == len(expected) == 2 * N
+    assert {(index, sample): (text, tokens) for index, sample, text, tokens, _ in done} == expected
+    assert all(own == 2 * index for index, _, _, _, own in done)
+
+
+def decoder(folder, **options):
+    """A process of the pool, made here."""
+    plain = {"config": GenerationConfig(), "z": "z", "prompt": None, "prompts": None, "annotations": None, "text": "text"}
+    options = {**plain, "index": "index", **options}
+    return _Decode(folder, options, [options["z"], "index"], ["text"], 1, "reference")
+
+
+def encoder(folder, labels=None):
+    options = {"text": "text", "index": "index", "labels": labels, "seed": None}
+    return _Encode(folder, options, ["text", "index"], [], 1, "reference")
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ({"z": np.zeros((3, 5)), "index": np.arange(3)}, LatentError, "row 0.*4 numbers"),
+        ({"z": [np.zeros(4), np.zeros(3), np.zeros(4)], "index": np.arange(7, 10)}, LatentError, "row 8"),
+        ({"z": np.array([[0.0] * 4, [0.0, 0.0, 0.0, np.nan]]), "index": np.array([5, 6])}, LatentError, "NaN.*row 6"),
+        ({"z": [["a"] * 4], "index": np.arange(1)}, LatentError, "4 numbers"),
+        ({"z": np.zeros((2, 4))}, DataError, "lacks a column.*'index'"),
+        ({"z": np.zeros((2, 4)), "index": np.array([0.0, 1.0])}, DataError, "integers"),
+        ({"z": np.zeros((2, 4)), "index": np.array([-1, 1])}, DataError, "integers"),
+    ],
+)
+def test_rows_that_do_not_fit(folder, rows, error, message):
+    with pytest.raises(error, match=message):
+        decoder(folder)(rows)
+
+
+def test_a_row_without_a_sentence(folder):
+    process = encoder(folder)
+    for text in ("  ", None, 3):
+        with pytest.raises(DataError, match="row 8"):
+            process({"text": np.array(["a cat", text], dtype=object), "index": np.array([7, 8])})
+
+
+def test_a_folder_without_a_model_is_told_at_the_first_rows(tmp_path):
+    process = decoder(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        process({"z": np.zeros((1, 4)), "index": np.arange(1)})
+
+
+def test_prompts_logprobs_and_labels(model, folder, tmp_path):
+    z = torch.randn(3, 4)
+    config = GenerationConfig(max_new_tokens=3, logprobs=True)
+    rows = {"z": z.numpy(), "index": np.arange(3), "begin": np.array(["the", "", "a"], dtype=object)}
+    out = decoder(folder, config=config, prompts="begin")(rows)
+    expected = list(generate(model, z, config, prompts=["the", "", "a"]))
+    assert out["text"].tolist() == [sentence.text for sentence in expected]
+    for got, sentence in zip(out["logprobs"], expected, strict=True):
+        np.testing.assert_allclose(got, sentence.logprobs, rtol=1e-5, atol=1e-5)
+    labelled = make_model("gpt2", latent_dim=4, max_len=6, annotations=("NOUN", "VERB"), conditional_decoder=True).eval()
+    labelled.save_pretrained(tmp_path / "labelled")
+    rows = {"text": np.array(["the sun", "cats sleep"], dtype=object), "index": np.arange(2)}
+    rows["roles"] = np.array(["NOUN NOUN", ["NOUN", "VERB"]], dtype=object)
+    encoded = encoder(str(tmp_path / "labelled"), labels="roles")(rows)
+    del encoded["text"]
+    out = decoder(str(tmp_path / "labelled"), z="mu", annotations="annotations")(encoded)
+    mu, labels = torch.from_numpy(encoded["mu"]), torch.from_numpy(encoded["annotations"])
+    assert out["text"].tolist() == labelled.decode(mu, annotations=labels)
+
+
+def test_what_is_known_before_is_refused_before(cluster, folder, monkeypatch):
+    known = ray.data.from_items([{"z": [0.0] * 4, "index": 0, "text": "a"}])
+    with pytest.raises(DataError, match=r"lacks a column.*'latent'"):
+        decode(known, folder, z="latent")
+    with pytest.raises(DataError, match=r"overwritten.*text"):
+        decode(known, folder)
+    with pytest.raises(ConfigError, match="seed"):
+        decode(known, folder, GenerationConfig(do_sample=True))
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        decode(known, folder, prompts="text")
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(ConfigError, match=r"lmvae_fast\[ray\]"):
+        decode(known, folder)
