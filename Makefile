@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-compute bench-generate bench-train test-peers clean
+.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -53,6 +53,9 @@ bench-generate: $(READY) ## decoding against LangVAE, transformers.generate and 
 	$(BIN)/python -m benchmarks.generation.decode transformers
 	$(BIN)/python -m benchmarks.generation.decode eager
 	$(BIN)/python -m benchmarks.generation.decode sampling --batches 32
+
+bench-generate-long: $(READY) ## 100,000 latents through the command line: steady memory, and the same file after kills
+	$(BIN)/python -m benchmarks.generation.long_run
 
 bench-train: $(READY) ## training steps against LangVAE 0.6.13 (in its own environment) and against the eager reference
 	$(BIN)/python -m benchmarks.training.steps langvae $(BENCH_ARGS)
