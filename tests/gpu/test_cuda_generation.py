@@ -89,7 +89,7 @@ def test_half_precision(recorded, dtype):
     assert recorded
 
 
-def test_small_batches_are_captured(recorded):
+def test_few_rows_are_captured(recorded):
     model, z = build()
     config = GenerationConfig(batch_size=3)
     assert ids(model, z[:7], config) == ids(model, z[:7], config.replace(cuda_graphs=False))
