@@ -180,11 +180,13 @@ class TrainConfig(ConfigBase):
         beta_cycles, beta_zero, beta_increase: cycles; share of a cycle at 0; share spent rising (``linear`` rises over
             beta_increase of the run after beta_zero of it).
         precision: ``fp32``, or autocast in ``bf16`` / ``fp16`` (the latter with a gradient scaler).
-        shard: hold the layers of a frozen decoder in pieces, one on each process (FSDP2); needs torchrun.
+        shard: hold the decoder's layers in pieces, one on each process (FSDP2); needs torchrun.
         fused_projector_update: update the projector's weight within the backward pass, so that its gradient, as large as
             the weight, is never made (not with fp16, whose scaler must see it). False: torch's AdamW for everything.
         recompute_decoder: keep only what goes into the decoder's layers, and compute the rest anew in backward: less memory
             for long sentences or deep decoders, for one more forward pass.
+        compile: run the decoder's layers through torch.compile; it compiles anew, for a while, at the first step and where
+            sizes of batches begin to vary. Not with ``shard`` or ``recompute_decoder``.
         eval_every, save_every, log_every: in optimiser steps; None for once an epoch (log: 10).
         eval_batch_size: sentences per evaluation batch (default: batch_size).
         early_stop: evaluations without progress before stopping, or None.
@@ -222,6 +224,7 @@ class TrainConfig(ConfigBase):
     shard: bool = False
     fused_projector_update: bool = True
     recompute_decoder: bool = False
+    compile: bool = False
     eval_every: int | None = None
     save_every: int | None = None
     log_every: int = 10
@@ -264,7 +267,13 @@ class TrainConfig(ConfigBase):
             raise ConfigError("TrainConfig.adam_betas is out of range", value=betas, limit="two numbers in [0, 1)")
         self._text("output_dir")
         self._text("cache_dir", optional=True)
-        self._flag("tensorboard", "progress", "shard", "fused_projector_update")
+        self._flag("tensorboard", "progress", "shard", "fused_projector_update", "recompute_decoder", "compile")
+        if self.compile and (self.shard or self.recompute_decoder):
+            raise ConfigError(
+                "compile leaves a decoder's layers no hooks of their own, which shard and recompute_decoder put there",
+                value=f"compile=True, shard={self.shard}, recompute_decoder={self.recompute_decoder}",
+                remedy="set compile=False, or the others",
+            )  # fmt: skip
         if not isinstance(self.resume, bool):
             self._text("resume")
         if self.beta_zero + self.beta_increase > 1.0:

@@ -35,7 +35,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of data order, noise, dropout and initialisation.")] = None,
     on_long: Annotated[str | None, typer.Option(help="Sentences over max_len: truncate, drop or error.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
-    shard: Annotated[bool, typer.Option("--shard", help="Hold the frozen decoder in pieces, one on each process of torchrun.")] = False,  # noqa: E501
+    shard: Annotated[bool, typer.Option("--shard", help="Hold the decoder's layers in pieces, one on each process of torchrun.")] = False,  # noqa: E501
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with sections model, train and data; flags override.")] = None,  # noqa: E501
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")] = None,
     backend: Backend = "auto",
@@ -88,7 +88,7 @@ def train(
         if ranks.first and not as_json:
             console.print(f"{len(train_data)} sentences to train on, {len(held_out)} held out; {trainable:,} parameters train")
         result = run_training(model, train_data, held_out, train_config)
-        if ranks.first:
+        if ranks.first or train_config.shard:  # pieces come from all processes
             model.save_pretrained(folder)
         ranks.gather(None)  # none leaves before the model is written
     if not ranks.first:

@@ -41,10 +41,20 @@ print(model.decode(posterior.mu))
 """
 
 
+def in_pieces(tensor: Tensor) -> bool:
+    """Whether each process has a part of it only (a DTensor: training/sharding.py)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together from the pieces of all processes, who must all ask for it."""
+    return tensor.full_tensor() if in_pieces(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _store_part(part: Any, tokenizer: Any, folder: Path) -> None:
     """Encoder or decoder with its tokenizer as an ordinary Hugging Face folder."""
-    if any(hasattr(parameter, "device_mesh") for parameter in part.model.parameters()):  # DTensors (training/sharding.py):
-        # no process has all of it; but it is frozen, so what it was loaded from is what it is
+    if any(map(in_pieces, part.model.parameters())):
+        # no process has all of it; but what it was loaded from and what trains, which is stored anyway, are all it is
         if part.source is None or not Path(part.source).is_dir():
             raise OutputError(
                 "a sharded decoder that came from no folder cannot be stored", value=f"source={part.source}",
@@ -59,6 +69,8 @@ def _store_part(part: Any, tokenizer: Any, folder: Path) -> None:
 def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_frozen: bool | None = None) -> None:
     """Write ``config.json``, ``model.safetensors`` (what trains), a model card, and the parts that a name cannot restore.
 
+    A model whose decoder was sharded (``TrainConfig.shard``) is saved by all processes together; the first one writes.
+
     Args:
         model: the model.
         folder: made, or replaced if it holds a model of ours. Written beside its place first and renamed when complete.
@@ -67,6 +79,9 @@ def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_fro
     Raises:
         OutputError: the folder cannot be written, or holds something else.
     """
+    state = {name: whole(value).cpu().contiguous() for name, value in model.trainable_state_dict().items()}
+    if any(map(in_pieces, model.parameters())) and torch.distributed.get_rank() != 0:
+        return
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_ours(folder):
         raise OutputError(f"{folder} exists and holds no model of ours", remedy="choose another folder or empty it")
@@ -84,7 +99,6 @@ def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_fro
                 tokenizer: Any = part.tokenizer if name == "encoder" else part.tokenizer.tokenizer
                 _store_part(part, tokenizer, temporary / name)
                 config = config.replace(**{name: f"./{name}"})
-        state = {name: value.contiguous() for name, value in model.trainable_state_dict().items()}
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
         header = {"format": FORMAT, "weights_sha256": _sha256(temporary / WEIGHTS)}
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")

@@ -1,9 +1,10 @@
 """Checkpoints that survive a kill at any instant.
 
-A checkpoint is a folder `step-00000120` with safetensors files, `state.json` and, last of all, `COMPLETE.json`: the
-manifest with the size and sha256 of every file. Writing: all files into a temporary folder beside it, each fsynced;
-fsync the folder; rename it; then the manifest, itself by temporary file and rename. A folder without its manifest does
-not count, so whatever instant the process dies at, the newest folder *with* one is whole.
+A checkpoint is a folder `step-00000120` with safetensors files, `state.json`, `pieces/` where ranks hold some of the state
+in pieces, and, last of all, `COMPLETE.json`: the manifest with the size and sha256 of every file. Writing: all files into a
+temporary folder beside it, each fsynced; fsync the folder; rename it; then the manifest, itself by temporary file and
+rename. A folder without its manifest does not count, so whatever instant the process dies at, the newest folder *with* one
+is whole.
 
 Nothing is pickled: optimizer state is flattened by parameter name, random states are tensors, the rest is JSON.
 """
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,18 @@ FORMAT = "lmvae_fast.checkpoint"
 VERSION = 1
 MARKER = "COMPLETE.json"
 STATE = "state.json"
+PIECES = "pieces"
 _NAME = re.compile(r"^step-(\d{8,})(?:\.(\d+))?$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` returns: groups of tensors by name (on the CPU), and the JSON state."""
+    """What `load` returns: groups of tensors by name (on the CPU), the JSON state, and the folder of pieces, if any."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    pieces: Path | None = None
 
 
 def _order(path: Path) -> tuple[int, int]:
@@ -80,10 +83,12 @@ def save(
     *,
     keep: int = 2,
     protect: int | None = None,
+    write_pieces: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint of `step` below `folder`, then remove all but the newest `keep` (and that of `protect`).
 
     tensors: groups, one safetensors file each, e.g. {"model": {...}, "optimizer": {...}}. state: JSON values.
+    write_pieces: fills a folder, and fsyncs its files, with what several ranks write together.
     An existing checkpoint of the same step is never overwritten: the new one is `step-N.1` and the old one is removed
     only when the new one is complete. Raises OutputError (disk full, read-only ...) and then leaves every earlier
     checkpoint as it was.
@@ -100,9 +105,12 @@ def save(
             for group, values in tensors.items():
                 write_tensors(temporary / f"{group}.safetensors", values, {"format": "pt"})
             write_json(temporary / STATE, state)
+            if write_pieces is not None:
+                write_pieces(temporary / PIECES)
+                fsync_folder(temporary / PIECES)
             files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                for path in sorted(temporary.iterdir())
+                path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                for path in _files(temporary)
             }
             fsync_folder(temporary)
             os.rename(temporary, final)
@@ -180,12 +188,13 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             )
         if sha256_file(file) != expected["sha256"]:
             raise CheckpointError(f"{file} is corrupt: its sha256 is not the manifest's", remedy=remedy)
-        if file.suffix == ".safetensors":
+        if file.suffix == ".safetensors" and file.parent == path:
             try:
                 tensors[file.stem] = load_file(file)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}", remedy=remedy) from error
-    return Checkpoint(path, tensors, _read_json(path / STATE, "the checkpoint's state is missing"))
+    state = _read_json(path / STATE, "the checkpoint's state is missing")
+    return Checkpoint(path, tensors, state, path / PIECES if any(name.startswith(f"{PIECES}/") for name in files) else None)
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -225,8 +234,12 @@ def check_space(folder: Path, tensors: Mapping[str, Tensor], keep: int) -> None:
     """Before training: `folder` can be written and has room for keep + 2 checkpoints (those kept, the best one and the
     one being written), each of the weights and AdamW's two moments. Raises OutputError."""
     one = 3 * sum(value.numel() * value.element_size() for value in tensors.values()) + (1 << 16)
-    present = sum(file.stat().st_size for path in complete(folder) for file in path.iterdir())
+    present = sum(file.stat().st_size for path in complete(folder) for file in _files(path))
     check_writable(folder, max((keep + 2) * one - present, one))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _read_json(path: Path, missing: str) -> Any:

@@ -64,10 +64,25 @@ def _collective() -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise DistributedError(
-            "another rank of this run has died or does not answer", value=str(error).strip().splitlines()[0][:200],
-            remedy="look for that rank's own message; the last checkpoint is whole: start again with --resume",
-        ) from error  # fmt: skip
+        raise _lost(error) from error
+
+
+@contextlib.contextmanager
+def noticing_lost_ranks() -> Iterator[None]:
+    """What collectives that are torch's own, those of FSDP, raise when a rank is gone, as the same error; all else passes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):  # gloo's errors name its source file
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> DistributedError:
+    return DistributedError(
+        "another rank of this run has died or does not answer", value=str(error).strip().splitlines()[0][:200],
+        remedy="look for that rank's own message; the last checkpoint is whole: start again with --resume",
+    )  # fmt: skip
 
 
 class Ranks:
@@ -154,6 +169,14 @@ class Ranks:
         with _collective():
             dist.all_reduce(sums)
         return dict(zip(figures, sums.tolist(), strict=True))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of the ranks' tensors, on the CPU."""
+        tensor = tensor.cpu()
+        if not self.alone:
+            with _collective():
+                dist.all_reduce(tensor)
+        return tensor
 
     def any_stop(self, reason: str | None) -> str | None:
         """A reason to stop, if any rank has one (the lowest rank's): all must stop after the same step."""

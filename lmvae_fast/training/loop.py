@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, NumericalError
-from lmvae_fast.training import checkpoint, resume
+from lmvae_fast.training import checkpoint, resume, saving
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Record, TensorBoard
-from lmvae_fast.training.distributed import Ranks
+from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
 from lmvae_fast.training.features import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.guards import FiniteWatch, StopSignals, memory_guard
 from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.progress import Progress, TrainResult, Window
-from lmvae_fast.training.resources import frozen_in, keeping_freed_memory, recomputing
+from lmvae_fast.training.resources import compiling, frozen_in, keeping_freed_memory, recomputing
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
 from lmvae_fast.training.sharding import check_shardable, shard_decoder
-from lmvae_fast.training.state import random_tensors, restore_random, seed_all, trainable_parameters
+from lmvae_fast.training.state import seed_all, trainable_parameters
 from lmvae_fast.training.update import Update
 from lmvae_fast.training.validation import validate
 
@@ -94,7 +93,6 @@ class Trainer:
 
         self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self.update = Update(model, self.parameters, config)
         self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
         self.progress = Progress()
         self.window = Window(self.device, self.ranks)
@@ -109,7 +107,7 @@ class Trainer:
             self.callbacks += [TensorBoard()] if config.tensorboard else []
             self.callbacks += [ProgressBar()] if config.progress else []
             self.callbacks += callbacks
-        self.last_checkpoint: Path | None = None
+        self.last_checkpoint: Path | None = None  # saving.py keeps it
         self.stop_reason: str | None = None
         self._plan: tuple[int, EpochPlan] | None = None
 
@@ -120,8 +118,10 @@ class Trainer:
         self.ranks.broadcast(self.parameters.values())
         if config.shard:  # after its weights have been compared
             shard_decoder(model.decoder, self.ranks, AUTOCAST.get(config.precision))
+            self.parameters = trainable_parameters(model)
+        self.update = Update(model, self.parameters, config)
         if found is not None:
-            self._restore(found)
+            saving.restore(self, found)
 
     def _check(self, eval_data: Any) -> None:
         """Refuse, before any work, what could only fail later."""
@@ -135,7 +135,7 @@ class Trainer:
                 remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
             )
         if self.config.shard:
-            check_shardable(self.model, self.ranks)
+            check_shardable(self.model, self.config, self.ranks)
         if not self.ranks.alone and self.model.config.objective == "langvae-0.6":
             raise ConfigError(
                 "objective='langvae-0.6' multiplies sums of a whole batch, so processes cannot share one",
@@ -163,7 +163,7 @@ class Trainer:
     def request_stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason
 
-    def _tell(self, event: str, *arguments: Any) -> None:
+    def tell(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
 
@@ -173,8 +173,8 @@ class Trainer:
         """Train to the end or to a reason to stop."""
         result = None
         try:
-            with StopSignals() as signals, self.prepared():
-                self._tell("on_train_begin")
+            with noticing_lost_ranks(), StopSignals() as signals, self.prepared():
+                self.tell("on_train_begin")
                 if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
                     self.request_stop("early_stop")  # the run being resumed had already ended so
                 while self.step < self.total_steps and self.stop_reason is None:
@@ -182,7 +182,7 @@ class Trainer:
             result = self._result()
             return result
         finally:
-            self._tell("on_train_end", result)
+            self.tell("on_train_end", result)
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -193,6 +193,7 @@ class Trainer:
         with (
             frozen_in(decoder, dtype),
             recomputing(decoder, self.config.recompute_decoder),
+            compiling(decoder, self.config.compile),
             keeping_freed_memory(self.device),
             self.update.attached(),
         ):
@@ -207,7 +208,7 @@ class Trainer:
         elapsed = time.perf_counter() - started
         self.progress.seconds += elapsed
         self.window.seconds += elapsed
-        self._tell("on_step")
+        self.tell("on_step")
         last = self.step == self.total_steps
         due = lambda every: last or self.step % (every or self.steps_per_epoch) == 0  # noqa: E731
         if due(config.log_every):
@@ -218,7 +219,8 @@ class Trainer:
         if stop is not None and not last:
             self.request_stop(stop)
         if due(config.save_every) or self.stop_reason is not None:
-            self._save()
+            self._stop_if_not_finite()
+            saving.save(self)
 
     def _batches(self, step: int) -> tuple[Rows, ...]:
         """The micro-batches (rows of the tokenised set) of a step."""
@@ -323,7 +325,7 @@ class Trainer:
             "seconds": self.progress.seconds,
         }
         self.window.reset({})
-        self._tell("on_log", record)
+        self.tell("on_log", record)
 
     def _evaluate(self) -> None:
         figures = validate(
@@ -334,6 +336,7 @@ class Trainer:
             beta=self.model.beta,
             seed=self.config.seed,
             autocast=self._autocast,
+            ranks=self.ranks,
         )
         figures = self.ranks.same(figures)  # rank 0's word: what follows from them must follow on every rank
         # Smaller is better for all but the ELBO.
@@ -356,59 +359,7 @@ class Trainer:
             self.plateau.update(value)
         if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
             self.request_stop("early_stop")
-        self._tell("on_evaluate", record)
-
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        self._stop_if_not_finite()
-        progress = replace(self.progress, window=self.window.read(), tokens=self._tokens())
-        if not self.ranks.first:
-            self.last_checkpoint = self.ranks.same(self.last_checkpoint)
-            return
-        tensors = {
-            "model": self.model.trainable_state_dict(),
-            "optimizer": self.update.tensors(),
-            "random": random_tensors(self.device),
-        }
-        state = {
-            "progress": asdict(progress),
-            "plateau": self.plateau.state_dict(),
-            "scaler": self.update.scaler.state_dict(),
-            "beta": self.model.beta,
-            "free_running_rest": self.model.free_running.rest,
-            "identity": self.identity,
-        }
-        best = self.progress.best
-        self.last_checkpoint = checkpoint.save(
-            self.folder,
-            self.step,
-            tensors,
-            state,
-            keep=self.config.keep_checkpoints,
-            protect=None if best is None else best["step"],
-        )
-        self.ranks.same(self.last_checkpoint)
-        self._tell("on_checkpoint", self.last_checkpoint)
-
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
-        resume.check(found.state["identity"], self.identity)
-        self.model.load_trainable_state_dict(found.tensors["model"])
-        self.update.restore(found.tensors["optimizer"])
-        self.progress = Progress(**found.state["progress"])
-        if not self.ranks.first:  # sums of the whole run are rank 0's to go on with
-            self.progress = replace(self.progress, tokens=0, window={})
-        self.window.reset(self.progress.window)
-        self.plateau.load_state_dict(found.state["plateau"])
-        if self.update.scaler.is_enabled():
-            self.update.scaler.load_state_dict(found.state["scaler"])
-        self.model.beta = found.state["beta"]
-        self.model.free_running.rest = found.state.get("free_running_rest", 0)
-        self.last_checkpoint = found.path
-        self.ranks.gather(None)  # all have read it
-        if self.ranks.first:
-            checkpoint.set_aside(self.folder, after=found.path)
-            restore_random(found.tensors["random"], self.device)
+        self.tell("on_evaluate", record)
 
     def _result(self) -> TrainResult:
         best = self.progress.best
@@ -422,9 +373,5 @@ class Trainer:
             epoch=self.step / self.steps_per_epoch,
             seconds=self.progress.seconds,
             sentences=self.progress.sentences,
-            tokens=self._tokens(),
+            tokens=saving.tokens_of_all(self),
         )
-
-    def _tokens(self) -> int:
-        """Tokens of all ranks."""
-        return int(self.ranks.total({"tokens": self.progress.tokens})["tokens"])

@@ -1,4 +1,5 @@
-"""What a run sets up for its steps and gives back at its end: the frozen decoder's precision, the allocator's habits."""
+"""What a run sets up for its steps and gives back at its end: the frozen decoder's precision, how its layers run, the
+allocator's habits."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +20,26 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
 
 
+def castable(decoder: nn.Module) -> list[nn.Parameter]:
+    """The decoder's frozen float32 weights that may be held in half precision under autocast.
+
+    Where a part of the decoder trains, matrices only: the vectors of its norms meet activations that may then be float32.
+    """
+    whole = not any(parameter.requires_grad for parameter in decoder.parameters())
+    frozen = [p for p in decoder.parameters() if not p.requires_grad and p.dtype == torch.float32]
+    return [parameter for parameter in frozen if whole or parameter.dim() > 1]
+
+
 @contextlib.contextmanager
 def frozen_in(decoder: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """While this lasts, the decoder's frozen float32 weights are held in `dtype` (None: as they are).
 
-    Autocast would otherwise cast every one of them anew at each step. Where a part of the decoder trains, matrices only:
-    the vectors of its norms meet activations that may then be float32. Afterwards the weights are the very tensors they
-    were.
+    Autocast would otherwise cast every one of them anew at each step. Afterwards the weights are the very tensors they were.
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
-    if dtype is not None:
-        whole = not any(parameter.requires_grad for parameter in decoder.parameters())
-        for parameter in decoder.parameters():
-            if not parameter.requires_grad and parameter.dtype == torch.float32 and (whole or parameter.dim() > 1):
-                kept.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(dtype)
+    for parameter in castable(decoder) if dtype is not None else ():
+        kept.append((parameter, parameter.data))
+        parameter.data = parameter.data.to(dtype)
     try:
         yield
     finally:
@@ -59,6 +66,38 @@ def recomputing(decoder: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers if wanted else ():
             del layer.forward  # the class's own again
+
+
+@contextlib.contextmanager
+def compiling(decoder: nn.Module, wanted: bool) -> Iterator[None]:
+    """While this lasts, passes of the decoder's layers that have a backward are compiled by torch.compile.
+
+    Evaluation and greedy passes are not: they would compile for other shapes and kinds of attention. In such a pass, raises
+    ConfigError where the compiler fails.
+    """
+    if not wanted:
+        yield
+        return
+    body: Any = decoder.body
+    plain = body.forward
+    compiled = torch.compile(plain)
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*arguments, **options)
+        try:
+            return compiled(*arguments, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ConfigError(
+                "the decoder cannot be compiled here", value=str(error).strip().splitlines()[0][:300],
+                remedy="set compile=False (on a CPU torch.compile needs a C++ compiler)",
+            ) from error  # fmt: skip
+
+    body.forward = forward
+    try:
+        yield
+    finally:
+        del body.forward  # the class's own again
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ FREE = {
 # ... and fields that one may well want to change half-way, although the run is then no longer the one that was begun.
 CHANGEABLE = {
     "epochs", "max_steps", "eval_every", "eval_batch_size", "early_stop", "monitor", "fused_projector_update",
-    "recompute_decoder",
+    "recompute_decoder", "compile",
 }  # fmt: skip
 
 

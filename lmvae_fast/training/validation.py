@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmvae_fast.errors import DataError, NumericalError
 from lmvae_fast.models.objective import kl_per_dim
+from lmvae_fast.training.distributed import Ranks
 from lmvae_fast.training.packing import sorted_batches
 
 ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016 (arXiv 1509.00519), section 5.2
@@ -40,8 +41,11 @@ def validate(
     beta: float,
     seed: int = 0,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Evaluate a model on every sentence of `tokenized`, one sample of z each, in eval mode.
+
+    The ranks of a run share each batch's sentences, and all return the figures of the whole.
 
     Returns means over sentences, in nats: `loss` (the training objective at this beta), `reconstruction` (summed NLL of
     a sentence's tokens), `kl` (true KL, without any threshold) and `elbo` = -(reconstruction + kl); besides them
@@ -53,26 +57,32 @@ def validate(
     DataError when there is no sentence.
     """
     was_training = model.training
+    ranks = ranks or Ranks()
     model.eval()
-    sums: Tensor | None = None
+    device = next(model.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     moments: Tensor | None = None
     shift: Tensor | None = None
-    device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for i, rows in enumerate(sorted_batches(tokenized.lengths, batch_size)):
-            batch = model.make_batch(tokenized, rows, pooled).to(device)
+            share = ranks.share(len(rows))
+            own = rows if share is None else rows[share.rows]
+            batch = model.make_batch(tokenized, own, pooled).to(device)
+            batch.share = share
             with autocast():
                 out = model(batch, beta=beta, seed=((seed << 32) + i) % 2**62)
-            part = torch.stack([out.loss.double() * len(rows), *elbo_terms(out, batch), out.tokens.double().sum()])
             mu = out.mu.double()
-            # Variance from moments about the first batch's mean: no catastrophic cancellation for a far-off mean.
-            shift = mu.mean(0) if shift is None else shift
-            moment = torch.stack([(mu - shift).sum(0), (mu - shift).square().sum(0)])
-            sums = part if sums is None else sums + part
-            moments = moment if moments is None else moments + moment
+            if shift is None or moments is None:
+                # Variance from moments about a mean of some sentences: no catastrophic cancellation for a far-off mean.
+                shift = ranks.same(mu.mean(0).cpu()).to(device)
+                moments = torch.zeros_like(torch.stack([shift, shift]))
+            if share is None or share.count:
+                sums += torch.stack([out.loss.double() * len(own), *elbo_terms(out, batch), out.tokens.double().sum()])
+                moments += torch.stack([(mu - shift).sum(0), (mu - shift).square().sum(0)])
     model.train(was_training)
-    if sums is None or moments is None:
+    if moments is None:
         raise DataError("no sentence to evaluate on", value=0, limit=">= 1", remedy="check the evaluation data")
+    sums, moments = ranks.sum(sums), ranks.sum(moments)
     count = len(tokenized)
     loss, reconstruction, kl_mean, tokens = (sums / count).tolist()
     variance = (moments[1] - moments[0].square() / count) / max(count - 1, 1)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lmvae_fast.errors import LMVAEError
+from lmvae_fast.models.serialization import in_pieces, whole
 from lmvae_fast.training import train
 from tests.models.tiny import make_model
 from tests.training.helpers import StopAt, plain_sentences, settings
@@ -58,14 +59,14 @@ def run(case: dict, rank: int) -> dict:
     callbacks = [StopAt(*case["stop_at"])] if case.get("stop_at") else []
     if rank == case.get("struck_rank"):
         strike(model, case["at"], case["by"])
-    whole = sum(p.numel() for p in model.decoder.body.h.parameters()) if config.shard else 0
+    elements = sum(p.numel() for p in model.decoder.body.h.parameters()) if config.shard else 0
     result = train(model, data, plain_sentences(10, seed=1), config, callbacks)
     sharding = {}
     if config.shard:
-        held = sum(p.to_local().numel() for p in model.decoder.body.h.parameters())
-        sharding = {"local_layer_elements": held, "layer_elements": whole}
+        held = sum(p.to_local().numel() for p in model.decoder.body.h.parameters() if in_pieces(p))
+        sharding = {"local_layer_elements": held, "layer_elements": elements}
     save_file(
-        {name: value.contiguous() for name, value in model.trainable_state_dict().items()},
+        {name: whole(value).contiguous() for name, value in model.trainable_state_dict().items()},
         Path(case["folder"]) / f"weights-{rank}.safetensors",
     )
     return {

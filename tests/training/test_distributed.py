@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmvae_fast.errors import CheckpointError
 from lmvae_fast.models.batch import Share
 from lmvae_fast.training import checkpoint
 from lmvae_fast.training.distributed import Ranks, _buckets
+from lmvae_fast.training.pieces import joined
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +88,8 @@ def assert_same_figures(one: dict, many: dict) -> None:
                 assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-6), (name, a["step"])
 
 
+PART = {"train_decoder": True}
+OPTIMUS = {"system": "optimus", "encoder": "bert"}
 CASES = {
     # 26 sentences in steps of 6: one step of an epoch has 2, fewer than there are ranks
     "fused": {"train": {"max_steps": 6}},
@@ -93,7 +98,11 @@ CASES = {
     "plain": {"train": {"max_steps": 6, "fused_projector_update": False, "grad_clip": 0.05}},
     "accumulated": {"train": {"max_steps": 4, "batch_size": 4, "accumulation": 2}},
     "sharded": {"train": {"max_steps": 4}, "shard": True},
-    "optimus": {"model": {"system": "optimus", "encoder": "bert"}, "train": {"max_steps": 4}},
+    "optimus": {"model": OPTIMUS, "train": {"max_steps": 4}},
+    "optimus sharded": {"model": OPTIMUS, "train": {"max_steps": 4, "grad_clip": 0.05}, "shard": True},
+    "embeddings sharded": {"model": {**PART, "decoder_part": "embeddings"}, "train": {"max_steps": 3}, "shard": True},
+    "lora sharded": {"model": {**PART, "decoder_part": "lora"}, "train": {"max_steps": 3}, "shard": True},
+    "recomputed": {"model": OPTIMUS, "train": {"max_steps": 2, "recompute_decoder": True}, "shard": True},
 }
 
 
@@ -126,6 +135,50 @@ def test_resume_on_another_number_of_ranks(launch, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "2", 2)
     whole = json.loads((tmp_path / "whole" / "result-0.json").read_text())
     assert_same_figures(whole, found[0])
+
+
+def test_state_in_pieces_is_resumed_on_another_number_of_ranks(launch, tmp_path):
+    """An Optimus in pieces: two ranks begin and one of them dies, three go on, one ends alone, holding all of it."""
+    steps, output = {"max_steps": 9, "save_every": 3, "keep_checkpoints": 9}, str(tmp_path / "run")
+    case = {"model": OPTIMUS, "output": output}
+    launch(tmp_path / "whole", 1, {"model": OPTIMUS, "train": steps})
+    sharded = {**steps, "shard": True}
+    begun = launch(tmp_path / "two", 2, {**case, "struck_rank": 1, "at": 5, "by": "die", "train": sharded})
+    assert begun[1] is None
+    assert begun[0]["error"] == "DistributedError"
+    three = launch(tmp_path / "three", 3, {**case, "stop_at": [6], "train": {**sharded, "resume": True}})
+    assert {each.get("step") for each in three} == {6}, three
+    (one,) = launch(tmp_path / "one", 1, {**case, "train": {**steps, "resume": True}})
+    assert one.get("step") == 9, one
+    assert_same_run(tmp_path / "whole", tmp_path / "one", 1)
+    folder = tmp_path / "run" / "checkpoints"
+    layers = [name for name in weights(tmp_path / "whole") if ".h.0." in name]
+    for step, ranks in ((3, 2), (6, 3), (9, 0)):
+        saved = checkpoint.load(checkpoint.of_step(folder, step))
+        assert len(list((saved.path / "pieces").glob("*"))) == ranks  # a file of each rank
+        assert bool(saved.tensors["model"].keys() & set(layers)) == (ranks == 0)
+    # and from a whole checkpoint into pieces
+    again = {"output": str(tmp_path / "again"), "model": OPTIMUS}
+    from_whole = {**sharded, "resume": str(folder / "step-00000009"), "max_steps": 10}
+    (alone,) = launch(tmp_path / "alone", 1, {"model": OPTIMUS, "train": {**steps, "max_steps": 10}})
+    many = launch(tmp_path / "many", 2, {**again, "train": from_whole})
+    assert alone["step"] == many[0].get("step") == 10, many
+
+
+def test_damaged_pieces_are_refused(launch, tmp_path):
+    case = {"model": OPTIMUS, "output": str(tmp_path / "run")}
+    steps = {"max_steps": 4, "save_every": 2, "shard": True, "keep_checkpoints": 3}
+    launch(tmp_path / "ranks", 2, {**case, "train": steps})
+    newest, before = checkpoint.complete(tmp_path / "run" / "checkpoints")
+    piece = sorted((newest / "pieces").iterdir())[-1]
+    piece.write_bytes(piece.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        checkpoint.load(newest)
+    again = launch(tmp_path / "again", 2, {**case, "train": {**steps, "resume": True}})
+    assert {each.get("step") for each in again} == {4}, again
+    shutil.rmtree(before / "pieces")
+    with pytest.raises(CheckpointError, match="is missing"):
+        checkpoint.load(before)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +230,6 @@ def test_nan_on_one_rank_stops_all(launch, tmp_path):
     ("world", "model", "says"),
     [
         (1, {}, "torchrun"),
-        (2, {"train_decoder": True}, "frozen"),
         (2, {"free_running": True}, "free_running"),
     ],
 )
@@ -193,8 +245,9 @@ def test_a_process_keeps_its_part_of_a_sharded_decoder_only(launch, tmp_path):
         assert each["local_layer_elements"] == pytest.approx(each["layer_elements"] / 2, rel=0.05)
 
 
-def test_torchrun_trains_through_the_command_line(tmp_path):
-    """The documented command, two processes; its model is loaded again."""
+@pytest.mark.parametrize("system", ["langvae", "optimus"])
+def test_torchrun_trains_through_the_command_line(tmp_path, system):
+    """The documented command, two processes; its model is loaded again, whole, with the weights of the last checkpoint."""
     from lmvae_fast.cli.common import load_model
     from tests.models.tiny import make_model
     from tests.training.helpers import plain_sentences
@@ -206,14 +259,19 @@ def test_torchrun_trains_through_the_command_line(tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lmvae_fast.cli",
         "train", "--data", str(tmp_path / "data.txt"), "--encoder", str(tmp_path / "parts" / "encoder"),
         "--decoder", str(tmp_path / "parts" / "decoder"), "--latent-dim", "4", "--max-len", "10", "--max-steps", "3",
-        "--batch-size", "8", "--output", str(tmp_path / "run"), "--shard", "--json",
+        "--batch-size", "8", "--output", str(tmp_path / "run"), "--shard", "--json", "--system", system,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = json.loads(done.stdout)  # one document, from rank 0 alone
     assert printed["processes"] == 2
     assert printed["step"] == 3
-    assert load_model(tmp_path / "run").decode(torch.zeros(1, 4))
+    model = load_model(tmp_path / "run")
+    assert model.decode(torch.zeros(1, 4))
+    saved = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
+    trained = joined({"model": saved.tensors["model"]}, saved.pieces, dict(model.named_parameters()))["model"]
+    assert trained.keys() == model.trainable_state_dict().keys()
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in trained.items())
 
 
 def test_objective_of_sums_of_a_batch_is_refused(launch, tmp_path):
