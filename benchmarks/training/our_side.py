@@ -1,9 +1,10 @@
 """Our side of a comparison: the steps of `lmvae_fast.training`, in one configuration.
 
-usage: python -m benchmarks.training.our_side CASE.json free-running|teacher-forced fp32|bf16 [plain|compiled]
+usage: python -m benchmarks.training.our_side CASE.json free-running|teacher-forced fp32|bf16 [plain|compiled|body]
 
 `plain` is the same model with every op in plain torch and torch's AdamW over everything (the eager reference: one
-parallel pass of Hugging Face's modules); `compiled` is that under torch.compile.
+parallel pass of Hugging Face's modules); `compiled` is that under torch.compile. `body` is our step with
+`TrainConfig.compile`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import lmvae_fast as lf
 from benchmarks.training.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.training.loop import Trainer
+from lmvae_fast.training.resources import compiling
 
 warnings.filterwarnings("ignore")
 
@@ -38,7 +40,9 @@ class OurSide:
         self.model = load_checkpoint(
             case["checkpoint"], objective=objective, free_running=free, kl_target=case["target_kl"]
         )
-        if form != "fast":
+        if form == "body":  # as the trainer does, but for the comparison of gradients, too
+            self.held.enter_context(compiling(self.model.decoder, True))
+        elif form != "fast":
             self.held.enter_context(lf.backend("reference"))
         if form == "compiled":
             # Every layer is a recompilation to the compiler, whose default limit is eight.
@@ -47,7 +51,7 @@ class OurSide:
         config = lf.TrainConfig(
             output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(case["sentences"]), precision=precision,
             learning_rate=case["learning_rate"], grad_clip=None, beta=case["beta"], beta_schedule="constant",
-            tensorboard=False, progress=False, fused_projector_update=form == "fast", **options,
+            tensorboard=False, progress=False, fused_projector_update=form in ("fast", "body"), **options,
         )  # fmt: skip
         self.trainer = Trainer(self.model, case["sentences"], None, config, ())
         self.rows = self.trainer._batches(0)

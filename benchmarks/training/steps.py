@@ -1,12 +1,14 @@
-"""Training steps, interleaved: ours against LangVAE 0.6.13, and against our own eager reference.
+"""Training steps, interleaved: ours against LangVAE 0.6.13, against our own eager reference, with and without torch.compile.
 
     python -m benchmarks.training.steps langvae [--data FILE] [--shapes gpt2-small 4x256] [--batches 8 32]
     python -m benchmarks.training.steps eager
+    python -m benchmarks.training.steps body
 
 Every side is a process of its own with the same weights, sentences and noise; steps are timed in turn, in random order
 within each round. Before anything is timed the sides' losses and gradients are compared: LangVAE's with ours reading its
 own greedy output under the released loss, the eager reference's with ours under teacher forcing. LangVAE has no teacher
-forcing, so our teacher-forced steps are timed against its only kind of step. Writes
+forcing, so our teacher-forced steps are timed against its only kind of step. `body` times our own step with its decoder
+layers compiled, at the one shape it compiles for. Writes
 benchmarks/results/training/steps/<against>.json.
 """
 
@@ -45,9 +47,19 @@ SIDES = {
         "eager": ("teacher-forced", "fp32", "plain"),
         "torch.compile": ("teacher-forced", "fp32", "compiled"),
     },
+    "body": {
+        "teacher-forced fp32": ("teacher-forced", "fp32"),
+        "compiled body fp32": ("teacher-forced", "fp32", "body"),
+        "teacher-forced bf16": ("teacher-forced", "bf16"),
+        "compiled body bf16": ("teacher-forced", "bf16", "body"),
+    },
 }
 # Whose loss and gradients must agree: (ours, the baseline).
-PAIRS = {"langvae": ("free-running fp32", "LangVAE"), "eager": ("teacher-forced fp32", "eager")}
+PAIRS = {
+    "langvae": ("free-running fp32", "LangVAE"),
+    "eager": ("teacher-forced fp32", "eager"),
+    "body": ("compiled body fp32", "teacher-forced fp32"),
+}
 
 
 def main() -> int:

@@ -53,6 +53,20 @@ def against_eager() -> str:
     return "\n".join([*lines, "", _note(record)])
 
 
+def compiled_body() -> str:
+    """Times our step with the decoder's layers under torch.compile and without."""
+    record = load("training/steps/body.json")
+    if record is None:
+        return "Not measured."
+    lines = ["| decoder, batch | precision | step | with `compile` | times faster |", "|---|---|---|---|---|"]
+    for row in record["cases"]:
+        for precision in ("fp32", "bf16"):
+            plain, compiled = (row["milliseconds"][f"{side} {precision}"] for side in ("teacher-forced", "compiled body"))
+            times = f"{plain:,.0f} ms | {compiled:,.0f} ms | {plain / compiled:.2f}"
+            lines.append(f"| {row['shape']}, {row['batch']} | {precision} | {times} |")
+    return "\n".join([*lines, "", _note(record)])
+
+
 def memory() -> str:
     """What holds a step's memory, stage by stage, and LangVAE's peak beside it."""
     record, peer = load("training/memory.json"), load("training/steps/langvae.json")
@@ -96,6 +110,7 @@ def learning() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "steps-langvae": against_langvae,
     "steps-eager": against_eager,
+    "steps-body": compiled_body,
     "memory": memory,
     "learning": learning,
 }

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from lmvae_fast.config import TrainConfig
+from lmvae_fast.errors import ConfigError
 from lmvae_fast.training import Callback
 from lmvae_fast.training.resources import frozen_in, recomputing
 from tests.models.tiny import make_model
@@ -39,6 +41,43 @@ def test_beside_a_trained_part_only_matrices_are_held_in_half_precision():
             half = not value.requires_grad and value.dim() > 1
             assert value.dtype == (torch.bfloat16 if half else torch.float32)
     assert all(value.dtype == torch.float32 for value in model.decoder.parameters())
+
+
+def test_compiled_layers_train_the_same_weights(tmp_path, monkeypatch):
+    """Steps through torch.compile against eager ones; evaluation, without gradients, is not compiled."""
+    calls = []
+    compiler = torch.compile
+
+    def compile_(function):
+        compiled = compiler(function)
+        return lambda *arguments, **options: calls.append(torch.is_grad_enabled()) or compiled(*arguments, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    found = {}
+    for wanted in (False, True):
+        model = make_model(max_len=12)
+        run(tmp_path / str(wanted), model=model, max_steps=2, learning_rate=1e-3, eval_every=1, compile=wanted)
+        found[wanted] = model.trainable_state_dict()
+        assert calls == [True] * 2 * wanted
+    assert "forward" not in vars(model.decoder.body)
+    for name, value in found[False].items():
+        torch.testing.assert_close(found[True][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_that_cannot_be_compiled_is_named(tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=broken))
+    with pytest.raises(ConfigError, match="compile=False"):
+        run(tmp_path, model=make_model(max_len=12), max_steps=1, compile=True)
+
+
+@pytest.mark.parametrize("other", ["shard", "recompute_decoder"])
+def test_compile_is_refused_beside_what_changes_the_layers(other):
+    with pytest.raises(ConfigError, match=other):
+        TrainConfig(compile=True, **{other: True})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
