@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
+from benchmarks.generation.long_run_table import TABLES as LONG_RUN_TABLES
 from benchmarks.generation.tables import TABLES as GENERATION_TABLES
 from benchmarks.records import RESULTS, ROOT, load, where
 from benchmarks.training.scaling_tables import TABLES as SCALING_TABLES
@@ -90,7 +91,7 @@ def training() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"kernels": kernels, "demo": demo, "interpolation": interpolation, "training": training}
-TABLES |= COMPUTE_TABLES | GENERATION_TABLES | SCALING_TABLES | STEP_TABLES
+TABLES |= COMPUTE_TABLES | GENERATION_TABLES | LONG_RUN_TABLES | SCALING_TABLES | STEP_TABLES
 
 
 def filled(text: str) -> str:

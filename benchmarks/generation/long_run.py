@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.kernels import harness
 from benchmarks.training.cases import make_case
 from lmvae_fast.data.corpus import generate_corpus
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), options)
     record = {"command": " ".join(["python -m benchmarks.generation.long_run", *sys.argv[1:]]), "shape": options.shape,

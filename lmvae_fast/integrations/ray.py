@@ -73,7 +73,7 @@ def decode(
         ConfigError: Ray is not installed; a draw without a seed; prompts without max_new_tokens.
         DataError: a column is missing, or would be overwritten.
 
-    While the dataset is read, Ray raises its RayTaskError, whose text ends with ours: LatentError (another width, NaN or
+    While the dataset is read, Ray raises its RayTaskError, whose text holds ours: LatentError (another width, NaN or
     Inf, with the row's number), ConfigError (what model and prompts do not allow), CheckpointError (no model at model_dir).
     """
     config = config or GenerationConfig()
@@ -129,7 +129,7 @@ def encode(
         ConfigError: Ray is not installed.
         DataError: a column is missing, or would be overwritten.
 
-    While the dataset is read, Ray raises its RayTaskError, whose text ends with ours: DataError (an empty sentence, an
+    While the dataset is read, Ray raises its RayTaskError, whose text holds ours: DataError (an empty sentence, an
     unknown label), CheckpointError (no model at model_dir).
     """
     needed = [column for column in (text, index, labels) if column is not None]
