@@ -26,7 +26,8 @@ def blocks_of(
     takes.
 
     Raises:
-        LatentError: latents of another width or dtype, or with NaN or Inf; labels of another number, or without a tensor.
+        LatentError: latents of another width or dtype, or with NaN or Inf; labels of another number or width, or beside an
+            iterable.
     """
     if not isinstance(latents, Tensor):
         if annotations is not None:
@@ -36,9 +37,10 @@ def blocks_of(
     weight = model.posterior_head.weight
     labels: Iterable[Tensor | None] = repeat(None)
     if annotations is not None:
-        if annotations.shape[0] != latents.shape[0]:
-            limit = f"[{latents.shape[0]}, labels]"
-            raise LatentError("one row of pooled labels per latent", value=list(annotations.shape), limit=limit)
+        width = len(model.config.annotations) if model.config.conditional_decoder else annotations.shape[-1]
+        if annotations.shape != (latents.shape[0], width):
+            limit = [latents.shape[0], width]
+            raise LatentError("pooled labels do not fit the latents", value=list(annotations.shape), limit=limit)
         labels = (part.to(weight.device) for part in annotations.split(size))
     return ((z.to(weight), part) for z, part in zip(latents.split(size), labels, strict=False) if len(z))
 
