@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.generation.latent_files import check_latents, read_latents
 from lmvae_fast.kernels import philox
 from lmvae_fast.models.lmvae import LMVAE
@@ -106,8 +106,10 @@ def read_annotations(path: str | os.PathLike[str], labels: Sequence[str], max_le
 
     Raises:
         DataError: missing, empty or unreadable file, an unknown label.
-        LatentError: rows of another width, NaN or Inf.
+        LatentError: rows of another width, NaN or Inf; a model without labels.
     """
+    if not labels:
+        raise LatentError("this model is conditioned on no labels", value=path, remedy="leave annotations out")
     if Path(path).suffix != ".txt":
         check_latents(path, latent_dim=len(labels), name="annotations")
         return torch.cat(list(read_latents(path, latent_dim=len(labels), name="annotations")))

@@ -74,7 +74,7 @@ def generate_file(
     meta = {
         "model": model_fingerprint(model), "latents": latents.identity, "total": latents.total, "block_size": block_size,
         "prompt": prompts if prompts is None or isinstance(prompts, str) else _digest(json.dumps(list(prompts)).encode()),
-        "annotations": None if annotations is None else _digest(annotations.float().contiguous().numpy().tobytes()),
+        "annotations": None if annotations is None else _digest(annotations.float().cpu().contiguous().numpy().tobytes()),
         "text_only": text_only, "generation": config.to_dict(),
     }  # fmt: skip
     try:

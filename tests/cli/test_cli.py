@@ -77,8 +77,8 @@ def test_generate_to_a_file_and_again(capsys, folder, tmp_path):
     assert done["sentences"] == 9
     whole = output.read_bytes()
     output.write_bytes(whole[: len(whole) // 2])
-    call(capsys, "generate", folder, "--latents", tmp_path / "z.npy", "--output", output, "--batch-size", "2")
-    assert output.read_bytes() == whole
+    err = call(capsys, "generate", folder, "--latents", tmp_path / "z.npy", "--output", output, "--batch-size", "2")[1]
+    assert output.read_bytes() == whole and "9/9" in err and "sentence/s" in err and "tokens/s" in err
     rows = as_json(capsys, "generate", folder, "--latents", tmp_path / "z.npy")
     assert [row["text"] for row in rows] == [json.loads(line)["text"] for line in whole.splitlines()]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -219,6 +221,8 @@ def test_files_of_prompts_and_annotations(tmp_path):
     (tmp_path / "a.txt").write_text("NOUN\nADV\n")
     with pytest.raises(DataError, match=r"sentence 1 .*ADV"):
         read_annotations(tmp_path / "a.txt", labels, 6)
+    with pytest.raises(LatentError, match="no labels"):
+        read_annotations(tmp_path / "a.txt", (), 6)
     (tmp_path / "a.jsonl").write_text('{"annotations": [0.5, NaN]}\n')
     with pytest.raises(LatentError, match="row 0"):
         read_annotations(tmp_path / "a.jsonl", labels, 6)
@@ -238,12 +242,27 @@ def from_folder(source, device):
     return LMVAE.from_pretrained(source).to(device)
 
 
-def test_workers_write_the_same_file(model, latents, tmp_path):
-    write_latents(tmp_path / "z.npy", latents)
+def test_workers_write_the_same_file_also_after_one_has_died(model, tmp_path):
+    total = 400
+    write_latents(tmp_path / "z.npy", 2 * torch.randn(total, 4))
     model.save_pretrained(tmp_path / "model", include_frozen=True)
-    run(model, tmp_path / "z.npy", tmp_path / "one.jsonl")
+    options = {"prompts": ["the" if row % 2 else "" for row in range(total)]}
+    run(model, tmp_path / "z.npy", tmp_path / "one.jsonl", **options)
+    output, seen = tmp_path / "two.jsonl", []
+
+    def kill_one(sentences, tokens):
+        seen.append((sentences, tokens))
+        if len(seen) == 1:
+            os.kill(next(iter(workers._pool._processes)), signal.SIGKILL)
+
+    with Workers(from_folder, str(tmp_path / "model"), 2) as workers, pytest.raises(OutputError, match="worker process"):
+        run(model, tmp_path / "z.npy", output, workers=workers, progress=kill_one, **options)
+    written = output.read_bytes().count(b"\n")
+    assert 0 < written < total
+    seen.clear()
     with Workers(from_folder, str(tmp_path / "model"), 2) as workers:
-        run(model, tmp_path / "z.npy", tmp_path / "two.jsonl", workers=workers)
-    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+        run(model, tmp_path / "z.npy", output, workers=workers, progress=lambda *found: seen.append(found), **options)
+    assert output.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert seen[0] == (written, None) and len(seen) == 1 + total - written
     with pytest.raises(ConfigError, match="workers"):
         Workers(from_folder, str(tmp_path / "model"), 0)
