@@ -20,7 +20,10 @@ from benchmarks.training.scaling_tables import TABLES as SCALING_TABLES
 from benchmarks.training.tables import TABLES as STEP_TABLES
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-OPS = ("posterior", "latent_kv", "latent_attention", "lm_head_loss", "coupling_flow", "sample_token", "packed_linear", "greedy_head")
+OPS = (
+    "posterior", "latent_kv", "latent_attention", "lm_head_loss", "coupling_flow", "sample_token", "packed_linear",
+    "greedy_head",
+)  # fmt: skip
 
 
 def kernels() -> str:
