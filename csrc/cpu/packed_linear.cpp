@@ -12,17 +12,23 @@
 namespace lmvae {
 namespace {
 
-at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         int64_t out_features) {
-  TORCH_CHECK(weight.dim() == 3 && weight.size(2) == kLinearPanel && weight.is_contiguous() && weight.size(1) == input.size(1) &&
-                  weight.size(0) == (out_features + kLinearPanel - 1) / kLinearPanel,
-              "packed_linear: the weight is not pack_weight's for ", out_features, " x ", input.size(1));
-  const at::Tensor x = input.stride(1) == 1 ? input : input.contiguous();
-  const at::Tensor b = bias.has_value() ? bias->contiguous() : at::Tensor();
-  at::Tensor y = at::empty({x.size(0), out_features}, x.options());
+using OptionalTensor = std::optional<at::Tensor>;
+
+at::Tensor dense(const OptionalTensor& x) { return x.has_value() ? x->contiguous() : at::Tensor(); }
+const float* data(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
+
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                         int64_t activation, int64_t out_features) {
   PackedLinearArgs a{};
+  a.activation = static_cast<Activation>(activation);
+  const int64_t width = a.activation == Activation::SwiGlu ? kLinearPanel / 2 : kLinearPanel;
+  TORCH_CHECK(weight.dim() == 3 && weight.size(2) == kLinearPanel && weight.is_contiguous() && weight.size(1) == input.size(1) &&
+                  weight.size(0) == (out_features + width - 1) / width,
+              "packed_linear: the weight is not pack_weight's for ", out_features, " x ", input.size(1));
+  const at::Tensor x = input.stride(1) == 1 ? input : input.contiguous(), b = dense(bias), added = dense(residual);
+  at::Tensor y = at::empty({x.size(0), out_features}, x.options());
   a.in = x.size(1), a.out = out_features;
-  a.weight = weight.const_data_ptr<float>(), a.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
+  a.weight = data(weight), a.bias = data(b);
   const at::Tensor pieces = at::empty({std::min(x.size(0), kLinearRows) * a.in}, x.options());
   float* piece = pieces.mutable_data_ptr<float>();
   for (int64_t from = 0; from < x.size(0); from += kLinearRows) {
@@ -35,6 +41,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, cons
         std::memcpy(piece + k * a.rows + r * depth, rows + r * x.stride(0) + k, depth * sizeof(float));
     }
     a.x = piece, a.y = y.mutable_data_ptr<float>() + from * a.out;
+    a.residual = added.defined() ? data(added) + from * a.out : nullptr;
     at::parallel_for(0, weight.size(0), std::max<int64_t>(1, 200'000 / (a.rows * a.in * kLinearPanel + 1)),
                      [&](int64_t begin, int64_t end) { LMVAE_PICK(packed_linear_panels(a, begin, end)); });
   }

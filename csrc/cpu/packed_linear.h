@@ -11,12 +11,17 @@ constexpr int64_t kLinearPanel = 32;   // columns that lie together in the packe
 constexpr int64_t kLinearDepth = 128;  // terms of a sum held in registers; a panel's piece of this depth stays in L1
 constexpr int64_t kLinearRows = 128;   // rows of one call
 
+// What is done to a product before it is stored; numbers as in kernels/packed_linear/op.py.
+enum class Activation : int64_t { None = 0, GeluTanh = 1, SwiGlu = 2 };
+
 struct PackedLinearArgs {
   int64_t rows, in, out;
-  const float* x;       // [in / kLinearDepth][rows][kLinearDepth], the last piece shorter
-  const float* weight;  // [panels][in][kLinearPanel], zeros beyond out
-  const float* bias;    // [out] or null
-  float* y;             // [rows, out]
+  Activation activation;  // SwiGlu: a panel holds 16 gates and the 16 columns they are for, and gives 16 outputs
+  const float* x;         // [in / kLinearDepth][rows][kLinearDepth], the last piece shorter
+  const float* weight;    // [panels][in][kLinearPanel], zeros beyond out
+  const float* bias;      // [out] or null; null with SwiGlu
+  const float* residual;  // [rows, out] or null, added last
+  float* y;               // [rows, out]
 };
 
 }  // namespace lmvae

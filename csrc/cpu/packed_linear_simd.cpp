@@ -1,5 +1,7 @@
-// A few rows times a large weight. The weight is read once, as one stream, a piece of a panel at a time; all rows are
-// multiplied with the piece while it is in the first-level cache, and meanwhile the next piece is fetched.
+// A few rows times a large weight. The weight is read once, a piece of a panel at a time; all rows are multiplied with the
+// piece while it is in the first-level cache, and meanwhile the next piece is fetched, evenly over all tiles and from all
+// of its 4 KB pages in turn: prefetchers follow streams within a page, and several streams have more lines on their way
+// than one after another.
 #include "packed_linear.h"
 
 #include <algorithm>
@@ -22,14 +24,23 @@ typedef float V __attribute__((vector_size(kVectorBytes), aligned(4), may_alias)
 LMVAE_INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 LMVAE_INLINE void store(float* p, V x) { *reinterpret_cast<V*>(p) = x; }
 
-// sums[r][0 .. kTileColumns) (+)= sum_k x[r][k] w[k][...] for r < R; `lines` cache lines from `ahead` on are fetched a step.
+// Lines that follow `base` in memory, in the order they are fetched in: the n-th of every page before the next of any.
+struct Fetch {
+  static constexpr uint64_t kPages = kLinearDepth * kLinearPanel * 4 / 4096;
+  const char* base;
+  uint64_t line, each;  // the next one, and how many for every 4 terms of a sum
+  __attribute__((always_inline)) void operator()() {
+    for (uint64_t l = 0; l < each; l++, line++) __builtin_prefetch(base + line % kPages * 4096 + line / kPages * 64, 0, 2);
+  }
+};
+
+// sums[r][0 .. kTileColumns) (+)= sum_k x[r][k] w[k][...] for r < R.
 // Few rows have registers left: their sums are split in C, which hides the latency of an addition and rounds less.
 template <int R>
-void tile(const float* x, int64_t x_row, const float* w, int64_t depth, bool add, float* sums, const char* ahead, int lines) {
+void tile(const float* x, int64_t x_row, const float* w, int64_t depth, bool add, float* sums, Fetch fetch) {
   constexpr int C = R <= 2 ? 4 : R <= 5 ? 2 : 1;
   V acc[C][R][2] = {};
   const auto step = [&](int64_t k, V (&sum)[R][2]) __attribute__((always_inline)) {
-    for (int l = 0; l < lines; l++) __builtin_prefetch(ahead + (k * lines + l) * 64, 0, 2);
     const V left = load(w + k * kLinearPanel), right = load(w + k * kLinearPanel + kLanesF);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
@@ -38,9 +49,11 @@ void tile(const float* x, int64_t x_row, const float* w, int64_t depth, bool add
     }
   };
   int64_t k = 0;
-  for (; k + C <= depth; k += C)
+  for (; k + 4 <= depth; k += 4) {
+    fetch();
 #pragma GCC unroll 4
-    for (int c = 0; c < C; c++) step(k + c, acc[c]);
+    for (int c = 0; c < 4; c++) step(k + c, acc[c % C]);
+  }
   for (; k < depth; k++) step(k, acc[0]);
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
@@ -56,9 +69,33 @@ void tile(const float* x, int64_t x_row, const float* w, int64_t depth, bool add
 
 template <int R = kTileRows>
 void tile_of(int64_t rows, const float* x, int64_t x_row, const float* w, int64_t depth, bool add, float* sums,
-             const char* ahead, int lines) {
-  if (rows == R) return tile<R>(x, x_row, w, depth, add, sums, ahead, lines);
-  if constexpr (R > 1) tile_of<R - 1>(rows, x, x_row, w, depth, add, sums, ahead, lines);
+             Fetch fetch) {
+  if (rows == R) return tile<R>(x, x_row, w, depth, add, sums, fetch);
+  if constexpr (R > 1) tile_of<R - 1>(rows, x, x_row, w, depth, add, sums, fetch);
+}
+
+LMVAE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
+
+// One row of a panel on its way to y.
+void finish(const PackedLinearArgs& a, float* sums, int64_t row, int64_t panel) {
+  constexpr int64_t kHalf = kLinearPanel / 2;
+  const bool gated = a.activation == Activation::SwiGlu;
+  const int64_t most = gated ? kHalf : kLinearPanel, first = panel * most, width = std::min(most, a.out - first);
+  const float* bias = a.bias == nullptr ? nullptr : a.bias + first;
+  if (bias != nullptr)
+#pragma omp simd
+    for (int64_t c = 0; c < width; c++) sums[c] += bias[c];
+  if (gated)
+#pragma omp simd
+    for (int64_t c = 0; c < kHalf; c++) sums[c] *= sigmoid(sums[c]) * sums[kHalf + c];
+  if (a.activation == Activation::GeluTanh)  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u)
+#pragma omp simd
+    for (int64_t c = 0; c < width; c++)
+      sums[c] *= sigmoid(1.5957691216057308f * (sums[c] + 0.044715f * sums[c] * sums[c] * sums[c]));
+  const float* residual = a.residual == nullptr ? nullptr : a.residual + row * a.out + first;
+  float* y = a.y + row * a.out + first;
+#pragma omp simd
+  for (int64_t c = 0; c < width; c++) y[c] = residual == nullptr ? sums[c] : sums[c] + residual[c];
 }
 
 }  // namespace
@@ -67,28 +104,19 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
   alignas(64) float sums[kLinearRows * kLinearPanel];
   // As few tiles as cover the rows, of equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, step = (a.rows + tiles - 1) / tiles;
+  const int64_t passes = tiles * (kLinearPanel / kTileColumns), each = (8 + passes - 1) / passes;  // 4 depths are 8 lines
   for (int64_t p = begin; p < end; p++) {
     const float* panel = a.weight + p * a.in * kLinearPanel;
     for (int64_t k = 0; k < a.in; k += kLinearDepth) {
       const int64_t depth = std::min(kLinearDepth, a.in - k);
       const float *w = panel + k * kLinearPanel, *x = a.x + k * a.rows;
-      // The next piece follows in memory, also at the end of a panel; 2 lines are one step of it.
-      const char* ahead = reinterpret_cast<const char*>(w + depth * kLinearPanel);
-      for (int64_t column = 0; column < kLinearPanel; column += kTileColumns)
-        for (int64_t r = 0; r < a.rows; r += step) {
-          const int64_t number = r / step;
-          const int lines = column > 0 ? 0 : tiles == 1 ? 2 : number < 2 ? 1 : 0;
-          tile_of(std::min(step, a.rows - r), x + r * depth, depth, w + column, depth, k > 0,
-                  sums + r * kLinearPanel + column, ahead + number * depth * 64, lines);
-        }
+      const char* ahead = reinterpret_cast<const char*>(w + depth * kLinearPanel);  // the next piece, also of the next panel
+      for (int64_t column = 0, line = 0; column < kLinearPanel; column += kTileColumns)
+        for (int64_t r = 0; r < a.rows; r += step, line += depth / 4 * each)
+          tile_of(std::min(step, a.rows - r), x + r * depth, depth, w + column, depth, k > 0, sums + r * kLinearPanel + column,
+                  Fetch{ahead, static_cast<uint64_t>(line), static_cast<uint64_t>(line < 2 * depth ? each : 0)});
     }
-    const int64_t first = p * kLinearPanel, width = std::min(kLinearPanel, a.out - first);
-    for (int64_t r = 0; r < a.rows; r++) {
-      const float* from = sums + r * kLinearPanel;
-      float* to = a.y + r * a.out + first;
-#pragma omp simd
-      for (int64_t c = 0; c < width; c++) to[c] = a.bias == nullptr ? from[c] : from[c] + a.bias[first + c];
-    }
+    for (int64_t r = 0; r < a.rows; r++) finish(a, sums + r * kLinearPanel, r, p);
   }
 }
 

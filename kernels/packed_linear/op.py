@@ -12,16 +12,19 @@ from torch import Tensor
 from .. import backend
 from ..registration import define, primitives, refuse_vmap
 from . import reference
-from .reference import PANEL
+from .reference import ACTIVATIONS, PANEL
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
 
-def _fake(x, weight, bias, out_features):
+def _fake(x, weight, bias, residual, activation, out_features):
     return x.new_empty((x.shape[0], out_features))
 
 
-define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor", fake=_fake)
+define(
+    "packed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, int out_features) -> Tensor",
+    fake=_fake,
+)
 backend.register("packed_linear", cpp=backend.Support((torch.float32,), ("packed_linear",)))
 
 # ---- the public functions --------------------------------------------------------------------------------------------
@@ -32,46 +35,79 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     Raises ValueError or TypeError for anything but a floating matrix with rows and columns.
     """
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must be [N, K], neither of them 0, got {list(weight.shape)}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight is {weight.dtype}, it must be floating")
+    _check_weight("weight", weight)
     return reference.pack_weight(weight.detach())
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out_features: int) -> Tensor:
-    """``x @ weight.T + bias`` for a weight packed by `pack_weight`. Not differentiable.
+def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Weights ``[N, K]`` of a gated layer in the layout of `packed_linear` with ``activation="swiglu"``, a copy:
+    ``[ceil(N / 16), K, 32]``, contiguous. Raises as `pack_weight`, and ValueError for two different shapes."""
+    _check_weight("gate", gate)
+    _check_weight("up", up)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, up {up.dtype} {list(up.shape)}: they must be alike")
+    return reference.pack_gated(gate.detach(), up.detach())
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name} must be [N, K], neither of them 0, got {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{name} is {weight.dtype}, it must be floating")
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(x @ weight.T + bias) + residual`` for a weight packed by `pack_weight`. Not differentiable.
 
     Args:
-        x: ``[..., K]``, any strides. Written for 2 to some 64 rows: more are right, but not faster than a plain product.
+        x: ``[..., K]``, any strides. Written for up to some 64 rows: more are right, but not faster than a plain product.
         packed: ``[ceil(N / 32), K, 32]``, of x's dtype and device.
         bias: ``[N]`` or None.
         out_features: N.
+        activation: "none", "gelu_tanh", or "swiglu": ``silu(x @ gate.T) * (x @ up.T)`` for the ``[ceil(N / 16), K, 32]``
+            of `pack_gated`, without bias.
+        residual: ``[..., N]``, added last, or None.
 
     Returns:
         ``[..., N]`` in x's dtype, contiguous.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: for shapes, dtypes, devices or names that do not fit.
         BackendError: when a forced backend cannot run.
     """
-    refuse_vmap("packed_linear", x, packed, bias)
+    refuse_vmap("packed_linear", x, packed, bias, residual)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    gated = activation == "swiglu"
     if x.dim() < 1 or packed.dim() != 3 or packed.shape[1] != x.shape[-1] or packed.shape[2] != PANEL:
         have = f"x is {list(x.shape)} and packed {list(packed.shape)}"
         raise ValueError(f"{have}: they must be [..., K] and [panels, K, {PANEL}]")
-    if packed.shape[0] != -(-out_features // PANEL):
-        raise ValueError(f"out_features={out_features} does not fit the {packed.shape[0]} panels of {PANEL} of packed")
-    if bias is not None and list(bias.shape) != [out_features]:
-        raise ValueError(f"bias is {list(bias.shape)}, it must be [{out_features}]")
-    for name, other in (("packed", packed), ("bias", bias)):
+    width = PANEL // 2 if gated else PANEL
+    if packed.shape[0] != -(-out_features // width):
+        raise ValueError(f"out_features={out_features} does not fit the {packed.shape[0]} panels of {width} of packed")
+    if bias is not None and (gated or list(bias.shape) != [out_features]):
+        raise ValueError(f"bias is {list(bias.shape)}, it must be {'None with swiglu' if gated else [out_features]}")
+    if residual is not None and list(residual.shape) != [*x.shape[:-1], out_features]:
+        raise ValueError(f"residual is {list(residual.shape)}, it must be {[*x.shape[:-1], out_features]}")
+    others = {"packed": packed, "bias": bias, "residual": residual}
+    for name, other in others.items():
         if other is not None and (other.dtype != x.dtype or other.device != x.device):
             raise TypeError(f"{name} is {other.dtype} on {other.device}, x {x.dtype} on {x.device}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, packed, bias)):
-        raise ValueError("packed_linear has no gradient: x, packed and bias must not require one")
-    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others.values())):
+        raise ValueError("packed_linear has no gradient: x, packed, bias and residual must not require one")
+    rows, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, out_features)
     choice = backend.choose("packed_linear", x)
     if choice == "reference":
-        y = reference.packed_linear(rows, packed, bias, out_features)
+        y = reference.packed_linear(rows, packed, bias, added, activation, out_features)
     else:
-        y = primitives(choice, x).packed_linear(rows, packed.contiguous(), bias, out_features)
+        number = ACTIVATIONS.index(activation)
+        y = primitives(choice, x).packed_linear(rows, packed.contiguous(), bias, added, number, out_features)
     return y.view(*x.shape[:-1], out_features)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
 
-from lmvae_fast.kernels.packed_linear import pack_weight, packed_linear
+from lmvae_fast.kernels.packed_linear import pack_gated, pack_weight, packed_linear
 
 from .common import (
     LAYOUTS,
@@ -59,6 +59,55 @@ def test_inputs(name, inputs):
     _check(f"{inputs} inputs", on_backend(packed_linear, name), x, weight, None)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("added", [False, True])
+def test_activation_and_residual(name, added):
+    require("packed_linear", name)
+    x, weight, bias = _draw(21, 200, 70)
+    residual = torch.randn(21, 70) if added else None
+
+    def plain(x, weight, bias, residual):
+        y = gelu(linear(x, weight, bias), approximate="tanh")
+        return y if residual is None else y + residual
+
+    out = on_backend(packed_linear, name)(
+        x, pack_weight(weight), bias, out_features=70, activation="gelu_tanh", residual=residual
+    )
+    double = [None if t is None else t.double() for t in (x, weight, bias, residual)]
+    assert_within_error_rule("gelu", out, plain(x, weight, bias, residual), plain(*double))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("outputs", ODD_SIZES)
+@pytest.mark.parametrize("added", [False, True])
+def test_gated(name, outputs, added):
+    require("packed_linear", name)
+    inputs = 20 if outputs == 1 else 150  # torch takes one output as a dot product, in many sums that are shorter than ours
+    x, gate, up = torch.randn(13, inputs), torch.randn(outputs, inputs) / 12, torch.randn(outputs, inputs)
+    residual = torch.randn(13, outputs) if added else None
+
+    def plain(x, gate, up, residual):
+        y = silu(linear(x, gate)) * linear(x, up)
+        return y if residual is None else y + residual
+
+    out = on_backend(packed_linear, name)(
+        x, pack_gated(gate, up), out_features=outputs, activation="swiglu", residual=residual
+    )
+    double = [None if t is None else t.double() for t in (x, gate, up, residual)]
+    assert_within_error_rule(f"{outputs} outputs", out, plain(x, gate, up, residual), plain(*double))
+
+
+def test_activations_of_large_values():
+    require("packed_linear", "cpp")
+    x = torch.tensor([[-1e30, -100.0, -10.0, -0.0, 1e-20, 10.0, 100.0, 1e30]]).t().contiguous()
+    out = on_backend(packed_linear, "cpp")(x, pack_weight(torch.ones(1, 1)), out_features=1, activation="gelu_tanh")
+    torch.testing.assert_close(out, gelu(x.double(), approximate="tanh").float(), rtol=2e-6, atol=1e-7)
+    gated = on_backend(packed_linear, "cpp")(
+        x, pack_gated(torch.ones(1, 1), torch.full((1, 1), 0.5)), out_features=1, activation="swiglu"
+    )
+    torch.testing.assert_close(gated, (silu(x.double()) * 0.5 * x.double()).float(), rtol=2e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     require("packed_linear", "cpp")
@@ -99,7 +148,7 @@ def test_threads_compilation_and_registration():
     packed = pack_weight(weight)
 
     def run(x):
-        return packed_linear(x, packed, bias, out_features=4500)
+        return packed_linear(x, packed, bias, out_features=4500, activation="gelu_tanh")
 
     out, threads = run(x), torch.get_num_threads()
     try:
@@ -110,7 +159,7 @@ def test_threads_compilation_and_registration():
         torch.set_num_threads(threads)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), out)
-    opcheck("packed_linear", (x, packed, bias, 4500))
+    opcheck("packed_linear", (x, packed, bias, torch.randn(9, 4500), 1, 4500))
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
@@ -122,6 +171,10 @@ def test_every_instruction_set(isa):
         "    x, w, b = torch.randn(m, k), torch.randn(n, k), torch.randn(n)\n"
         "    y = packed_linear(x, pack_weight(w), b, out_features=n)\n"
         "    torch.testing.assert_close(y, torch.nn.functional.linear(x, w, b), rtol=1e-4, atol=1e-4)\n"
+        "    y = packed_linear(x, pack_weight(w), b, out_features=n, activation='gelu_tanh', residual=y)\n"
+        "    z = torch.nn.functional.linear(x, w, b)\n"
+        "    z = z + torch.nn.functional.gelu(z, approximate='tanh')\n"
+        "    torch.testing.assert_close(y, z, rtol=1e-4, atol=2e-4)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "LMVAE_CPU_ISA": isa})
 
@@ -141,5 +194,13 @@ def test_bad_input_is_named():
         packed_linear(x, packed, bias, out_features=39)
     with raises_naming(TypeError, "packed", "float64"):
         packed_linear(x, packed.double(), None, out_features=40)
+    with raises_naming(ValueError, "activation", "relu", "swiglu"):
+        packed_linear(x, packed, out_features=40, activation="relu")
+    with raises_naming(ValueError, "bias", "None with swiglu"):
+        packed_linear(x, pack_gated(weight, weight), bias, out_features=40, activation="swiglu")
+    with raises_naming(ValueError, "residual", "[4, 40]", "[4, 39]"):
+        packed_linear(x, packed, bias, out_features=40, residual=torch.zeros(4, 39))
+    with raises_naming(ValueError, "gate", "up", "[39, 16]"):
+        pack_gated(weight, weight[:39])
     with raises_naming(ValueError, "gradient"):
         packed_linear(x.requires_grad_(), packed, None, out_features=40)
