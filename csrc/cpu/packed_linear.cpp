@@ -25,6 +25,8 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, cons
   TORCH_CHECK(weight.dim() == 3 && weight.size(2) == kLinearPanel && weight.is_contiguous() && weight.size(1) == input.size(1) &&
                   weight.size(0) == (out_features + width - 1) / width,
               "packed_linear: the weight is not pack_weight's for ", out_features, " x ", input.size(1));
+  TORCH_CHECK(!residual.has_value() || residual->sizes().equals({input.size(0), out_features}),
+              "packed_linear: the residual is not [", input.size(0), ", ", out_features, "]");
   const at::Tensor x = input.stride(1) == 1 ? input : input.contiguous(), b = dense(bias), added = dense(residual);
   at::Tensor y = at::empty({x.size(0), out_features}, x.options());
   a.in = x.size(1), a.out = out_features;
@@ -35,11 +37,14 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, cons
     a.rows = std::min(kLinearRows, x.size(0) - from);
     const float* rows = x.const_data_ptr<float>() + from * x.stride(0);
     // Rows of a power of two would all fall into the same sets of the first-level cache.
-    for (int64_t k = 0; k < a.in; k += kLinearDepth) {
-      const int64_t depth = std::min(kLinearDepth, a.in - k);
-      for (int64_t r = 0; r < a.rows; r++)
-        std::memcpy(piece + k * a.rows + r * depth, rows + r * x.stride(0) + k, depth * sizeof(float));
-    }
+    const int64_t count = (a.in + kLinearDepth - 1) / kLinearDepth;
+    at::parallel_for(0, count, std::max<int64_t>(1, 32'000 / (a.rows * kLinearDepth)), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin * kLinearDepth; k < std::min(a.in, end * kLinearDepth); k += kLinearDepth) {
+        const int64_t depth = std::min(kLinearDepth, a.in - k);
+        for (int64_t r = 0; r < a.rows; r++)
+          std::memcpy(piece + k * a.rows + r * depth, rows + r * x.stride(0) + k, depth * sizeof(float));
+      }
+    });
     a.x = piece, a.y = y.mutable_data_ptr<float>() + from * a.out;
     a.residual = added.defined() ? data(added) + from * a.out : nullptr;
     at::parallel_for(0, weight.size(0), std::max<int64_t>(1, 200'000 / (a.rows * a.in * kLinearPanel + 1)),

@@ -111,3 +111,27 @@ def packed_linear(
         number = ACTIVATIONS.index(activation)
         y = primitives(choice, x).packed_linear(rows, packed.contiguous(), bias, added, number, out_features)
     return y.view(*x.shape[:-1], out_features)
+
+
+class PackedLinear:
+    """A linear map whose weight, bias and activation stay: `packed_linear` with its checks made once.
+
+    A decoding step makes some fifty of these calls, and checking each anew costs as much as a twentieth of the step.
+
+    Args:
+        packed, bias, out_features, activation: as for `packed_linear`.
+    """
+
+    def __init__(self, packed: Tensor, bias: Tensor | None = None, *, out_features: int, activation: str = "none"):
+        self.packed, self.bias, self.out_features = packed.contiguous(), bias, out_features
+        self.activation = activation
+        none = packed.new_empty((0, packed.shape[1]))
+        packed_linear(none, packed, bias, out_features=out_features, activation=activation)
+        self._choice = backend.choose("packed_linear", packed)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``[M, K]`` to ``[M, N]``, the residual ``[M, N]`` added. Not differentiable, and nothing is checked in Python."""
+        if self._choice == "reference":
+            return reference.packed_linear(x, self.packed, self.bias, residual, self.activation, self.out_features)
+        run = torch.ops.lmvae_fast.packed_linear.default
+        return run(x, self.packed, self.bias, residual, ACTIVATIONS.index(self.activation), self.out_features)

@@ -19,7 +19,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Weights [N, K] of a gate and of what it is for as [ceil(N / 16), K, 32]: 16 outputs of the one, the same 16 of the other."""
+    """Weights [N, K] of a gate and of what passes it as [ceil(N / 16), K, 32]: 16 outputs of each side by side."""
     half = PANEL // 2
     filled = -gate.shape[0] % half
     parts = [torch.nn.functional.pad(w, (0, 0, 0, filled)).view(-1, half, w.shape[1]) for w in (gate, up)]

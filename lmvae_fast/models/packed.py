@@ -2,30 +2,31 @@
 
 A decode step multiplies few rows by every weight, and torch's plain matrix product brings a weight into the layout it
 computes with anew at each call. Here that is done once per decoder: in fp32 for our own product of few rows, in bf16, and
-for many rows, for oneDNN's. The modules and their code stay Hugging Face's, only what a linear module calls is exchanged
-while a step runs.
+for many rows, for oneDNN's. Where our product is used and the family is known, a whole body is exchanged (bodies.py);
+otherwise the modules and their code stay Hugging Face's, and only what a linear module calls is exchanged while a step runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lmvae_fast.kernels.backend import current, extension
-from lmvae_fast.kernels.packed_linear import pack_weight, packed_linear
+from lmvae_fast.models.bodies import body_forward, linear_weight, packed_of
 from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.models.large_pages import LargePages
 
-FP32_ROWS = 2  # a single row waits for the weight's bytes, whatever their layout
 OUR_ROWS = 48  # ahead of oneDNN's packed product at 32, not at 64 (docs/kernels/packed_linear.md)
 
 Linear = nn.Linear | Conv1D
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 _packed: WeakKeyDictionary[Decoder, tuple[tuple, list[tuple[nn.Module, Forward]]]] = WeakKeyDictionary()
 
 
@@ -33,7 +34,7 @@ def pays(decoder: Decoder, rows: int) -> bool:
     """Whether packed weights make a step over this many rows faster (measured: docs/generation.md)."""
     if decoder.trains or decoder.device.type != "cpu" or current() == "reference" or torch.is_autocast_enabled("cpu"):
         return False
-    if decoder.dtype == torch.float32 and FP32_ROWS <= rows <= OUR_ROWS and extension()[0]:
+    if decoder.dtype == torch.float32 and rows <= OUR_ROWS and extension()[0]:
         return True
     if not torch.backends.mkldnn.is_available():
         return False
@@ -61,24 +62,32 @@ def _forwards(decoder: Decoder, rows: int) -> list[tuple[nn.Module, Forward]]:
     ours = decoder.dtype == torch.float32 and rows <= OUR_ROWS
     state = (ours, *((m.weight.data_ptr(), m.weight._version) for m in modules))
     if decoder not in _packed or _packed[decoder][0] != state:
-        make = _our_forward if ours else partial(_onednn_forward, rows=rows)
-        _packed[decoder] = (state, [(module, make(module)) for module in modules])
+        _packed.pop(decoder, None)  # before the next copy of the weights is made
+        _packed[decoder] = (state, _ours(decoder, modules) if ours else _onednn(modules, rows))
     return _packed[decoder][1]
 
 
-def _weight(module: Linear) -> Tensor:
-    """As ``[outputs, inputs]``."""
-    weight = module.weight.detach()
-    return weight.t() if type(module) is Conv1D else weight
+def _ours(decoder: Decoder, modules: list[Linear]) -> list[tuple[nn.Module, Forward]]:
+    pages = LargePages()
+    body = body_forward(decoder, pages)
+    if body is None:
+        return [(module, _when_called(module, pages)) for module in modules]
+    inside = set(decoder.body.modules())
+    return [(decoder.body, body), *((m, _when_called(m, pages)) for m in modules if m not in inside)]
 
 
-def _our_forward(module: Linear) -> Forward:
-    outputs, packed, bias = _weight(module).shape[0], pack_weight(_weight(module)), module.bias
-    return lambda x: packed_linear(x, packed, bias, out_features=outputs)
+def _when_called(module: Linear, pages: LargePages) -> Forward:
+    # Greedy decoding has another way with the head (head.py): what is not called takes no memory.
+    packed = cache(partial(packed_of, pages, module))
+    return lambda x: packed()(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def _onednn(modules: list[Linear], rows: int) -> list[tuple[nn.Module, Forward]]:
+    return [(module, _onednn_forward(module, rows)) for module in modules]
 
 
 def _onednn_forward(module: Linear, rows: int) -> Forward:
     # The number of rows is a hint: the layout serves any other as well.
-    blocked = torch.ops.mkldnn._reorder_linear_weight(_weight(module).contiguous(), rows)
+    blocked = torch.ops.mkldnn._reorder_linear_weight(linear_weight(module).contiguous(), rows)
     bias, linear = module.bias, torch.ops.mkldnn._linear_pointwise
     return lambda x: linear(x, blocked, bias, "none", [], "")
