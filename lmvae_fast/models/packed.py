@@ -15,10 +15,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lmvae_fast.kernels.backend import current, extension
+from lmvae_fast.kernels.packed_linear import packed_linear
 from lmvae_fast.models.bodies import body_forward, linear_weight, packed_of
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.large_pages import LargePages
@@ -79,7 +80,12 @@ def _ours(decoder: Decoder, modules: list[Linear]) -> list[tuple[nn.Module, Forw
 def _when_called(module: Linear, pages: LargePages) -> Forward:
     # Greedy decoding has another way with the head (head.py): what is not called takes no memory.
     packed = cache(partial(packed_of, pages, module))
-    return lambda x: packed()(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def forward(x: Tensor) -> Tensor:
+        linear = packed()
+        return packed_linear(x, linear.packed, linear.bias, out_features=linear.out_features)
+
+    return forward
 
 
 def _onednn(modules: list[Linear], rows: int) -> list[tuple[nn.Module, Forward]]:

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import flop_registry
 import lmvae_fast.kernels.greedy_head
 import lmvae_fast.kernels.latent_attention
 import lmvae_fast.kernels.latent_kv
-import lmvae_fast.kernels.lm_head_loss
-import lmvae_fast.kernels.packed_linear  # noqa: F401  (the ops must be registered before they can have a formula)
+import lmvae_fast.kernels.lm_head_loss  # noqa: F401  (the ops must be registered before they can have a formula)
 from lmvae_fast.kernels.latent_attention.visibility import VISIBILITIES, visible_slots, visible_tokens
+from lmvae_fast.kernels.packed_linear.reference import ACTIVATIONS
 
 Formula = Callable[..., int]
 
@@ -88,8 +88,8 @@ def _linear(x, weight, *rest: Any, **_: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-def _packed_linear(x, packed, bias, out_features, **_: Any) -> int:
-    return 2 * x.numel() * out_features
+def _packed_linear(x, packed, bias, residual, activation, out_features, **_: Any) -> int:
+    return 2 * x.numel() * out_features * (2 if ACTIVATIONS[activation] == "swiglu" else 1)
 
 
 def _greedy_head(hidden, weight, *rest: Any, **_: Any) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lmvae_fast.generation import rows
+from lmvae_fast.kernels.packed_linear import PackedLinear
 from lmvae_fast.models import decoders
 from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.lmvae import LMVAE
@@ -122,6 +123,7 @@ def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
         for module in body.modules():
             if isinstance(module, Linear):
                 on.module(module, "products", "layers")
+        on.function(PackedLinear, "__call__", "products", "layers")
         on.function(LatentCache, "attend", "attention", "layers")
         on.function(decoders, "greedy_tokens", "head", "other")
         on.function(rows, "sample_token", "choosing", "other")
