@@ -1,15 +1,16 @@
 """Decoding, interleaved: the engine against LangVAE 0.6.13, transformers.generate and our eager reference.
 
-    python -m benchmarks.generation.decode langvae [--batches 1 32 256] [--shape gpt2-small] [--rounds 3]
-    python -m benchmarks.generation.decode transformers
+    python -m benchmarks.generation.decode langvae [--batches 1 32 256] [--rounds 3]
+    python -m benchmarks.generation.decode transformers [--shape llama-160m]
     python -m benchmarks.generation.decode eager
     python -m benchmarks.generation.decode sampling     (what a draw under top-p adds to greedy decoding)
+    python -m benchmarks.generation.decode body         (the decoder's layers as they are, compiled, with packed weights)
 
 Every side is a process of its own with the same weights and latents; greedy, 32 tokens, nothing stops early. In fp32 the
-tokens of both sides must be the same before anything is timed. Sides take turns, in random order within each round; a
+tokens of all sides must be the same before anything is timed. Sides take turns, in random order within each round; a
 speed-up is the median over rounds of the ratio, of elapsed and of processor time. Besides: seconds until the first token,
 the peak memory of each process, and the share of the machine's limit (reading every weight once a step, or the matrix
-products). Writes benchmarks/results/generation/<against>.json.
+products). Writes benchmarks/results/generation/<against>.json, of other shapes than GPT-2's <against>-<shape>.json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.kernels import harness
-from benchmarks.training.cases import LATENT, MAX_LEN, make_case
+from benchmarks.training.cases import LATENT, MAX_LEN, SHAPES, make_case
 from benchmarks.training.worker import Worker
 from lmvae_fast.data.corpus import generate_corpus
 
@@ -45,12 +46,17 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
         "engine fp32": ("fp32", "engine"), "top-p fp32": ("fp32", "top-p"),
         "engine bf16": ("bf16", "engine"), "top-p bf16": ("bf16", "top-p"),
     },
+    "body": {
+        f"{form} {precision}": (precision, {"packed": "engine"}.get(form, form))
+        for precision in ("fp32", "bf16") for form in ("packed", "plain", "compiled")
+    },
 }  # fmt: skip
 BASELINES = {
     "langvae": {"engine fp32": "LangVAE", "engine bf16": "LangVAE"},
     "transformers": {"engine fp32": "transformers fp32", "engine bf16": "transformers bf16"},
     "eager": {"engine fp32": "eager fp32"},
     "sampling": {"engine fp32": "top-p fp32", "engine bf16": "top-p bf16"},
+    "body": {f"{form} {p}": f"plain {p}" for p in ("fp32", "bf16") for form in ("packed", "compiled")},
 }
 
 
@@ -64,8 +70,10 @@ def prepare(folder: Path, shape: str, batch: int, threads: int) -> tuple[Path, d
     case |= {"latents": str(latents), "tokens": MAX_LEN, "decoder": str(decoder)}
     file.write_text(json.dumps(case))
     weights = load_file(decoder / "model.safetensors")
-    # every matrix once but the position table; the tied embedding is the head's
-    case["weights"] = sum(value.numel() for name, value in weights.items() if value.dim() == 2 and "wpe" not in name)
+    # every matrix once but the position table, and an embedding that is not the head's too
+    unread = ("wpe", "embed_tokens") if "lm_head.weight" in weights else ("wpe",)
+    read = [value for name, value in weights.items() if value.dim() == 2 and not any(part in name for part in unread)]
+    case["weights"] = sum(value.numel() for value in read)
     return file, case
 
 
@@ -85,11 +93,14 @@ def start(against: str, file: Path) -> dict[str, Worker]:
 def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> dict[str, Any]:
     """Times of one batch size; SystemExit where fp32 sides disagree about a token."""
     pairs = BASELINES[against]
-    base = pairs["engine fp32"]
-    ours, theirs = (sides[name].ask("ids", batch=batch)["ids"] for name in ("engine fp32", base))
-    if ours != theirs and against != "sampling":
-        first = next(row for row in range(batch) if ours[row] != theirs[row])
-        raise SystemExit(f"batch {batch}: tokens differ from {base}'s, first in sentence {first}: nothing is timed")
+    compared = [name for name in sides if not name.endswith("bf16")] if against != "sampling" else []
+    said = {name: sides[name].ask("ids", batch=batch)["ids"] for name in compared}
+    for name in compared[1:]:
+        if said[name] != said[compared[0]]:
+            row = next(row for row in range(batch) if said[name][row] != said[compared[0]][row])
+            raise SystemExit(
+                f"batch {batch}: {name} says other tokens than {compared[0]}, first in sentence {row}: nothing is timed"
+            )
     times: dict[str, list[float]] = {name: [] for name in sides}
     processor: dict[str, list[float]] = {name: [] for name in sides}
     order, shuffle = list(sides), random.Random(0)
@@ -106,7 +117,7 @@ def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> 
         for name in sides if name != "LangVAE"
     }  # fmt: skip
     return {
-        "batch": batch, "rounds": rounds, "same_tokens_fp32": ours == theirs,
+        "batch": batch, "rounds": rounds, "same_tokens_fp32": compared,
         "seconds": {name: round(statistics.median(values), 4) for name, values in times.items()},
         "all_seconds": {name: [round(value, 4) for value in values] for name, values in times.items()},
         "sentences_per_second": {name: round(batch / statistics.median(values), 2) for name, values in times.items()},
@@ -126,10 +137,10 @@ def _ratios(times: dict[str, list[float]], pairs: dict[str, str]) -> dict[str, f
 
 
 def limit_share(row: dict[str, Any], weights: int, limits: dict[str, float]) -> dict[str, float]:
-    """What reading the weights once a step, or multiplying by them, takes at least, over what each engine side took."""
+    """What reading the weights once a step, or multiplying by them, takes at least, over what each side of ours took."""
     shares = {}
     for name, seconds in row["seconds"].items():
-        if name.startswith("engine"):
+        if name.startswith(("engine", "packed", "plain", "compiled")):
             half = name.endswith("bf16")
             rate = limits["matmul_bfloat16_flops_per_s" if half else "matmul_float32_flops_per_s"]
             # a copy reads and writes: reading alone is taken to go at its rate
@@ -142,14 +153,17 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("against", choices=SIDES)
-    parser.add_argument("--shape", default="gpt2-small")
+    parser.add_argument("--shape", default="gpt2-small", choices=SHAPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256, 1024])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/generation/<against>.json")
     options = parser.parse_args()
+    if options.against == "langvae" and SHAPES[options.shape].family != "gpt2":
+        parser.error("the comparison with LangVAE runs GPT-2 shapes")
     torch.set_num_threads(options.threads)
-    output = options.output or RESULTS / f"{options.against}.json"
+    name = options.against if options.shape == "gpt2-small" else f"{options.against}-{options.shape}"
+    output = options.output or RESULTS / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "command": "python -m benchmarks.generation.decode " + " ".join(sys.argv[1:]), "shape": options.shape,
@@ -161,9 +175,10 @@ def main() -> int:
         for batch in options.batches:
             row = measure(sides, options.against, batch, options.rounds)
             row["share_of_limit"] = limit_share(row, case["weights"], record["limits"])
+            # a high-water mark: of this batch and those before it
+            row["peak_bytes"] = {name: side.ask("peak")["bytes"] for name, side in sides.items()}
             record["rows"].append(row)
             # after every batch: a run that is stopped leaves those it has measured
-            record["peak_bytes"] = {name: side.ask("peak")["bytes"] for name, side in sides.items()}
             output.write_text(json.dumps(record, indent=1) + "\n")
             print(batch, row["sentences_per_second"], row["speedup"], "processor time:", row["cpu_speedup"], flush=True)
         for side in sides.values():

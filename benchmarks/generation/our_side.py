@@ -1,10 +1,12 @@
 """Our sides of a comparison, and transformers.generate.
 
-usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 engine|top-p|eager|transformers [rolling|prefix]
+usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 FORM [rolling|prefix]
 
-`engine` is what `lf.generate` does, `top-p` the same with a draw; `eager` the same loop with every op in plain torch and no
-packed weights; `transformers` is `model.generate` of Hugging Face's own modules over a static cache that begins with the
-same memory, which only `prefix` visibility can be expressed in. All but `top-p` decode greedily, and none stops early.
+FORM `engine` is what `lf.generate` does, `top-p` the same with a draw, `plain` the same without packed weights, `compiled`
+with the decoder's body and head under torch.compile instead (static shapes, weights frozen into the code); `eager` the same
+loop with every op in plain torch and no packed weights; `transformers` is `model.generate` of Hugging Face's own modules
+over a static cache that begins with the same memory, which only `prefix` visibility can be expressed in. All but `top-p`
+decode greedily, and none stops early.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import time
 import warnings
 
 import torch
+import torch._inductor.config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -44,9 +47,18 @@ class OurSide:
             self.model.decoder = Decoder(decoder.model.to(dtype), decoder.tokenizer)
         if form == "transformers":
             self.decoder = AutoModelForCausalLM.from_pretrained(case["decoder"], dtype=dtype).eval()
+        if form == "compiled":
+            self._compile()
         self.bos = self.model.decoder.tokenizer.bos_token_id
         self.model.decoder.tokenizer.eos_token_id = -1  # no sentence ends early
         self.z = load_file(case["latents"])["z"]
+
+    def _compile(self) -> None:
+        torch._inductor.config.freezing = True  # the weights are constants: their layout is settled once, as packing does
+        torch._dynamo.config.recompile_limit = 64  # one compilation per batch size, and one for a single token's run
+        decoder = self.model.decoder
+        decoder.body.forward = torch.compile(decoder.body.forward, dynamic=False)
+        decoder.logits = torch.compile(decoder.logits, dynamic=False)
 
     def ids(self, batch: int) -> dict:
         """The tokens it decodes."""
@@ -63,10 +75,10 @@ class OurSide:
     def _decode(self, batch: int, tokens: int) -> list[list[int]]:
         if self.form == "transformers":
             return self._transformers(batch, tokens)
-        plain = self.form == "eager"
+        packed = self.form in ("engine", "top-p")
         draw = {"do_sample": True, "top_p": 0.9, "seed": 0} if self.form == "top-p" else {}
-        config = lf.GenerationConfig(batch_size=batch, max_new_tokens=tokens, pack_weights=not plain, **draw)
-        with lf.backend("reference" if plain else "auto"):
+        config = lf.GenerationConfig(batch_size=batch, max_new_tokens=tokens, pack_weights=packed, **draw)
+        with lf.backend("reference" if self.form == "eager" else "auto"):
             return [out.ids for out in lf.generate(self.model, self.z[:batch], config)]
 
     @torch.no_grad()

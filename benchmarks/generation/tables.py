@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from benchmarks.records import load, where
+from benchmarks.records import RESULTS, load, where
 
 AGAINST = {"langvae": "LangVAE 0.6.13", "transformers": "transformers.generate", "eager": "eager reference"}
 
 
+def _records(name: str) -> Iterator[dict[str, Any]]:
+    """Of GPT-2's shape first, then of other shapes."""
+    files = [f"{name}.json", *sorted(path.name for path in (RESULTS / "generation").glob(f"{name}-*.json"))]
+    yield from filter(None, (load(f"generation/{file}") for file in files))
+
+
+def _pair(values: dict[str, float], ours: str, theirs: str, factor: float, digits: int) -> str:
+    """``ours / theirs``; empty where nothing was measured."""
+    found = [f"{values[name] * factor:,.{digits}f}" if name in values else "-" for name in (ours, theirs)]
+    return "" if found == ["-", "-"] else " / ".join(found)
+
+
+def _note(title: str, record: dict[str, Any]) -> str:
+    work = f"{record['shape']}, {record['tokens']} tokens"
+    return f"- {title}: `{record['command']}`, {work} ({where(record['machine'])})"
+
+
 def generation() -> str:
-    """Sentences per second and how many times faster, by batch and baseline."""
+    """Sentences per second and how many times faster, by baseline, decoder and batch."""
     lines = [
-        "| against | batch | ours | sentences/s | theirs | times faster | by processor time | share of the limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| against | decoder | batch | ours | sentences/s | theirs | times faster | by processor time | share of the limit | "
+        "first token, ms | peak memory, GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for name, title in AGAINST.items():
-        record = load(f"generation/{name}.json")
-        if record is None:
-            lines.append(f"| {title} | | not measured | | | | | |")
-            continue
-        for row in record["rows"]:
-            rates = row["sentences_per_second"]
-            for side, speedup in row["speedup"].items():
-                base = row["baseline"][side]
-                lines.append(
-                    f"| {title} | {row['batch']} | {side} | {rates[side]:.2f} | {rates[base]:.2f} ({base}) | {speedup:.2f} | "
-                    f"{row['cpu_speedup'][side]:.2f} | {row['share_of_limit'][side]:.0%} |"
-                )
-        work = f"{record['shape']}, {record['tokens']} tokens"
-        notes.append(f"- {title}: `{record['command']}`, {work} ({where(record['machine'])})")
+        records = list(_records(name))
+        if not records:
+            lines.append(f"| {title} | | | not measured | | | | | | | |")
+        for record in records:
+            lines += [line for row in record["rows"] for line in _lines(title, record, row)]
+            notes.append(_note(title, record))
+    lines += ["", "First token and peak memory: ours / theirs; memory is that of the whole process, up to this batch."]
     return "\n".join([*lines, "", *notes])
+
+
+def _lines(title: str, record: dict[str, Any], row: dict[str, Any]) -> Iterator[str]:
+    rates, last = row["sentences_per_second"], row is record["rows"][-1]
+    peaks = row.get("peak_bytes") or (record["peak_bytes"] if last else {})
+    for side, speedup in row["speedup"].items():
+        base = row["baseline"][side]
+        yield (
+            f"| {title} | {record['shape']} | {row['batch']} | {side} | {rates[side]:.2f} | {rates[base]:.2f} ({base}) | "
+            f"{speedup:.2f} | {row['cpu_speedup'][side]:.2f} | {row['share_of_limit'][side]:.0%} | "
+            f"{_pair(row['first_token_seconds'], side, base, 1e3, 0)} | {_pair(peaks, side, base, 1e-9, 2)} |"
+        )
+
+
+def body() -> str:
+    """What the decoder's layers run as: Hugging Face's modules, these compiled, these over packed weights."""
+    records = list(_records("body"))
+    if not records:
+        return "Not measured."
+    lines = [
+        "| decoder | batch | precision | modules as they are, sentences/s | under torch.compile | with packed weights | "
+        "compiled, times faster | packed, times faster | share of the limit, packed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for row in record["rows"]:
+            for precision in ("fp32", "bf16"):
+                plain, compiled, packed = (f"{form} {precision}" for form in ("plain", "compiled", "packed"))
+                rates = " | ".join(f"{row['sentences_per_second'][side]:.2f}" for side in (plain, compiled, packed))
+                lines.append(
+                    f"| {record['shape']} | {row['batch']} | {precision} | {rates} | {row['speedup'][compiled]:.2f} | "
+                    f"{row['speedup'][packed]:.2f} | {row['share_of_limit'][packed]:.0%} |"
+                )
+    return "\n".join([*lines, "", *(_note("body", record) for record in records)])
 
 
 def sampling() -> str:
@@ -48,4 +94,4 @@ def sampling() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`, {record['shape']} ({where(record['machine'])})"])
 
 
-TABLES: dict[str, Callable[[], str]] = {"generation": generation, "sampling": sampling}
+TABLES: dict[str, Callable[[], str]] = {"generation": generation, "generation-body": body, "sampling": sampling}
