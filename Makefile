@@ -53,6 +53,11 @@ bench-generate: $(READY) ## decoding against LangVAE, transformers.generate and 
 	$(BIN)/python -m benchmarks.generation.decode transformers
 	$(BIN)/python -m benchmarks.generation.decode eager
 	$(BIN)/python -m benchmarks.generation.decode sampling --batches 32
+	for shape in llama-160m qwen-0.1b; do \
+		$(BIN)/python -m benchmarks.generation.decode transformers --shape $$shape --batches 1 32 && \
+		$(BIN)/python -m benchmarks.generation.decode eager --shape $$shape --batches 1 32 || exit 1; done
+	$(BIN)/python -m benchmarks.generation.decode body --batches 1 32
+	$(BIN)/python -m benchmarks.generation.decode body --shape llama-160m --batches 1 32
 
 bench-generate-long: $(READY) ## 100,000 latents through the command line: steady memory, and the same file after kills
 	$(BIN)/python -m benchmarks.generation.long_run
