@@ -7,7 +7,7 @@ numbers a sentence), which every rank multiplies itself in the optimizer's pass:
 2 * latent_dim sentences.
 
 A run does not know how many ranks it has: batches, noise and data order are those of one process, so a checkpoint can be
-continued by any number of them (docs/distributed.md says what dropout makes of that).
+continued by any number of them (docs/distributed.md says what dropout inside fine-tuned models makes of that).
 """
 
 from __future__ import annotations
