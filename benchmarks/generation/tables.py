@@ -94,4 +94,24 @@ def sampling() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`, {record['shape']} ({where(record['machine'])})"])
 
 
-TABLES: dict[str, Callable[[], str]] = {"generation": generation, "generation-body": body, "sampling": sampling}
+def beginnings() -> str:
+    """What beginning a batch costs, against what it stands for."""
+    record = load("generation/beginnings.json")
+    if record is None:
+        return "Not measured."
+    plain = {
+        "memory": ("memory projected into the cache", "into a tensor of its own, then copied"),
+        "prompt": (f"prompt of {record['prompt']} tokens in one pass", "token by token"),
+    }
+    lines = ["| work | against | visibility | precision | times faster | by processor time |", "|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        work = " | ".join(plain[row["what"]])
+        figures = f"{row['visibility']} | {row['precision']} | {row['speedup']:.2f} | {row['cpu_speedup']:.2f}"
+        lines.append(f"| {work} | {figures} |")
+    work = f"{record['shape']}, batch {record['batch']}"
+    return "\n".join([*lines, "", f"`{record['command']}`, {work} ({where(record['machine'])})"])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "generation": generation, "generation-body": body, "sampling": sampling, "beginnings": beginnings,
+}  # fmt: skip
