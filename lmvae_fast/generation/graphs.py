@@ -48,7 +48,7 @@ class CudaGraph:
                 step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 step()
 
     def replay(self) -> None:
@@ -84,7 +84,8 @@ def capture_for(decoder: nn.Module, device: torch.device, wanted: bool | None) -
             remedy="leave cuda_graphs at None, which records where it can",
         )  # fmt: skip
     off = wanted is False or (wanted is None and current() == "reference") or decoder in _refused
-    return None if off else capture
+    # Under autocast weights are copied, and the copies are gone when it is left: a recording would go on reading them.
+    return None if off or capture is None or torch.is_autocast_enabled(device.type) else capture
 
 
 def rows_of(sentences: int) -> int:

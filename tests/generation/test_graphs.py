@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import lmvae_fast as lf
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.generation import engine, graphs
@@ -87,7 +88,7 @@ def test_looking_seldom_changes_nothing(recordings, monkeypatch):
 def test_a_decoder_that_looks_at_a_value_is_run_as_it_is(recordings, caplog):
     model = make_model("gpt2").eval()
     z = 2 * torch.randn(6, 6)
-    config = GenerationConfig(batch_size=4)
+    config = GenerationConfig(batch_size=4, pack_weights=False)
     expected = list(generate(model, z, config.replace(cuda_graphs=False)))
     forward = model.decoder.body.forward
     model.decoder.body.forward = lambda **inputs: forward(**inputs) if float(inputs["inputs_embeds"].sum()) > -1e9 else None
@@ -142,10 +143,15 @@ def test_batches_shrink_to_powers_of_two():
     assert [rows_of(n) for n in (1, 8, 9, 16, 17, 1000)] == [8, 8, 16, 16, 32, 1024]
 
 
-def test_what_is_recorded_where():
+def test_what_is_recorded_where(monkeypatch):
     decoder = torch.nn.Linear(1, 1)
     assert graphs.capture_for(decoder, torch.device("cpu"), None) is None
     assert graphs.capture_for(decoder, torch.device("cuda"), None) is graphs.CudaGraph
     assert graphs.capture_for(decoder, torch.device("cuda"), False) is None
+    with lf.backend("reference"):
+        assert graphs.capture_for(decoder, torch.device("cuda"), None) is None
+        assert graphs.capture_for(decoder, torch.device("cuda"), True) is graphs.CudaGraph
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    assert graphs.capture_for(decoder, torch.device("cuda"), True) is None
     with pytest.raises(ConfigError, match="cuda_graphs"):
         generate(make_model("gpt2"), torch.zeros(1, 6), GenerationConfig(cuda_graphs=True))
