@@ -3,7 +3,7 @@
     python -m benchmarks.generation.decode langvae [--batches 1 32 256] [--rounds 3]
     python -m benchmarks.generation.decode transformers [--shape llama-160m]
     python -m benchmarks.generation.decode eager
-    python -m benchmarks.generation.decode sampling     (what a draw under top-p adds to greedy decoding)
+    python -m benchmarks.generation.decode sampling     (what a draw under top-p adds to a step)
     python -m benchmarks.generation.decode body         (the decoder's layers as they are, compiled, with packed weights)
 
 Every side is a process of its own with the same weights and latents; greedy, 32 tokens, nothing stops early. In fp32 the
@@ -43,8 +43,8 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "eager": {"engine fp32": ("fp32", "engine"), "eager fp32": ("fp32", "eager")},
     "sampling": {
-        "engine fp32": ("fp32", "engine"), "top-p fp32": ("fp32", "top-p"),
-        "engine bf16": ("bf16", "engine"), "top-p bf16": ("bf16", "top-p"),
+        f"{name} {precision}": (precision, form)
+        for precision in ("fp32", "bf16") for name, form in (("engine", "engine"), ("greedy", "logits"), ("top-p", "top-p"))
     },
     "body": {
         f"{form} {precision}": (precision, {"packed": "engine"}.get(form, form))
@@ -55,7 +55,7 @@ BASELINES = {
     "langvae": {"engine fp32": "LangVAE", "engine bf16": "LangVAE"},
     "transformers": {"engine fp32": "transformers fp32", "engine bf16": "transformers bf16"},
     "eager": {"engine fp32": "eager fp32"},
-    "sampling": {"engine fp32": "top-p fp32", "engine bf16": "top-p bf16"},
+    "sampling": {f"{name} {p}": f"top-p {p}" for p in ("fp32", "bf16") for name in ("greedy", "engine")},
     "body": {f"{form} {p}": f"plain {p}" for p in ("fp32", "bf16") for form in ("packed", "compiled")},
 }
 

@@ -2,11 +2,12 @@
 
 usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 FORM [rolling|prefix]
 
-FORM `engine` is what `lf.generate` does, `top-p` the same with a draw, `plain` the same without packed weights, `compiled`
-with the decoder's body and head under torch.compile instead (static shapes, weights frozen into the code); `eager` the same
-loop with every op in plain torch and no packed weights; `transformers` is `model.generate` of Hugging Face's own modules
-over a static cache that begins with the same memory, which only `prefix` visibility can be expressed in. All but `top-p`
-decode greedily, and none stops early.
+FORM `engine` is what `lf.generate` does, `top-p` the same with a draw, `logits` the same with every logit made and the
+largest taken (greedy decoding needs none, a draw all), `plain` the engine without packed weights, `compiled` with the
+decoder's body and head under torch.compile instead (static shapes, weights frozen into the code); `eager` the same loop with
+every op in plain torch and no packed weights; `transformers` is `model.generate` of Hugging Face's own modules over a static
+cache that begins with the same memory, which only `prefix` visibility can be expressed in. All but `top-p` decode greedily,
+and none stops early.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class OurSide:
             self.decoder = AutoModelForCausalLM.from_pretrained(case["decoder"], dtype=dtype).eval()
         if form == "compiled":
             self._compile()
+        if form == "logits":
+            decoder = self.model.decoder
+            decoder.greedy_step = lambda ids, cache, injection, pack: decoder.step(ids, cache, injection).argmax(-1)
         self.bos = self.model.decoder.tokenizer.bos_token_id
         self.model.decoder.tokenizer.eos_token_id = -1  # no sentence ends early
         self.z = load_file(case["latents"])["z"]
@@ -75,7 +79,7 @@ class OurSide:
     def _decode(self, batch: int, tokens: int) -> list[list[int]]:
         if self.form == "transformers":
             return self._transformers(batch, tokens)
-        packed = self.form in ("engine", "top-p")
+        packed = self.form in ("engine", "top-p", "logits")
         draw = {"do_sample": True, "top_p": 0.9, "seed": 0} if self.form == "top-p" else {}
         config = lf.GenerationConfig(batch_size=batch, max_new_tokens=tokens, pack_weights=packed, **draw)
         with lf.backend("reference" if self.form == "eager" else "auto"):

@@ -81,16 +81,17 @@ def body() -> str:
 
 
 def sampling() -> str:
-    """What drawing adds to a greedy step."""
+    """What a draw adds to a step that makes the same logits, and to a greedy one, which needs none."""
+    steps = {"greedy": "all logits, the largest taken", "engine": "greedy decoding, which makes no logits"}
     record = load("generation/sampling.json")
     if record is None:
         return "Not measured."
-    lines = ["| batch | precision | top-p 0.9 over greedy, elapsed | by processor time |", "|---|---|---|---|"]
+    lines = ["| batch | precision | top-p 0.9 over | elapsed | by processor time |", "|---|---|---|---|---|"]
     for row in record["rows"]:
         for side, ratio in row["speedup"].items():
-            lines.append(
-                f"| {row['batch']} | {side.split()[-1]} | {ratio - 1:+.1%} | {row['cpu_speedup'][side] - 1:+.1%} |"
-            )
+            step, precision = side.split()
+            figures = f"{ratio - 1:+.1%} | {row['cpu_speedup'][side] - 1:+.1%}"
+            lines.append(f"| {row['batch']} | {precision} | {steps[step]} | {figures} |")
     return "\n".join([*lines, "", f"`{record['command']}`, {record['shape']} ({where(record['machine'])})"])
 
 

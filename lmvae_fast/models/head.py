@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lmvae_fast.kernels.backend import current, extension
 from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
+from lmvae_fast.models.large_pages import LargePages
 
 if TYPE_CHECKING:
     from lmvae_fast.models.decoders import Decoder
@@ -46,5 +48,8 @@ def _head(decoder: Decoder) -> GreedyHead:
     weight = decoder.model.get_output_embeddings().weight
     state = (weight.data_ptr(), weight._version)
     if decoder not in _packed or _packed[decoder][0] != state:
-        _packed[decoder] = (state, pack_head(weight))
+        head = pack_head(weight)
+        elements = head.panels.numel()  # even: a float32's room holds two
+        room = LargePages().empty(elements // 2).view(torch.bfloat16)
+        _packed[decoder] = (state, replace(head, panels=room.view_as(head.panels).copy_(head.panels)))
     return _packed[decoder][1]
