@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -78,14 +79,16 @@ def generate_file(
         "text_only": text_only, "generation": config.to_dict(),
     }  # fmt: skip
     try:
-        done = _continue_from(output, meta_path, meta, block_size * per_latent, latents.total * per_latent, overwrite)
-        if progress is not None and done:
-            progress(done, None)
-        blocks = _blocks(latents, done // per_latent, block_size, prompts, annotations)
-        decoded: Iterable[Iterable[Generated]] = (
-            (block.decode(model, limited) for block in blocks) if workers is None else workers.decode(blocks, limited)
-        )
+        output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("ab") as file:
+            _lock(file, output)
+            done = _continue_from(output, meta_path, meta, block_size * per_latent, latents.total * per_latent, overwrite)
+            if progress is not None and done:
+                progress(done, None)
+            blocks = _blocks(latents, done // per_latent, block_size, prompts, annotations)
+            decoded: Iterable[Iterable[Generated]] = (
+                (block.decode(model, limited) for block in blocks) if workers is None else workers.decode(blocks, limited)
+            )
             for sentences in decoded:
                 lines = []
                 for out in sentences:
@@ -200,10 +203,21 @@ def _line(out: Generated, config: GenerationConfig, text_only: bool) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def _lock(file: BinaryIO, output: Path) -> None:
+    """Keeps other runs from writing until the file is closed; OutputError where one is at it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another run is writing {output}", remedy="stop it, or choose another output") from error
+
+
 def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, total: int, overwrite: bool) -> int:
-    """Lines of whole blocks already there, everything behind them cut off; 0 for a new file."""
-    if overwrite or not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
+    """Lines of whole blocks already there, everything behind them cut off; 0 for a new file, which is an empty one."""
+    if overwrite or (output.stat().st_size == 0 and not meta_path.exists()):
         temporary = meta_path.with_name(meta_path.name + ".partial")
         temporary.write_text(json.dumps(meta, indent=2) + "\n")
         temporary.replace(meta_path)

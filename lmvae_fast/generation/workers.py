@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -92,9 +93,18 @@ class Workers:
 
 def _begin(load: Callable[[str, str], LMVAE], source: str, numbers, threads: int, on_gpu: bool, backend: str) -> None:
     global _model
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _model = load(source, f"cuda:{numbers.get()}" if on_gpu else "cpu").eval()
     use_backend(backend).__enter__()  # for the life of the process
+
+
+def _end_with_the_parent() -> None:
+    """Without a parent, which may have been killed, nobody would ever ask for anything or end this process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _decode(block: Block, config: GenerationConfig) -> list[Generated]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +240,52 @@ def test_a_latent_of_the_prior_depends_on_its_row_only():
     assert not torch.equal(whole, torch.cat(list(latents_of_prior(11, 5, seed=4).read(11, 0))))
     with pytest.raises(ConfigError, match="at least one"):
         latents_of_prior(0, 5, seed=3)
+
+
+def test_one_run_at_a_time_writes(model, latents, tmp_path):
+    write_latents(tmp_path / "z.npy", latents)
+
+    def again(sentences, tokens):
+        with pytest.raises(OutputError, match="another run"):
+            run(model, tmp_path / "z.npy", tmp_path / "out.jsonl")
+
+    run(model, tmp_path / "z.npy", tmp_path / "out.jsonl", progress=again)
+    assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == N
+
+
+ORPHANS = """
+import sys, time
+from lmvae_fast.generation.workers import Workers
+from tests.generation.test_stream import from_folder
+if __name__ == "__main__":
+    workers = Workers(from_folder, sys.argv[1], 2)
+    workers._pool.submit(int).result()
+    print(*workers._pool._processes, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", include_frozen=True)
+    (tmp_path / "parent.py").write_text(ORPHANS)
+    root = Path(__file__).resolve().parents[2]
+    command, environment = [sys.executable, tmp_path / "parent.py", tmp_path / "model"], os.environ | {"PYTHONPATH": str(root)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(number) for number in parent.stdout.readline().split()]
+        parent.kill()
+    assert workers
+    deadline = time.monotonic() + 30
+    while any(is_running(number) for number in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(number) for number in workers)
+
+
+def is_running(number):
+    """A process that is neither gone nor a zombie that nobody has asked about yet."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def from_folder(source, device):
