@@ -23,10 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Pool:
-    """Worker processes that serve one case after the other: they import torch once, not once a case."""
+    """Worker processes that serve one case after the other: they import torch once, not once a case.
+
+    A worker has one rank for its life, as real processes have: torch remembers which piece of a tensor a mesh gives it.
+    """
 
     def __init__(self) -> None:
-        self.workers: list[subprocess.Popen] = []
+        self.workers: dict[int, subprocess.Popen] = {}
 
     def _start(self) -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -39,19 +42,19 @@ class Pool:
         """Run a case in ``world`` processes; what each rank reports (None for one that died)."""
         folder.mkdir(parents=True)
         (folder / "case.json").write_text(json.dumps({"output": str(folder / "run"), **case}))
-        self.workers = [worker for worker in self.workers if worker.poll() is None]
-        self.workers += [self._start() for _ in range(world - len(self.workers))]
-        for rank, worker in enumerate(self.workers[:world]):
-            worker.stdin.write(f"{rank} {world} {folder}\n")
-            worker.stdin.flush()
-        for worker in self.workers[:world]:
-            if not worker.stdout.readline():  # it died
-                worker.wait()
+        for rank in range(world):
+            if rank not in self.workers or self.workers[rank].poll() is not None:
+                self.workers[rank] = self._start()
+            self.workers[rank].stdin.write(f"{rank} {world} {folder}\n")
+            self.workers[rank].stdin.flush()
+        for rank in range(world):
+            if not self.workers[rank].stdout.readline():  # it died
+                self.workers[rank].wait()
         files = [folder / f"result-{rank}.json" for rank in range(world)]
         return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
     def close(self) -> None:
-        for worker in self.workers:
+        for worker in self.workers.values():
             worker.kill()
             worker.wait()
 
