@@ -57,6 +57,7 @@ bench-generate: $(READY) ## decoding against LangVAE, transformers.generate and 
 		$(BIN)/python -m benchmarks.generation.decode transformers --shape $$shape --batches 1 32 && \
 		$(BIN)/python -m benchmarks.generation.decode eager --shape $$shape --batches 1 32 || exit 1; done
 	$(BIN)/python -m benchmarks.generation.decode body --batches 1 32
+	$(BIN)/python -m benchmarks.generation.beginnings
 	$(BIN)/python -m benchmarks.generation.decode body --shape llama-160m --batches 1 32
 
 bench-generate-long: $(READY) ## 100,000 latents through the command line: steady memory, and the same file after kills

@@ -54,9 +54,9 @@ def read(
     """
     begun = [place for place, tokens in enumerate(ids) if len(tokens)]
     for part in _parts(begun, [len(tokens) for tokens in ids]):
-        whole = len(part) == len(ids)
-        chosen = injection if whole else injection.select(torch.tensor(part, device=cache.step.device))
-        _read(decoder, cache, chosen, [rows[place] for place in part], [ids[place] for place in part])
+        run = slice(part[0], part[-1] + 1)  # neighbours are chosen without a copy of their memory
+        chosen = run if run.stop - run.start == len(part) else torch.tensor(part, device=cache.step.device)
+        _read(decoder, cache, injection.select(chosen), [rows[place] for place in part], [ids[place] for place in part])
 
 
 def _parts(places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.generation import engine
 from lmvae_fast.generation.engine import generate
+from lmvae_fast.generation.rows import Rows, Start
 from lmvae_fast.models import packed
 from lmvae_fast.models.greedy import greedy_ids
 from lmvae_fast.models.injection import Injection
@@ -230,6 +231,20 @@ def test_repetition_penalty_forbids_what_was_said():
     # a penalty beyond all bounds leaves a said token only where no other has a positive score
     for out in generate(model, z, strict):
         assert len(set(out.ids)) == len(out.ids)
+
+
+def test_the_tokens_of_a_prompt_count_as_said():
+    model = make_model("gpt2").eval()
+    z, config = torch.randn(2, 6), GenerationConfig(repetition_penalty=1.2)
+    with torch.no_grad():
+        rows = Rows(model, model.inject(z[:0]), 3, limit=4, longest_prompt=3, config=config, seed=None)
+        rows.start([2, 0], model.inject(z), [Start(0, 0, 0, (7, 9, 7)), Start(1, 0, 1)])
+        assert [row.nonzero().flatten().tolist() for row in rows.state["seen"]] == [[], [], [7, 9]]
+        rows.start([2], model.inject(z[1:]), [Start(2, 0, 2, (5,))])  # nothing of the sentence before is left
+        assert rows.state["seen"][2].nonzero().flatten().tolist() == [5]
+        rows.advance()
+    first = rows.state["ids"][:, 0].tolist()
+    assert [row.nonzero().flatten().tolist() for row in rows.state["seen"]][::2] == [[first[0]], sorted({5, first[2]})]
 
 
 def test_log_probabilities_are_the_models():
