@@ -149,8 +149,8 @@ def _scatter(latents: Sequence[Tensor], names: Sequence[str]) -> Any:
 
     points = plane([latent.tolist() for latent in latents])
     figure, axis = plt.subplots(figsize=(7, 4.6))
-    axis.scatter(*points[1:].T, s=26, alpha=0.8)
-    axis.scatter(*points[:1].T, s=110, marker="*")
+    axis.scatter(points[1:, 0], points[1:, 1], s=26, alpha=0.8)
+    axis.scatter(points[:1, 0], points[:1, 1], s=110, marker="*")
     for point, name in zip(points, names, strict=True):
         axis.annotate(textwrap.shorten(name, 50), point, (5, 4), textcoords="offset points", fontsize=8, parse_math=False)
     axis.set(xlabel="first main direction", ylabel="second")
