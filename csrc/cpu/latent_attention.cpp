@@ -3,6 +3,7 @@
 #include "latent_attention.h"
 
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -16,6 +17,8 @@ namespace lmvae {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr int64_t kFetchedRows = 64;  // of keys, and of values, asked for ahead: 32 KB of float rows of 64
 
 Strided packed(const at::Tensor& x) {  // [tokens, heads, head_dim]
   return {x.const_data_ptr(), 0, x.stride(1), x.stride(0), x.stride(2)};
@@ -137,8 +140,46 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
   return {grad_q, grad_kv, grad_memory};
 }
 
-at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& lengths,
-                  double scale, std::optional<int64_t> window, std::optional<double> softcap) {
+// Keys and values that one (row, kv head) will read are asked for while another is computed: their rows are too short for
+// the processor to see a stream in them. Both are asked for in turn, so that two pages are on their way at a time.
+void fetch_visible(const LatentAttentionDecodeArgs& a, int64_t b, int64_t head, int64_t length, int64_t size) {
+  if (a.k.dim != 1 || a.v.dim != 1) return;
+  const int64_t from = std::max<int64_t>(0, length - a.window), row = a.head_dim * size;
+  const char* k = static_cast<const char*>(a.k.data) + (b * a.k.batch + head * a.k.head + from * a.k.row) * size;
+  const char* v = static_cast<const char*>(a.v.data) + (b * a.v.batch + head * a.v.head + from * a.v.row) * size;
+  for (int64_t n = 0; n < std::min<int64_t>(length - from, kFetchedRows); n++)
+    for (int64_t line = 0; line < row; line += 64) {
+      __builtin_prefetch(k + n * a.k.row * size + line);
+      __builtin_prefetch(v + n * a.v.row * size + line);
+    }
+}
+
+// What a step adds to the cache: row b's key and value of every kv head, at position places[b].
+struct NewToken {
+  const at::Tensor &k, &v, &k_cache, &v_cache;
+  const int64_t* places;
+
+  void write(int64_t b, int64_t head) const {
+    copy(k, k_cache, b, head);
+    copy(v, v_cache, b, head);
+  }
+
+ private:
+  void copy(const at::Tensor& from, const at::Tensor& to, int64_t b, int64_t head) const {
+    const int64_t size = from.element_size(), dim = from.size(2), step_in = from.stride(2) * size, step_out = to.stride(3) * size;
+    const char* x = static_cast<const char*>(from.const_data_ptr()) + (b * from.stride(0) + head * from.stride(1)) * size;
+    char* y = static_cast<char*>(to.mutable_data_ptr()) +
+              (b * to.stride(0) + head * to.stride(1) + places[b] * to.stride(2)) * size;
+    if (step_in == size && step_out == size) {
+      std::memcpy(y, x, dim * size);
+    } else {
+      for (int64_t d = 0; d < dim; d++) std::memcpy(y + d * step_out, x + d * step_in, size);
+    }
+  }
+};
+
+at::Tensor decode_over(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& lengths,
+                       double scale, std::optional<int64_t> window, std::optional<double> softcap, const NewToken* added) {
   LatentAttentionDecodeArgs a{};
   const int64_t batch = q.size(0), positions = k_cache.size(2);
   a.heads = q.size(1), a.kv_heads = k_cache.size(1), a.head_dim = q.size(2);
@@ -158,11 +199,30 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tens
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_decode", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_decode_workspace<scalar_t>(a));
     const auto pair = LMVAE_PICK(latent_attention_decode<scalar_t>);
-    for_pairs(batch * a.kv_heads, bytes, 4 * flops, [&](int64_t p, int64_t, void* own) {
-      pair(a, p / a.kv_heads, p % a.kv_heads, count[p / a.kv_heads], own);
+    for_pairs(batch * a.kv_heads, bytes, 4 * flops, [&](int64_t p, int64_t next, void* own) {
+      const int64_t b = p / a.kv_heads, head = p % a.kv_heads;
+      if (added != nullptr) added->write(b, head);
+      if (next >= 0) fetch_visible(a, next / a.kv_heads, next % a.kv_heads, count[next / a.kv_heads], sizeof(scalar_t));
+      pair(a, b, head, count[b], own);
     });
   });
   return out;
+}
+
+at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& lengths,
+                  double scale, std::optional<int64_t> window, std::optional<double> softcap) {
+  return decode_over(q, k_cache, v_cache, lengths, scale, window, softcap, nullptr);
+}
+
+at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                const at::Tensor& places, const at::Tensor& lengths, double scale, std::optional<int64_t> window,
+                std::optional<double> softcap) {
+  const at::Tensor at = places.to(at::kLong).contiguous();
+  const NewToken added{k, v, k_cache, v_cache, at.const_data_ptr<int64_t>()};
+  for (int64_t b = 0; b < q.size(0); b++)
+    TORCH_CHECK_VALUE(added.places[b] >= 0 && added.places[b] < k_cache.size(2), "positions must be 0 to ", k_cache.size(2) - 1,
+                      ", got ", added.places[b], " in row ", b);
+  return decode_over(q, k_cache, v_cache, lengths, scale, window, softcap, &added);
 }
 
 }  // namespace
@@ -171,6 +231,7 @@ TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
   m.impl("latent_attention_fwd", &fwd);
   m.impl("latent_attention_bwd", &bwd);
   m.impl("latent_attention_decode", &decode);
+  m.impl("latent_attention_step", &step);
 }
 
 }  // namespace lmvae

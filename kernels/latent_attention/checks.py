@@ -158,6 +158,16 @@ def check_decode(
         raise ValueError(f"head_dim of q must be 1 to 256, got {head_dim}")
     _check_integer("lengths", lengths, (torch.int32, torch.int64), batch, q.device)
 
+def check_new_token(k: Tensor, v: Tensor, k_cache: Tensor, positions: Tensor) -> None:
+    """What a step writes into a cache, as far as it can be checked without reading device memory."""
+    batch, kv_heads, _, head_dim = k_cache.shape
+    for name, new in (("k", k), ("v", v)):
+        if tuple(new.shape) != (batch, kv_heads, head_dim):
+            raise ValueError(f"{name} must be {[batch, kv_heads, head_dim]} for k_cache, got {list(new.shape)}")
+        if new.dtype != k_cache.dtype or new.device != k_cache.device:
+            raise TypeError(f"{name} is {new.dtype} on {new.device}, k_cache {k_cache.dtype} on {k_cache.device}")
+    _check_integer("positions", positions, (torch.int64,), batch, k_cache.device)
+
 
 def check_lengths(lengths: Tensor, positions: int) -> None:
     """ValueError if a row of ``lengths`` (on the CPU) claims more positions than the cache has, or fewer than none."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backend
 from ..registration import autocast, define, primitives, refuse_vmap
 from . import reference
-from .checks import check_decode, check_lengths, check_offsets, check_packed, check_tensors
+from .checks import check_decode, check_lengths, check_new_token, check_offsets, check_packed, check_tensors
 from .visibility import visibility_code
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
@@ -31,6 +31,10 @@ def _fake_bwd(grad_out, q, k, v, memory_k, memory_v, out, stats, cu_seqlens, *op
 
 
 def _fake_decode(q, k_cache, v_cache, lengths, scale, window, softcap):
+    return q.new_empty(tuple(q.shape))
+
+
+def _fake_step(q, k, v, k_cache, v_cache, positions, lengths, scale, window, softcap):
     return q.new_empty(tuple(q.shape))
 
 
@@ -92,6 +96,11 @@ define(
     fake=_fake_decode,
     triton=_triton_decode,
 )
+define(
+    "latent_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
+    "Tensor lengths, float scale, int? window, float? softcap) -> Tensor",
+    fake=_fake_step,
+)
 _PRIMITIVES = ("latent_attention_fwd", "latent_attention_bwd")
 backend.register(
     "latent_attention",
@@ -100,7 +109,7 @@ backend.register(
 )
 backend.register(
     "latent_attention_decode",
-    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("latent_attention_decode",)),
+    cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("latent_attention_decode", "latent_attention_step")),
     triton=backend.Support(backend.FLOATS, ("latent_attention_decode",)),
 )
 
@@ -210,3 +219,37 @@ def latent_attention_decode(
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         check_lengths(lengths, k_cache.shape[2])
     return reference.latent_attention_decode(q, k_cache, v_cache, lengths, scale=scale, window=window, softcap=softcap)
+
+
+def latent_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`latent_attention_decode` after the new token's key and value were written to the cache. Not differentiable.
+
+    Args:
+        q, k_cache, v_cache, lengths, scale, window, softcap: as for `latent_attention_decode`.
+        k, v: [B, Hkv, D], any strides, in the dtype of the caches, which they are written to in place.
+        positions: int64 [B], where each row's token goes, 0 to N - 1.
+
+    Returns and raises as `latent_attention_decode`; ValueError, TypeError also for k, v and positions that do not fit.
+    """
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, positions=positions, lengths=lengths)
+    check_decode(q, k_cache, v_cache, lengths, scale, window, softcap)
+    check_new_token(k, v, k_cache, positions)
+    if backend.choose("latent_attention_decode", q) == "cpp":
+        refuse_vmap("latent_attention_step", q, k, v, k_cache, v_cache)
+        run = torch.ops.lmvae_fast.latent_attention_step.default
+        return run(q, k, v, k_cache, v_cache, positions, lengths, float(scale), window, softcap)
+    rows = torch.arange(q.shape[0], device=q.device)
+    k_cache[rows, :, positions], v_cache[rows, :, positions] = k, v
+    return latent_attention_decode(q, k_cache, v_cache, lengths, scale=scale, window=window, softcap=softcap)

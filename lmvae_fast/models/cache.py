@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import ConfigError
-from lmvae_fast.kernels.latent_attention import latent_attention_decode
+from lmvae_fast.kernels.latent_attention import latent_attention_decode, latent_attention_step
 from lmvae_fast.kernels.latent_attention.visibility import token_position
 from lmvae_fast.models.injection import Injection
 
@@ -115,8 +115,12 @@ class LatentCache:
 
     def attend(self, layer, query, key, value, *, scale, window, softcap):
         """One token per row: query ``[batch, heads, head_dim]``, key and value ``[batch, kv_heads, head_dim]``."""
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]
-        self.write(layer, self._rows, self._positions, key, value)
-        return latent_attention_decode(
-            query.to(keys.dtype), keys, values, self._lengths, scale=scale, window=window, softcap=softcap
-        ).to(query.dtype)
+        (keys, values), dtype = self.kv[layer].unbind(0), self.kv.dtype
+        options = {"scale": scale, "window": window, "softcap": softcap}
+        if keys.device.type == "cpu":
+            new = (key.to(dtype), value.to(dtype))
+            out = latent_attention_step(query.to(dtype), *new, keys, values, self._positions, self._lengths, **options)
+        else:
+            self.write(layer, self._rows, self._positions, key, value)
+            out = latent_attention_decode(query.to(dtype), keys, values, self._lengths, **options)
+        return out.to(query.dtype)

@@ -63,6 +63,10 @@ def _attention_decode(q, k_cache, v_cache, lengths, *rest: Any, **_: Any) -> int
     return 4 * q.shape[1] * q.shape[2] * seen
 
 
+def _attention_step(q, k, v, k_cache, v_cache, positions, lengths, *rest: Any, **_: Any) -> int:
+    return _attention_decode(q, k_cache, v_cache, lengths, *rest)
+
+
 def _kv_fwd(z, weight, *rest: Any, **_: Any) -> int:
     return 2 * z.shape[0] * weight.numel()
 
@@ -101,6 +105,7 @@ def _formulas() -> dict[Any, Formula]:
         "latent_attention_fwd": _attention_fwd,
         "latent_attention_bwd": _attention_bwd,
         "latent_attention_decode": _attention_decode,
+        "latent_attention_step": _attention_step,
         "latent_kv_fwd": _kv_fwd,
         "latent_kv_out": _kv_fwd,
         "latent_kv_bwd": _kv_bwd,
