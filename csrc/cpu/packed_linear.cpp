@@ -31,18 +31,18 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, cons
   at::Tensor y = at::empty({x.size(0), out_features}, x.options());
   a.in = x.size(1), a.out = out_features;
   a.weight = data(weight), a.bias = data(b);
-  const at::Tensor pieces = at::empty({std::min(x.size(0), kLinearRows) * a.in}, x.options());
+  const int64_t count = (a.in + kLinearDepth - 1) / kLinearDepth;
+  const at::Tensor pieces = at::empty({std::min(x.size(0), kLinearRows) * count * kLinearDepth}, x.options());
   float* piece = pieces.mutable_data_ptr<float>();
   for (int64_t from = 0; from < x.size(0); from += kLinearRows) {
     a.rows = std::min(kLinearRows, x.size(0) - from);
     const float* rows = x.const_data_ptr<float>() + from * x.stride(0);
     // Rows of a power of two would all fall into the same sets of the first-level cache.
-    const int64_t count = (a.in + kLinearDepth - 1) / kLinearDepth;
     at::parallel_for(0, count, std::max<int64_t>(1, 32'000 / (a.rows * kLinearDepth)), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin * kLinearDepth; k < std::min(a.in, end * kLinearDepth); k += kLinearDepth) {
         const int64_t depth = std::min(kLinearDepth, a.in - k);
         for (int64_t r = 0; r < a.rows; r++)
-          std::memcpy(piece + k * a.rows + r * depth, rows + r * x.stride(0) + k, depth * sizeof(float));
+          std::memcpy(piece + k * a.rows + r * kLinearDepth, rows + r * x.stride(0) + k, depth * sizeof(float));
       }
     });
     a.x = piece, a.y = y.mutable_data_ptr<float>() + from * a.out;

@@ -17,7 +17,7 @@ enum class Activation : int64_t { None = 0, GeluTanh = 1, SwiGlu = 2 };
 struct PackedLinearArgs {
   int64_t rows, in, out;
   Activation activation;  // SwiGlu: a panel holds 16 gates and the 16 columns they are for, and gives 16 outputs
-  const float* x;         // [in / kLinearDepth][rows][kLinearDepth], the last piece shorter
+  const float* x;         // [in / kLinearDepth][rows][kLinearDepth], the last piece filled in part
   const float* weight;    // [panels][in][kLinearPanel], zeros beyond out
   const float* bias;      // [out] or null; null with SwiGlu
   const float* residual;  // [rows, out] or null, added last

@@ -24,27 +24,31 @@ typedef float V __attribute__((vector_size(kVectorBytes), aligned(4), may_alias)
 LMVAE_INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 LMVAE_INLINE void store(float* p, V x) { *reinterpret_cast<V*>(p) = x; }
 
-// Lines that follow `base` in memory, in the order they are fetched in: the n-th of every page before the next of any.
+// Fetches the piece at `at` while another is multiplied: in every 4 terms of a sum its share of the lines, one of every page.
 struct Fetch {
-  static constexpr uint64_t kPages = kLinearDepth * kLinearPanel * 4 / 4096;
-  const char* base;
-  uint64_t line, each;  // the next one, and how many for every 4 terms of a sum
+  static constexpr int kPage = 4096, kPages = kLinearDepth * kLinearPanel * 4 / kPage, kRounds = kPage / 64 / (kLinearDepth / 4);
+  const char* at;
+  int passes;  // over the piece that is multiplied: it goes by once a tile
+  int due = 0;
   __attribute__((always_inline)) void operator()() {
-    for (uint64_t l = 0; l < each; l++, line++) __builtin_prefetch(base + line % kPages * 4096 + line / kPages * 64, 0, 2);
+    for (due += kRounds; due >= passes; due -= passes, at += 64)
+#pragma GCC unroll 4
+      for (int page = 0; page < kPages; page++) __builtin_prefetch(at + page * kPage, 0, 2);
   }
 };
 
-// sums[r][0 .. kTileColumns) (+)= sum_k x[r][k] w[k][...] for r < R.
+// sums[r][0 .. kTileColumns) (+)= sum_k x[r][k] w[k][...] for r < R, while the next piece is fetched.
 // Few rows have registers left: their sums are split in C, which hides the latency of an addition and rounds less.
 template <int R>
-void tile(const float* x, int64_t x_row, const float* w, int64_t depth, bool add, float* sums, Fetch fetch) {
+void tile(const float* x, const float* w, int64_t depth, bool add, float* sums, Fetch& next) {
   constexpr int C = R <= 2 ? 4 : R <= 5 ? 2 : 1;
   V acc[C][R][2] = {};
+  Fetch fetch = next;
   const auto step = [&](int64_t k, V (&sum)[R][2]) __attribute__((always_inline)) {
     const V left = load(w + k * kLinearPanel), right = load(w + k * kLinearPanel + kLanesF);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      const V value = x[r * x_row + k] - V{};
+      const V value = x[r * kLinearDepth + k] - V{};
       sum[r][0] += value * left, sum[r][1] += value * right;
     }
   };
@@ -55,6 +59,7 @@ void tile(const float* x, int64_t x_row, const float* w, int64_t depth, bool add
     for (int c = 0; c < 4; c++) step(k + c, acc[c % C]);
   }
   for (; k < depth; k++) step(k, acc[0]);
+  next = fetch;
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -68,10 +73,9 @@ void tile(const float* x, int64_t x_row, const float* w, int64_t depth, bool add
 }
 
 template <int R = kTileRows>
-void tile_of(int64_t rows, const float* x, int64_t x_row, const float* w, int64_t depth, bool add, float* sums,
-             Fetch fetch) {
-  if (rows == R) return tile<R>(x, x_row, w, depth, add, sums, fetch);
-  if constexpr (R > 1) tile_of<R - 1>(rows, x, x_row, w, depth, add, sums, fetch);
+void tile_of(int64_t rows, const float* x, const float* w, int64_t depth, bool add, float* sums, Fetch& next) {
+  if (rows == R) return tile<R>(x, w, depth, add, sums, next);
+  if constexpr (R > 1) tile_of<R - 1>(rows, x, w, depth, add, sums, next);
 }
 
 LMVAE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
@@ -104,17 +108,17 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
   alignas(64) float sums[kLinearRows * kLinearPanel];
   // As few tiles as cover the rows, of equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, step = (a.rows + tiles - 1) / tiles;
-  const int64_t passes = tiles * (kLinearPanel / kTileColumns), each = (8 + passes - 1) / passes;  // 4 depths are 8 lines
+  const int passes = static_cast<int>(tiles * (kLinearPanel / kTileColumns));
   for (int64_t p = begin; p < end; p++) {
     const float* panel = a.weight + p * a.in * kLinearPanel;
     for (int64_t k = 0; k < a.in; k += kLinearDepth) {
       const int64_t depth = std::min(kLinearDepth, a.in - k);
       const float *w = panel + k * kLinearPanel, *x = a.x + k * a.rows;
-      const char* ahead = reinterpret_cast<const char*>(w + depth * kLinearPanel);  // the next piece, also of the next panel
-      for (int64_t column = 0, line = 0; column < kLinearPanel; column += kTileColumns)
-        for (int64_t r = 0; r < a.rows; r += step, line += depth / 4 * each)
-          tile_of(std::min(step, a.rows - r), x + r * depth, depth, w + column, depth, k > 0, sums + r * kLinearPanel + column,
-                  Fetch{ahead, static_cast<uint64_t>(line), static_cast<uint64_t>(line < 2 * depth ? each : 0)});
+      Fetch next{reinterpret_cast<const char*>(w + depth * kLinearPanel), passes};  // what follows, also the next panel
+      for (int64_t column = 0; column < kLinearPanel; column += kTileColumns)
+        for (int64_t r = 0; r < a.rows; r += step)
+          tile_of(std::min(step, a.rows - r), x + r * kLinearDepth, w + column, depth, k > 0, sums + r * kLinearPanel + column,
+                  next);
     }
     for (int64_t r = 0; r < a.rows; r++) finish(a, sums + r * kLinearPanel, r, p);
   }
