@@ -9,13 +9,15 @@ import torch
 
 from benchmarks.kernels.harness import Case
 from lmvae_fast.kernels.packed_linear import pack_weight, packed_linear
+from lmvae_fast.models.large_pages import LargePages
 
 MATRICES = 24
 
 
 def _case(rows: int, inputs: int, outputs: int, device: str, floor: float | None) -> Case:
     weights = [torch.randn(inputs, outputs, device=device) for _ in range(MATRICES)]  # as GPT-2 holds them
-    packed = [pack_weight(weight.t()) for weight in weights]
+    pages = LargePages()  # as decoding keeps them
+    packed = [pages.empty(*p.shape).copy_(p) for p in (pack_weight(weight.t()) for weight in weights)]
     x = torch.randn(rows, inputs, device=device)
     onednn = [torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), rows) for w in weights] if device == "cpu" else []
 
@@ -44,4 +46,4 @@ def _case(rows: int, inputs: int, outputs: int, device: str, floor: float | None
 def cases(device: str) -> list[Case]:
     if device != "cpu":
         return []  # cuBLAS's work there
-    return [_case(rows, 768, 3072, device, 1.0 if rows in (8, 32) else None) for rows in (1, 2, 8, 32, 64)]
+    return [_case(rows, 768, 3072, device, 1.0 if rows in (8, 32) else None) for rows in (1, 2, 8, 32, 48, 64)]

@@ -238,7 +238,8 @@ def latent_attention_step(
 
     Args:
         q, k_cache, v_cache, lengths, scale, window, softcap: as for `latent_attention_decode`.
-        k, v: [B, Hkv, D], any strides, in the dtype of the caches, which they are written to in place.
+        k, v: [B, Hkv, D], any strides, in the dtype of the caches, which they are written to in place (so these must not
+            be expanded).
         positions: int64 [B], where each row's token goes, 0 to N - 1.
 
     Returns and raises as `latent_attention_decode`; ValueError, TypeError also for k, v and positions that do not fit.

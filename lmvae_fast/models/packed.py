@@ -58,9 +58,10 @@ def packed_weights(decoder: Decoder, rows: int, wanted: bool = True) -> Iterator
 
 
 def _forwards(decoder: Decoder, rows: int) -> list[tuple[nn.Module, Forward]]:
+    dtype = decoder.dtype  # looked up once: this is asked for at every step
     linear = [m for m in decoder.model.modules() if isinstance(m, Linear) and type(m) in (nn.Linear, Conv1D)]
-    modules = [m for m in linear if m.weight.dtype == decoder.dtype]
-    ours = decoder.dtype == torch.float32 and rows <= OUR_ROWS
+    modules = [m for m in linear if m.weight.dtype == dtype]
+    ours = dtype == torch.float32 and rows <= OUR_ROWS
     state = (ours, *((m.weight.data_ptr(), m.weight._version) for m in modules))
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed.pop(decoder, None)  # before the next copy of the weights is made

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmvae_fast.kernels import backend as registry
-from lmvae_fast.kernels.latent_attention import latent_attention, latent_attention_decode
+from lmvae_fast.kernels.latent_attention import latent_attention, latent_attention_decode, latent_attention_step
 from lmvae_fast.kernels.latent_attention.visibility import (
     VISIBILITIES,
     slot_position,
@@ -266,3 +266,48 @@ def test_decode_bad_input(name, case):
     spoil(arguments)
     with raises_naming(error, *words):
         on_backend(latent_attention_decode, name)(**arguments)
+
+
+# ---- a step: the new token is written, then attended to ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_step_writes_then_attends(name, layout, dtype):
+    require("latent_attention_decode", name, dtype)
+    q, k_cache, v_cache = caches(dtype=dtype)
+    k, v = (lay_out(torch.randn(3, *k_cache.shape[1::2]).to(dtype), layout) for _ in range(2))
+    if layout != "expanded":  # nothing can be written to a cache whose rows are one
+        k_cache, v_cache = lay_out(k_cache, layout), lay_out(v_cache, layout)
+    places, lengths = torch.tensor([0, 19, 4]), torch.tensor([1, 20, 7])
+    expected = [k_cache.clone(), v_cache.clone()]
+    for cache, new in zip(expected, (k, v), strict=True):
+        for row, place in enumerate(places.tolist()):
+            cache[row, :, place] = new[row]
+    options = {"scale": 0.3, "window": 6, "softcap": 4.0}
+    out = on_backend(latent_attention_step, name)(q, k, v, k_cache, v_cache, places, lengths, **options)
+    assert torch.equal(k_cache, expected[0])
+    assert torch.equal(v_cache, expected[1])
+    assert torch.equal(out, on_backend(latent_attention_decode, name)(q, *expected, lengths, **options))
+
+
+def test_step_is_registered_and_names_bad_input():
+    require("latent_attention_decode", "cpp")
+    q, k_cache, v_cache = caches()
+    k, v = torch.randn(2, 3, *k_cache.shape[1::2]).unbind(0)
+    places, lengths = torch.tensor([0, 19, 4]), torch.tensor([1, 20, 7])
+    opcheck("latent_attention_step", (q, k, v, k_cache, v_cache, places, lengths, 0.3, None, None))
+
+    def run(k=k, v=v, places=places):
+        return latent_attention_step(q, k, v, k_cache, v_cache, places, lengths, scale=0.3)
+
+    with raises_naming(ValueError, "k must be", "[2, "):
+        run(k=k[:2])
+    with raises_naming(TypeError, "v is torch.float64", "k_cache"):
+        run(v=v.double())
+    with raises_naming(TypeError, "positions"):
+        run(places=places.float())
+    for bad in (-1, 20):
+        with raises_naming(ValueError, "positions must be 0 to 19", str(bad), "row 1"):
+            run(places=torch.tensor([0, bad, 4]))
