@@ -6,11 +6,11 @@ again, each the pieces it then holds. The files are safetensors, so that nothing
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lmvae_fast.errors import CheckpointError, OutputError
@@ -58,7 +58,9 @@ def read(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, 
                 remedy="resume with the configuration the run was started with",
             )  # fmt: skip
         targets[path] = torch.empty_like(parameter.detach())
-    load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads the pieces of several
+        load(targets, storage_reader=HuggingFaceStorageReader(str(folder)))
     groups: dict[str, dict[str, Tensor]] = {}
     for path, tensor in targets.items():
         group, _, name = path.partition("/")
