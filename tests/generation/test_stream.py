@@ -18,7 +18,13 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
 from lmvae_fast.generation.engine import generate
 from lmvae_fast.generation.latent_files import check_latents, read_latents, write_latents
-from lmvae_fast.generation.sources import latents_of_file, latents_of_prior, read_annotations, read_prompts
+from lmvae_fast.generation.sources import (
+    latents_of_file,
+    latents_of_prior,
+    latents_of_texts,
+    read_annotations,
+    read_prompts,
+)
 from lmvae_fast.generation.stream import generate_file
 from lmvae_fast.generation.workers import Workers
 from lmvae_fast.models.lmvae import LMVAE
@@ -240,6 +246,21 @@ def test_a_latent_of_the_prior_depends_on_its_row_only():
     assert not torch.equal(whole, torch.cat(list(latents_of_prior(11, 5, seed=4).read(11, 0))))
     with pytest.raises(ConfigError, match="at least one"):
         latents_of_prior(0, 5, seed=3)
+
+
+def test_sentences_are_encoded_as_they_are_read(model, tmp_path, monkeypatch):
+    sentences = [f"{who} {what}" for who in ("cats", "the sun", "a stone", "dogs") for what in ("sleep", "warm", "are")]
+    (tmp_path / "texts.txt").write_text("\n".join(sentences))
+    config, output, asked = GenerationConfig(batch_size=1), tmp_path / "out.jsonl", []
+    generate_file(model, latents_of_texts(model, tmp_path / "texts.txt"), output, config)
+    whole = output.read_bytes()
+    assert [json.loads(line)["text"] for line in whole.splitlines()] == model.decode(model.encode(sentences).mu)
+    output.write_bytes(b"".join(whole.splitlines(keepends=True)[:9]))
+    encode = type(model).encode
+    monkeypatch.setattr(type(model), "encode", lambda self, rows: asked.extend(rows) or encode(self, rows))
+    generate_file(model, latents_of_texts(model, tmp_path / "texts.txt"), output, config)
+    assert output.read_bytes() == whole
+    assert [example.text for example in asked] == sentences[8:]  # behind a block of 8
 
 
 def test_one_run_at_a_time_writes(model, latents, tmp_path):
