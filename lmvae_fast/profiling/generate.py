@@ -43,7 +43,7 @@ def profile_generate(
         model: any LMVAE. config: how tokens are chosen, and how many; its ``batch_size`` is not read.
         batches: sentences at a time.
         folder: where ``trace-fast-BATCH.json`` and ``trace-reference-BATCH.json`` go (Chrome's trace format).
-        seconds: of timing, all batch sizes together (one round at least, three of what takes less than a second).
+        seconds: of timing, all batch sizes together (one round each at least).
         reference: whether the loop in plain torch (``LMVAE_BACKEND=reference``) is measured too.
 
     Returns:
@@ -89,10 +89,9 @@ def _one_batch(
         decoders["reference"] = functools.partial(decoders["fast"], eager=True)
         names["reference"] = EAGER
     calls: dict[str, Callable[[], Any]] = {name: functools.partial(run, tokens) for name, run in decoders.items()}
-    probe = interleave({"fast": calls["fast"]}, 0.0, model.device.type, rounds=1)["fast"][0]
-    rounds = 3 if probe < 1.0 else 1
-    times = interleave(calls, seconds, model.device.type, rounds=rounds)
-    first = interleave({name: functools.partial(run, 1) for name, run in decoders.items()}, 0.0, model.device.type, rounds=3)
+    times = interleave(calls, seconds, model.device.type, rounds=1)
+    firsts = {name: functools.partial(run, 1) for name, run in decoders.items()}
+    first = interleave(firsts, 0.0, model.device.type, rounds=3)
     watch = functools.partial(watching_decoding, model=model)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     out: dict[str, Any] = {"batch": batch, "sides": {}}

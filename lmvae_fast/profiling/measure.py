@@ -43,10 +43,12 @@ def interleave(
     """
     repeats = {}
     for name, function in sides.items():
-        for _ in range(min(3, rounds)):
-            function()
-        # short calls are timed in groups of about 2 ms, so that the clock and its call do not count
-        shortest = min(_once(function, 1, device) for _ in range(min(5, rounds)))
+        shortest = _once(function, 1, device)
+        if shortest < 1.0:  # what takes longer is warm by now, and of no group
+            for _ in range(min(2, rounds - 1)):
+                function()
+            # short calls are timed in groups of about 2 ms, so that the clock and its call do not count
+            shortest = min(_once(function, 1, device) for _ in range(min(5, rounds)))
         repeats[name] = max(1, int(2e-3 / max(1e-7, shortest)))
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
@@ -59,9 +61,10 @@ def interleave(
     return times
 
 
-def peak_memory(function: Callable[[], Any], device: str) -> int:
-    """Most bytes that torch held during a call beyond what it held before."""
-    function()
+def peak_memory(function: Callable[[], Any], device: str, *, warm: bool = False) -> int:
+    """Most bytes that torch held during a call beyond what it held before. warm: it has been called already."""
+    if not warm:
+        function()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

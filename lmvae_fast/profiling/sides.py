@@ -73,8 +73,8 @@ def measure(
     return {
         "name": side.name, "seconds": taken, "rounds": len(times), "flops": flops, "bytes": sum(cost.bytes.values()),
         "share_of_matrix_rate": flops / rate / taken, "held_bytes": side.held_bytes(),
-        "peak_extra_bytes": peak_memory(side.call, side.device.type), "joules": joules, "no_energy_because": why_not,
-        "trace": str(trace), "parts": rows,
+        "peak_extra_bytes": peak_memory(side.call, side.device.type, warm=True),
+        "joules": joules, "no_energy_because": why_not, "trace": str(trace), "parts": rows,
     }  # fmt: skip
 
 
