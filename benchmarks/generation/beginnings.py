@@ -2,7 +2,8 @@
 
     python -m benchmarks.generation.beginnings [--batch 32] [--prompt 16] [--rounds 5]
 
-Beside each, what it stands for: memory projected into a tensor of its own and copied, and the prompt read token by token.
+Beside each, what it stands for: memory projected into a tensor of its own and copied, and the prompt read token by token,
+each step with its logits.
 Both sides are compared before anything is timed, then timed in turns.
 """
 
