@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmvae_fast.kernels.backend import current, extension
 from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
+from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.large_pages import LargePages
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ def greedy_tokens(decoder: Decoder, hidden: Tensor, *, pack: bool = True, at_onc
     """
     if pack and _pays(decoder, hidden):
         return greedy_head(hidden, _head(decoder))
-    if at_once is None:
-        return decoder.logits(hidden).argmax(-1)
-    return torch.cat([decoder.logits(chunk).argmax(-1) for chunk in hidden.split(at_once)])
+    chunks = hidden.split(at_once) if at_once is not None and len(hidden) > at_once else (hidden,)
+    said = [sample_token(decoder.logits(chunk), greedy=True) for chunk in chunks]  # torch's argmax of bf16 is slow on a CPU
+    return said[0] if len(said) == 1 else torch.cat(said)
 
 
 def _pays(decoder: Decoder, hidden: Tensor) -> bool:
