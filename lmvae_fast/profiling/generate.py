@@ -90,7 +90,7 @@ def _one_batch(
         names["reference"] = EAGER
     calls: dict[str, Callable[[], Any]] = {name: functools.partial(run, tokens) for name, run in decoders.items()}
     times = interleave(calls, seconds, model.device.type, rounds=1)
-    firsts = {name: functools.partial(run, 1) for name, run in decoders.items()}
+    firsts: dict[str, Callable[[], Any]] = {name: functools.partial(run, 1) for name, run in decoders.items()}
     first = interleave(firsts, 0.0, model.device.type, rounds=3)
     watch = functools.partial(watching_decoding, model=model)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
