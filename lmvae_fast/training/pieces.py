@@ -57,7 +57,7 @@ def read(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, 
                 "the checkpoint has pieces of a parameter that this model does not train", value=f"{name} {list(size)}",
                 remedy="resume with the configuration the run was started with",
             )  # fmt: skip
-        targets[path] = torch.empty_like(parameter.detach())
+        targets[path] = torch.full_like(parameter.detach(), float("nan"))  # what nobody has written must not pass for weights
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads the pieces of several
         load(targets, storage_reader=HuggingFaceStorageReader(str(folder)))

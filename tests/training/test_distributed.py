@@ -18,6 +18,9 @@ from lmvae_fast.models.batch import Share
 from lmvae_fast.training import checkpoint
 from lmvae_fast.training.distributed import Ranks, _buckets
 from lmvae_fast.training.pieces import joined
+from lmvae_fast.training.validation import validate
+from tests.models.tiny import make_model
+from tests.training.helpers import plain_sentences
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -252,8 +255,6 @@ def test_a_process_keeps_its_part_of_a_sharded_decoder_only(launch, tmp_path):
 def test_torchrun_trains_through_the_command_line(tmp_path, system):
     """The documented command, two processes; its model is loaded again, whole, with the weights of the last checkpoint."""
     from lmvae_fast.cli.common import load_model
-    from tests.models.tiny import make_model
-    from tests.training.helpers import plain_sentences
 
     make_model(latent_dim=4, max_len=10).save_pretrained(tmp_path / "parts")
     (tmp_path / "data.txt").write_text("\n".join(plain_sentences(40)) + "\n")
@@ -281,6 +282,30 @@ def test_objective_of_sums_of_a_batch_is_refused(launch, tmp_path):
     found = launch(tmp_path / "ranks", 2, {"model": {"objective": "langvae-0.6"}, "train": {"max_steps": 1}})
     assert {each["error"] for each in found} == {"ConfigError"}
     assert "langvae-0.6" in found[0]["message"]
+
+
+def test_ranks_share_an_evaluation():
+    """Each of two ranks adds up its own sentences only, and both together are the whole."""
+    found: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    class Part(Ranks):
+        def __init__(self, rank: int, world: int) -> None:
+            self.rank, self.world = rank, world
+
+        def same(self, value):
+            return torch.zeros_like(value)
+
+        def sum(self, tensor):
+            found.setdefault((self.rank, self.world), []).append(tensor)
+            return tensor
+
+    model = make_model()
+    sentences = model.tokenize(plain_sentences(11))
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        validate(model, sentences, model.pool(sentences), batch_size=5, beta=0.5, ranks=Part(rank, world))
+    for first, second, whole in zip(found[0, 2], found[1, 2], found[0, 1], strict=True):
+        torch.testing.assert_close(first + second, whole, rtol=1e-6, atol=1e-6)
+    assert 0 < found[1, 2][0][-1] < found[0, 1][0][-1]  # tokens
 
 
 def test_shares_cover_a_batch_once():
