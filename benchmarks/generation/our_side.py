@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 import lmvae_fast as lf
 from benchmarks.training.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
+from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoders import Decoder
 
 warnings.filterwarnings("ignore")
@@ -52,7 +53,9 @@ class OurSide:
             self._compile()
         if form == "logits":
             decoder = self.model.decoder
-            decoder.greedy_step = lambda ids, cache, injection, pack: decoder.step(ids, cache, injection).argmax(-1)
+            decoder.greedy_step = lambda ids, cache, injection, pack: sample_token(
+                decoder.step(ids, cache, injection), greedy=True
+            )
         self.bos = self.model.decoder.tokenizer.bos_token_id
         self.model.decoder.tokenizer.eos_token_id = -1  # no sentence ends early
         self.z = load_file(case["latents"])["z"]
