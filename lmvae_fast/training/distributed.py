@@ -1,10 +1,10 @@
 """Training in several processes: this process among its ranks, and what they exchange.
 
-Every rank holds the whole of what trains and takes its share of each micro-batch. After the backward passes of a step the
-ranks exchange gradients, and each then makes the same update. What is exchanged for the projector's weight, most of what
-trains, is not its gradient (rows x latent_dim numbers) but the two factors it is the product of (rows + latent_dim
-numbers a sentence), which every rank multiplies itself in the optimizer's pass: less to send while a step has fewer than
-2 * latent_dim sentences.
+Every rank holds the whole of what trains, but for layers in pieces (sharding.py), and takes its share of each micro-batch.
+After the backward passes of a step the ranks exchange gradients, and each then makes the same update. What is exchanged for
+the projector's weight, most of what trains, is not its gradient (rows x latent_dim numbers) but the two factors it is the
+product of (rows + latent_dim numbers a sentence), which every rank multiplies itself in the optimizer's pass: less to send
+while a step has fewer than 2 * latent_dim sentences.
 
 A run does not know how many ranks it has: batches, noise and data order are those of one process, so a checkpoint can be
 continued by any number of them (docs/distributed.md says what dropout inside fine-tuned models makes of that).

@@ -63,8 +63,11 @@ def run(case: dict, rank: int) -> dict:
     result = train(model, data, plain_sentences(10, seed=1), config, callbacks)
     sharding = {}
     if config.shard:
-        held = sum(p.to_local().numel() for p in model.decoder.body.h.parameters() if in_pieces(p))
-        sharding = {"local_layer_elements": held, "layer_elements": elements}
+        layers = list(model.decoder.body.h.parameters())
+        sharding = {
+            "layer_elements": elements, "adapter_elements": sum(p.numel() for p in layers if not in_pieces(p)),
+            "local_layer_elements": sum(p.to_local().numel() for p in layers if in_pieces(p)),
+        }  # fmt: skip
     save_file(
         {name: whole(value).contiguous() for name, value in model.trainable_state_dict().items()},
         Path(case["folder"]) / f"weights-{rank}.safetensors",

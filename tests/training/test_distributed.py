@@ -245,10 +245,15 @@ def test_what_cannot_be_sharded_is_refused(launch, tmp_path, world, model, says)
     assert says in found[0]["message"]
 
 
-def test_a_process_keeps_its_part_of_a_sharded_decoder_only(launch, tmp_path):
-    found = launch(tmp_path / "ranks", 2, {"dtype": "float32", "train": {"max_steps": 1, "shard": True, "precision": "bf16"}})
-    for each in found:
-        assert each["local_layer_elements"] == pytest.approx(each["layer_elements"] / 2, rel=0.05)
+@pytest.mark.parametrize("model", [{}, OPTIMUS, {**PART, "decoder_part": "lora"}], ids=["frozen", "whole", "lora"])
+def test_a_process_keeps_its_part_of_a_sharded_decoder_only(launch, tmp_path, model):
+    """In bf16, where what is frozen and what trains have different dtypes."""
+    train = {"max_steps": 1, "shard": True, "precision": "bf16"}
+    for each in launch(tmp_path / "ranks", 2, {"dtype": "float32", "model": model, "train": train}):
+        assert "error" not in each, each
+        held, adapters = each["local_layer_elements"], each["adapter_elements"]
+        assert held == pytest.approx((each["layer_elements"] - adapters) / 2, rel=0.05)
+        assert (adapters > 0) == ("decoder_part" in model)
 
 
 @pytest.mark.parametrize("system", ["langvae", "optimus"])
