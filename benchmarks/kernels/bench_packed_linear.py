@@ -46,4 +46,4 @@ def _case(rows: int, inputs: int, outputs: int, device: str, floor: float | None
 def cases(device: str) -> list[Case]:
     if device != "cpu":
         return []  # cuBLAS's work there
-    return [_case(rows, 768, 3072, device, 1.0 if rows in (8, 32) else None) for rows in (1, 2, 8, 32, 48, 64)]
+    return [_case(rows, 768, 3072, device, 1.0 if rows in (8, 32) else None) for rows in (1, 2, 8, 32, 48, 64, 256)]

@@ -104,6 +104,14 @@ void finish(const PackedLinearArgs& a, float* sums, int64_t row, int64_t panel) 
 
 }  // namespace
 
+bool packed_linear_finish(const PackedLinearArgs& a, float* sums, int64_t panel) {
+  int nan = 0;
+#pragma omp simd reduction(| : nan)
+  for (int64_t i = 0; i < a.rows * kLinearPanel; i++) nan |= sums[i] != sums[i];
+  for (int64_t r = 0; r < a.rows; r++) finish(a, sums + r * kLinearPanel, r, panel);
+  return nan == 0;
+}
+
 void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end) {
   alignas(64) float sums[kLinearRows * kLinearPanel];
   // As few tiles as cover the rows, of equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
@@ -120,7 +128,7 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
           tile_of(std::min(step, a.rows - r), x + r * kLinearDepth, w + column, depth, k > 0, sums + r * kLinearPanel + column,
                   next);
     }
-    for (int64_t r = 0; r < a.rows; r++) finish(a, sums + r * kLinearPanel, r, p);
+    packed_linear_finish(a, sums, p);
   }
 }
 

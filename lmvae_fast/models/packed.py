@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lmvae_fast.kernels.backend import current, extension
-from lmvae_fast.kernels.packed_linear import packed_linear
+from lmvae_fast.kernels.backend import current
+from lmvae_fast.kernels.packed_linear import most_rows, packed_linear
 from lmvae_fast.models.bodies import body_forward, linear_weight, packed_of
 from lmvae_fast.models.decoders import Decoder
 from lmvae_fast.models.large_pages import LargePages
-
-OUR_ROWS = 48  # ahead of oneDNN's packed product at 32, not at 64 (docs/kernels/packed_linear.md)
 
 Linear = nn.Linear | Conv1D
 Forward = Callable[..., Any]
@@ -35,13 +33,13 @@ def pays(decoder: Decoder, rows: int) -> bool:
     """Whether packed weights make a step over this many rows faster (measured: docs/generation.md)."""
     if decoder.trains or decoder.device.type != "cpu" or current() == "reference" or torch.is_autocast_enabled("cpu"):
         return False
-    if decoder.dtype == torch.float32 and rows <= OUR_ROWS and extension()[0]:
+    if decoder.dtype == torch.float32 and rows <= most_rows():
         return True
     if not torch.backends.mkldnn.is_available():
         return False
     if decoder.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return decoder.dtype == torch.float32 and rows > OUR_ROWS
+    return decoder.dtype == torch.float32 and rows > 1  # a single row waits for the weight's bytes, whatever their layout
 
 
 @contextmanager
@@ -61,7 +59,7 @@ def _forwards(decoder: Decoder, rows: int) -> list[tuple[nn.Module, Forward]]:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
     linear = [m for m in decoder.model.modules() if isinstance(m, Linear) and type(m) in (nn.Linear, Conv1D)]
     modules = [m for m in linear if m.weight.dtype == dtype]
-    ours = dtype == torch.float32 and rows <= OUR_ROWS
+    ours = dtype == torch.float32 and rows <= most_rows()
     state = (ours, *((m.weight.data_ptr(), m.weight._version) for m in modules))
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed.pop(decoder, None)  # before the next copy of the weights is made

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.fuzz
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(0, 140),
-    inputs=st.integers(1, 400),
+    inputs=st.one_of(st.integers(1, 400), st.integers(1, 12).map(lambda steps: 32 * steps)),  # the latter on AMX tiles
     outputs=st.integers(1, 150),
     layout=st.sampled_from(LAYOUTS),
     activation=st.sampled_from(ACTIVATIONS),

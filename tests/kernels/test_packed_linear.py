@@ -44,6 +44,36 @@ def test_rows(name, rows):
     _check(f"{rows} rows", on_backend(packed_linear, name), *_draw(rows, 200, 96))
 
 
+@pytest.mark.parametrize("inputs", [32, 64, 800])  # steps of 32 depths, an odd number of them
+@pytest.mark.parametrize("rows", [24, 25, 31, 32, 33, 48, 49, 64, 128, 129, 161])  # blocks of 32 rows, and half of one
+def test_rows_on_tiles(rows, inputs):
+    require("packed_linear", "cpp")
+    _check(f"{rows} rows", on_backend(packed_linear, "cpp"), *_draw(rows, inputs, 70))
+
+
+@pytest.mark.parametrize("spread", [1e-12, 1e12])
+def test_uneven_magnitudes_on_tiles(spread):
+    require("packed_linear", "cpp")
+    x, weight, bias = _draw(32, 256, 64)
+    x, weight = x * spread ** torch.rand(32, 256), weight * spread ** torch.rand(64, 1)
+    _check("spread", on_backend(packed_linear, "cpp"), x, weight, bias)
+
+
+@pytest.mark.parametrize("outputs", [64, 70])
+def test_numbers_that_cannot_be_taken_apart(outputs):
+    require("packed_linear", "cpp")
+    x, weight, bias = _draw(40, 64, outputs)
+    x[3, 5], x[13, 0], weight[7, 9], weight[60, 1] = float("nan"), float("inf"), -float("inf"), 3.4e38
+    weight[:, 0] = weight[:, 0].abs() + 1
+    out = on_backend(packed_linear, "cpp")(x, pack_weight(weight), bias, out_features=outputs)
+    expected = linear(x, weight, bias)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isposinf(), expected.isposinf())
+    assert torch.equal(out.isneginf(), expected.isneginf())
+    finite = expected.isfinite()
+    torch.testing.assert_close(out[finite], expected[finite], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("outputs", ODD_SIZES)
 def test_outputs(name, outputs):
