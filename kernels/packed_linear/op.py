@@ -129,7 +129,7 @@ def packed_linear(
 class PackedLinear:
     """A linear map whose weight, bias and activation stay: `packed_linear` with its checks made once.
 
-    A decoding step makes some fifty of these calls, and checking each anew costs as much as a twentieth of the step.
+    A decoding step makes some fifty of these calls, beside which checking each of them anew shows.
 
     Args:
         packed, bias, out_features, activation: as for `packed_linear`.

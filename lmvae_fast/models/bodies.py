@@ -1,7 +1,7 @@
 """The layers of GPT-2 and of Llama's family over packed weights: what a decoding step on a CPU computes, with few calls.
 
-With a handful of rows, calls and passes over activations cost as much as a fifth of a step beside the products. So these
-families are written out here: queries, keys and values are one product, activations and residuals belong to the product
+With a handful of rows, the calls and passes between the products are a part of a step that shows. So these families are
+written out here: queries, keys and values are one product, activations and residuals belong to the product
 before them. Every other family, and any layer that is not exactly what is written here, keeps Hugging Face's modules. A body is
 compared with the modules it stands for before it is used.
 """
