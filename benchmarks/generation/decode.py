@@ -74,6 +74,7 @@ def prepare(folder: Path, shape: str, batch: int, threads: int) -> tuple[Path, d
     unread = ("wpe", "embed_tokens") if "lm_head.weight" in weights else ("wpe",)
     read = [value for name, value in weights.items() if value.dim() == 2 and not any(part in name for part in unread)]
     case["weights"] = sum(value.numel() for value in read)
+    case["head"] = max(read, key=len).numel()  # the matrix with a row per token
     return file, case
 
 
@@ -138,15 +139,20 @@ def _ratios(times: dict[str, list[float]], pairs: dict[str, str]) -> dict[str, f
     }
 
 
-def limit_share(row: dict[str, Any], weights: int, limits: dict[str, float]) -> dict[str, float]:
-    """What reading the weights once a step, or multiplying by them, takes at least, over what each side of ours took."""
+def limit_share(row: dict[str, Any], weights: int, head: int, limits: dict[str, float]) -> dict[str, float]:
+    """What reading the weights once a step, or multiplying by them, takes at least, over what each side of ours took.
+
+    The head of the engine's greedy steps is read, and multiplied, in bf16 (kernels/greedy_head).
+    """
     shares = {}
     for name, seconds in row["seconds"].items():
         if name.startswith(("engine", "packed", "plain", "compiled")):
-            half = name.endswith("bf16")
-            rate = limits["matmul_bfloat16_flops_per_s" if half else "matmul_float32_flops_per_s"]
+            half = weights if name.endswith("bf16") else head if name.startswith(("engine", "packed")) else 0
+            whole = weights - half
+            rates = limits["matmul_bfloat16_flops_per_s"], limits["matmul_float32_flops_per_s"]
+            products = 2 * row["batch"] * (half / rates[0] + whole / rates[1])
             # a copy reads and writes: reading alone is taken to go at its rate
-            least = max((2 if half else 4) * weights / limits["copy_bytes_per_s"], 2 * weights * row["batch"] / rate)
+            least = max((2 * half + 4 * whole) / limits["copy_bytes_per_s"], products)
             shares[name] = round(MAX_LEN * least / seconds, 3)
     return shares
 
@@ -176,7 +182,7 @@ def main() -> int:
         sides = start(options.against, file)
         for batch in options.batches:
             row = measure(sides, options.against, batch, options.rounds)
-            row["share_of_limit"] = limit_share(row, case["weights"], record["limits"])
+            row["share_of_limit"] = limit_share(row, case["weights"], case["head"], record["limits"])
             # a high-water mark: of this batch and those before it
             row["peak_bytes"] = {name: side.ask("peak")["bytes"] for name, side in sides.items()}
             record["rows"].append(row)

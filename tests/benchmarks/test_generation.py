@@ -54,6 +54,7 @@ def test_what_a_step_reads(tmp_path, shape):
     decoder = model.decoder
     maps = [m.weight for m in decoder.body.modules() if type(m).__name__ in ("Linear", "Conv1D")]
     assert case["weights"] == sum(w.numel() for w in maps) + decoder.head_weight.numel()
+    assert case["head"] == decoder.head_weight.numel()
     sides = [OurSide(json.loads(file.read_text()), "fp32", form) for form in ("engine", "plain", "eager")]
     first, *others = [side._decode(2, 5) for side in sides]
     assert all(other == first for other in others)
@@ -68,10 +69,17 @@ def test_the_limit_is_bytes_or_products():
     limits = {
         "copy_bytes_per_s": 1e9, "matmul_float32_flops_per_s": 1e10, "matmul_bfloat16_flops_per_s": 4e10
     }  # fmt: skip
-    row = {"seconds": {"engine fp32": 1.0, "engine bf16": 1.0, "LangVAE": 9.0}, "batch": 1}
-    shares = decode.limit_share(row, 10**6, limits)
-    assert shares == {"engine fp32": pytest.approx(32 * 4e-3), "engine bf16": pytest.approx(32 * 2e-3)}
-    assert decode.limit_share({**row, "batch": 100}, 10**6, limits)["engine fp32"] == pytest.approx(32 * 2e-2)
+    row = {"seconds": {"engine fp32": 1.0, "plain fp32": 1.0, "engine bf16": 1.0, "LangVAE": 9.0}, "batch": 1}
+    million, half = 10**6, 500_000  # weights, those of the head among them
+    shares = decode.limit_share(row, million, half, limits)
+    # bytes: of the engine's fp32 step, the head's in bf16
+    assert shares == {
+        "engine fp32": pytest.approx(32 * 3e-3), "plain fp32": pytest.approx(32 * 4e-3),
+        "engine bf16": pytest.approx(32 * 2e-3),
+    }  # fmt: skip
+    many = decode.limit_share({**row, "batch": 100}, million, half, limits)
+    assert many["plain fp32"] == pytest.approx(32 * 2e-2)
+    assert many["engine fp32"] == pytest.approx(32 * (1e-2 + 0.25e-2))
 
 
 def _record(against: str, shape: str, peaks: bool) -> dict[str, Any]:
