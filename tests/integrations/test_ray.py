@@ -46,8 +46,10 @@ def cluster():
     # a lost node is noticed within seconds instead of half a minute
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick, **common})
-    nodes = [cluster.add_node(num_cpus=2, **common) for _ in range(2)]
+    # this process joins while there is the head alone: with a node that is lost, it would be lost too
     ray.init(address=cluster.address, log_to_driver=False)
+    nodes = [cluster.add_node(num_cpus=2, **common) for _ in range(2)]
+    cluster.wait_for_nodes()
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield cluster, nodes
     ray.shutdown()
@@ -95,6 +97,7 @@ def test_a_node_is_lost_and_nothing_else(model, folder, cluster, tmp_path):
         done += zip(*(rows[name].tolist() for name in columns), strict=True)
         if not at_the_loss:
             assert len(list(tmp_path.iterdir())) == 2
+            assert cluster[1][1].node_id != ray.get_runtime_context().get_node_id()
             at_the_loss = len(done)
             cluster[0].remove_node(cluster[1][1], allow_graceful=False)
     assert 0 < at_the_loss < len(done) == len(expected) == 2 * N
