@@ -126,24 +126,29 @@ void range(const A* x, int64_t n, A* low, A* high) {
   *low = *std::min_element(lows, lows + kWays), *high = *std::max_element(highs, highs + kWays);
 }
 
-// The largest candidate from which upwards they measure `need` or more; the smallest where they never do. The list of n > 0
-// candidates is used up. Every step drops one side of the middle of their range, and both sides hold at least one.
+// The largest candidate from which upwards they measure `need` or more, as all together do. The list of n > 0 candidates is used
+// up. Every step drops one side of the middle of their range, which is looked up anew when there are few or none was dropped.
 template <bool by_weight, typename A>
 A select(const List<A>& list, int64_t n, double need, double magic) {
+  constexpr int64_t kFew = 512;
   double passed = 0;  // measure of what is above all candidates
   A low, high;
-  while (n > 0) {
-    range(list.x, n, &low, &high);
-    if (low == high) break;
+  range(list.x, n, &low, &high);
+  for (bool tight = true; low != high || !tight;) {
     A pivot = low + (high - low) / 2;
     if (!(pivot > low)) pivot = high;
     const double upper = measure<by_weight>(list, n, pivot, magic);
+    const int64_t before = n;
     if (passed + upper >= need) {
       n = compact<true, by_weight>(list, n, pivot, list);
+      low = pivot;
     } else {
       passed += upper;
       n = compact<false, by_weight>(list, n, pivot, list);
+      high = pivot;
     }
+    tight = n <= kFew || n == before;
+    if (tight) range(list.x, n, &low, &high);
   }
   return low;
 }
