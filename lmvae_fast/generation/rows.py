@@ -14,7 +14,7 @@ from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.cache import LatentCache
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.packed import packed_weights
+from lmvae_fast.models.packed import exchanged, exchanges
 from lmvae_fast.models.prefill import read
 
 
@@ -92,6 +92,7 @@ class Rows:
         if config.repetition_penalty != 1.0:
             self.state["seen"] = torch.zeros(size, decoder.vocab_size, dtype=torch.uint8, device=device)
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence
+        self.packed = exchanges(decoder, size, config.pack_weights)
         self.recorded = self._recording()
 
     def room(self, first: int, count: int) -> Tensor | None:
@@ -117,7 +118,7 @@ class Rows:
         begins = [(self.model.decoder.tokenizer.bos_token_id, *start.prompt) for start in starts]
         state["token"].index_copy_(0, where, torch.tensor([ids[-1] for ids in begins], device=device))
         if any(start.prompt for start in starts):
-            with packed_weights(self.model.decoder, self.size, self.config.pack_weights):
+            with exchanged(self.packed):
                 read(self.model.decoder, self.cache, injection, rows, [ids[:-1] for ids in begins])
             if "seen" in state:
                 pairs = [(row, token) for row, start in zip(rows, starts, strict=True) for token in start.prompt]
@@ -149,7 +150,7 @@ class Rows:
     def _choose(self) -> tuple[Tensor, Tensor | None]:
         """The next token of every row, int64 ``[size]``, and its log-probability where asked for."""
         state, config, decoder = self.state, self.config, self.model.decoder
-        with packed_weights(decoder, self.size, config.pack_weights):
+        with exchanged(self.packed):
             if not (config.do_sample or config.logprobs or "seen" in state):  # no logit is wanted
                 return decoder.greedy_step(state["token"], self.cache, self.injection, config.pack_weights), None
             logits = decoder.step(state["token"], self.cache, self.injection)
@@ -191,6 +192,7 @@ class Rows:
     def _keep(self, rows: list[int]) -> None:
         where = torch.tensor(rows, dtype=torch.int64, device=self.cache.step.device)
         self.recorded = None  # it must not outlive the tensors it was recorded over
+        self.packed = []  # nor should weights in the layout of other sizes, where the new size has another
         self.cache.select(where)
         parts = (self.injection.embedding_shift, self.injection.output_residual)
         self.injection = Injection(
@@ -200,6 +202,7 @@ class Rows:
         self.state = {name: value[where] for name, value in self.state.items()}
         self.starts = [self.starts[row] for row in rows]
         self.size = len(rows)
+        self.packed = exchanges(self.model.decoder, self.size, self.config.pack_weights)
         self.recorded = self._recording()
 
     def _recording(self) -> RecordedStep | None:

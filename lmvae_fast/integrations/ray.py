@@ -8,6 +8,7 @@ go by, so that neither the process, the batch nor a second try after a lost mach
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +186,7 @@ def _check_columns(columns: Sequence[str], needed: list[str], made: list[str]) -
         raise DataError("a column of the dataset would be overwritten", value=taken[0], remedy="rename or drop it before")
 
 
-class _Worker:
+class _Worker(ABC):
     """A process of the pool.
 
     What keeps a model from being loaded is raised at the first batch: an actor that fails while it is made is made again,
@@ -218,9 +219,9 @@ class _Worker:
         with use_backend(self.backend):
             return self.work(self.model, rows, index.astype(np.int64))
 
+    @abstractmethod
     def work(self, model: LMVAE, rows: Rows, index: np.ndarray) -> Rows:
         """The rows with the columns that are made."""
-        raise NotImplementedError
 
 
 class _Decode(_Worker):

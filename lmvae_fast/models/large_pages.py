@@ -12,8 +12,8 @@ _CHUNK = 32 << 20  # bytes asked for at a time: small weights share large pages
 
 
 class LargePages:
-    """Hands out float32 tensors that lie one after another. With pages of 4 KB a processor spends about a tenth of a long
-    read on looking up where the pages are; on Linux large ones are asked for, elsewhere this is ordinary memory."""
+    """Hands out float32 tensors that lie one after another. With pages of 4 KB a processor spends part of a long read on
+    looking up where the pages are; on Linux large ones are asked for, elsewhere this is ordinary memory."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0)

@@ -26,7 +26,8 @@ from lmvae_fast.models.large_pages import LargePages
 
 Linear = nn.Linear | Conv1D
 Forward = Callable[..., Any]
-_packed: WeakKeyDictionary[Decoder, tuple[tuple, list[tuple[nn.Module, Forward]]]] = WeakKeyDictionary()
+Exchanges = list[tuple[nn.Module, Forward]]
+_packed: WeakKeyDictionary[Decoder, tuple[tuple, Exchanges]] = WeakKeyDictionary()
 
 
 def pays(decoder: Decoder, rows: int) -> bool:
@@ -45,29 +46,41 @@ def pays(decoder: Decoder, rows: int) -> bool:
 @contextmanager
 def packed_weights(decoder: Decoder, rows: int, wanted: bool = True) -> Iterator[None]:
     """Inside, the decoder's linear maps read packed weights where that is wanted and pays; outside, nothing is changed."""
-    exchanged = _forwards(decoder, rows) if wanted and pays(decoder, rows) else []
-    for module, forward in exchanged:
+    with exchanged(exchanges(decoder, rows, wanted)):
+        yield
+
+
+def exchanges(decoder: Decoder, rows: int, wanted: bool = True) -> Exchanges:
+    """What `packed_weights` exchanges; a step need not look at every weight again (`exchanged`)."""
+    return _forwards(decoder, rows) if wanted and pays(decoder, rows) else []
+
+
+@contextmanager
+def exchanged(forwards: Exchanges) -> Iterator[None]:
+    """Inside, these modules call these functions."""
+    for module, forward in forwards:
         module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module, _ in exchanged:
+        for module, _ in forwards:
             module.__dict__.pop("forward", None)
 
 
-def _forwards(decoder: Decoder, rows: int) -> list[tuple[nn.Module, Forward]]:
+def _forwards(decoder: Decoder, rows: int) -> Exchanges:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
     linear = [m for m in decoder.model.modules() if isinstance(m, Linear) and type(m) in (nn.Linear, Conv1D)]
     modules = [m for m in linear if m.weight.dtype == dtype]
     ours = dtype == torch.float32 and rows <= most_rows()
-    state = (ours, *((m.weight.data_ptr(), m.weight._version) for m in modules))
+    copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
+    state = (ours, *((tensor.data_ptr(), tensor._version) for tensor in copied))
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed.pop(decoder, None)  # before the next copy of the weights is made
         _packed[decoder] = (state, _ours(decoder, modules) if ours else _onednn(modules, rows))
     return _packed[decoder][1]
 
 
-def _ours(decoder: Decoder, modules: list[Linear]) -> list[tuple[nn.Module, Forward]]:
+def _ours(decoder: Decoder, modules: list[Linear]) -> Exchanges:
     pages = LargePages()
     body = body_forward(decoder, pages)
     if body is None:
@@ -87,7 +100,7 @@ def _when_called(module: Linear, pages: LargePages) -> Forward:
     return forward
 
 
-def _onednn(modules: list[Linear], rows: int) -> list[tuple[nn.Module, Forward]]:
+def _onednn(modules: list[Linear], rows: int) -> Exchanges:
     return [(module, _onednn_forward(module, rows)) for module in modules]
 
 
