@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lmvae_fast.errors import DataError, LatentError, OutputError
+from lmvae_fast.errors import DataError, LatentError
+from lmvae_fast.files import fsync_file, replacing, write_tensors
 
 FORMATS = (".safetensors", ".npy", ".jsonl")
 
@@ -65,19 +65,17 @@ def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tenso
     """
     path = Path(path)
     z = (latents if isinstance(latents, Tensor) else torch.cat(list(latents))).detach().cpu().float().contiguous()
-    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
     if path.suffix not in FORMATS:
         raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(FORMATS))
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file({"z": z}, temporary)
+            write_tensors(temporary, {"z": z})
         elif path.suffix == ".npy":
-            np.save(temporary, z.numpy())
+            with temporary.open("wb") as file:  # np.save puts .npy behind a name that lacks it
+                np.save(file, z.numpy())
         else:
             temporary.write_text("".join(json.dumps({"z": row}) + "\n" for row in z.tolist()))
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}", remedy="free space or choose another place") from error
+        fsync_file(temporary)
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:

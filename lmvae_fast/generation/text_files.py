@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
+from lmvae_fast.files import replacing, tensor_bytes, write_json
 from lmvae_fast.generation.engine import Generated, token_limit
 from lmvae_fast.generation.latent_sources import LatentSource
 from lmvae_fast.generation.workers import Block, Workers
@@ -129,7 +130,7 @@ def model_fingerprint(model: LMVAE) -> str:
         if part is not None:
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -218,9 +219,8 @@ def _lock(file: BinaryIO, output: Path) -> None:
 def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, total: int, overwrite: bool) -> int:
     """Lines of whole blocks already there, everything behind them cut off; 0 for a new file, which is an empty one."""
     if overwrite or (output.stat().st_size == 0 and not meta_path.exists()):
-        temporary = meta_path.with_name(meta_path.name + ".partial")
-        temporary.write_text(json.dumps(meta, indent=2) + "\n")
-        temporary.replace(meta_path)
+        with replacing(meta_path) as temporary:
+            write_json(temporary, meta)
         output.write_bytes(b"")
         return 0
     try:

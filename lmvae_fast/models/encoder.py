@@ -19,6 +19,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
+from lmvae_fast.files import tensor_bytes
 from lmvae_fast.pretrained import load_pretrained
 
 
@@ -157,7 +158,7 @@ class Encoder(nn.Module):
         digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
         for name, parameter in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
 
 
