@@ -28,7 +28,9 @@ def check_latents(path: str | os.PathLike[str], *, latent_dim: int, name: str = 
         bad = (~torch.isfinite(block)).any(1)
         if bool(bad.any()):
             row = rows + int(bad.nonzero()[0])
-            raise LatentError(f"{path} contains NaN or Inf", value=f"row {row}, counted from 0", remedy="drop or mend that row")
+            raise LatentError(
+                f"{path} contains NaN or Inf", value=f"row {row}, counted from 0", remedy="drop or mend that row"
+            )
         rows += block.shape[0]
     return rows
 
@@ -101,9 +103,10 @@ def _open_array(path: Path, name: str):
             names = list(file.keys())
             if name not in names and len(names) != 1:
                 raise DataError(
-                    f"{path} holds several tensors and none is named {name}", value=", ".join(names[:5]),
+                    f"{path} holds several tensors and none is named {name}",
+                    value=", ".join(names[:5]),
                     remedy=f"name it {name}",
-                )  # fmt: skip
+                )
             stored = name if name in names else names[0]
             shape = tuple(file.get_slice(stored).get_shape())
 
@@ -134,9 +137,11 @@ def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -
                 row = [float(value) for value in values]
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
-                    f"{path} line {number} is no row: {error}", value=line[:60].strip(),
-                    limit=f'{{"{name}": [numbers]}}', remedy="mend that line",
-                ) from error  # fmt: skip
+                    f"{path} line {number} is no row: {error}",
+                    value=line[:60].strip(),
+                    limit=f'{{"{name}": [numbers]}}',
+                    remedy="mend that line",
+                ) from error
             if len(row) != latent_dim:
                 raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
             rows.append(row)

@@ -113,7 +113,9 @@ def read_annotations(path: str | os.PathLike[str], labels: Sequence[str], max_le
     if Path(path).suffix != ".txt":
         check_latents(path, latent_dim=len(labels), name="annotations")
         return torch.cat(list(read_latents(path, latent_dim=len(labels), name="annotations")))
-    return torch.stack([label_features(line.split(), labels, max_len, number - 1) for number, line in _lines(path, (".txt",))])
+    return torch.stack(
+        [label_features(line.split(), labels, max_len, number - 1) for number, line in _lines(path, (".txt",))]
+    )
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
