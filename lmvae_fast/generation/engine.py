@@ -72,8 +72,10 @@ def generate(
         ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
             stop token beyond the vocabulary; CUDA graphs asked for on another device.
         DataError: prompts, or numbers, and latents of different number.
+        NumericalError: weights of the head that are NaN or Inf; and, when its sentence ends, a latent whose decoding was.
     """
     config = config or GenerationConfig()
+    model.decoder.check_head()
     ids = _prompt_ids(model, latents, prompts)
     longest = max(map(len, ids), default=0)
     limit = token_limit(model, config, longest)
@@ -185,7 +187,7 @@ def _beams(model: LMVAE, blocks, prompts, config: GenerationConfig, limit: int, 
         chosen = [prompts[row if len(prompts) > 1 else 0] for row in range(place, place + len(z))] if prompts else []
         with evaluating(model), packed_weights(model.decoder, len(z) * config.num_beams, config.pack_weights):
             injection = model.inject(z, labels, tokens=limit + max(map(len, prompts), default=0))
-            best = search(model.decoder, injection, chosen, config, limit)
+            best = search(model.decoder, injection, chosen, config, limit, index + place)
         texts = model.decoder.tokenizer.decode(
             [[*(chosen[row] if chosen else ()), *found.ids] for row, found in enumerate(best)]
         )

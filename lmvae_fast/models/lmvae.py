@@ -20,7 +20,7 @@ from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.free_running import FreeRunning
 from lmvae_fast.models.injection import Injection
-from lmvae_fast.models.modes import evaluating
+from lmvae_fast.models.modes import building, evaluating
 from lmvae_fast.models.objective import combine, kl_mode_at, segment_sum, token_weights
 from lmvae_fast.models.posterior import Posterior, sample_with_kl, shared_seed
 from lmvae_fast.models.serialization import copy_into, read_model, save_model
@@ -66,7 +66,10 @@ class LMVAE(nn.Module):
 
     def __init__(self, config: LMVAEConfig, *, encoder: Encoder | None = None, decoder: Decoder | None = None):
         super().__init__()
-        config = resolve(config)
+        with building():
+            self._build(resolve(parts.located(config)), encoder, decoder)
+
+    def _build(self, config: LMVAEConfig, encoder: Encoder | None, decoder: Decoder | None) -> None:
         decoder = parts.load_decoder(config) if decoder is None else decoder
         encoder = parts.load_encoder(config) if encoder is None else encoder
         parts.check_parts(config, encoder, decoder)
@@ -331,11 +334,12 @@ class LMVAE(nn.Module):
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> LMVAE:
         """Load what :meth:`save_pretrained` wrote, from a folder or a Hugging Face hub name.
 
-        overrides: configuration fields to change. Raises what :func:`~lmvae_fast.models.serialization.read_model` raises.
+        overrides: configuration fields to change; ``train_decoder=True`` or ``decoder_part="lora"`` begin another stage of
+        training. Raises what :func:`~lmvae_fast.models.serialization.read_model` raises.
         """
-        config, state = read_model(source, **overrides)
-        model = cls(config)
-        model.load_trainable_state_dict(state)
+        stored = read_model(source, **overrides)
+        model = cls(stored.wanted)
+        stored.load_into(model, {"encoder": model.encoder, "decoder": model.decoder})
         return model.eval()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -16,6 +18,12 @@ from lmvae_fast.models.projectors import LinearProjector, SharedProjector
 def tuning_of(config: LMVAEConfig) -> Tuning:
     """What of the decoder trains, by a configuration."""
     return Tuning(config.decoder_part, config.lora_rank, config.lora_alpha)
+
+
+def located(config: LMVAEConfig) -> LMVAEConfig:
+    """The configuration with parts that are folders or files named by their whole path, which holds wherever one goes."""
+    parts = {"encoder": config.encoder, "decoder": config.decoder}
+    return config.replace(**{name: str(Path(part).resolve()) for name, part in parts.items() if Path(part).exists()})
 
 
 def load_decoder(config: LMVAEConfig) -> Decoder:

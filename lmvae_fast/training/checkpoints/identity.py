@@ -86,7 +86,9 @@ def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
     of what changes the run's course without breaking it (length, evaluation, thread count, torch version).
     """
     changed = _differences(saved["model_config"], current["model_config"])
-    if saved["frozen"] != current["frozen"]:
+    if saved["frozen"] == current["frozen"]:  # the same weights, wherever they lie now
+        changed = {name: pair for name, pair in changed.items() if name not in ("encoder", "decoder")}
+    else:
         changed["weights of the frozen parts"] = ("those of the run", "others")
     if changed:
         raise CheckpointError(
