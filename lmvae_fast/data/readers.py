@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import re
@@ -152,9 +153,14 @@ def _decoded(file: IO[bytes], path: Path) -> Iterator[Line]:
     """The file's lines as text. Bytes are split first, so that an undecodable line is known by its number."""
     number = 0
     try:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(_lines(file), 1):
             if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                 raw = raw[3:]
+            if b"\0" in raw:
+                raise DataError(
+                    f"{path}, line {number}: there is a byte 0, which text does not have",
+                    remedy="for UTF-16 convert the file, for example with: iconv -f utf-16 -t utf-8",
+                )
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -169,6 +175,15 @@ def _decoded(file: IO[bytes], path: Path) -> Iterator[Line]:
             f"{path}: reading stopped after line {number}: {error}",
             remedy="the file is cut off or damaged: get it anew",
         ) from error
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines that end as Unix, Windows or old Macintosh files end them."""
+    for raw in file:
+        if b"\r" in raw.rstrip(b"\r\n"):
+            yield from raw.rstrip(b"\r\n").split(b"\r")
+        else:
+            yield raw
 
 
 def _looks_like_srl(lines: Iterator[Line]) -> tuple[Iterator[Line], bool]:
@@ -279,10 +294,18 @@ def _table_rows(
     header: bool | None,
     quoting: bool,
 ) -> Iterator[tuple[int, Any]]:
+    first = next(lines, None)
+    if first is None:
+        return
+    lines = itertools.chain([first], lines)
+    delimiter = "\t"
+    if format == "csv":
+        # Where a comma is the decimal sign, spreadsheets write semicolons.
+        delimiter = ";" if "," not in first[1] and ";" in first[1] else ","
     table = csv.reader(
         # csv needs the line breaks, which may stand inside quotes; a line count of its own tells where we are.
         (text + "\n" for _, text in lines),
-        delimiter="\t" if format == "tsv" else ",",
+        delimiter=delimiter,
         quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
         strict=True,
     )
@@ -307,6 +330,13 @@ def _table_rows(
             wanted = [column, label_column, *factors.values()]
             if header is None:
                 header = any(isinstance(name, str) for name in wanted) or _is_header(cells)
+                if header and len(cells) == 1 and cells[0].strip().lower() not in TEXT_COLUMNS:
+                    raise DataError(
+                        f"{path}: the first row of a single column may be its name or a sentence",
+                        value=shorten(repr(cells[0])),
+                        limit=", ".join(TEXT_COLUMNS),
+                        remedy="say which with header=True or header=False",
+                    )
             names = [cell.strip() for cell in cells] if header else None
             places = _Places(path, format, cells, names, column, label_column, factors)
             width = len(cells)

@@ -101,7 +101,7 @@ class Rows:
             "ids": torch.zeros(size, limit + 1, dtype=torch.int64, device=device),
         }
         if config.logprobs:
-            self.state["logprobs"] = torch.zeros(size, limit + 1, device=device)
+            self.state["logprobs"] = torch.zeros(size, limit + 1, dtype=torch.float32, device=device)
         if config.repetition_penalty != 1.0:
             self.state["seen"] = torch.zeros(size, decoder.vocab_size, dtype=torch.uint8, device=device)
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence

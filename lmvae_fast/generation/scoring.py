@@ -17,7 +17,8 @@ def score(model: LMVAE, latents: Tensor, texts: Sequence[str], *, batch_size: in
     """ln p(text | z) of each text under the latent of its row, in nats: float32 ``[N]`` on the CPU.
 
     One parallel pass per batch, teacher forced. The end token counts as part of a text that leaves room for it within
-    ``max_len`` tokens, whatever objective the model was trained under.
+    ``max_len`` tokens, whatever objective the model was trained under. Differentiable in the latents where they require a
+    gradient.
 
     Args:
         model: any LMVAE whose decoder takes no labels.
@@ -34,11 +35,11 @@ def score(model: LMVAE, latents: Tensor, texts: Sequence[str], *, batch_size: in
         value = "one string" if isinstance(texts, str) else f"{len(texts)} texts"
         raise DataError("every text needs a latent of its own", value=value, limit=f"{latents.shape[0]} texts")
     if not len(texts):
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     sentences = model.tokenize(texts, on_long="error", on_empty="error")
     weight = model.posterior_head.weight
     parts = []
-    with evaluating(model):
+    with evaluating(model), torch.set_grad_enabled(latents.requires_grad):
         for start in range(0, len(texts), batch_size):
             ids = sentences.ids[start : start + batch_size]
             z = latents[start : start + batch_size].to(weight)

@@ -84,6 +84,7 @@ class LMVAE(nn.Module):
             self.embedding_shift = nn.Linear(self.injected_dim, decoder.hidden_size, bias=False)
         for module in (self.posterior_head, self.projector, self.embedding_shift):
             if module is not None:
+                parts.start_latent_map(module, config.latent_init)
                 module.to(device=decoder.device, dtype=self._master_dtype)
         decoder.check_positions(int(config.slots or 0), config.max_len, str(config.visibility))
 
@@ -212,11 +213,12 @@ class LMVAE(nn.Module):
             tokens=max(batch.max_seqlen, tokens or 0),
         )
         options = {"objective": str(config.objective), "length_normalize": bool(config.length_normalize)}
-        weights = token_weights(batch.tokens.to(self._master_dtype), batch.rows, **options)
+        lengths = batch.tokens + int(config.count_start_token)
+        weights = token_weights(lengths.to(self._master_dtype), batch.rows, **options)
         inputs = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids
         loss, nll = self._token_losses(batch, inputs, injection, weights)
         with torch.no_grad():
-            terms = combine(segment_sum(nll.detach(), batch.cu_seqlens), batch.tokens, kl.detach(), beta, **options)
+            terms = combine(segment_sum(nll.detach(), batch.cu_seqlens), lengths, kl.detach(), beta, **options)
         return LMVAEOutput(
             loss + beta * kl.mean(),
             terms.reconstruction,
@@ -229,9 +231,8 @@ class LMVAE(nn.Module):
             z,
         )
 
-    @torch.no_grad()
     def score(self, batch: Batch, z: Tensor) -> Tensor:
-        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats."""
+        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats; differentiable in z."""
         injection = self.inject(z, batch.annotations, tokens=batch.max_seqlen)
         _, nll = self._token_losses(batch, batch.input_ids, injection, None)
         return segment_sum(nll, batch.cu_seqlens)

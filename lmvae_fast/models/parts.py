@@ -68,6 +68,17 @@ def build_projector(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Mod
     )
 
 
+def start_latent_map(module: nn.Module, kind: str) -> None:
+    """Give a map from or to the latent its start values: ``uniform`` keeps those it was built with, ``normal`` draws
+    N(0, 0.02^2) for weights and sets biases to 0, as ChunyuanLI/Optimus does."""
+    if kind == "normal":
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+
 def check_parts(config: LMVAEConfig, encoder: Encoder, decoder: Decoder) -> None:
     """Raises ConfigError where parts that were given and the configuration disagree."""
     for name, part in (("encoder", encoder), ("decoder", decoder)):
