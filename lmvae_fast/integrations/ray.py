@@ -8,6 +8,8 @@ go by, so that neither the process, the batch nor a second try after a lost mach
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 Rows = dict[str, Any]  # a batch of Ray Data: numpy arrays by column
+LOOPBACK = "127.0.0.1"
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for: nodes are known by addresses that other machines reach
 
 
 def decode(
@@ -152,6 +156,48 @@ def encode(
     options = {"text": text, "index": index, "labels": labels, "seed": seed}
     made = ["mu", "logvar"] + ["z"] * (seed is not None)
     return _map(dataset, _Encode, options, needed, made, model_dir, batch_size, workers, num_cpus, num_gpus, backend)
+
+
+def start_local(**options: Any) -> None:
+    """Start Ray on this machine alone, out of reach of every other: it listens on the loopback interface.
+
+    Whatever else runs here is left alone: neither RAY_ADDRESS nor another Ray on the machine is joined. A Ray that starts
+    by itself, when a dataset is first made, listens on the machine's own address instead.
+
+    Args:
+        options: of ``ray.init`` (num_cpus, object_store_memory, ...), without ``address``.
+
+    Raises:
+        ConfigError: Ray is not installed, has been started or joined already, or listens elsewhere all the same.
+    """
+    _ray_data()
+    ray = importlib.import_module("ray")
+    if ray.is_initialized():
+        raise ConfigError(
+            "Ray runs already", value=ray.get_runtime_context().gcs_address,
+            remedy="call start_local before the first dataset is made, or ray.shutdown() first",
+        )  # fmt: skip
+    listen_on_loopback()
+    ray.init(address="local", **options)
+    places = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if places != {LOOPBACK}:
+        ray.shutdown()
+        raise ConfigError(
+            "this Ray cannot be told to listen on the loopback interface", value=f"it listens on {sorted(places)}",
+            remedy=f"set {_CLUSTERS}=0 before Python starts, or update Ray",
+        )  # fmt: skip
+
+
+def listen_on_loopback() -> None:
+    """Let every Ray that this process starts from now on listen on 127.0.0.1 only, and look for it there.
+
+    Several nodes on one machine can still be joined, those of other machines no more. A node that is given its address
+    (``node_ip_address``) has to be given ``LOOPBACK``.
+    """
+    os.environ[_CLUSTERS] = "0"  # for what Ray starts, and for Ray itself where it is not yet imported
+    constants = sys.modules.get("ray._private.ray_constants")
+    if constants is not None:
+        vars(constants)["ENABLE_RAY_CLUSTER"] = False
 
 
 def _ray_data() -> Any:
