@@ -31,8 +31,9 @@ demo: $(READY)   ## train a small LangVAE on the bundled corpus and write runs/d
 test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-lint: $(READY)   ## ruff, and mypy on the package
+lint: $(READY)   ## ruff, clang-format on csrc/, and mypy on the package
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 
 fuzz: $(READY)   ## hypothesis-driven fuzzing, at least 500 cases an op

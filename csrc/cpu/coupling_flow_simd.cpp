@@ -1,11 +1,13 @@
 // The arithmetic of the coupling flow on the CPU, once per instruction set (csrc/dispatch.h).
 //
 // Three ways through the stages:
-//   flow_forward   a thread takes its rows through the whole flow, a tile of rows at a time: no meetings, activations in cache;
-//   flow_team      few rows: the threads split the columns of every product, so that the machine reads the weights once;
-//   flow_backward  rows are split for what belongs to a row, columns for what sums over rows (weight gradients).
-// Every sum runs in the same order in all of them: results do not depend on the batch, the tiles or the number of threads.
-// Notation, for a stage y = P(scale * couple(x) + offset): the x side and the y side, whichever way the flow runs.
+//   flow_forward   a thread takes its rows through the whole flow, a tile of rows at a time: no meetings, activations
+//   in cache; flow_team      few rows: the threads split the columns of every product, so that the machine reads the
+//   weights once; flow_backward  rows are split for what belongs to a row, columns for what sums over rows (weight
+//   gradients).
+// Every sum runs in the same order in all of them: results do not depend on the batch, the tiles or the number of
+// threads. Notation, for a stage y = P(scale * couple(x) + offset): the x side and the y side, whichever way the flow
+// runs.
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -54,7 +56,8 @@ T lanes_sum(const Vec<T>& v) {
   return sum;
 }
 
-// Where the activations of a stage lie: column `c` of row r at base + rows * c (a matrix per array, see Stage::columns).
+// Where the activations of a stage lie: column `c` of row r at base + rows * c (a matrix per array, see
+// Stage::columns).
 template <typename T>
 struct Activations {
   T* base;
@@ -62,7 +65,7 @@ struct Activations {
   T* at(int64_t column, int64_t width) const { return base + column * rows + row * width; }
 };
 
-// --- the elementwise functions -----------------------------------------------------------------------------------------
+// --- the elementwise functions ---------------------------------------------------------------------------------------
 
 template <typename T>
 Vec<T> squash(const Stage& s, const Vec<T>& raw) {
@@ -105,10 +108,11 @@ void activate_all(int kind, const T* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; i += W) store(to + i, activate(kind, load(from + i, n - i)), n - i);
 }
 
-// --- the subnets -------------------------------------------------------------------------------------------------------
+// --- the subnets -----------------------------------------------------------------------------------------------------
 
 template <typename T>
-Product<T> rows_times(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
+Product<T> rows_times(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+                      int64_t ldc) {
   return {m, n, k, a, lda, 1, b, ldb, Layout::kRows, c, ldc, Start::kZero, nullptr, false};
 }
 
@@ -138,11 +142,11 @@ void first_layer(const Call<T>& call, const Stage& s, const Layer& layer, const 
   }
 }
 
-// raw [rows, 2 active_width] = the stage's nets on `in`. Hidden activations go to `hidden` (after a ReLU, before GELU and
-// SiLU, which need their argument for the gradient); `post` holds one layer's activated values.
+// raw [rows, 2 active_width] = the stage's nets on `in`. Hidden activations go to `hidden` (after a ReLU, before GELU
+// and SiLU, which need their argument for the gradient); `post` holds one layer's activated values.
 template <typename T>
-void run_nets(const Call<T>& call, const Stage& s, const Inputs<T>& in, int64_t rows, T* raw, const Activations<T>& hidden,
-              int64_t hidden_column, T* post, T* scratch) {
+void run_nets(const Call<T>& call, const Stage& s, const Inputs<T>& in, int64_t rows, T* raw,
+              const Activations<T>& hidden, int64_t hidden_column, T* post, T* scratch) {
   const int64_t ldr = 2 * s.active_width;
   for (const Net& net : s.nets) {
     const int64_t depth = net.layers.size();
@@ -171,7 +175,7 @@ void run_nets(const Call<T>& call, const Stage& s, const Inputs<T>& in, int64_t 
   }
 }
 
-// --- the rest of a stage, row by row -----------------------------------------------------------------------------------
+// --- the rest of a stage, row by row ---------------------------------------------------------------------------------
 
 // x side -> u = scale * couple(x) + offset (before the permutation). `u` may be x. Returns the row's sum of log-scales.
 template <typename T>
@@ -278,7 +282,8 @@ void stage_forward(const Call<T>& call, const Stage& s, const T* x, const T* con
                    T* u, T* post, T* logdet, int64_t rows, T* scratch) {
   T* raw = kept.at(call.plan->dim, 2 * s.active_width);
   if (s.coupling) {
-    run_nets(call, s, Inputs<T>{x + s.passive, cond}, rows, raw, kept, call.plan->dim + 2 * s.active_width, post, scratch);
+    run_nets(call, s, Inputs<T>{x + s.passive, cond}, rows, raw, kept, call.plan->dim + 2 * s.active_width, post,
+             scratch);
   }
   stage_out(call, s, x, raw, y, u, logdet, rows, scratch);
 }
@@ -307,7 +312,7 @@ struct Share {
   }
 };
 
-// --- backward of a stage -----------------------------------------------------------------------------------------------
+// --- backward of a stage ---------------------------------------------------------------------------------------------
 
 // sums[c] (+)= sum over rows of the matrix's column c.
 template <typename T>
@@ -333,7 +338,8 @@ void hidden_gradient(int activation, const T* kept, T* grad, int64_t count) {
   for (int64_t i = 0; i < count; i += W) {
     const int64_t n = count - i;
     const Vec<T> value = load(kept + i, n), g = load(grad + i, n);
-    store(grad + i, activation == flow::kRelu ? Vec<T>::blendv(g, zero, value <= zero) : g * activation_slope(activation, value),
+    store(grad + i,
+          activation == flow::kRelu ? Vec<T>::blendv(g, zero, value <= zero) : g * activation_slope(activation, value),
           n);
   }
 }
@@ -347,8 +353,8 @@ void input_gradient(int64_t rows, int64_t k, int64_t n, const T* g, int64_t ldg,
           panel);
 }
 
-// d_raw [rows, 2 active_width] is given; hidden gradients out; adds to the gradient of the passive half (columns of `grad`)
-// and of cond.
+// d_raw [rows, 2 active_width] is given; hidden gradients out; adds to the gradient of the passive half (columns of
+// `grad`) and of cond.
 template <typename T>
 void nets_input_gradient(const Call<T>& call, const Stage& s, const Activations<T>& kept, const T* d_raw,
                          const Activations<T>& d_hidden, T* grad, T* grad_cond, int64_t rows, T* panel) {
@@ -369,8 +375,8 @@ void nets_input_gradient(const Call<T>& call, const Stage& s, const Activations<
     const T* weight = call.theta + layer.weight;
     input_gradient(rows, s.passive_width, layer.out, g, ldg, weight, grad + s.passive, plan.dim, true, panel);
     if (s.conditional && grad_cond) {
-      input_gradient(rows, plan.cond_dim, layer.out, g, ldg, weight + s.passive_width * layer.out, grad_cond, plan.cond_dim,
-                     true, panel);
+      input_gradient(rows, plan.cond_dim, layer.out, g, ldg, weight + s.passive_width * layer.out, grad_cond,
+                     plan.cond_dim, true, panel);
     }
   }
 }
@@ -433,16 +439,16 @@ void coupling_gradient(const Call<T>& call, const Stage& s, const T* x, const T*
 // What a stage's backward leaves for the sums over rows.
 template <typename T>
 struct Sums {
-  T *d_raw, *d_hidden;       // [rows, 2 active_width]; [rows, width] per hidden layer
-  T *through, *through_u;    // [rows, dim]: see affine_gradient
+  T *d_raw, *d_hidden;     // [rows, 2 active_width]; [rows, width] per hidden layer
+  T *through, *through_u;  // [rows, dim]: see affine_gradient
 };
 
-// The part of a stage's backward that belongs to single rows. g [rows, dim]: the gradient of the stage's output on entry, of
-// its input on return (in the way the flow ran); it may come back in `spare`, with the two pointers swapped.
+// The part of a stage's backward that belongs to single rows. g [rows, dim]: the gradient of the stage's output on
+// entry, of its input on return (in the way the flow ran); it may come back in `spare`, with the two pointers swapped.
 template <typename T>
 void stage_rows_gradient(const Call<T>& call, const Stage& s, const T* x, const Activations<T>& kept, const T* d_logdet,
-                         T*& g, T*& spare, T* grad_cond, const Sums<T>& out, const Activations<T>& d_hidden, int64_t rows,
-                         T* panel) {
+                         T*& g, T*& spare, T* grad_cond, const Sums<T>& out, const Activations<T>& d_hidden,
+                         int64_t rows, T* panel) {
   const int64_t dim = call.plan->dim;
   const T* raw = kept.at(dim, 2 * s.active_width);
   const int32_t* index = call.indices + s.index;
@@ -451,11 +457,14 @@ void stage_rows_gradient(const Call<T>& call, const Stage& s, const T* x, const 
     if (s.permutation == flow::kSoft) {
       soft_permute(call, s, call.inverse ? 1 : 0, Layout::kTransposed, g, spare, rows, 0, dim, panel);
     } else {
-      for (int64_t r = 0; r < rows; ++r) gather_row(g + r * dim, call.inverse ? index : index + dim, spare + r * dim, dim);
+      for (int64_t r = 0; r < rows; ++r)
+        gather_row(g + r * dim, call.inverse ? index : index + dim, spare + r * dim, dim);
     }
     std::swap(g, spare);
   };
-  auto affine_row = [&](int64_t r) { affine_gradient(call, s, out.through_u + r * dim, g + r * dim, out.through + r * dim); };
+  auto affine_row = [&](int64_t r) {
+    affine_gradient(call, s, out.through_u + r * dim, g + r * dim, out.through + r * dim);
+  };
   if (!call.inverse) permute();
   if (s.coupling) {
     alignas(64) T e[flow::kMaxDim], slope[flow::kMaxDim];
@@ -494,8 +503,8 @@ void weight_gradient(int64_t rows, int64_t k, int64_t n, const T* a, int64_t lda
           panel);
 }
 
-// The part of a stage's backward that sums over rows: this thread's share of the gradients of theta. x, kept, sums: of all
-// rows. `post` is shared: one hidden layer's activated values, made here for GELU and SiLU by whoever needs them.
+// The part of a stage's backward that sums over rows: this thread's share of the gradients of theta. x, kept, sums: of
+// all rows. `post` is shared: one hidden layer's activated values, made here for GELU and SiLU by whoever needs them.
 template <typename T>
 void stage_sums(const Call<T>& call, const Stage& s, const T* x, const T* cond, const Activations<T>& kept,
                 const Sums<T>& sums, const Activations<T>& d_hidden, T* grad_theta, bool first, int64_t rows, int rank,
@@ -518,7 +527,8 @@ void stage_sums(const Call<T>& call, const Stage& s, const T* x, const T* cond, 
       T* dw = grad_theta + layer.weight;
       columns(g, ldg, layer.out, grad_theta + layer.bias);
       if (k == 0) {
-        weight_gradient(rows, s.passive_width, layer.out, x + s.passive, plan.dim, g, ldg, dw, first, rank, threads, panel);
+        weight_gradient(rows, s.passive_width, layer.out, x + s.passive, plan.dim, g, ldg, dw, first, rank, threads,
+                        panel);
         if (s.conditional) {
           weight_gradient(rows, plan.cond_dim, layer.out, cond, plan.cond_dim, g, ldg, dw + s.passive_width * layer.out,
                           first, rank, threads, panel);
@@ -536,7 +546,7 @@ void stage_sums(const Call<T>& call, const Stage& s, const T* x, const T* cond, 
   }
 }
 
-// --- teams -------------------------------------------------------------------------------------------------------------
+// --- teams -----------------------------------------------------------------------------------------------------------
 
 void pause_cpu() {
 #ifdef __x86_64__
@@ -657,10 +667,12 @@ void flow_team(const Call<T>& call, const flow::Team<T>& io, int rank, int threa
     }
     const int64_t at = r0 * dim;
     if (!call.inverse) {
-      stage_out(call, s, from + at, raw + r0 * 2 * s.active_width, to + at, memory.u + at, logdet + r0, count, memory.panel);
+      stage_out(call, s, from + at, raw + r0 * 2 * s.active_width, to + at, memory.u + at, logdet + r0, count,
+                memory.panel);
       if (!alone) meet(*io.barrier, threads);
     } else if (s.coupling) {
-      for (int64_t r = r0; r < r0 + count; ++r) logdet[r] -= uncouple_row(s, raw + r * 2 * s.active_width, to + r * dim);
+      for (int64_t r = r0; r < r0 + count; ++r)
+        logdet[r] -= uncouple_row(s, raw + r * 2 * s.active_width, to + r * dim);
     }
     from = to;
   }
@@ -708,13 +720,14 @@ void flow_backward(const Call<T>& call, const flow::Backward<T>& io, int rank, i
         }
         turn = (turn + 1) % 3;
       }
-      const Sums<T> my_sums{sums.d_raw + r0 * 2 * s.active_width, sums.d_hidden, sums.through + at, sums.through_u + at};
+      const Sums<T> my_sums{sums.d_raw + r0 * 2 * s.active_width, sums.d_hidden, sums.through + at,
+                            sums.through_u + at};
       const Activations<T> my_kept{all.base, all.rows, all.row + r0};
       stage_rows_gradient(call, s, x + at, my_kept, io.grad_logdet + row + r0, g, spare, grad_cond, my_sums,
                           Activations<T>{sums.d_hidden, io.tile, r0}, count, memory.panel);
       meet(*io.barrier, threads);
-      stage_sums(call, s, x, cond, all, sums, Activations<T>{sums.d_hidden, io.tile, 0}, io.grad_theta, row == 0, rows, rank,
-                 threads, memory.post, memory.panel);
+      stage_sums(call, s, x, cond, all, sums, Activations<T>{sums.d_hidden, io.tile, 0}, io.grad_theta, row == 0, rows,
+                 rank, threads, memory.post, memory.panel);
     }
     std::memcpy(io.grad_x + row * dim + at, g, count * dim * sizeof(T));
     meet(*io.barrier, threads);  // the next tile starts over with the first of the two sets
@@ -750,10 +763,10 @@ void flow_prepare(int kind, const T* raw, T* scale, T* log_scale, T* slope, int6
   }
 }
 
-#define LMVAE_INSTANTIATE(T)                                                                  \
-  template void flow_prepare<T>(int, const T*, T*, T*, T*, int64_t);                           \
+#define LMVAE_INSTANTIATE(T)                                                                    \
+  template void flow_prepare<T>(int, const T*, T*, T*, T*, int64_t);                            \
   template void flow_forward<T>(const Call<T>&, const flow::ForwardRows<T>&, int64_t, int64_t); \
-  template void flow_team<T>(const Call<T>&, const flow::Team<T>&, int, int);                  \
+  template void flow_team<T>(const Call<T>&, const flow::Team<T>&, int, int);                   \
   template void flow_backward<T>(const Call<T>&, const flow::Backward<T>&, int, int);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)

@@ -1,8 +1,8 @@
-// Latent attention of one (sentence, kv head): forward and backward. Rows that are already dense in the accumulation type are
-// read and written where they lie; others are converted into a workspace that for sentences of tens of tokens stays in the
-// first- or second-level cache. Queries go through in tiles of one or two vectors of lanes, keys in passes of at most kPass
-// with an online softmax. What a token sees is two runs of columns (visibility.py: visible_slots, visible_tokens), and what
-// no row of a block sees is not computed.
+// Latent attention of one (sentence, kv head): forward and backward. Rows that are already dense in the accumulation
+// type are read and written where they lie; others are converted into a workspace that for sentences of tens of tokens
+// stays in the first- or second-level cache. Queries go through in tiles of one or two vectors of lanes, keys in passes
+// of at most kPass with an online softmax. What a token sees is two runs of columns (visibility.py: visible_slots,
+// visible_tokens), and what no row of a block sees is not computed.
 #include "latent_attention.h"
 #include "latent_attention_tiles.h"
 #include "latent_attention_unit.h"
@@ -56,7 +56,8 @@ struct Tile {
   }
   Range range(int kind, int64_t r) const { return kind == 0 ? u.slots(first_row + r) : u.seen_tokens(first_row + r); }
 
-  // Calls body(pieces of slots and tokens, scores held, first pass?) for every pass over the columns that the tile sees.
+  // Calls body(pieces of slots and tokens, scores held, first pass?) for every pass over the columns that the tile
+  // sees.
   template <typename F>
   void passes(F&& body) const {
     const int64_t slots = std::max<int64_t>(0, all[0].hi - all[0].lo), total = slots + all[1].hi - all[1].lo;
@@ -159,7 +160,7 @@ struct Tile {
   }
 };
 
-// ---- workspace -------------------------------------------------------------------------------------------------------
+// ---- workspace ------------------------------------------------------------------------------------------------------
 
 template <typename A>
 struct Workspace {  // laid out once for the longest sentence
@@ -185,7 +186,7 @@ struct Workspace {  // laid out once for the longest sentence
   }
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Sources {  // keys and values of every column
@@ -249,7 +250,7 @@ void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t 
   u.store_rows(out, u.args.out, row0, rows, w.out);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename T, int QV>
 void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T>>& grad_keys,
@@ -321,8 +322,10 @@ void for_tiles(const Unit<T>& u, One&& one, Two&& two) {
   constexpr int64_t L = Lanes<acc_t<T>>::count;
   for (int64_t row = 0; row < u.rows; row += 2 * L) {
     const int64_t rows = std::min(2 * L, u.rows - row);
-    if (rows <= L) one(row, rows);
-    else two(row, rows);
+    if (rows <= L)
+      one(row, rows);
+    else
+      two(row, rows);
   }
 }
 
@@ -343,7 +346,8 @@ void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, int64_t
   u.look_ahead(next, false);
   Workspace<acc_t<T>> w;
   w.lay_out(static_cast<acc_t<T>*>(workspace), u.columns, u.pitch, false);
-  const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys), u.load_columns(args.memory_v, args.v, w.values)};
+  const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys),
+                         u.load_columns(args.memory_v, args.v, w.values)};
   for_tiles(
       u, [&](int64_t row, int64_t rows) { forward_tile<T, 1>(u, in, row, rows, w); },
       [&](int64_t row, int64_t rows) { forward_tile<T, 2>(u, in, row, rows, w); });
@@ -359,7 +363,8 @@ void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, int64_t
   const Columns<A> grad_keys = u.target_columns(args.grad_memory_k, args.grad_k, w.grad_keys);
   const Columns<A> grad_values = u.target_columns(args.grad_memory_v, args.grad_v, w.grad_values);
   if (u.tokens > 0) {
-    const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys), u.load_columns(args.memory_v, args.v, w.values)};
+    const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys),
+                           u.load_columns(args.memory_v, args.v, w.values)};
     for_tiles(
         u, [&](int64_t row, int64_t rows) { backward_tile<T, 1>(u, in, grad_keys, grad_values, row, rows, w); },
         [&](int64_t row, int64_t rows) { backward_tile<T, 2>(u, in, grad_keys, grad_values, row, rows, w); });
@@ -371,9 +376,9 @@ void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, int64_t
   u.store_columns(grad_values, args.grad_memory_v, args.grad_v, w.grad_values);
 }
 
-#define LMVAE_INSTANTIATE(T)                                                                                   \
-  template int64_t latent_attention_workspace<T>(const LatentAttentionArgs&, int64_t, bool);                   \
-  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);                  \
+#define LMVAE_INSTANTIATE(T)                                                                  \
+  template int64_t latent_attention_workspace<T>(const LatentAttentionArgs&, int64_t, bool);  \
+  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*); \
   template void latent_attention_bwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)

@@ -22,9 +22,10 @@ at::ScalarType kl_type(const at::Tensor& mu) { return mu.scalar_type() == at::kD
 
 PosteriorArgs common_args(const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed, int64_t samples,
                           int64_t mode, double target) {
-  TORCH_CHECK(mu.dim() == 2 && logvar.sizes() == mu.sizes(), "posterior: mu and logvar must both be [B, D], got ", mu.sizes(),
-              " and ", logvar.sizes());
-  TORCH_CHECK(seed.numel() == 2 && seed.scalar_type() == at::kLong && seed.is_contiguous(), "posterior: seed must be int64 [2]");
+  TORCH_CHECK(mu.dim() == 2 && logvar.sizes() == mu.sizes(), "posterior: mu and logvar must both be [B, D], got ",
+              mu.sizes(), " and ", logvar.sizes());
+  TORCH_CHECK(seed.numel() == 2 && seed.scalar_type() == at::kLong && seed.is_contiguous(),
+              "posterior: seed must be int64 [2]");
   const int64_t* s = seed.const_data_ptr<int64_t>();
   PosteriorArgs a{};
   a.mu = mu.const_data_ptr();
@@ -39,7 +40,8 @@ PosteriorArgs common_args(const at::Tensor& mu, const at::Tensor& logvar, const 
 std::tuple<at::Tensor, at::Tensor> posterior_fwd(const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed,
                                                  int64_t samples, int64_t mode, double target) {
   PosteriorArgs a = common_args(mu, logvar, seed, samples, mode, target);
-  at::Tensor z = samples == 1 ? at::empty({a.batch, a.dim}, mu.options()) : at::empty({samples, a.batch, a.dim}, mu.options());
+  at::Tensor z =
+      samples == 1 ? at::empty({a.batch, a.dim}, mu.options()) : at::empty({samples, a.batch, a.dim}, mu.options());
   at::Tensor kl = at::empty({a.batch}, mu.options().dtype(kl_type(mu)));
   a.z = z.mutable_data_ptr(), a.kl = kl.mutable_data_ptr();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mu.scalar_type(), "posterior_fwd", [&] {
@@ -49,19 +51,22 @@ std::tuple<at::Tensor, at::Tensor> posterior_fwd(const at::Tensor& mu, const at:
   return {z, kl};
 }
 
-std::tuple<at::Tensor, at::Tensor> posterior_bwd(const std::optional<at::Tensor>& dz, const std::optional<at::Tensor>& dkl,
-                                                 const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& kl,
-                                                 const at::Tensor& seed, int64_t samples, int64_t mode, double target) {
+std::tuple<at::Tensor, at::Tensor> posterior_bwd(const std::optional<at::Tensor>& dz,
+                                                 const std::optional<at::Tensor>& dkl, const at::Tensor& mu,
+                                                 const at::Tensor& logvar, const at::Tensor& kl, const at::Tensor& seed,
+                                                 int64_t samples, int64_t mode, double target) {
   PosteriorArgs a = common_args(mu, logvar, seed, samples, mode, target);
   at::Tensor dmu = at::empty({a.batch, a.dim}, mu.options()), dlogvar = at::empty({a.batch, a.dim}, mu.options());
   a.dmu = dmu.mutable_data_ptr(), a.dlogvar = dlogvar.mutable_data_ptr();
   if (dz.has_value() && dz->defined()) {
-    TORCH_CHECK(dz->scalar_type() == mu.scalar_type(), "posterior: dz is ", dz->scalar_type(), ", mu is ", mu.scalar_type());
+    TORCH_CHECK(dz->scalar_type() == mu.scalar_type(), "posterior: dz is ", dz->scalar_type(), ", mu is ",
+                mu.scalar_type());
     a.dz = dz->const_data_ptr();
     a.dz_sample = samples == 1 ? 0 : dz->stride(0), a.dz_row = dz->stride(-2), a.dz_col = dz->stride(-1);
   }
   if (dkl.has_value() && dkl->defined()) {
-    TORCH_CHECK(dkl->scalar_type() == kl_type(mu), "posterior: dkl is ", dkl->scalar_type(), " instead of ", kl_type(mu));
+    TORCH_CHECK(dkl->scalar_type() == kl_type(mu), "posterior: dkl is ", dkl->scalar_type(), " instead of ",
+                kl_type(mu));
     a.dkl = dkl->const_data_ptr(), a.dkl_row = dkl->stride(0), a.kl_saved = kl.const_data_ptr();
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mu.scalar_type(), "posterior_bwd", [&] {
@@ -106,8 +111,9 @@ struct Posterior : torch::autograd::Function<Posterior> {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> posterior_autograd(const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed,
-                                                      int64_t samples, int64_t mode, double target) {
+std::tuple<at::Tensor, at::Tensor> posterior_autograd(const at::Tensor& mu, const at::Tensor& logvar,
+                                                      const at::Tensor& seed, int64_t samples, int64_t mode,
+                                                      double target) {
   const auto out = Posterior::apply(mu, logvar, seed, samples, mode, target);
   return {out[0], out[1]};
 }
@@ -119,8 +125,6 @@ TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
   m.impl("posterior_bwd", &posterior_bwd);
 }
 
-TORCH_LIBRARY_IMPL(lmvae_fast, AutogradCPU, m) {
-  m.impl("posterior_fwd", &posterior_autograd);
-}
+TORCH_LIBRARY_IMPL(lmvae_fast, AutogradCPU, m) { m.impl("posterior_fwd", &posterior_autograd); }
 
 }  // namespace lmvae
