@@ -37,7 +37,10 @@ TILES void configure_tiles() {
   TileConfig config;
   std::memset(&config, 0, sizeof config);
   config.palette = 1;
-  for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+  for (int i = 0; i < 8; i++) {
+    config.row_bytes[i] = 64;
+    config.rows[i] = 16;
+  }
   asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 TILES void release_tiles() { _tile_release(); }

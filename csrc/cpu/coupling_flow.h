@@ -38,11 +38,11 @@ struct Stage {
   int64_t scale = 0, offset = 0;  // into theta; the prepared scale of this stage lies at `prepared`
   int64_t prepared = 0;
   int permutation = kNoPermutation;
-  int64_t index = 0;   // into indices: index, then inverse
-  int64_t matrix = 0;  // into constants: matrix, inverse, logdet
-  int64_t hidden = 0;  // columns of hidden activations
-  int64_t columns = 0,
-          first_column = 0;  // columns of saved activations: state | raw | hidden, and those of stages before
+  int64_t index = 0;         // into indices: index, then inverse
+  int64_t matrix = 0;        // into constants: matrix, inverse, logdet
+  int64_t hidden = 0;        // columns of hidden activations
+  int64_t columns = 0;       // of saved activations: state | raw | hidden
+  int64_t first_column = 0;  // columns of saved activations of the stages before
 };
 
 struct Plan {

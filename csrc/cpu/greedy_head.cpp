@@ -32,9 +32,11 @@ Bound bound_of(const float* x, int64_t in, bool rounded) {
   double norm = 0, error = 0;
   for (int64_t k = 0; k < in; k++) {
     const double lost = rounded ? double(x[k]) - double(float(c10::BFloat16(x[k]))) : 0.0;
-    norm += double(x[k]) * x[k], error += lost * lost;
+    norm += double(x[k]) * x[k];
+    error += lost * lost;
   }
-  norm = std::sqrt(norm), error = std::sqrt(error);
+  norm = std::sqrt(norm);
+  error = std::sqrt(error);
   const double sums = 2.0 * std::ldexp(double(in), -24) * (norm + error);
   return {static_cast<float>(1.001 * norm), static_cast<float>(1.001 * (error + sums))};
 }
@@ -74,8 +76,11 @@ TILES void largest_on_tiles(const GreedyHeadArgs& a, const char* left, int64_t b
 at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& panels,
                        const at::Tensor& errors, const at::Tensor& norms) {
   GreedyHeadArgs a{};
-  a.rows = hidden.size(0), a.in = hidden.size(1), a.vocabulary = weight.size(0);
-  a.steps = (a.in + kHeadDepth - 1) / kHeadDepth, a.panels = (a.vocabulary + kHeadPanel - 1) / kHeadPanel;
+  a.rows = hidden.size(0);
+  a.in = hidden.size(1);
+  a.vocabulary = weight.size(0);
+  a.steps = (a.in + kHeadDepth - 1) / kHeadDepth;
+  a.panels = (a.vocabulary + kHeadPanel - 1) / kHeadPanel;
   TORCH_CHECK(weight.is_contiguous() && panels.is_contiguous() && panels.size(0) == a.panels &&
                   panels.numel() == a.panels * a.steps * kHeadPanel * kHeadDepth && errors.numel() == a.panels &&
                   norms.numel() == a.panels,
@@ -83,7 +88,8 @@ at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const
   const at::Tensor x = hidden.contiguous();
   at::Tensor ids = at::empty({a.rows}, x.options().dtype(at::kLong));
   if (a.rows == 0) return ids;
-  a.x = x.const_data_ptr<float>(), a.weight = weight.const_data_ptr<float>();
+  a.x = x.const_data_ptr<float>();
+  a.weight = weight.const_data_ptr<float>();
   a.halves = reinterpret_cast<const uint16_t*>(panels.const_data_ptr<at::BFloat16>());
   const float *error = errors.const_data_ptr<float>(), *norm = norms.const_data_ptr<float>();
 

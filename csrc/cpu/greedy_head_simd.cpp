@@ -42,16 +42,19 @@ void tile(const float* x, int64_t in, const uint16_t* w, int64_t second, int64_t
       for (int r = 0; r < R; r++) {
         const float* one = at + r * in + 2 * k;
         const V even = one[0] - V{}, odd = one[1] - V{};
-        acc[r][0] += even * l0, acc[r][1] += even * r0;
-        acc[r][0] += odd * l1, acc[r][1] += odd * r1;
+        acc[r][0] += even * l0;
+        acc[r][1] += even * r0;
+        acc[r][0] += odd * l1;
+        acc[r][1] += odd * r1;
       }
     }
     if (in - s * kHeadDepth < kHeadDepth && in % 2) {  // the last input has no partner
-      const U left = *reinterpret_cast<const U*>(w + pairs * 32),
-              right = *reinterpret_cast<const U*>(w + pairs * 32 + second);
+      const U left = *reinterpret_cast<const U*>(w + pairs * 32);
+      const U right = *reinterpret_cast<const U*>(w + pairs * 32 + second);
       for (int r = 0; r < R; r++) {
         const V even = at[r * in + 2 * pairs] - V{};
-        acc[r][0] += even * (V)(left << 16), acc[r][1] += even * (V)(right << 16);
+        acc[r][0] += even * (V)(left << 16);
+        acc[r][1] += even * (V)(right << 16);
       }
     }
   }

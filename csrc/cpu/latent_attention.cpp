@@ -63,10 +63,21 @@ std::tuple<LatentAttentionArgs, int64_t, double> common_args(
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && memory_k.has_value() == memory_v.has_value(),
               "latent_attention: q, k and v must be [T, heads, D], memory_k and memory_v both given or both None");
   LatentAttentionArgs a{};
-  a.batch = cu_seqlens.numel() - 1, a.heads = q.size(1), a.kv_heads = k.size(1), a.head_dim = q.size(2);
-  a.q = packed(q), a.k = packed(k), a.v = packed(v);
-  if (memory_k.has_value()) a.memory_k = cached(*memory_k), a.memory_v = cached(*memory_v), a.slots = memory_k->size(2);
-  a.visibility = static_cast<Visibility>(visibility), a.scale = scale, a.softcap = softcap.value_or(0);
+  a.batch = cu_seqlens.numel() - 1;
+  a.heads = q.size(1);
+  a.kv_heads = k.size(1);
+  a.head_dim = q.size(2);
+  a.q = packed(q);
+  a.k = packed(k);
+  a.v = packed(v);
+  if (memory_k.has_value()) {
+    a.memory_k = cached(*memory_k);
+    a.memory_v = cached(*memory_v);
+    a.slots = memory_k->size(2);
+  }
+  a.visibility = static_cast<Visibility>(visibility);
+  a.scale = scale;
+  a.softcap = softcap.value_or(0);
   a.window = window.value_or(std::numeric_limits<int32_t>::max());
 
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
@@ -100,7 +111,8 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q, const at::Tensor& k,
       common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
   at::Tensor out = at::empty({q.size(0), a.heads, a.head_dim}, q.options());
   at::Tensor stats = at::empty({q.size(0), a.heads, 2}, q.options().dtype(stats_type(q)));
-  a.out = out.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();
+  a.out = out.mutable_data_ptr();
+  a.stats = stats.mutable_data_ptr();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
     const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
@@ -128,12 +140,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(const at::Tensor& grad_out, c
   at::Tensor grad_memory = at::empty({2, 0}, q.options());  // without memory: nothing, but a tensor
   if (memory_k.has_value()) grad_memory = at::empty({2, a.batch, a.kv_heads, a.slots, a.head_dim}, q.options());
   a.grad_out = packed(grad_out);
-  a.out = const_cast<void*>(out_dense.const_data_ptr()), a.stats = const_cast<void*>(stats_dense.const_data_ptr());
+  a.out = const_cast<void*>(out_dense.const_data_ptr());
+  a.stats = const_cast<void*>(stats_dense.const_data_ptr());
   const auto half = [](const at::Tensor& x, int64_t n) {
     return static_cast<char*>(x.mutable_data_ptr()) + n * x.numel() / 2 * x.element_size();
   };
-  a.grad_q = grad_q.mutable_data_ptr(), a.grad_k = half(grad_kv, 0), a.grad_v = half(grad_kv, 1);
-  if (memory_k.has_value()) a.grad_memory_k = half(grad_memory, 0), a.grad_memory_v = half(grad_memory, 1);
+  a.grad_q = grad_q.mutable_data_ptr();
+  a.grad_k = half(grad_kv, 0);
+  a.grad_v = half(grad_kv, 1);
+  if (memory_k.has_value()) {
+    a.grad_memory_k = half(grad_memory, 0);
+    a.grad_memory_v = half(grad_memory, 1);
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
     const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
@@ -169,8 +187,8 @@ struct NewToken {
 
  private:
   void copy(const at::Tensor& from, const at::Tensor& to, int64_t b, int64_t head) const {
-    const int64_t size = from.element_size(), dim = from.size(2), step_in = from.stride(2) * size,
-                  step_out = to.stride(3) * size;
+    const int64_t size = from.element_size(), dim = from.size(2);
+    const int64_t step_in = from.stride(2) * size, step_out = to.stride(3) * size;
     const char* x =
         static_cast<const char*>(from.const_data_ptr()) + (b * from.stride(0) + head * from.stride(1)) * size;
     char* y = static_cast<char*>(to.mutable_data_ptr()) +
@@ -188,10 +206,15 @@ at::Tensor decode_over(const at::Tensor& q, const at::Tensor& k_cache, const at:
                        std::optional<double> softcap, const NewToken* added) {
   LatentAttentionDecodeArgs a{};
   const int64_t batch = q.size(0), positions = k_cache.size(2);
-  a.heads = q.size(1), a.kv_heads = k_cache.size(1), a.head_dim = q.size(2);
-  a.scale = scale, a.softcap = softcap.value_or(0), a.window = window.value_or(std::numeric_limits<int32_t>::max());
+  a.heads = q.size(1);
+  a.kv_heads = k_cache.size(1);
+  a.head_dim = q.size(2);
+  a.scale = scale;
+  a.softcap = softcap.value_or(0);
+  a.window = window.value_or(std::numeric_limits<int32_t>::max());
   a.q = {q.const_data_ptr(), q.stride(0), q.stride(1), 0, q.stride(2)};
-  a.k = cached(k_cache), a.v = cached(v_cache);
+  a.k = cached(k_cache);
+  a.v = cached(v_cache);
   const at::Tensor counts = lengths.to(at::kLong).contiguous();
   const int64_t* count = counts.const_data_ptr<int64_t>();
   double flops = 0;

@@ -29,7 +29,8 @@ struct Block {
   Block(const T* x, const Strided& s, int64_t from, int64_t count, int64_t head_dim, int64_t padded, A* room) {
     if constexpr (std::is_same_v<T, A>) {
       if (s.dim == 1 && head_dim == padded) {
-        rows = x + from * s.row, pitch = s.row;
+        rows = x + from * s.row;
+        pitch = s.row;
         return;
       }
     }
@@ -37,7 +38,8 @@ struct Block {
       load_row(x + (from + n) * s.row, s.dim, room + n * padded, head_dim);
       for (int64_t d = head_dim; d < padded; d++) room[n * padded + d] = 0;
     }
-    rows = room, pitch = padded;
+    rows = room;
+    pitch = padded;
   }
 };
 
@@ -70,7 +72,8 @@ void latent_attention_decode(const LatentAttentionDecodeArgs& a, int64_t b, int6
     load_row(static_cast<const T*>(a.q.data) + b * a.q.batch + (kv_head * group + g) * a.q.head, a.q.dim, q + g * pitch,
              D);
     for (int64_t d = 0; d < pitch; d++) q[g * pitch + d] = d < D ? q[g * pitch + d] * scale : A(0);
-    largest[g] = none, sum[g] = 0;
+    largest[g] = none;
+    sum[g] = 0;
   }
   std::fill_n(out, group * pitch, A(0));
 

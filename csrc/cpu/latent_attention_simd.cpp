@@ -50,7 +50,8 @@ struct Tile {
       common[kind] = {to.lo, from.hi};
       for (int64_t r = 0; r < W; r++) {  // idle lanes see everything: nothing that is used depends on them
         const Range seen = r < count ? range(kind, r) : Range{0, u.columns};
-        lo[kind][r] = static_cast<A>(seen.lo), hi[kind][r] = static_cast<A>(seen.hi);
+        lo[kind][r] = static_cast<A>(seen.lo);
+        hi[kind][r] = static_cast<A>(seen.hi);
       }
     }
   }
@@ -176,11 +177,20 @@ struct Workspace {  // laid out once for the longest sentence
       return p;
     };
     const int64_t tile = kMaxLanes * pitch, block = kMaxLanes * kPass;
-    keys = take(columns * pitch), values = take(columns * pitch);
-    qt = take(tile), q = take(tile), out = take(tile), s = take(block), room = take(pitch);
+    keys = take(columns * pitch);
+    values = take(columns * pitch);
+    qt = take(tile);
+    q = take(tile);
+    out = take(tile);
+    s = take(block);
+    room = take(pitch);
     if (backward) {
-      grad_keys = take(columns * pitch), grad_values = take(columns * pitch);
-      grad_out = take(tile), grad_out_t = take(tile), grad_s = take(block), slope = take(block);
+      grad_keys = take(columns * pitch);
+      grad_values = take(columns * pitch);
+      grad_out = take(tile);
+      grad_out_t = take(tile);
+      grad_s = take(block);
+      slope = take(block);
     }
     return at;
   }
@@ -219,7 +229,10 @@ void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t 
     }
     for (int r = 0; r < W; r++) base[r] = largest[r] == none ? A(0) : largest[r];  // nothing seen yet: no Inf - Inf
     if (!first) {
-      for (int r = 0; r < W; r++) rescale[r] = exp_(rescale[r] - base[r]), sum[r] *= rescale[r];
+      for (int r = 0; r < W; r++) {
+        rescale[r] = exp_(rescale[r] - base[r]);
+        sum[r] *= rescale[r];
+      }
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < u.pitch; d++) out.row(r)[d] *= rescale[r];
     }
@@ -245,7 +258,8 @@ void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t 
     A* x = out.row(r);
     for (int64_t d = 0; d < u.pitch; d += L) store(x + d, load(x + d) * factor);
     A* stats = static_cast<A*>(u.args.stats) + u.place_of(row0 + r) * 2;
-    stats[0] = base[r], stats[1] = factor;
+    stats[0] = base[r];
+    stats[1] = factor;
   }
   u.store_rows(out, u.args.out, row0, rows, w.out);
 }
@@ -261,7 +275,10 @@ void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T
   const LatentAttentionArgs& args = u.args;
   const int64_t D = args.head_dim;
   const bool again = row0 > 0;  // the gradients of keys and values hold what earlier tiles gave
-  if (!again) tile.clear_unseen(grad_keys), tile.clear_unseen(grad_values);
+  if (!again) {
+    tile.clear_unseen(grad_keys);
+    tile.clear_unseen(grad_values);
+  }
   const Rows<const A> q = u.load_rows(args.q, row0, rows, w.q);
   const Rows<const A> grad_out = u.load_rows(args.grad_out, row0, rows, w.grad_out);
   const Rows<A> grad_q = u.target_rows(args.grad_q, row0, w.out);
@@ -273,7 +290,8 @@ void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T
   tile.passes([&](const Piece*, int64_t, bool first) { one_pass = first; });
   for (int64_t r = 0; r < rows; r++) {
     const A* stats = static_cast<const A*>(args.stats) + u.place_of(row0 + r) * 2;
-    largest[r] = stats[0], factor[r] = stats[1];
+    largest[r] = stats[0];
+    factor[r] = stats[1];
     if (!one_pass) {
       A* out = w.room;
       load_row(static_cast<const T*>(args.out) + u.place_of(row0 + r) * D, 1, out, D);

@@ -61,7 +61,8 @@ class Ahead {
     if (next_ == count_) return {nullptr, 0, false};
     Lines& block = block_[next_];
     const Lines out = {block.at, std::min(lines, block.count), block.write};
-    block.at += out.count * kLine, block.count -= out.count;
+    block.at += out.count * kLine;
+    block.count -= out.count;
     if (block.count == 0) next_++;
     return out;
   }

@@ -89,7 +89,11 @@ KvDropout dropout_of(double p, const std::optional<at::Tensor>& seed, int64_t ba
               0,
               1,
               batch};
-  if (seed->numel() == 5) d.first = s[2], d.step = s[3], d.total = s[4];
+  if (seed->numel() == 5) {
+    d.first = s[2];
+    d.step = s[3];
+    d.total = s[4];
+  }
   return d;
 }
 
@@ -126,9 +130,12 @@ void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::o
   TORCH_CHECK(memory.size(-1) <= 1 || memory.stride(-1) == 1, "latent_kv: out must have a contiguous last dim");
   KvForward a{};
   a.rows = rows_of(weight, z.size(0));
-  a.weight = weight_like(weight), a.memory = memory_like(memory);
+  a.weight = weight_like(weight);
+  a.memory = memory_like(memory);
   a.memory.stride[5] = 1;
-  limit_run(a.rows, a.weight), limit_run(a.rows, a.memory), cut(a.rows);
+  limit_run(a.rows, a.weight);
+  limit_run(a.rows, a.memory);
+  cut(a.rows);
   const at::Tensor dense_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
   a.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
   a.dropout = dropout_of(dropout, seed, z.size(0));
@@ -186,7 +193,8 @@ struct Pass {
       grads.push_back(grad);
       a.rows.batch += grad.batch;
     }
-    a.grads = grads.data(), a.num_grads = static_cast<int64_t>(grads.size());
+    a.grads = grads.data();
+    a.num_grads = static_cast<int64_t>(grads.size());
     z = zs.size() == 1 ? zs[0] : at::cat(zs);
     a.weight = weight_like(weight);
     limit_run(a.rows, a.weight);
@@ -199,7 +207,8 @@ struct Pass {
       using T = decltype(acc);
       const at::ScalarType type = accumulation_type(weight);
       const int64_t lanes = LMVAE_PICK(kv_vector<T>)();
-      a.batch_padded = round_up(a.rows.batch, lanes), a.nz_padded = round_up(a.rows.nz, lanes);
+      a.batch_padded = round_up(a.rows.batch, lanes);
+      a.nz_padded = round_up(a.rows.nz, lanes);
       a.gram_padded = want_gram ? a.batch_padded : 0;
       const at::Tensor z_padded = pad_columns(z, type, a.nz_padded);
       a.z = z_padded.const_data_ptr();
@@ -234,11 +243,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> latent_kv_bwd(const at::Tensor& g
   std::vector<at::Tensor> seeds;
   if (seed.has_value()) seeds.push_back(*seed);
   Pass pass(weight, grad, z, dropout, seeds);
-  at::Tensor dz = at::empty({0}, z.options()), dweight = at::empty({0}, z.options()),
-             dbias = at::empty({0}, z.options());
+  at::Tensor dz = at::empty({0}, z.options());
+  at::Tensor dweight = at::empty({0}, z.options());
+  at::Tensor dbias = at::empty({0}, z.options());
   if (need_weight) {
     dweight = at::empty(weight.sizes(), weight.options());
-    pass.a.sink = KvSink::Store, pass.a.dweight = weight_like(dweight);
+    pass.a.sink = KvSink::Store;
+    pass.a.dweight = weight_like(dweight);
   }
   if (need_bias) {
     dbias = at::empty(weight.sizes().slice(0, 5), weight.options());
@@ -273,8 +284,10 @@ void latent_kv_adamw(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_s
                 "latent_kv_adamw: weight and moments must have a contiguous last dim");
   Pass pass(weight, grads, zs, dropout, seeds);
   KvBackward& a = pass.a;
-  a.exp_avg = weight_like(exp_avg), a.exp_avg_sq = weight_like(exp_avg_sq);
-  limit_run(a.rows, a.exp_avg), limit_run(a.rows, a.exp_avg_sq);
+  a.exp_avg = weight_like(exp_avg);
+  a.exp_avg_sq = weight_like(exp_avg_sq);
+  limit_run(a.rows, a.exp_avg);
+  limit_run(a.rows, a.exp_avg_sq);
   a.sink = KvSink::AdamW;
   const double t = step.item<double>(), rate = lr.item<double>();
   a.adamw = {clip.item<double>(),

@@ -123,7 +123,8 @@ LMVAE_INLINE void exchange(vec<T>& a, vec<T>& b, std::integer_sequence<int, L...
   constexpr int V = static_cast<int>(kLanesOf<T>);
   const vec<T> low = __builtin_shufflevector(a, b, ((L & S) == 0 ? L : V + L - S)...);
   const vec<T> high = __builtin_shufflevector(a, b, ((L & S) == 0 ? L + S : V + L)...);
-  a = low, b = high;
+  a = low;
+  b = high;
 }
 template <typename T, int S>
 LMVAE_INLINE void exchange_all(vec<T>* r) {
@@ -204,12 +205,14 @@ struct Chunk {
   Chunk(const KvRows& r, int64_t index) {
     const int64_t part = index % r.chunks_per_run;
     const int64_t run = index / r.chunks_per_run, runs = r.rows() / r.run;
-    layer = run / runs / 2, side = run / runs % 2;
+    layer = run / runs / 2;
+    side = run / runs % 2;
     row = part * r.chunk;
     n = std::min(r.chunk, r.run - row);
     flat = run % runs * r.run + row;
     const int64_t first = run % runs * r.run / r.dim;  // (head, slot) of the run's first row
-    head = first / r.slots, slot = first % r.slots;
+    head = first / r.slots;
+    slot = first % r.slots;
   }
   int64_t at(const KvTensor& t, int64_t batch) const {
     const int64_t* s = t.stride;
@@ -264,7 +267,8 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
     int64_t ldw = a.weight.stride[5];
     if (!direct) {
       for (int64_t i = 0; i < c.n; i++) load(a.weight, where + i * ldw, copy + i * r.nz, r.nz);
-      w = copy, ldw = r.nz;
+      w = copy;
+      ldw = r.nz;
     }
     if (a.bias != nullptr)
       load(KvTensor{const_cast<void*>(a.bias), a.weight.type, {}}, c.group() * r.rows() + c.flat, bias, c.n);
@@ -328,8 +332,9 @@ template <typename T>
 void adamw_tile(const KvBackward& a, const Chunk& c, const T* tile, T* row) {
   const int64_t nz = a.rows.nz, at_w = c.at(a.weight, 0), at_m = c.at(a.exp_avg, 0), at_v = c.at(a.exp_avg_sq, 0);
   for (int64_t i = 0; i < c.n; i++) {
-    const int64_t w = at_w + i * a.weight.stride[5], m = at_m + i * a.exp_avg.stride[5],
-                  v = at_v + i * a.exp_avg_sq.stride[5];
+    const int64_t w = at_w + i * a.weight.stride[5];
+    const int64_t m = at_m + i * a.exp_avg.stride[5];
+    const int64_t v = at_v + i * a.exp_avg_sq.stride[5];
     const T* g = tile + i * a.nz_padded;
     if (is_type<T>(a.weight.type) && is_type<T>(a.exp_avg.type)) {
       adamw_row(a.adamw, g, static_cast<T*>(a.weight.data) + w, static_cast<T*>(a.exp_avg.data) + m,
@@ -337,9 +342,13 @@ void adamw_tile(const KvBackward& a, const Chunk& c, const T* tile, T* row) {
       continue;
     }
     T *pw = row, *pm = row + a.nz_padded, *pv = row + 2 * a.nz_padded;
-    load(a.weight, w, pw, nz), load(a.exp_avg, m, pm, nz), load(a.exp_avg_sq, v, pv, nz);
+    load(a.weight, w, pw, nz);
+    load(a.exp_avg, m, pm, nz);
+    load(a.exp_avg_sq, v, pv, nz);
     adamw_row(a.adamw, g, pw, pm, pv, nz);
-    save(a.weight, w, pw, nz), save(a.exp_avg, m, pm, nz), save(a.exp_avg_sq, v, pv, nz);
+    save(a.weight, w, pw, nz);
+    save(a.exp_avg, m, pm, nz);
+    save(a.exp_avg_sq, v, pv, nz);
   }
 }
 
@@ -376,7 +385,8 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
       int64_t ldw = a.weight.stride[5];
       if (!direct) {
         for (int64_t i = 0; i < c.n; i++) load(a.weight, where + i * ldw, copy + i * a.nz_padded, r.nz);
-        w = copy, ldw = a.nz_padded;
+        w = copy;
+        ldw = a.nz_padded;
       }
       product<T, true>(g, kKvChunk, 1, r.batch, w, ldw, a.nz_padded, static_cast<T*>(a.dz), a.nz_padded, c.n, ahead);
     }

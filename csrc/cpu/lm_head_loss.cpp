@@ -47,7 +47,10 @@ Plan make_plan(int64_t tokens, int64_t width, int64_t vocab, int64_t tile, bool 
     const int64_t size = ((tokens + cut - 1) / cut + tile - 1) / tile * tile;
     const int64_t groups = (tokens + size - 1) / size;
     const int64_t cost = (groups * ranges + threads - 1) / threads * (size + kPack);
-    if (cost < best_cost) best_cost = cost, best = {groups, ranges, size};
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = {groups, ranges, size};
+    }
   }
   return best;
 }
@@ -155,7 +158,10 @@ void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, 
       for (int64_t r = 0; r < plan.ranges; r++) {
         const TokenState<C>& s = states[r * n + i];
         all.max = s.max > all.max ? s.max : all.max;
-        if (s.label_slope != 0 || s.label != 0) all.label = s.label, all.label_slope = s.label_slope;
+        if (s.label_slope != 0 || s.label != 0) {
+          all.label = s.label;
+          all.label_slope = s.label_slope;
+        }
       }
       for (int64_t r = 0; r < plan.ranges; r++) {
         const TokenState<C>& s = states[r * n + i];

@@ -72,8 +72,10 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, cons
               "packed_linear: the residual is not [", input.size(0), ", ", out_features, "]");
   const at::Tensor x = input.stride(1) == 1 ? input : input.contiguous(), b = dense(bias), added = dense(residual);
   at::Tensor y = at::empty({x.size(0), out_features}, x.options());
-  a.in = x.size(1), a.out = out_features;
-  a.weight = data(weight), a.bias = data(b);
+  a.in = x.size(1);
+  a.out = out_features;
+  a.weight = data(weight);
+  a.bias = data(b);
   for (int64_t from = 0; from < x.size(0); from += kLinearRows) {
     a.rows = std::min(kLinearRows, x.size(0) - from);
     const float* rows = data(x) + from * x.stride(0);

@@ -70,9 +70,10 @@ TILES void packed_linear_amx_rows(const float* x, int64_t stride, int64_t rows, 
     for (int64_t k = begin; k < end; k++) {
       char* to = parts + (r / kBlock * (in / kDepth) + k) * kStep + r % kBlock / 16 * kTile + r % 16 * 64;
       __m512i left = _mm512_setzero_si512(), right = left;
-      if (r < rows)
-        left = _mm512_loadu_si512(x + r * stride + k * kDepth),
+      if (r < rows) {
+        left = _mm512_loadu_si512(x + r * stride + k * kDepth);
         right = _mm512_loadu_si512(x + r * stride + k * kDepth + 16);
+      }
       for (int64_t p = 0; p < kParts; p++, to += kPair) {
         const __m512i l = _mm512_and_si512(left, high), h = _mm512_and_si512(right, high);
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(l, 16)));
@@ -90,14 +91,14 @@ TILES void packed_linear_amx_panels(const PackedLinearArgs& args, const char* pa
   alignas(64) char buffers[2][kStep];
   alignas(64) float sums[kLinearRows * kLinearPanel];
   configure_tiles();
-  const int64_t rows = args.rows, steps = args.in / kDepth, blocks = (rows + kBlock - 1) / kBlock,
-                all = (end - begin) * steps;
+  const int64_t rows = args.rows, steps = args.in / kDepth;
+  const int64_t blocks = (rows + kBlock - 1) / kBlock, all = (end - begin) * steps;
   const float* weight = args.weight + begin * args.in * kLinearPanel;
-  const auto fetched =
-      [&](int64_t t) {  // where the lines lie that step t fetches: its share of the group of pages after its own
-        return reinterpret_cast<const char*>(weight) + (t / kStreams + 1) * kStreams * kPage +
-               t % kStreams * (kPage / kStreams);
-      };
+  // Where the lines lie that step t fetches: its share of the group of pages after its own.
+  const auto fetched = [&](int64_t t) {
+    return reinterpret_cast<const char*>(weight) + (t / kStreams + 1) * kStreams * kPage +
+           t % kStreams * (kPage / kStreams);
+  };
   take_apart_rows(weight, buffers[0], 0, 16, fetched(0));
   for (int64_t t = 0; t < all; t++) {
     const int64_t step = t % steps, following = std::min(t + 1, all - 1);

@@ -27,8 +27,8 @@ LMVAE_INLINE void store(float* p, V x) { *reinterpret_cast<V*>(p) = x; }
 // Fetches the piece at `at` while another is multiplied: in every 4 terms of a sum its share of the lines, one of every
 // page.
 struct Fetch {
-  static constexpr int kPage = 4096, kPages = kLinearDepth * kLinearPanel * 4 / kPage,
-                       kRounds = kPage / 64 / (kLinearDepth / 4);
+  static constexpr int kPage = 4096, kPages = kLinearDepth * kLinearPanel * 4 / kPage;
+  static constexpr int kRounds = kPage / 64 / (kLinearDepth / 4);
   const char* at;
   int passes;  // over the piece that is multiplied: it goes by once a tile
   int due = 0;
@@ -51,7 +51,8 @@ void tile(const float* x, const float* w, int64_t depth, bool add, float* sums, 
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       const V value = x[r * kLinearDepth + k] - V{};
-      sum[r][0] += value * left, sum[r][1] += value * right;
+      sum[r][0] += value * left;
+      sum[r][1] += value * right;
     }
   };
   int64_t k = 0;

@@ -30,10 +30,17 @@ PosteriorArgs common_args(const at::Tensor& mu, const at::Tensor& logvar, const 
   PosteriorArgs a{};
   a.mu = mu.const_data_ptr();
   a.logvar = logvar.const_data_ptr();
-  a.mu_row = mu.stride(0), a.mu_col = mu.stride(1), a.logvar_row = logvar.stride(0), a.logvar_col = logvar.stride(1);
-  a.batch = mu.size(0), a.dim = mu.size(1), a.samples = samples;
-  a.seed = static_cast<uint64_t>(s[0]), a.offset = static_cast<uint64_t>(s[1]);
-  a.mode = static_cast<KlMode>(mode), a.target = target;
+  a.mu_row = mu.stride(0);
+  a.mu_col = mu.stride(1);
+  a.logvar_row = logvar.stride(0);
+  a.logvar_col = logvar.stride(1);
+  a.batch = mu.size(0);
+  a.dim = mu.size(1);
+  a.samples = samples;
+  a.seed = static_cast<uint64_t>(s[0]);
+  a.offset = static_cast<uint64_t>(s[1]);
+  a.mode = static_cast<KlMode>(mode);
+  a.target = target;
   return a;
 }
 
@@ -43,7 +50,8 @@ std::tuple<at::Tensor, at::Tensor> posterior_fwd(const at::Tensor& mu, const at:
   at::Tensor z =
       samples == 1 ? at::empty({a.batch, a.dim}, mu.options()) : at::empty({samples, a.batch, a.dim}, mu.options());
   at::Tensor kl = at::empty({a.batch}, mu.options().dtype(kl_type(mu)));
-  a.z = z.mutable_data_ptr(), a.kl = kl.mutable_data_ptr();
+  a.z = z.mutable_data_ptr();
+  a.kl = kl.mutable_data_ptr();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mu.scalar_type(), "posterior_fwd", [&] {
     const auto rows = LMVAE_PICK(posterior_fwd_rows<scalar_t>);
     at::parallel_for(0, a.batch, grain(a), [&](int64_t begin, int64_t end) { rows(a, begin, end); });
@@ -57,17 +65,22 @@ std::tuple<at::Tensor, at::Tensor> posterior_bwd(const std::optional<at::Tensor>
                                                  int64_t samples, int64_t mode, double target) {
   PosteriorArgs a = common_args(mu, logvar, seed, samples, mode, target);
   at::Tensor dmu = at::empty({a.batch, a.dim}, mu.options()), dlogvar = at::empty({a.batch, a.dim}, mu.options());
-  a.dmu = dmu.mutable_data_ptr(), a.dlogvar = dlogvar.mutable_data_ptr();
+  a.dmu = dmu.mutable_data_ptr();
+  a.dlogvar = dlogvar.mutable_data_ptr();
   if (dz.has_value() && dz->defined()) {
     TORCH_CHECK(dz->scalar_type() == mu.scalar_type(), "posterior: dz is ", dz->scalar_type(), ", mu is ",
                 mu.scalar_type());
     a.dz = dz->const_data_ptr();
-    a.dz_sample = samples == 1 ? 0 : dz->stride(0), a.dz_row = dz->stride(-2), a.dz_col = dz->stride(-1);
+    a.dz_sample = samples == 1 ? 0 : dz->stride(0);
+    a.dz_row = dz->stride(-2);
+    a.dz_col = dz->stride(-1);
   }
   if (dkl.has_value() && dkl->defined()) {
     TORCH_CHECK(dkl->scalar_type() == kl_type(mu), "posterior: dkl is ", dkl->scalar_type(), " instead of ",
                 kl_type(mu));
-    a.dkl = dkl->const_data_ptr(), a.dkl_row = dkl->stride(0), a.kl_saved = kl.const_data_ptr();
+    a.dkl = dkl->const_data_ptr();
+    a.dkl_row = dkl->stride(0);
+    a.kl_saved = kl.const_data_ptr();
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mu.scalar_type(), "posterior_bwd", [&] {
     const auto rows = LMVAE_PICK(posterior_bwd_rows<scalar_t>);

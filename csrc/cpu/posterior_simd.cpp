@@ -30,8 +30,8 @@ LMVAE_INLINE A kl_mask(A k, A target) {
 
 template <typename A>
 struct Tile {
-  alignas(64) A mu[kTile], lv[kTile], std[kTile], em1[kTile], excess[kTile], eps[kTile + kSlack], dz[kTile], dmu[kTile],
-      dlv[kTile];
+  alignas(64) A mu[kTile], lv[kTile], std[kTile], em1[kTile], excess[kTile];
+  alignas(64) A eps[kTile + kSlack], dz[kTile], dmu[kTile], dlv[kTile];
 };
 
 // A dense block of rows x pitch in the arithmetic type: the tensor's own memory where it is already that, else a copy.
@@ -171,10 +171,16 @@ void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
                                    rows, cols, pitch);
         if (s == 0) {
 #pragma omp simd
-          for (int64_t i = 0; i < n; i++) dmu[i] = dz[i], dlv[i] = dz[i] * t.eps[i];
+          for (int64_t i = 0; i < n; i++) {
+            dmu[i] = dz[i];
+            dlv[i] = dz[i] * t.eps[i];
+          }
         } else {
 #pragma omp simd
-          for (int64_t i = 0; i < n; i++) dmu[i] += dz[i], dlv[i] += dz[i] * t.eps[i];
+          for (int64_t i = 0; i < n; i++) {
+            dmu[i] += dz[i];
+            dlv[i] += dz[i] * t.eps[i];
+          }
         }
       }
       if (a.dz == nullptr) {

@@ -24,15 +24,24 @@ std::tuple<at::Tensor, at::Tensor> sample_token(const at::Tensor& logits, const 
   at::Tensor logprobs = at::empty({logprob ? batch : 0}, logits.options().dtype(at::kFloat));
   SampleTokenArgs a{};
   a.logits = logits.const_data_ptr();
-  a.logits_row = logits.stride(0), a.logits_col = logits.stride(1), a.vocab = vocab;
+  a.logits_row = logits.stride(0);
+  a.logits_col = logits.stride(1);
+  a.vocab = vocab;
   const int64_t* s = seed.const_data_ptr<int64_t>();
-  a.seed = static_cast<uint64_t>(s[0]), a.offset = static_cast<uint64_t>(s[1]);
-  a.rows = rows_dense.const_data_ptr<int64_t>(), a.steps = steps_dense.const_data_ptr<int64_t>();
+  a.seed = static_cast<uint64_t>(s[0]);
+  a.offset = static_cast<uint64_t>(s[1]);
+  a.rows = rows_dense.const_data_ptr<int64_t>();
+  a.steps = steps_dense.const_data_ptr<int64_t>();
   if (seen.has_value() && seen->defined()) {
     a.seen = static_cast<const uint8_t*>(seen->const_data_ptr());
-    a.seen_row = seen->stride(0), a.seen_col = seen->stride(1);
+    a.seen_row = seen->stride(0);
+    a.seen_col = seen->stride(1);
   }
-  a.greedy = greedy, a.temperature = temperature, a.top_k = top_k, a.top_p = top_p, a.min_p = min_p,
+  a.greedy = greedy;
+  a.temperature = temperature;
+  a.top_k = top_k;
+  a.top_p = top_p;
+  a.min_p = min_p;
   a.penalty = penalty;
   a.ids = ids.mutable_data_ptr<int64_t>();
   a.logprob = logprob ? logprobs.mutable_data_ptr<float>() : nullptr;

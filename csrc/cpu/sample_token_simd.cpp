@@ -41,8 +41,14 @@ Best best(const A* s, int64_t n) {
   }
   A top = -std::numeric_limits<A>::infinity();
   bool nan = false;
-  for (int l = 0; l < kWays; l++) top = std::max(top, lanes[l]), nan |= nans[l] != 0;
-  for (; i < n; i++) top = s[i] > top ? s[i] : top, nan |= s[i] != s[i];
+  for (int l = 0; l < kWays; l++) {
+    top = std::max(top, lanes[l]);
+    nan |= nans[l] != 0;
+  }
+  for (; i < n; i++) {
+    top = s[i] > top ? s[i] : top;
+    nan |= s[i] != s[i];
+  }
   for (i = 0; i < n; i++)
     if (nan ? s[i] != s[i] : s[i] == top) break;
   return {i, !nan && std::isfinite(top)};
@@ -122,8 +128,12 @@ void range(const A* x, int64_t n, A* low, A* high) {
       highs[l] = v > highs[l] ? v : highs[l];
     }
   }
-  for (; i < n; i++) lows[0] = std::min(lows[0], x[i]), highs[0] = std::max(highs[0], x[i]);
-  *low = *std::min_element(lows, lows + kWays), *high = *std::max_element(highs, highs + kWays);
+  for (; i < n; i++) {
+    lows[0] = std::min(lows[0], x[i]);
+    highs[0] = std::max(highs[0], x[i]);
+  }
+  *low = *std::min_element(lows, lows + kWays);
+  *high = *std::max_element(highs, highs + kWays);
 }
 
 // The largest candidate from which upwards they measure `need` or more, as all together do. The list of n > 0

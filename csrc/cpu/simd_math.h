@@ -70,8 +70,8 @@ LMVAE_INLINE float exp_(float x) {
 LMVAE_INLINE void exp_parts(float x, float* half, float* minus1, float* excess) {
   const Reduced a = reduce_exp(0.5f * x);
   const int32_t n1 = a.n >> 1, n2 = a.n - n1;
-  const float s1 = bits_to_float(static_cast<uint32_t>(n1 + 127) << 23),
-              s2 = bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
+  const float s1 = bits_to_float(static_cast<uint32_t>(n1 + 127) << 23);
+  const float s2 = bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
   const float q = a.tail + a.r, high = q + 1.0f, low = q - (high - 1.0f);
   *half = high * s1 * s2;
   const float full = (high * high + 2.0f * high * low) * s1 * s2 * s1 * s2;
@@ -80,7 +80,9 @@ LMVAE_INLINE void exp_parts(float x, float* half, float* minus1, float* excess) 
   *excess = near ? q * q + 2.0f * a.tail : full - 1.0f - x;
 }
 LMVAE_INLINE void exp_parts(double x, double* half, double* minus1, double* excess) {
-  *half = std::exp(0.5 * x), *minus1 = std::expm1(x), *excess = *minus1 - x;
+  *half = std::exp(0.5 * x);
+  *minus1 = std::expm1(x);
+  *excess = *minus1 - x;
 }
 LMVAE_INLINE double exp_(double x) { return std::exp(x); }
 
@@ -181,7 +183,10 @@ LMVAE_INLINE void store_zipped(VecF a, VecF b, float* out) {
   _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
   _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
 #else
-  for (int l = 0; l < kWidth; l++) out[2 * l] = a[l], out[2 * l + 1] = b[l];
+  for (int l = 0; l < kWidth; l++) {
+    out[2 * l] = a[l];
+    out[2 * l + 1] = b[l];
+  }
 #endif
 }
 
@@ -247,8 +252,10 @@ struct Stream {
   Stream(uint64_t seed, uint64_t offset) {
     const VecQ zero = {};
     uint32_t a = static_cast<uint32_t>(seed), b = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; round++, a += 0x9E3779B9u, b += 0xBB67AE85u)
-      k0[round] = zero + a, k1[round] = zero + b;
+    for (int round = 0; round < 10; round++, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+      k0[round] = zero + a;
+      k1[round] = zero + b;
+    }
     c2 = zero + (offset & 0xffffffffu);
     c3 = zero + (offset >> 32);
   }
