@@ -187,7 +187,7 @@ class CouplingFlow(nn.Module):
     ) -> Tensor:
         """log p(x) [B] in nats, with base density N(mu, exp(logvar)) (default N(0, I)); both broadcast to [B, dim].
 
-        With a posterior's mu and logvar this is minus the training loss of the Invertible CVAE (SYSTEMS.md, LlaMaVAE).
+        With a posterior's mu and logvar this is minus the training loss of the Invertible CVAE (arXiv 2312.13208).
         """
         z, logdet = self(x, cond)
         delta = z.to(logdet.dtype) if mu is None else z.to(logdet.dtype) - mu
