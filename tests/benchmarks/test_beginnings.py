@@ -9,7 +9,7 @@ import torch
 
 import benchmarks.generation.beginnings as beginnings
 from benchmarks.generation import tables
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 
 
 @pytest.mark.parametrize("visibility", ["rolling", "prefix"])

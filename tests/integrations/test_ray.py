@@ -15,7 +15,7 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError
 from lmvae_fast.generation.engine import generate
 from lmvae_fast.integrations.ray import _Decode, _Encode, decode, encode
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'lmvae_fast[ray]')")
 pytest.importorskip("ray.data", reason="Ray Data is not installed (pip install 'lmvae_fast[ray]')")

@@ -26,7 +26,7 @@ from lmvae_fast.integrations.langvae import load_checkpoint, load_reference, sav
 from lmvae_fast.integrations.langvae.files import read_folder, write_folder
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.reference.langvae import pool_annotations
-from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VENV = REPOSITORY / ".venv-langvae"
