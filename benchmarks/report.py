@@ -12,10 +12,10 @@ import re
 import sys
 from collections.abc import Callable
 
+from benchmarks.common.records import RESULTS, ROOT, load, where
 from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
 from benchmarks.generation.long_run_table import TABLES as LONG_RUN_TABLES
 from benchmarks.generation.tables import TABLES as GENERATION_TABLES
-from benchmarks.records import RESULTS, ROOT, load, where
 from benchmarks.training.scaling_tables import TABLES as SCALING_TABLES
 from benchmarks.training.tables import TABLES as STEP_TABLES
 
