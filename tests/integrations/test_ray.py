@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError
+from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError, MissingPackageError
 from lmvae_fast.generation.engine import generate
 from lmvae_fast.integrations.ray import _Decode, _Encode, decode, encode
 from lmvae_fast.testing import make_model
@@ -178,5 +178,5 @@ def test_what_is_known_before_is_refused_before(cluster, folder, monkeypatch):
     with pytest.raises(ConfigError, match="max_new_tokens"):
         decode(known, folder, prompts="text")
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(ConfigError, match=r"lmvae_fast\[ray\]"):
+    with pytest.raises(MissingPackageError, match=r"lmvae_fast\[ray\]"):
         decode(known, folder)
