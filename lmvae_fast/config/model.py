@@ -20,7 +20,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class LMVAEConfig(ConfigBase):
-    """What a model is. Fields left at ``None`` take the value of the system's preset (``models/systems.py``).
+    """What a model is. Fields left at ``None`` take the value of the system's preset (``models/systems/``).
 
     Attributes:
         system: preset that fills the open fields: ``langvae`` (arXiv 2505.00004) or ``optimus`` (arXiv 2004.04092).

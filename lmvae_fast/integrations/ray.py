@@ -7,7 +7,6 @@ go by, so that neither the process, the batch nor a second try after a lost mach
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -27,6 +26,7 @@ from lmvae_fast.generation.text_files import BLOCKS_PER_BATCH
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend as use_backend
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.optional import require
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -75,7 +75,8 @@ def decode(
         per latent, a row for each, numbered by ``sample``. Nothing is computed before the dataset is read.
 
     Raises:
-        ConfigError: Ray is not installed; a draw without a seed; prompts without max_new_tokens.
+        MissingPackageError: Ray is not installed.
+        ConfigError: a draw without a seed; prompts without max_new_tokens.
         DataError: a column is missing, or would be overwritten.
 
     While the dataset is read, Ray raises its RayTaskError, whose text holds ours: LatentError (another width, NaN or
@@ -146,7 +147,7 @@ def encode(
         with the batches.
 
     Raises:
-        ConfigError: Ray is not installed.
+        MissingPackageError: Ray is not installed.
         DataError: a column is missing, or would be overwritten.
 
     While the dataset is read, Ray raises its RayTaskError, whose text holds ours: DataError (an empty sentence, an
@@ -170,8 +171,7 @@ def start_local(**options: Any) -> None:
     Raises:
         ConfigError: Ray is not installed, has been started or joined already, or listens elsewhere all the same.
     """
-    _ray_data()
-    ray = importlib.import_module("ray")
+    ray = require("ray", purpose="starting Ray on this machine", extra="ray")
     if ray.is_initialized():
         raise ConfigError(
             "Ray runs already", value=ray.get_runtime_context().gcs_address,
@@ -200,13 +200,6 @@ def listen_on_loopback() -> None:
         vars(constants)["ENABLE_RAY_CLUSTER"] = False
 
 
-def _ray_data() -> Any:
-    try:
-        return importlib.import_module("ray.data")
-    except ImportError as error:
-        raise ConfigError(f"Ray Data is not installed ({error})", remedy="pip install 'lmvae_fast[ray]'") from error
-
-
 def _map(
     dataset: Dataset,
     work: type[_Worker],
@@ -220,12 +213,12 @@ def _map(
     num_gpus: float | None,
     backend: str,
 ) -> Dataset:
-    data = _ray_data()
+    data = require("ray.data", purpose="decoding and encoding over many machines", extra="ray")
     schema = dataset.schema(fetch_if_missing=False)  # what is not known yet is found out by the processes
     if schema is not None:
         _check_columns(schema.names, needed, made)
     if num_gpus is None:
-        num_gpus = 1 if importlib.import_module("ray").cluster_resources().get("GPU") else 0
+        num_gpus = 1 if sys.modules["ray"].cluster_resources().get("GPU") else 0
     place = Path(model_dir)
     return dataset.map_batches(
         work,

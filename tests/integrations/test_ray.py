@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError
+from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError, MissingPackageError
 from lmvae_fast.generation.engine import generate
 from lmvae_fast.integrations.ray import LOOPBACK, _Decode, _Encode, decode, encode
+from lmvae_fast.testing import make_model
 from tests.conftest import REPOSITORY
-from tests.models.tiny import make_model
 from tests.processes import PATIENCE
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'lmvae_fast[ray]')")
@@ -290,5 +290,5 @@ def test_what_is_known_before_is_refused_before(cluster, folder, monkeypatch):
     with pytest.raises(ConfigError, match="max_new_tokens"):
         decode(known, folder, prompts="text")
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(ConfigError, match=r"lmvae_fast\[ray\]"):
+    with pytest.raises(MissingPackageError, match=r"lmvae_fast\[ray\]"):
         decode(known, folder)
