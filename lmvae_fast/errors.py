@@ -63,5 +63,9 @@ class DistributedError(LMVAEError, RuntimeError):
     """The processes of one run have lost one another."""
 
 
+class MissingPackageError(LMVAEError, ImportError):
+    """An optional package is not installed."""
+
+
 class MemoryLimitError(LMVAEError, MemoryError):
     """The machine or the GPU has not enough memory for what was asked."""
