@@ -66,6 +66,7 @@ struct Activations {
 
 template <typename T>
 Vec<T> squash(const Stage& s, const Vec<T>& raw) {
+  if (s.squash == flow::kNoSquash) return raw;
   if (s.squash == flow::kTanh) return raw.tanh();
   if (s.squash == flow::kAtan) return Vec<T>(T(0.636)) * raw.atan();
   return (Vec<T>(T(0.5)) * raw).tanh();  // 2 sigmoid(u) - 1
@@ -75,6 +76,7 @@ Vec<T> squash(const Stage& s, const Vec<T>& raw) {
 template <typename T>
 Vec<T> squash_slope(const Stage& s, const Vec<T>& raw, const Vec<T>& squashed) {
   const Vec<T> one(T(1));
+  if (s.squash == flow::kNoSquash) return one;
   if (s.squash == flow::kAtan) return Vec<T>(T(0.636)) / (one + raw * raw);
   const Vec<T> slope = one - squashed * squashed;
   return s.squash == flow::kTanh ? slope : Vec<T>(T(0.5)) * slope;

@@ -28,14 +28,14 @@ def _atan(x):
 @triton.jit
 def _squash(kind, raw):
     t = tanh_(tl.where(kind == 3, 0.5 * raw, raw))
-    return tl.where(kind == 2, 0.636 * _atan(raw), t)
+    return tl.where(kind == 4, raw, tl.where(kind == 2, 0.636 * _atan(raw), t))
 
 
 @triton.jit
 def _squash_slope(kind, raw):
     t = tanh_(tl.where(kind == 3, 0.5 * raw, raw))
     slope = (1.0 - t * t) * tl.where(kind == 3, 0.5, 1.0)
-    return tl.where(kind == 2, 0.636 / (1.0 + raw * raw), slope)
+    return tl.where(kind == 4, 1.0, tl.where(kind == 2, 0.636 / (1.0 + raw * raw), slope))
 
 
 @triton.jit
