@@ -42,6 +42,11 @@ _PUBLIC = {
     "evaluate": "lmvae_fast.evaluation.evaluate",
     "read": "lmvae_fast.data",
     "generate_corpus": "lmvae_fast.data",
+    "read_definitions": "lmvae_fast.data",
+    "read_word_vectors": "lmvae_fast.data",
+    "Definition": "lmvae_fast.data",
+    "DefinitionDataset": "lmvae_fast.data",
+    "WordVectors": "lmvae_fast.data",
     "SentenceDataset": "lmvae_fast.data",
     "Example": "lmvae_fast.data",
     "backend": "lmvae_fast.kernels.backend",
@@ -67,6 +72,8 @@ __all__ = [
     "CouplingFlow",
     "DataError",
     "Decoder",
+    "Definition",
+    "DefinitionDataset",
     "Encoder",
     "Example",
     "Generated",
@@ -86,6 +93,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UnsupportedDecoderError",
+    "WordVectors",
     "__version__",
     "aggregate_quantiles",
     "arithmetic",
@@ -99,6 +107,8 @@ __all__ = [
     "kernels",
     "neighbourhood",
     "read",
+    "read_definitions",
+    "read_word_vectors",
     "reference",
     "score",
     "testing",
@@ -109,7 +119,17 @@ __all__ = [
 if TYPE_CHECKING:
     from lmvae_fast import integrations, kernels, reference, testing
     from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
-    from lmvae_fast.data import Example, SentenceDataset, generate_corpus, read
+    from lmvae_fast.data import (
+        Definition,
+        DefinitionDataset,
+        Example,
+        SentenceDataset,
+        WordVectors,
+        generate_corpus,
+        read,
+        read_definitions,
+        read_word_vectors,
+    )
     from lmvae_fast.errors import (
         CheckpointError,
         ConfigError,

@@ -352,6 +352,30 @@ def _table_rows(
         yield number, places.row(cells)
 
 
+def field_names(
+    path: str | os.PathLike[str], *, format: str | None = None, header: bool | None = None, quoting: bool = True
+) -> list[str]:
+    """The columns that a csv or tsv file's header names, or the fields of a jsonl file's first object; [] if there are none.
+
+    Arguments and errors as of :func:`read`.
+    """
+    path = Path(path)
+    chosen = format or _format_of(path)
+    with _open(path) as file:
+        first = next((text for _, text in _decoded(file, path) if text.strip()), "")
+    if chosen == "jsonl":
+        try:
+            record = json.loads(first) if first else {}
+        except json.JSONDecodeError:
+            record = {}  # `read` says what is wrong with the line
+        return list(record) if isinstance(record, dict) else []
+    if chosen not in ("csv", "tsv") or not first:
+        return []
+    quote = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    cells = [cell.strip() for cell in next(csv.reader([first], delimiter="\t" if chosen == "tsv" else ",", quoting=quote))]
+    return cells if header or (header is None and _is_header(cells)) else []
+
+
 def _is_header(cells: Sequence[str]) -> bool:
     stripped = [cell.strip() for cell in cells]
     return len(set(stripped)) == len(stripped) and all(_HEADER_CELL.fullmatch(cell) for cell in stripped)
