@@ -60,7 +60,7 @@ class CVAENoise:
         given = getattr(self, name)
         if given is None:
             return torch.randn(*mu.shape, samples, dtype=mu.dtype, device=mu.device)
-        if given.shape[:2] != mu.shape or name == "bow" and given.shape[2] != samples:
+        if given.shape[:2] != mu.shape or (name == "bow" and given.shape[2] != samples):
             raise LatentError(f"noise {name!r} does not fit", value=tuple(given.shape), limit=[*mu.shape, samples])
         return given.to(mu)
 
@@ -373,7 +373,7 @@ def load_checkpoint(
         decoder, AutoTokenizer.from_pretrained(base_model), read_settings(config, padding=padding, **settings),
         max_prompt=max_prompt, max_response=max_response,
     )  # fmt: skip
-    buffers = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")  # masks and angles that old files carry
+    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # masks and angles that old files carry
     state = {name: value for name, value in state.items() if not name.endswith(buffers)}
     if not (model.settings.skip or model.settings.gskip):
         state = {name: value for name, value in state.items() if not name.startswith("latent_decoder.skip_connection.")}
