@@ -6,16 +6,15 @@ Files are read line by line (gzip too), so memory holds the sentences and nothin
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
+from lmvae_fast.data.lines import Line, decoded_lines, open_file
 from lmvae_fast.errors import DataError
 
 #: File ending -> format. ``.txt`` is checked for SRL labels on its first line.
@@ -29,9 +28,6 @@ _LABEL = re.compile(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+)*")
 _ROLE = re.compile(r"([BI]-)?V|.*\bARG.*")
 # A header's cell: an identifier-like name, no sentence and no number.
 _HEADER_CELL = re.compile(r"[^\W\d][\w.-]*")
-
-# A line of the file: its number from 1, and its text without the line break.
-Line = tuple[int, str]
 
 
 def read(
@@ -87,8 +83,8 @@ def read(
     factors = _factor_names(factor_columns)
     report = DataReport(str(path), chosen)
     columns = _Columns()
-    with _open(path) as file:
-        lines = _decoded(file, path)
+    with open_file(path) as file:
+        lines = decoded_lines(file, path)
         if chosen == "txt" and format is None:
             lines, is_srl = _looks_like_srl(lines)
             chosen = report.format = "srl" if is_srl else "txt"
@@ -131,44 +127,6 @@ def _factor_names(columns: Sequence[str | int] | Mapping[str, str | int]) -> dic
     if isinstance(columns, str):
         raise DataError("factor_columns is a single string", value=repr(columns), remedy=f"give [{columns!r}]")
     return {str(column): column for column in columns}
-
-
-def _open(path: Path) -> IO[bytes]:
-    try:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder", limit="a file of sentences", remedy="name a file in it")
-        if path.suffix.lower() == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        return path.open("rb")
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no file {path}", value=f"working folder {Path.cwd()}", remedy="check the path"
-        ) from None
-    except OSError as error:
-        raise DataError(f"cannot open {path}: {error.strerror or error}", remedy="check its permissions") from error
-
-
-def _decoded(file: IO[bytes], path: Path) -> Iterator[Line]:
-    """The file's lines as text. Bytes are split first, so that an undecodable line is known by its number."""
-    number = 0
-    try:
-        for number, raw in enumerate(file, 1):
-            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                raw = raw[3:]
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not UTF-8",
-                    value=f"byte 0x{raw[error.start]:02x} at byte {error.start} of the line ({error.reason})",
-                    remedy="convert the file, for example with: iconv -f latin1 -t utf-8",
-                ) from None
-            yield number, text.rstrip("\r\n")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: reading stopped after line {number}: {error}",
-            remedy="the file is cut off or damaged: get it anew",
-        ) from error
 
 
 def _looks_like_srl(lines: Iterator[Line]) -> tuple[Iterator[Line], bool]:
