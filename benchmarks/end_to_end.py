@@ -24,11 +24,11 @@ import transformers as hf
 
 from benchmarks.kernels import harness
 from lmvae_fast.config import LMVAEConfig
-from lmvae_fast.models.decoders import Decoder
-from lmvae_fast.models.encoders import Encoder
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.tokenization import SentenceTokenizer
 from lmvae_fast.reference.langvae import ReferenceLangVAE
+from lmvae_fast.text.tokenizer import SentenceTokenizer
 from tests.reference.tiny import SENTENCES, tiny_encoder, tiny_tokenizer
 
 MAX_LEN, LATENT = 32, 128

@@ -18,10 +18,10 @@ _PUBLIC = {
     "LMVAEConfig": "lmvae_fast.config",
     "TrainConfig": "lmvae_fast.config",
     "GenerationConfig": "lmvae_fast.config",
-    "Batch": "lmvae_fast.models.batch",
-    "Encoder": "lmvae_fast.models.encoders",
-    "Decoder": "lmvae_fast.models.decoders",
-    "Posterior": "lmvae_fast.models.encoders",
+    "Batch": "lmvae_fast.text.batch",
+    "Encoder": "lmvae_fast.models.encoder",
+    "Decoder": "lmvae_fast.models.decoder.decoder",
+    "Posterior": "lmvae_fast.models.encoder",
     "Injection": "lmvae_fast.models.injection",
     "CouplingFlow": "lmvae_fast.models.flow",
     "train": "lmvae_fast.training.loop",
@@ -30,12 +30,12 @@ _PUBLIC = {
     "generate": "lmvae_fast.generation.engine",
     "Generated": "lmvae_fast.generation.engine",
     "score": "lmvae_fast.generation.scoring",
-    "interpolate": "lmvae_fast.generation.latent_ops",
-    "traverse": "lmvae_fast.generation.latent_ops",
-    "arithmetic": "lmvae_fast.generation.latent_ops",
-    "neighbourhood": "lmvae_fast.generation.latent_ops",
-    "average": "lmvae_fast.generation.latent_ops",
-    "aggregate_quantiles": "lmvae_fast.generation.points",
+    "interpolate": "lmvae_fast.exploration.operations",
+    "traverse": "lmvae_fast.exploration.operations",
+    "arithmetic": "lmvae_fast.exploration.operations",
+    "neighbourhood": "lmvae_fast.exploration.operations",
+    "average": "lmvae_fast.exploration.operations",
+    "aggregate_quantiles": "lmvae_fast.exploration.points",
     "evaluate": "lmvae_fast.evaluation.evaluate",
     "read": "lmvae_fast.data",
     "generate_corpus": "lmvae_fast.data",
@@ -113,17 +113,18 @@ if TYPE_CHECKING:
         UnsupportedDecoderError,
     )
     from lmvae_fast.evaluation.evaluate import evaluate
+    from lmvae_fast.exploration.operations import arithmetic, average, interpolate, neighbourhood, traverse
+    from lmvae_fast.exploration.points import aggregate_quantiles
     from lmvae_fast.generation.engine import Generated, generate
-    from lmvae_fast.generation.latent_ops import arithmetic, average, interpolate, neighbourhood, traverse
-    from lmvae_fast.generation.points import aggregate_quantiles
     from lmvae_fast.generation.scoring import score
     from lmvae_fast.kernels.backend import backend
-    from lmvae_fast.models.batch import Batch
-    from lmvae_fast.models.decoders import Decoder
-    from lmvae_fast.models.encoders import Encoder, Posterior
+    from lmvae_fast.models.decoder.decoder import Decoder
+    from lmvae_fast.models.encoder import Encoder
     from lmvae_fast.models.flow import CouplingFlow
     from lmvae_fast.models.injection import Injection
     from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
+    from lmvae_fast.models.posterior import Posterior
+    from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
     from lmvae_fast.training.loop import TrainResult, train
 

@@ -24,8 +24,8 @@ import torch
 from benchmarks.generation.decode import RESULTS, prepare
 from benchmarks.generation.our_side import OurSide
 from benchmarks.kernels import harness
-from lmvae_fast.models.packed import packed_weights
-from lmvae_fast.models.prefill import read
+from lmvae_fast.models.decoder.prefill import read
+from lmvae_fast.models.decoder.prepared_weights import packed_weights
 
 CASES = (("rolling", "fp32"), ("prefix", "fp32"), ("prefix", "bf16"))
 

@@ -26,7 +26,7 @@ import lmvae_fast as lf
 from benchmarks.training.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.kernels.sample_token import sample_token
-from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.models.decoder.decoder import Decoder
 
 warnings.filterwarnings("ignore")
 

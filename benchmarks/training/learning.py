@@ -28,8 +28,8 @@ import lmvae_fast as lf
 from benchmarks.kernels import harness
 from benchmarks.training.steps import langvae_python
 from benchmarks.training.worker import Worker, serve
-from lmvae_fast.cli.report import style
 from lmvae_fast.integrations.langvae import load_checkpoint, save_checkpoint
+from lmvae_fast.reports.page import style
 from lmvae_fast.training.language_model import make_decoder, train_language_model
 from lmvae_fast.training.loop import Trainer
 
@@ -66,7 +66,7 @@ class OurLearning:
         with trainer.prepared():
             while time.process_time() - self.started < cpu_seconds:
                 trainer.optimizer_step(trainer._batches(trainer.step))
-                trainer.progress.step += 1
+                trainer.state.progress.step += 1
         save_file(weights(self.model), file)
         return {"steps": trainer.step, "cpu_seconds": time.process_time() - self.started}
 

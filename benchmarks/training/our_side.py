@@ -23,7 +23,7 @@ import lmvae_fast as lf
 from benchmarks.training.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.training.loop import Trainer
-from lmvae_fast.training.resources import compiling
+from lmvae_fast.training.step_setup import compiling
 
 warnings.filterwarnings("ignore")
 

@@ -21,7 +21,7 @@ import torch
 
 import lmvae_fast as lf
 from benchmarks.kernels.harness import machine
-from lmvae_fast.cli.report import style
+from lmvae_fast.reports.page import style
 from lmvae_fast.training.language_model import make_decoder, train_language_model
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "training"

@@ -11,7 +11,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from lmvae_fast.config_base import parse_yaml, read_mapping
+from lmvae_fast.config.base import parse_yaml, read_mapping
 from lmvae_fast.errors import ConfigError
 
 console = Console()

@@ -178,7 +178,7 @@ class _Demo:
 
     def compare(self) -> None:
         """The parallel pass against a plain, sequential, eager LangVAE with the same weights: figures and time."""
-        from lmvae_fast.cli.parity import compare
+        from lmvae_fast.integrations.langvae.parity import compare
 
         self.say("[bold]6[/] against the eager reference")
         started = time.perf_counter()
@@ -188,7 +188,7 @@ class _Demo:
 
     def write_report(self) -> Path:
         """The page."""
-        from lmvae_fast.cli.demo_report import write
+        from lmvae_fast.reports.demo import write
 
         return write(self)
 

@@ -30,10 +30,10 @@ from lmvae_fast.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmvae_fast.cli.explore_report import Drawing
     from lmvae_fast.data.dataset import Example
-    from lmvae_fast.models.encoders import Posterior
+    from lmvae_fast.exploration.drawings import Drawing
     from lmvae_fast.models.lmvae import LMVAE
+    from lmvae_fast.models.posterior import Posterior
 
 Output = Annotated[Path | None, typer.Option(help="Draw it: a page (.html) or a picture (.png).")]
 
@@ -60,8 +60,8 @@ def interpolate(
 
     Example: `lmvae-fast interpolate runs/first "a cat is an animal" "the sun is a star" --output way.html`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import interpolate as run
+    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration.operations import interpolate as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
     report.check_output(output)
@@ -100,8 +100,8 @@ def traverse(
 
     Example: `lmvae-fast traverse runs/first "a cat is an animal" --dims 0-3 --quantiles-of sentences.txt`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import traverse as run
+    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration.operations import traverse as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
     report.check_output(output)
@@ -135,9 +135,9 @@ def arithmetic(
 
     Example: `lmvae-fast arithmetic runs/first "a cat is an animal - cats meow + dogs bark"`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import arithmetic as run
-    from lmvae_fast.generation.latent_ops import parse_terms
+    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration.operations import arithmetic as run
+    from lmvae_fast.exploration.operations import parse_terms
     from lmvae_fast.kernels.backend import backend as use_backend
 
     report.check_output(output)
@@ -172,8 +172,8 @@ def neighbourhood(
 
     Example: `lmvae-fast neighbourhood runs/first "a cat is an animal" --scale 0.5 --output around.html`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import neighbourhood as run
+    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration.operations import neighbourhood as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
     report.check_output(output)
@@ -201,8 +201,8 @@ def average(
 
     Example: `lmvae-fast average runs/first "a cat is an animal" "a dog is an animal" "a cow is an animal"`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import average as run
+    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration.operations import average as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
     report.check_output(output)
@@ -256,7 +256,7 @@ def _aggregate(model: LMVAE, path: Path, column: str | None) -> Posterior | Tens
 
     from lmvae_fast.data import read
     from lmvae_fast.generation.latent_files import read_latents
-    from lmvae_fast.models.encoders import Posterior
+    from lmvae_fast.models.posterior import Posterior
 
     if path.suffix not in (".npy", ".safetensors"):
         return model.encode(read(path, column=int(column) if column is not None and column.isdigit() else column))

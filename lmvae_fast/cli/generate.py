@@ -73,8 +73,8 @@ def generate(
     )  # fmt: skip
     if workers > 1 and output is None:
         raise ConfigError("workers write to a file", value=f"--workers {workers}", remedy="give --output")
-    from lmvae_fast.generation import sources
-    from lmvae_fast.generation.stream import generate_all, generate_file
+    from lmvae_fast.generation import latent_sources as sources
+    from lmvae_fast.generation.text_files import generate_all, generate_file
     from lmvae_fast.generation.workers import Workers
     from lmvae_fast.kernels.backend import backend as use_backend
 

@@ -65,10 +65,10 @@ def train(
 
     Example: `lmvae-fast profile train runs/first/model --data sentences.txt --batch-size 64`
     """
-    from lmvae_fast.cli.profile_report import write_train
     from lmvae_fast.config import TrainConfig
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.train import profile_train
+    from lmvae_fast.reports.profile import write_train
 
     config = TrainConfig(batch_size=batch_size, precision=precision, learning_rate=1e-5, max_steps=10**6)
     texts = _texts(data, column, batch_size)
@@ -113,9 +113,9 @@ def generate(
     """
     import torch
 
-    from lmvae_fast.cli.profile_report import write_generate
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.generate import profile_generate
+    from lmvae_fast.reports.profile import write_generate
 
     sizes, dtypes = _sizes(batch_sizes), {"fp32": torch.float32, "bf16": torch.bfloat16}
     if precision is not None and precision not in dtypes:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.decoder.prefill import read
 from lmvae_fast.models.injection import Injection
-from lmvae_fast.models.prefill import read
 
 
 @dataclass(frozen=True)

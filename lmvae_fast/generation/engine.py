@@ -15,12 +15,12 @@ from torch import Tensor
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.generation.beams import search
-from lmvae_fast.generation.graphs import capture_for
-from lmvae_fast.generation.rows import Ended, Rows
-from lmvae_fast.generation.waiting import Waiting, blocks_of
+from lmvae_fast.generation.cuda_graphs import capture_for
+from lmvae_fast.generation.decode_rows import Ended, Rows
+from lmvae_fast.generation.queue import Waiting, blocks_of
+from lmvae_fast.models.decoder.prepared_weights import packed_weights
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
-from lmvae_fast.models.packed import packed_weights
 
 #: Steps between two looks at which sentences have ended, by device: on a CPU looking is free.
 STEPS_PER_LOOK = {"cpu": 1}
@@ -93,6 +93,14 @@ def generate(
         numbers=numbers,
     )  # fmt: skip
     return _run(model, waiting, config, {"limit": limit, "longest_prompt": longest, "config": config, "seed": seed})
+
+
+def decode(model: LMVAE, z: Tensor, config: GenerationConfig, *, annotations: Tensor | None = None) -> list[str]:
+    """Text of latents ``[batch, latent_dim]``, or of one ``[latent_dim]``; raises what :func:`generate` raises."""
+    if isinstance(z, Tensor) and z.dim() == 1:
+        z = z.unsqueeze(0)
+    model.check_latents(z, finite=False)  # generate takes iterables too, this does not
+    return [out.text for out in generate(model, z, config, annotations=annotations)]
 
 
 def token_limit(model: LMVAE, config: GenerationConfig, prompt_tokens: int = 0) -> int:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import DataError
-from lmvae_fast.models.batch import Batch, pack
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
+from lmvae_fast.text.collate import batch_to_score
 
 
 def score(model: LMVAE, latents: Tensor, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
@@ -42,14 +42,6 @@ def score(model: LMVAE, latents: Tensor, texts: Sequence[str], *, batch_size: in
         for start in range(0, len(texts), batch_size):
             ids = sentences.ids[start : start + batch_size]
             z = latents[start : start + batch_size].to(weight)
-            parts.append(-model.score(_batch(model, ids).to(weight.device), z).float().cpu())
+            batch = batch_to_score(ids, model.decoder.tokenizer, model.config.max_len).to(weight.device)
+            parts.append(-model.score(batch, z).float().cpu())
     return torch.cat(parts)
-
-
-def _batch(model: LMVAE, ids: Sequence[list[int]]) -> Batch:
-    """Sentences to be predicted, and nothing for an encoder."""
-    tokenizer = model.decoder.tokenizer
-    labels = [[*sentence, tokenizer.eos_token_id][: model.config.max_len] for sentence in ids]
-    inputs = [[tokenizer.bos_token_id, *sentence[:-1]] for sentence in labels]
-    lengths = torch.tensor([len(sentence) for sentence in labels])
-    return Batch(**pack(inputs, labels), tokens=lengths, indices=torch.arange(len(labels)))  # type: ignore[arg-type]

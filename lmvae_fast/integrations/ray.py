@@ -21,7 +21,7 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.data.dataset import Example
 from lmvae_fast.errors import ConfigError, DataError, LatentError, LMVAEError
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.generation.stream import BLOCKS_PER_BATCH
+from lmvae_fast.generation.text_files import BLOCKS_PER_BATCH
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend as use_backend
 from lmvae_fast.models.lmvae import LMVAE

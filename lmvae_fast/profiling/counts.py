@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmvae_fast.kernels.latent_attention.visibility import visibility_code
-from lmvae_fast.models.activations import fuse_activations
-from lmvae_fast.models.attention import ATTENTION, without_attention_dropout
+from lmvae_fast.models.decoder.activations import fuse_activations
+from lmvae_fast.models.decoder.attention import ATTENTION, without_attention_dropout
 from lmvae_fast.profiling.cost import Cost
 
 META = torch.device("meta")

@@ -17,8 +17,8 @@ from lmvae_fast.errors import ConfigError
 from lmvae_fast.generation.engine import generate, token_limit
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend
+from lmvae_fast.models.decoder.prepared_weights import Linear
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.packed import Linear
 from lmvae_fast.profiling.measure import interleave, machine, machine_limits
 from lmvae_fast.profiling.parts import DECODING_PARTS, watching_decoding
 from lmvae_fast.profiling.sides import Side, measure

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmvae_fast.errors import ConfigError, DataError, DistributedError
-from lmvae_fast.models.batch import Share
+from lmvae_fast.text.batch import Share
 
 BUCKET_BYTES = 64 * 2**20  # gradients are summed in pieces of this size: few messages, and little copied at a time
 # What may differ between the ranks of a run without changing its result.

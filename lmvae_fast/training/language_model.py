@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from lmvae_fast.kernels.latent_attention.visibility import token_position
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.tokenization import TokenizedSentences
-from lmvae_fast.training.packing import plan_epoch
+from lmvae_fast.text.tokenizer import TokenizedSentences
+from lmvae_fast.training.batch_plan import plan_epoch
 
 
 def train_language_model(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, UnsupportedDecoderError
 from lmvae_fast.training.distributed import Ranks
-from lmvae_fast.training.resources import castable
+from lmvae_fast.training.step_setup import castable
 
 
 def check_shardable(model: Any, config: TrainConfig, ranks: Ranks) -> None:

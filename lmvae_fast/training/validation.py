@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lmvae_fast.errors import DataError, NumericalError
 from lmvae_fast.models.objective import kl_per_dim
+from lmvae_fast.training.batch_plan import sorted_batches
 from lmvae_fast.training.distributed import Ranks
-from lmvae_fast.training.packing import sorted_batches
 
 ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016 (arXiv 1509.00519), section 5.2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmvae_fast.cli.explore_report import overlap
+from lmvae_fast.exploration.drawings import overlap
 from lmvae_fast.generation.latent_files import write_latents
 from lmvae_fast.models.lmvae import LMVAE
 from tests.cli.test_cli import as_json, call

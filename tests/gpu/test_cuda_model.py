@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lmvae_fast as lf
-from lmvae_fast.training import checkpoint
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.models.tiny import make_model
 from tests.training.helpers import plain_sentences, settings
 

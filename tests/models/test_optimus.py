@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lmvae_fast as lf
-from lmvae_fast.models.decoders import Decoder
-from lmvae_fast.models.encoders import Encoder
-from lmvae_fast.models.tokenization import SentenceTokenizer
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.reference.optimus import ReferenceOptimus
+from lmvae_fast.text.tokenizer import SentenceTokenizer
 from tests.reference.tiny import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
 
 TEXTS = SENTENCES[:5]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
-from lmvae_fast.models.batch import pack
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.precision import ATTENTION as PLAIN
 from lmvae_fast.reference.stepwise import stepwise_logits
+from lmvae_fast.text.batch import pack
 from tests.models.tiny import make_decoder
 from tests.reference.tiny import FAMILIES, VOCABULARY
 

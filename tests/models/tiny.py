@@ -6,11 +6,12 @@ import torch
 
 import tests.reference.tiny as tiny
 from lmvae_fast.config import LMVAEConfig
-from lmvae_fast.models.decoders import Decoder
-from lmvae_fast.models.encoders import Encoder
-from lmvae_fast.models.lmvae import LMVAE, tuning_of
-from lmvae_fast.models.tokenization import SentenceTokenizer
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.encoder import Encoder
+from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.parts import tuning_of
 from lmvae_fast.reference.precision import double_precision
+from lmvae_fast.text.tokenizer import SentenceTokenizer
 
 
 def make_decoder(family="gpt2", *, dtype=torch.float32, train=False, tuning=None, **options):

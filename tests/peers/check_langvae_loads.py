@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.integrations.langvae import load_checkpoint, load_reference, save_checkpoint
-from lmvae_fast.integrations.langvae_files import read_folder, write_folder
+from lmvae_fast.integrations.langvae.files import read_folder, write_folder
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.reference.langvae import pool_annotations
 from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer

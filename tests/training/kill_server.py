@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lmvae_fast.training import checkpoint
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.training.helpers import assert_same_checkpoint, assert_same_history, run
 
 

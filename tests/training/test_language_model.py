@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import lmvae_fast as lf
-from lmvae_fast.models.encoders import Encoder
+from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.training.language_model import make_decoder, train_language_model
 from tests.reference.tiny import tiny_encoder, tiny_tokenizer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmvae_fast.training import checkpoint
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.models.tiny import make_model
 from tests.training.helpers import StopAt, assert_same_checkpoint, assert_same_history, run
 

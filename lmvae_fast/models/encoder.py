@@ -1,0 +1,175 @@
+"""Any Hugging Face text encoder, pooled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lmvae_fast.errors import ConfigError, DataError, TokenizerError
+from lmvae_fast.pretrained import load_pretrained
+
+
+class Encoder(nn.Module):
+    """A text encoder with pooling.
+
+    Args:
+        model: encoder-only model (BERT, MiniLM, T5's encoder) or decoder-type embedding model (Qwen2).
+        tokenizer: its tokenizer.
+        pooling: ``mean`` over real tokens, ``cls`` (first), ``last`` (last real token) or ``pooler`` (BERT's).
+        normalize: L2-normalise the result.
+        train: whether its parameters train; frozen and in evaluation mode otherwise.
+        source: name or folder it came from, if any.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        pooling: str = "mean",
+        normalize: bool = False,
+        train: bool = False,
+        source: str | None = None,
+    ):
+        super().__init__()
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise TokenizerError(
+                    "the encoder's tokenizer has neither a padding nor an end token", value=type(tokenizer).__name__,
+                    remedy="set tokenizer.pad_token",
+                )  # fmt: skip
+            tokenizer.pad_token = tokenizer.eos_token
+        if pooling == "pooler" and getattr(model, "pooler", None) is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no pooler", value="pooling='pooler'", limit="mean, cls, last",
+                remedy="choose another pooling",
+            )  # fmt: skip
+        self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
+        embedding: Any = model.get_input_embeddings()
+        self._vocabulary: int = embedding.weight.shape[0]
+        self.trains, self.source = train, source
+        model.requires_grad_(train)
+        if pooling != "pooler" and getattr(model, "pooler", None) is not None:
+            model.pooler.requires_grad_(False)  # unused: an optimiser would only decay it
+        self.train(False)
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: torch.dtype, pooling: str = "mean", normalize: bool = False, train: bool = False
+    ) -> Encoder:
+        """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had.
+
+        An encoder that trains is held in float32 at least: half precision is then a matter of autocast.
+        """
+        dtype = torch.promote_types(dtype, torch.float32) if train else dtype
+        config = load_pretrained(AutoConfig, name, "encoder")
+        # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
+        auto_class = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        # Many checkpoints come without the pooler, which is not used unless it is asked for.
+        may_lack = () if pooling == "pooler" else ("pooler.",)
+        model = load_pretrained(auto_class, name, "encoder", may_lack=may_lack, dtype=dtype)
+        tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
+        return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
+
+    @property
+    def width(self) -> int:
+        """Width of the pooled vector."""
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> Encoder:
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode and self.trains)
+        return self
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit.
+
+        Raises DataError when the tokenizer makes ids that the encoder has no embedding for.
+        """
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        limit = min(self.tokenizer.model_max_length, longest or 10**9)
+        encoded = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
+        )
+        ids, rows = encoded["input_ids"], self._vocabulary
+        if ids.numel() and int(ids.max()) >= rows:
+            raise DataError(
+                "the encoder's tokenizer made a token the encoder does not know", value=int(ids.max()), limit=f"< {rows}",
+                remedy="use the encoder's own tokenizer",
+            )  # fmt: skip
+        return ids, encoded["attention_mask"]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""
+        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            pooled = out.pooler_output if self.pooling == "pooler" else pool(
+                out.last_hidden_state, attention_mask, self.pooling
+            )
+            pooled = pooled.float() if pooled.dtype in (torch.float16, torch.bfloat16) else pooled
+            return nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
+
+    @torch.no_grad()
+    def pool_texts(
+        self,
+        texts: Sequence[str],
+        lengths: Sequence[int],
+        *,
+        batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        progress: Any = None,
+    ) -> Tensor:
+        """Pooled features of any number of texts, ``[N, width]`` in ``dtype`` on the CPU.
+
+        lengths: of the texts, in any unit: the longest are read first, so that batches pad little. progress: called with the
+        number of texts done after every batch, if given.
+        """
+        order = sorted(range(len(texts)), key=lambda row: -lengths[row])
+        features = torch.empty(len(texts), self.width, dtype=dtype)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = self.tokenize([texts[row] for row in rows])
+            features[rows] = self(ids.to(self.device), mask.to(self.device)).to(features)
+            if progress is not None:
+                progress(len(rows))
+        return features
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights and the pooling: features cached under it are this encoder's, hexadecimal."""
+        digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
+        for name, parameter in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool hidden states ``[batch, tokens, width]`` under a 0/1 mask ``[batch, tokens]`` (``mean``, ``cls``, ``last``)."""
+    if pooling == "mean":
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1e-9)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        # The last real token, on whichever side the padding is.
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    raise ConfigError("unknown pooling", value=repr(pooling), limit="mean, cls, last, pooler")

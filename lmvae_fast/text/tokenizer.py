@@ -1,0 +1,238 @@
+"""From sentences to token ids and back, with every loss counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lmvae_fast.errors import DataError, TokenizerError
+from lmvae_fast.pretrained import load_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+class SentenceTokenizer:
+    """A decoder's tokenizer, with its start, end and padding tokens settled.
+
+    Args:
+        tokenizer: the Hugging Face tokenizer.
+        bos_token_id, eos_token_id, pad_token_id: fall-backs from the model's configuration.
+
+    Raises:
+        TokenizerError: there is no token to end a sentence with.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else eos_token_id
+        if not isinstance(eos, (int, type(None))):
+            eos = eos[0] if len(eos) else None
+        if eos is None:
+            raise TokenizerError(
+                "the decoder's tokenizer has no end-of-sentence token, so no sentence would ever end",
+                value=type(tokenizer).__name__,
+                remedy="set tokenizer.eos_token before building the decoder",
+            )
+        self.eos_token_id: int = eos
+        # LangVAE's choice: sentences begin with bos, or with eos where a tokenizer (Qwen, say) has no bos.
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos_token_id
+        self.bos_token_id: int = eos if first is None else first
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else pad_token_id
+        self.pad_token_id: int = eos if pad is None else pad
+
+    @classmethod
+    def load(cls, name: str, config: Any, *, add_prefix_space: bool = True) -> SentenceTokenizer:
+        """Load a decoder's tokenizer; ``config`` is the model's, for special tokens the tokenizer does not name."""
+        tokenizer = load_pretrained(AutoTokenizer, name, "decoder tokenizer", add_prefix_space=add_prefix_space)
+        # transformers 5 drops the option for tokenizers that are a plain tokenizer.json; 4 set it on the pre-tokenizer.
+        pre_tokenizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+        if add_prefix_space and pre_tokenizer is not None and hasattr(pre_tokenizer, "add_prefix_space"):
+            pre_tokenizer.add_prefix_space = True
+        config = config.get_text_config(decoder=True)
+        tokens = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return cls(tokenizer, **tokens)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises TokenizerError when a special token lies outside an embedding of ``vocab_size`` rows.
+
+        Other ids are checked sentence by sentence: a tokenizer may well have added tokens that its data never uses.
+        """
+        highest = max(self.bos_token_id, self.eos_token_id)
+        if highest >= vocab_size:
+            raise TokenizerError(
+                "the tokenizer's start or end token is not in the decoder's embedding", value=highest,
+                limit=f"< {vocab_size}", remedy="use the decoder's own tokenizer, or resize_token_embeddings",
+            )  # fmt: skip
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without start and end tokens."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+
+    def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
+        """Text of each sequence of ids, special tokens skipped, spaces as the tokenizer makes them."""
+        return self.tokenizer.batch_decode(
+            [list(row) for row in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+@dataclass(frozen=True)
+class TokenizedSentences(Sequence):
+    """Sentences ready for training: ids without start and end tokens, and what was dropped on the way.
+
+    Attributes:
+        texts: the sentences as their ids spell them, without outer spaces.
+        spelled: the same with outer spaces: what the encoder reads. Encoder and decoder thus see one text, truncation
+            and prefix space included, as in LangVAE.
+        ids: token ids, one list per sentence, none empty.
+        annotations: pooled label features, float32 ``[N, labels]``, or None.
+        source_rows: row of each sentence in the data it came from.
+        report: counts: ``kept``, ``truncated``, ``dropped`` (too long), ``empty``.
+    """
+
+    texts: list[str]
+    spelled: list[str]
+    ids: list[list[int]]
+    annotations: Tensor | None
+    source_rows: list[int]
+    report: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, row):
+        return self.texts[row]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Token count of each sentence, end token not included."""
+        return [len(ids) for ids in self.ids]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything a model sees of these sentences, in hexadecimal."""
+        digest = hashlib.sha256(json.dumps([self.spelled, self.ids]).encode())
+        if self.annotations is not None:
+            digest.update(self.annotations.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(
+    examples: Iterable[Any],
+    tokenizer: SentenceTokenizer,
+    *,
+    max_len: int,
+    vocab_size: int,
+    labels: Sequence[str] = (),
+    on_long: str = "truncate",
+    on_empty: str = "drop",
+) -> TokenizedSentences:
+    """Tokenise sentences (strings, or objects with ``text`` and ``labels``).
+
+    Args:
+        examples: the sentences.
+        tokenizer: of the decoder.
+        max_len: the most tokens kept of a sentence.
+        vocab_size: rows of the decoder's embedding.
+        labels: the per-word labels that condition the model, in the order of their features; empty for none.
+        on_long: ``truncate``, ``drop`` or raise an ``error`` on a sentence of more than max_len tokens.
+        on_empty: ``drop`` or raise an ``error`` on a sentence without tokens.
+
+    Raises:
+        DataError: nothing is left, a sentence is refused by the two options, a label is unknown or missing, or a token
+            id lies outside the embedding.
+    """
+    rows = text_and_labels(examples)
+    if not rows:
+        raise DataError("there are no sentences", value=0, limit="at least one", remedy="check the data's source")
+    encoded = tokenizer.encode([text for text, _ in rows])
+    ids, kept, features = [], [], []
+    report = {"kept": 0, "truncated": 0, "dropped": 0, "empty": 0}
+    for row, ((text, words), sentence) in enumerate(zip(rows, encoded, strict=True)):
+        if not text.strip() or not sentence:
+            if on_empty == "error":
+                raise DataError(f"sentence {row} is empty", value=repr(text), remedy="remove it, or set on_empty='drop'")
+            report["empty"] += 1
+            continue
+        if max(sentence) >= vocab_size:
+            raise DataError(
+                f"sentence {row} has a token the decoder does not know", value=max(sentence), limit=f"< {vocab_size}",
+                remedy="use the decoder's own tokenizer",
+            )  # fmt: skip
+        if len(sentence) > max_len:
+            if on_long == "error":
+                raise DataError(
+                    f"sentence {row} is too long: {text[:60]!r}", value=f"{len(sentence)} tokens", limit=max_len,
+                    remedy="raise max_len, or choose on_long='truncate' or 'drop'",
+                )  # fmt: skip
+            if on_long == "drop":
+                report["dropped"] += 1
+                continue
+            report["truncated"] += 1
+            sentence = sentence[:max_len]
+        if labels:
+            features.append(label_features(words, labels, max_len, row))
+        ids.append(sentence)
+        kept.append(row)
+    report["kept"] = len(ids)
+    if not ids:
+        raise DataError("no sentence is left", value=report, remedy="raise max_len or choose on_long='truncate'")
+    if report["truncated"] or report["dropped"] or report["empty"]:
+        logger.warning("of %d sentences: %s (max_len %d)", len(rows), report, max_len)
+    spelled = tokenizer.decode(ids)
+    texts = [text.strip() for text in spelled]
+    return TokenizedSentences(texts, spelled, ids, torch.stack(features) if features else None, kept, report)
+
+
+def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | None]]:
+    """Text and labels of each sentence, given as a string or as an object with ``text`` and ``labels``.
+
+    Raises DataError for a row that is neither.
+    """
+    rows: list[tuple[str, Sequence[str] | None]] = []
+    for row, item in enumerate(examples):
+        text = item if isinstance(item, str) else getattr(item, "text", None)
+        if not isinstance(text, str):
+            raise DataError(
+                f"row {row} is no sentence", value=f"{type(item).__name__} {str(item)[:60]}",
+                limit="a string, or an example with text and labels", remedy="SentenceDataset.from_iterable takes mappings",
+            )  # fmt: skip
+        rows.append((text, None if isinstance(item, str) else getattr(item, "labels", None)))
+    return rows
+
+
+def label_features(words: Sequence[str] | None, labels: Sequence[str], max_len: int, row: int = 0) -> Tensor:
+    """One feature per label: the mean over max_len places of its occurrences, weighted by linspace(.1, 1, max_len).
+
+    LangVAE's pooling of per-word annotations (its released encoder), with the places of the model's max_len instead of
+    the batch's longest sentence, so that a sentence's features do not depend on its neighbours.
+    """
+    if words is None:
+        raise DataError(
+            f"sentence {row} has no labels", limit=f"one of {', '.join(labels)} per word",
+            remedy="give annotated data, or configure the model without annotations",
+        )  # fmt: skip
+    index = {label: column for column, label in enumerate(labels)}
+    weights = torch.linspace(0.1, 1.0, max_len) if max_len > 1 else torch.tensor([0.1])
+    out = torch.zeros(len(labels))
+    for place, label in enumerate(words[:max_len]):
+        if label not in index:
+            raise DataError(
+                f"sentence {row} has an unknown label", value=repr(label), limit=", ".join(labels),
+                remedy="add it to the configuration's annotations",
+            )  # fmt: skip
+        out[index[label]] += weights[place] / max_len
+    return out
