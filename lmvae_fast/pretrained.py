@@ -28,9 +28,7 @@ def resolve_source(name: str) -> str:
     return name
 
 
-def load_pretrained(
-    auto_class: Any, name: str, part: str, *, may_lack: tuple[str, ...] = (), **options: Any
-) -> Any:
+def load_pretrained(auto_class: Any, name: str, part: str, *, may_lack: tuple[str, ...] = (), **options: Any) -> Any:
     """``auto_class.from_pretrained(name)``.
 
     Args:
@@ -45,7 +43,9 @@ def load_pretrained(
     """
     source = resolve_source(name)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise CheckpointError(f"{part} folder {source} holds no config.json", remedy="point to a saved Hugging Face model")
+        raise CheckpointError(
+            f"{part} folder {source} holds no config.json", remedy="point to a saved Hugging Face model"
+        )
     try:
         if not issubclass(auto_class, _BaseAutoModelClass):
             return auto_class.from_pretrained(source, **options)

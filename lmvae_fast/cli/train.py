@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lmvae_fast.cli.app import INTERRUPTED, app
-from lmvae_fast.cli.common import Backend, Json, console, merged, print_json
+from lmvae_fast.cli.common import INTERRUPTED, Backend, Json, column_name, console, merged, print_json
 
 SECTIONS = ("model", "train", "data")
 
 
-@app.command("train")
 def train(
     data: Annotated[str | None, typer.Option(help="Sentences: a txt, jsonl, csv, tsv or SRL file; or `corpus`, the bundled one.")] = None,  # noqa: E501
     eval_data: Annotated[str | None, typer.Option(help="Held-out sentences; default: 10 % of the data, by seed.")] = None,
@@ -121,8 +119,8 @@ def load_data(options: dict, seed: int):
         raise ConfigError("no data", remedy="give --data FILE, or --data corpus for the bundled one")
     keys = ("column", "limit", "format", "label_column", "header")
     reading = {name: options[name] for name in keys if options.get(name) is not None}
-    if isinstance(reading.get("column"), str) and reading["column"].isdigit():
-        reading["column"] = int(reading["column"])
+    if "column" in reading:
+        reading["column"] = column_name(reading["column"])
     if options["path"] == "corpus":
         dataset = generate_corpus(options.get("limit") or 20000, seed=0)
     else:

@@ -62,7 +62,9 @@ class GenerationConfig(ConfigBase):
         self._flag("do_sample", "logprobs", "pack_weights", "cuda_graphs")
         stops = self.stop_tokens
         if not isinstance(stops, tuple) or not all(type(token) is int and token >= 0 for token in stops):
-            raise ConfigError("GenerationConfig.stop_tokens is out of range", value=repr(stops), limit="a tuple of token ids")
+            raise ConfigError(
+                "GenerationConfig.stop_tokens is out of range", value=repr(stops), limit="a tuple of token ids"
+            )
         filtered = (self.temperature, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
         if not self.do_sample and (filtered or self.num_samples != 1):
             raise ConfigError(
@@ -73,5 +75,6 @@ class GenerationConfig(ConfigBase):
         if self.num_beams > 1 and (self.do_sample or self.logprobs or self.repetition_penalty != 1.0):
             raise ConfigError(
                 "beam search takes the most probable sentences of the model's own distribution",
-                value=f"num_beams={self.num_beams} with do_sample, logprobs or repetition_penalty", remedy="leave them out",
-            )  # fmt: skip
+                value=f"num_beams={self.num_beams} with do_sample, logprobs or repetition_penalty",
+                remedy="leave them out",
+            )

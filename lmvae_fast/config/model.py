@@ -105,9 +105,15 @@ class LMVAEConfig(ConfigBase):
         self._text("encoder")
         self._text("decoder")
         self._flag(
-            "normalize", "embedding_shift", "length_normalize", "free_running", "train_encoder", "train_decoder",
-            "conditional_decoder", "add_prefix_space",
-        )  # fmt: skip
+            "normalize",
+            "embedding_shift",
+            "length_normalize",
+            "free_running",
+            "train_encoder",
+            "train_decoder",
+            "conditional_decoder",
+            "add_prefix_space",
+        )
         if not isinstance(self.annotations, tuple) or not all(isinstance(label, str) for label in self.annotations):
             raise ConfigError(
                 "LMVAEConfig.annotations must be a tuple of label names", value=repr(self.annotations), limit="strings"
@@ -129,9 +135,10 @@ class LMVAEConfig(ConfigBase):
             )
         if self.objective == "langvae-0.6" and self.length_normalize:
             raise ConfigError(
-                "objective='langvae-0.6' has a length weighting of its own", value="length_normalize=True",
+                "objective='langvae-0.6' has a length weighting of its own",
+                value="length_normalize=True",
                 remedy="use objective='elbo' or length_normalize=False",
-            )  # fmt: skip
+            )
         if self.projector_hidden is not None and self.projector not in (None, "mlp"):
             raise ConfigError(
                 "projector_hidden belongs to projector='mlp'",
@@ -141,8 +148,9 @@ class LMVAEConfig(ConfigBase):
         if self.decoder_part != "all" and self.train_decoder is False:
             raise ConfigError(
                 "decoder_part says what of a decoder trains, and train_decoder=False freezes it",
-                value=f"decoder_part={self.decoder_part!r}", remedy="set train_decoder=True, or drop decoder_part",
-            )  # fmt: skip
+                value=f"decoder_part={self.decoder_part!r}",
+                remedy="set train_decoder=True, or drop decoder_part",
+            )
         if self.conditional_decoder and not self.annotations:
             raise ConfigError(
                 "conditional_decoder needs annotations", value="annotations=()", remedy="name the labels of the data"

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmvae_fast.errors import ConfigError, DataError, NumericalError
+from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.evaluation import metrics as figures
 from lmvae_fast.evaluation import text as text_figures
+from lmvae_fast.evaluation.elbo import require_finite, without_padding
 from lmvae_fast.models.modes import evaluating
 
 #: What ``evaluate`` can compute, in its order. ``perplexity`` costs ``num_importance_samples`` passes over the data.
@@ -130,14 +130,7 @@ def evaluate(
             for batch, rows in _batches(model, sentences, pooled, batch_size):
                 _evaluate_batch(model, batch, rows, table, metrics, samples, seed, max_new_tokens, bar)
     result = _summary(table, metrics, sentences, samples, seed)
-    values = {name: value for name, value in result.items() if isinstance(value, float)}
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise NumericalError(
-            f"evaluation gave a {' and '.join(bad)} that is not finite",
-            value={name: values[name] for name in bad},
-            remedy="check the model's weights; a training run's last good checkpoint is in its folder",
-        )
+    require_finite(result, "check the model's weights; a training run's last good checkpoint is in its folder")
     examples = [
         {"text": text, "decoded": decoded}
         for text, decoded in zip(sentences.texts[:num_examples], table.decoded, strict=False)
@@ -234,8 +227,7 @@ def _batches(model: Any, sentences: Any, pooled: Tensor | None, batch_size: int)
         batch = model.make_batch(sentences, rows, pooled).to(device)
         if getattr(model.config, "objective", None) == "langvae-0.6":
             # That objective predicts the batch's padding too; it is no part of a sentence's likelihood.
-            own = batch.token_index < batch.tokens[batch.rows]
-            batch = replace(batch, labels=torch.where(own, batch.labels, -100))
+            batch = without_padding(batch)
         yield batch, rows
 
 

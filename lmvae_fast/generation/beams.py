@@ -39,9 +39,10 @@ def search(
     for beam in range(width):
         cache.place(torch.arange(latents, device=device) * width + beam, injection)
     spread = Injection(
-        injection.visibility, None if injection.memory is None else cache.memory,
+        injection.visibility,
+        None if injection.memory is None else cache.memory,
         *(None if part is None else part[rows] for part in (injection.embedding_shift, injection.output_residual)),
-    )  # fmt: skip
+    )
     begins = [(decoder.tokenizer.bos_token_id, *prompt) for prompt in prompts or [()] * latents]
     if longest:  # read by the first beam of each latent, for all
         read(decoder, cache, injection, range(0, latents * width, width), [ids[:-1] for ids in begins])

@@ -73,9 +73,10 @@ class Rows:
         # What is not memory is kept per row and overwritten when a row starts a new sentence.
         parts = (kind.embedding_shift, kind.output_residual)
         self.injection = Injection(
-            kind.visibility, None if kind.memory is None else self.cache.memory,
+            kind.visibility,
+            None if kind.memory is None else self.cache.memory,
             *(None if part is None else part.new_zeros(size, part.shape[1]) for part in parts),
-        )  # fmt: skip
+        )
         self.seed = philox.seed_tensor(0 if seed is None else seed, device)
         self.stops = torch.tensor([decoder.tokenizer.eos_token_id, *config.stop_tokens], device=device)
         # One column beyond the limit takes what rows without effect write.
@@ -154,14 +155,27 @@ class Rows:
             if not (config.do_sample or config.logprobs or "seen" in state):  # no logit is wanted
                 return decoder.greedy_step(state["token"], self.cache, self.injection, config.pack_weights), None
             logits = decoder.step(state["token"], self.cache, self.injection)
-        options = {} if not config.do_sample else {
-            "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p,
-            "seed": self.seed, "rows": state["sentence"], "steps": state["count"],
-        }  # fmt: skip
+        options = (
+            {}
+            if not config.do_sample
+            else {
+                "temperature": config.temperature,
+                "top_k": config.top_k,
+                "top_p": config.top_p,
+                "min_p": config.min_p,
+                "seed": self.seed,
+                "rows": state["sentence"],
+                "steps": state["count"],
+            }
+        )
         chosen = sample_token(
-            logits, greedy=not config.do_sample, seen=state.get("seen"), logprob=config.logprobs,
-            repetition_penalty=config.repetition_penalty, **options,
-        )  # fmt: skip
+            logits,
+            greedy=not config.do_sample,
+            seen=state.get("seen"),
+            logprob=config.logprobs,
+            repetition_penalty=config.repetition_penalty,
+            **options,
+        )
         return chosen if config.logprobs else (chosen, None)
 
     def ended(self) -> list[int]:
@@ -196,9 +210,10 @@ class Rows:
         self.cache.select(where)
         parts = (self.injection.embedding_shift, self.injection.output_residual)
         self.injection = Injection(
-            self.injection.visibility, None if self.injection.memory is None else self.cache.memory,
+            self.injection.visibility,
+            None if self.injection.memory is None else self.cache.memory,
             *(None if part is None else part[where] for part in parts),
-        )  # fmt: skip
+        )
         self.state = {name: value[where] for name, value in self.state.items()}
         self.starts = [self.starts[row] for row in rows]
         self.size = len(rows)

@@ -89,9 +89,14 @@ def generate(
         value = len(latents) if isinstance(latents, Tensor) else type(latents).__name__
         raise DataError("numbers are one per latent of one tensor", value=value, limit=len(numbers))
     waiting = Waiting(
-        model, blocks, tokens=longest + limit, prompts=ids, samples=config.num_samples, first_index=first_index,
+        model,
+        blocks,
+        tokens=longest + limit,
+        prompts=ids,
+        samples=config.num_samples,
+        first_index=first_index,
         numbers=numbers,
-    )  # fmt: skip
+    )
     return _run(model, waiting, config, {"limit": limit, "longest_prompt": longest, "config": config, "seed": seed})
 
 
@@ -112,15 +117,19 @@ def token_limit(model: LMVAE, config: GenerationConfig, prompt_tokens: int = 0) 
     limit = length - prompt_tokens if config.max_new_tokens is None else config.max_new_tokens
     if limit < 1:
         raise ConfigError(
-            "the prompt leaves no token to produce", value=f"{prompt_tokens} tokens", limit=f"max_len={length}",
+            "the prompt leaves no token to produce",
+            value=f"{prompt_tokens} tokens",
+            limit=f"max_len={length}",
             remedy="shorten it, or give max_new_tokens where the visibility allows more than max_len tokens",
-        )  # fmt: skip
+        )
     if model.config.visibility != "prefix" and prompt_tokens + limit > length:
         prompt = f" behind a prompt of {prompt_tokens}" if prompt_tokens else ""
         raise ConfigError(
             f"{model.config.visibility} visibility has a memory slot for each of max_len tokens and no more",
-            value=f"max_new_tokens={limit}{prompt}", limit=f"max_len={length}", remedy="ask for fewer tokens",
-        )  # fmt: skip
+            value=f"max_new_tokens={limit}{prompt}",
+            limit=f"max_len={length}",
+            remedy="ask for fewer tokens",
+        )
     model.decoder.check_positions(slots, prompt_tokens + limit, str(model.config.visibility))
     return limit
 
@@ -134,9 +143,11 @@ def _prompt_ids(model: LMVAE, latents, prompts: str | Sequence[str] | None) -> l
     if not isinstance(latents, Tensor) or len(prompts) != latents.shape[0]:
         value = len(latents) if isinstance(latents, Tensor) else type(latents).__name__
         raise DataError(
-            "one prompt per latent needs the latents as one tensor of as many rows", value=value, limit=len(prompts),
+            "one prompt per latent needs the latents as one tensor of as many rows",
+            value=value,
+            limit=len(prompts),
             remedy="or give one string for all",
-        )  # fmt: skip
+        )
     return [tuple(ids) for ids in model.decoder.tokenizer.encode(prompts)]
 
 

@@ -85,18 +85,33 @@ def decode(
     if prompts is not None and config.max_new_tokens is None:
         raise ConfigError(
             "prompts of several lengths leave sentences of several lengths, by what happens to be in a batch",
-            value="max_new_tokens=None", remedy="set max_new_tokens",
-        )  # fmt: skip
+            value="max_new_tokens=None",
+            remedy="set max_new_tokens",
+        )
     needed = [column for column in (z, index, prompts, annotations) if column is not None]
     made = [text, "tokens", "finished"] + ["sample"] * (config.num_samples > 1) + ["logprobs"] * config.logprobs
     options = {
-        "config": config, "z": z, "index": index, "prompt": prompt, "prompts": prompts, "annotations": annotations,
+        "config": config,
+        "z": z,
+        "index": index,
+        "prompt": prompt,
+        "prompts": prompts,
+        "annotations": annotations,
         "text": text,
-    }  # fmt: skip
+    }
     return _map(
-        dataset, _Decode, options, needed, made, model_dir, batch_size or BLOCKS_PER_BATCH * config.batch_size, workers,
-        num_cpus, num_gpus, backend,
-    )  # fmt: skip
+        dataset,
+        _Decode,
+        options,
+        needed,
+        made,
+        model_dir,
+        batch_size or BLOCKS_PER_BATCH * config.batch_size,
+        workers,
+        num_cpus,
+        num_gpus,
+        backend,
+    )
 
 
 def encode(
@@ -136,24 +151,29 @@ def encode(
     needed = [column for column in (text, index, labels) if column is not None]
     options = {"text": text, "index": index, "labels": labels, "seed": seed}
     made = ["mu", "logvar"] + ["z"] * (seed is not None)
-    return _map(
-        dataset, _Encode, options, needed, made, model_dir, batch_size, workers, num_cpus, num_gpus, backend
-    )
+    return _map(dataset, _Encode, options, needed, made, model_dir, batch_size, workers, num_cpus, num_gpus, backend)
 
 
 def _ray_data() -> Any:
     try:
         return importlib.import_module("ray.data")
     except ImportError as error:
-        raise ConfigError(
-            f"Ray Data is not installed ({error})", remedy="pip install 'lmvae_fast[ray]'"
-        ) from error
+        raise ConfigError(f"Ray Data is not installed ({error})", remedy="pip install 'lmvae_fast[ray]'") from error
 
 
 def _map(
-    dataset: Dataset, work: type[_Worker], options: dict[str, Any], needed: list[str], made: list[str], model_dir: str,
-    batch_size: int, workers: int | None, num_cpus: float, num_gpus: float | None, backend: str,
-) -> Dataset:  # fmt: skip
+    dataset: Dataset,
+    work: type[_Worker],
+    options: dict[str, Any],
+    needed: list[str],
+    made: list[str],
+    model_dir: str,
+    batch_size: int,
+    workers: int | None,
+    num_cpus: float,
+    num_gpus: float | None,
+    backend: str,
+) -> Dataset:
     data = _ray_data()
     schema = dataset.schema(fetch_if_missing=False)  # what is not known yet is found out by the processes
     if schema is not None:
@@ -164,26 +184,38 @@ def _map(
     return dataset.map_batches(
         work,
         fn_constructor_kwargs={
-            "model_dir": str(place.resolve()) if place.is_dir() else model_dir,  # processes have another working directory
-            "options": options, "needed": needed, "made": made, "threads": max(1, int(num_cpus)), "backend": backend,
+            "model_dir": str(place.resolve())
+            if place.is_dir()
+            else model_dir,  # processes have another working directory
+            "options": options,
+            "needed": needed,
+            "made": made,
+            "threads": max(1, int(num_cpus)),
+            "backend": backend,
         },
-        batch_size=batch_size, batch_format="numpy", num_cpus=num_cpus, num_gpus=num_gpus,
+        batch_size=batch_size,
+        batch_format="numpy",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
         # never of a fixed size: a pool that cannot shrink after a machine is lost may hold every CPU that is left, and what
         # reads its input, or makes anew what was lost, would wait for ever
         compute=data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
-    )  # fmt: skip
+    )
 
 
 def _check_columns(columns: Sequence[str], needed: list[str], made: list[str]) -> None:
     missing = [column for column in needed if column not in columns]
     if missing:
         raise DataError(
-            "the dataset lacks a column", value=f"no {missing[0]!r} among {', '.join(columns)}",
+            "the dataset lacks a column",
+            value=f"no {missing[0]!r} among {', '.join(columns)}",
             remedy="name the column that holds it; every row needs a number of its own",
-        )  # fmt: skip
+        )
     taken = [column for column in made if column in columns]
     if taken:
-        raise DataError("a column of the dataset would be overwritten", value=taken[0], remedy="rename or drop it before")
+        raise DataError(
+            "a column of the dataset would be overwritten", value=taken[0], remedy="rename or drop it before"
+        )
 
 
 class _Worker(ABC):
@@ -213,9 +245,10 @@ class _Worker(ABC):
             return rows
         if index.dtype.kind not in "iu" or index.min() < 0:
             raise DataError(
-                "rows are numbered by integers of 0 or more", value=f"{index.dtype} from {index.min()}",
+                "rows are numbered by integers of 0 or more",
+                value=f"{index.dtype} from {index.min()}",
                 remedy="give every row a number of its own",
-            )  # fmt: skip
+            )
         with use_backend(self.backend):
             return self.work(self.model, rows, index.astype(np.int64))
 
@@ -233,7 +266,9 @@ class _Decode(_Worker):
             labels = _matrix(rows[labels], index, len(model.config.annotations), "annotations")
         prompts = options["prompt"] if options["prompts"] is None else list(rows[options["prompts"]])
         if isinstance(prompts, list) and not all(isinstance(line, str) for line in prompts):
-            raise DataError("a prompt is no text", value=f"column {options['prompts']}", remedy="an empty text is no prompt")
+            raise DataError(
+                "a prompt is no text", value=f"column {options['prompts']}", remedy="an empty text is no prompt"
+            )
         out = list(generate(model, z, config, annotations=labels, prompts=prompts, numbers=index.tolist()))
         made: Rows = {name: np.repeat(column, config.num_samples, axis=0) for name, column in rows.items()}
         made[options["text"]] = np.array([sentence.text for sentence in out], dtype=object)
@@ -252,9 +287,13 @@ class _Encode(_Worker):
         examples: list[Any] = []
         for row, (number, text) in enumerate(zip(index, rows[options["text"]], strict=True)):
             if not isinstance(text, str) or not text.strip():
-                raise DataError("a row holds no sentence", value=f"row {number}: {text!r}"[:80], remedy="drop or mend that row")
+                raise DataError(
+                    "a row holds no sentence", value=f"row {number}: {text!r}"[:80], remedy="drop or mend that row"
+                )
             words = None if options["labels"] is None else rows[options["labels"]][row]
-            examples.append(text if words is None else Example(text, tuple(words.split() if isinstance(words, str) else words)))
+            examples.append(
+                text if words is None else Example(text, tuple(words.split() if isinstance(words, str) else words))
+            )
         posterior = model.encode(examples)
         made = {**rows, "mu": posterior.mu.cpu().numpy(), "logvar": posterior.logvar.cpu().numpy()}
         if options["seed"] is not None:
@@ -277,9 +316,11 @@ def _matrix(column: Any, index: np.ndarray, width: int, what: str) -> Tensor:
     for number, line in zip(index, lines, strict=True):
         if line.shape != (width,) or line.dtype.kind not in "fiu":
             raise LatentError(
-                f"{what} of row {number} do not fit the model", value=f"{line.dtype} {list(line.shape)}",
-                limit=f"{width} numbers", remedy="drop or mend that row, or take the model they belong to",
-            )  # fmt: skip
+                f"{what} of row {number} do not fit the model",
+                value=f"{line.dtype} {list(line.shape)}",
+                limit=f"{width} numbers",
+                remedy="drop or mend that row, or take the model they belong to",
+            )
         if not np.isfinite(line).all():
             raise LatentError(f"{what} contain NaN or Inf", value=f"row {number}", remedy="drop or mend that row")
     return torch.from_numpy(np.stack(lines).astype(np.float32))

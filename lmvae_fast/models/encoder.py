@@ -19,6 +19,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
+from lmvae_fast.files import tensor_bytes
 from lmvae_fast.pretrained import load_pretrained
 
 
@@ -48,15 +49,18 @@ class Encoder(nn.Module):
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise TokenizerError(
-                    "the encoder's tokenizer has neither a padding nor an end token", value=type(tokenizer).__name__,
+                    "the encoder's tokenizer has neither a padding nor an end token",
+                    value=type(tokenizer).__name__,
                     remedy="set tokenizer.pad_token",
-                )  # fmt: skip
+                )
             tokenizer.pad_token = tokenizer.eos_token
         if pooling == "pooler" and getattr(model, "pooler", None) is None:
             raise ConfigError(
-                f"{type(model).__name__} has no pooler", value="pooling='pooler'", limit="mean, cls, last",
+                f"{type(model).__name__} has no pooler",
+                value="pooling='pooler'",
+                limit="mean, cls, last",
                 remedy="choose another pooling",
-            )  # fmt: skip
+            )
         self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
         embedding: Any = model.get_input_embeddings()
         self._vocabulary: int = embedding.weight.shape[0]
@@ -112,17 +116,21 @@ class Encoder(nn.Module):
         ids, rows = encoded["input_ids"], self._vocabulary
         if ids.numel() and int(ids.max()) >= rows:
             raise DataError(
-                "the encoder's tokenizer made a token the encoder does not know", value=int(ids.max()), limit=f"< {rows}",
+                "the encoder's tokenizer made a token the encoder does not know",
+                value=int(ids.max()),
+                limit=f"< {rows}",
                 remedy="use the encoder's own tokenizer",
-            )  # fmt: skip
+            )
         return ids, encoded["attention_mask"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
             out = self.model(input_ids=input_ids, attention_mask=attention_mask)
-            pooled = out.pooler_output if self.pooling == "pooler" else pool(
-                out.last_hidden_state, attention_mask, self.pooling
+            pooled = (
+                out.pooler_output
+                if self.pooling == "pooler"
+                else pool(out.last_hidden_state, attention_mask, self.pooling)
             )
             pooled = pooled.float() if pooled.dtype in (torch.float16, torch.bfloat16) else pooled
             return nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
@@ -157,7 +165,7 @@ class Encoder(nn.Module):
         digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
         for name, parameter in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
 
 

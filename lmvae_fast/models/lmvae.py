@@ -195,11 +195,18 @@ class LMVAE(nn.Module):
         config, beta = self.config, self.beta if beta is None else beta
         posterior = self._posterior(batch)
         z, kl = sample_with_kl(
-            posterior, kl_mode=kl_mode_at(str(config.kl_mode), beta), kl_target=float(config.kl_target or 0.0), eps=eps,
-            seed=seed, share=batch.share,
-        )  # fmt: skip
+            posterior,
+            kl_mode=kl_mode_at(str(config.kl_mode), beta),
+            kl_target=float(config.kl_target or 0.0),
+            eps=eps,
+            seed=seed,
+            share=batch.share,
+        )
         injection = self.inject(
-            z, batch.annotations, seed=shared_seed(batch.share, seed, self.device), tokens=max(batch.max_seqlen, tokens or 0)
+            z,
+            batch.annotations,
+            seed=shared_seed(batch.share, seed, self.device),
+            tokens=max(batch.max_seqlen, tokens or 0),
         )
         options = {"objective": str(config.objective), "length_normalize": bool(config.length_normalize)}
         weights = token_weights(batch.tokens.to(self._master_dtype), batch.rows, **options)
@@ -208,9 +215,16 @@ class LMVAE(nn.Module):
         with torch.no_grad():
             terms = combine(segment_sum(nll.detach(), batch.cu_seqlens), batch.tokens, kl.detach(), beta, **options)
         return LMVAEOutput(
-            loss + beta * kl.mean(), terms.reconstruction, terms.kl, beta, nll.detach(), batch.tokens, posterior.mu,
-            posterior.logvar, z,
-        )  # fmt: skip
+            loss + beta * kl.mean(),
+            terms.reconstruction,
+            terms.kl,
+            beta,
+            nll.detach(),
+            batch.tokens,
+            posterior.mu,
+            posterior.logvar,
+            z,
+        )
 
     @torch.no_grad()
     def score(self, batch: Batch, z: Tensor) -> Tensor:
@@ -224,12 +238,21 @@ class LMVAE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of token losses (scalar) and the NLL of each token ``[T]``, the decoder reading ``inputs`` ``[T]``."""
         hidden = self.decoder.hidden(
-            inputs, injection, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, rows=batch.rows,
+            inputs,
+            injection,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            rows=batch.rows,
             token_index=batch.token_index,
-        )  # fmt: skip
+        )
         weight, bias = self.decoder.head_weight, self.decoder.head_bias
         return lm_head_loss(
-            hidden.to(weight.dtype), weight, batch.labels, bias=bias, token_weights=weights, softcap=self.decoder.softcap
+            hidden.to(weight.dtype),
+            weight,
+            batch.labels,
+            bias=bias,
+            token_weights=weights,
+            softcap=self.decoder.softcap,
         )
 
     @torch.no_grad()
@@ -239,14 +262,21 @@ class LMVAE(nn.Module):
 
     # Sentences in and out -------------------------------------------------------------------------------------------
 
-    def tokenize(self, examples: Iterable[Any], on_long: str = "truncate", on_empty: str = "drop") -> TokenizedSentences:
+    def tokenize(
+        self, examples: Iterable[Any], on_long: str = "truncate", on_empty: str = "drop"
+    ) -> TokenizedSentences:
         """Tokenise sentences (strings, or examples with labels); see :func:`~lmvae_fast.text.tokenizer.tokenize`."""
         if isinstance(examples, str):
             raise DataError("sentences must come as a list", value=repr(examples[:40]), remedy="wrap it: [text]")
         return tokenize(
-            examples, self.decoder.tokenizer, max_len=self.config.max_len, vocab_size=self.decoder.vocab_size,
-            labels=self.config.annotations, on_long=on_long, on_empty=on_empty,
-        )  # fmt: skip
+            examples,
+            self.decoder.tokenizer,
+            max_len=self.config.max_len,
+            vocab_size=self.decoder.vocab_size,
+            labels=self.config.annotations,
+            on_long=on_long,
+            on_empty=on_empty,
+        )
 
     def pool(self, sentences: TokenizedSentences, batch_size: int = 64, progress: Any = None) -> Tensor:
         """Pooled features of a frozen encoder, ``[N, width]`` on the CPU, float32 (float64 of a float64 model)."""
@@ -255,13 +285,21 @@ class LMVAE(nn.Module):
         )
 
     def make_batch(
-        self, sentences: TokenizedSentences, rows: Sequence[int] | np.ndarray | None = None, pooled: Tensor | None = None
+        self,
+        sentences: TokenizedSentences,
+        rows: Sequence[int] | np.ndarray | None = None,
+        pooled: Tensor | None = None,
     ) -> Batch:
         """Pack some sentences; ``pooled`` are the features of *all* sentences (``[N, width]``), or None to run the encoder."""
         return make_batch(
-            sentences, rows, pooled, tokenizer=self.decoder.tokenizer, max_len=self.config.max_len,
-            encoder_tokenize=self.encoder.tokenize, predict_padding=self.config.objective == "langvae-0.6",
-        )  # fmt: skip
+            sentences,
+            rows,
+            pooled,
+            tokenizer=self.decoder.tokenizer,
+            max_len=self.config.max_len,
+            encoder_tokenize=self.encoder.tokenize,
+            predict_padding=self.config.objective == "langvae-0.6",
+        )
 
     def decode(self, z: Tensor, *, annotations: Tensor | None = None, **options: Any) -> list[str]:
         """Text of latents ``[batch, latent_dim]``; options are the fields of GenerationConfig. Greedy by default.

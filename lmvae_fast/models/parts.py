@@ -21,17 +21,23 @@ def tuning_of(config: LMVAEConfig) -> Tuning:
 def load_decoder(config: LMVAEConfig) -> Decoder:
     """The decoder that a configuration names; raises what :meth:`Decoder.load` raises."""
     return Decoder.load(
-        config.decoder, dtype=getattr(torch, config.dtype), train=bool(config.train_decoder), tuning=tuning_of(config),
+        config.decoder,
+        dtype=getattr(torch, config.dtype),
+        train=bool(config.train_decoder),
+        tuning=tuning_of(config),
         add_prefix_space=bool(config.add_prefix_space),
-    )  # fmt: skip
+    )
 
 
 def load_encoder(config: LMVAEConfig) -> Encoder:
     """The encoder that a configuration names; raises what :meth:`Encoder.load` raises."""
     return Encoder.load(
-        config.encoder, dtype=getattr(torch, config.dtype), pooling=str(config.pooling),
-        normalize=bool(config.normalize), train=bool(config.train_encoder),
-    )  # fmt: skip
+        config.encoder,
+        dtype=getattr(torch, config.dtype),
+        pooling=str(config.pooling),
+        normalize=bool(config.normalize),
+        train=bool(config.train_encoder),
+    )
 
 
 def build_projector(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Module | None:
@@ -43,11 +49,15 @@ def build_projector(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Mod
     if config.projector == "shared":
         if config.slots != 1:
             raise ConfigError(
-                "a shared projector makes one slot per layer", value=f"slots={config.slots}", limit=1,
+                "a shared projector makes one slot per layer",
+                value=f"slots={config.slots}",
+                limit=1,
                 remedy="set slots=1 or projector='linear'",
-            )  # fmt: skip
+            )
         return SharedProjector(width, dropout=dropout, **shape)
-    return LinearProjector(width, slots=int(config.slots or 1), dropout=dropout, hidden=config.projector_hidden, **shape)
+    return LinearProjector(
+        width, slots=int(config.slots or 1), dropout=dropout, hidden=config.projector_hidden, **shape
+    )
 
 
 def check_parts(config: LMVAEConfig, encoder: Encoder, decoder: Decoder) -> None:
@@ -57,13 +67,16 @@ def check_parts(config: LMVAEConfig, encoder: Encoder, decoder: Decoder) -> None
         if part.trains != wanted:
             raise ConfigError(
                 f"the {name} given and the configuration disagree about training it",
-                value=f"{name}.trains={part.trains}, train_{name}={wanted}", remedy="make them equal",
-            )  # fmt: skip
+                value=f"{name}.trains={part.trains}, train_{name}={wanted}",
+                remedy="make them equal",
+            )
     if decoder.trains and decoder.tuning != tuning_of(config):
         raise ConfigError(
-            "the decoder given and the configuration disagree about what of it trains", value=str(decoder.tuning),
-            limit=str(tuning_of(config)), remedy="give Decoder the configuration's tuning",
-        )  # fmt: skip
+            "the decoder given and the configuration disagree about what of it trains",
+            value=str(decoder.tuning),
+            limit=str(tuning_of(config)),
+            remedy="give Decoder the configuration's tuning",
+        )
     for name in ("pooling", "normalize"):
         if getattr(encoder, name) != getattr(config, name):
             raise ConfigError(

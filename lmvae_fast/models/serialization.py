@@ -115,12 +115,15 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> tuple[LMVAEC
     try:
         values = json.loads((folder / CONFIG).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is missing or unreadable: {error}", remedy="check the folder") from error
+        raise CheckpointError(
+            f"{folder / CONFIG} is missing or unreadable: {error}", remedy="check the folder"
+        ) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(
-            f"{folder} is no lmvae_fast model", limit=f"format {FORMAT!r} in {CONFIG}",
+            f"{folder} is no lmvae_fast model",
+            limit=f"format {FORMAT!r} in {CONFIG}",
             remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
-        )  # fmt: skip
+        )
     digest = values.pop("weights_sha256", None)
     try:
         config = LMVAEConfig.from_dict(values)
@@ -139,15 +142,18 @@ def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
     missing, unknown = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
     if missing or unknown:
         raise CheckpointError(
-            "the weights belong to another model", value=f"missing {missing[:4]}, unknown {unknown[:4]}",
+            "the weights belong to another model",
+            value=f"missing {missing[:4]}, unknown {unknown[:4]}",
             remedy="load them into a model of the configuration they were saved with",
-        )  # fmt: skip
+        )
     for name, parameter in parameters.items():
         if parameter.shape != state[name].shape:
             raise CheckpointError(
-                f"weight {name} has another shape", value=list(state[name].shape), limit=list(parameter.shape),
+                f"weight {name} has another shape",
+                value=list(state[name].shape),
+                limit=list(parameter.shape),
                 remedy="load it into a model of the configuration it was saved with",
-            )  # fmt: skip
+            )
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
 
@@ -158,9 +164,10 @@ def _store_part(part: Any, folder: Path) -> None:
         # no process has all of it; but what it was loaded from and what trains, which is stored anyway, are all it is
         if part.source is None or not Path(part.source).is_dir():
             raise OutputError(
-                "a sharded decoder that came from no folder cannot be stored", value=f"source={part.source}",
+                "a sharded decoder that came from no folder cannot be stored",
+                value=f"source={part.source}",
                 remedy="save with include_frozen=False, or load the decoder from a folder",
-            )  # fmt: skip
+            )
         shutil.copytree(part.source, folder)
         return
     part.model.save_pretrained(folder, state_dict=without_adapters(part.model.state_dict()))
@@ -179,9 +186,10 @@ def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
         ) from error
     if damaged:
         raise CheckpointError(
-            f"{path} is corrupt: its sha256 is not the one in {CONFIG}", limit=digest,
+            f"{path} is corrupt: its sha256 is not the one in {CONFIG}",
+            limit=digest,
             remedy="restore it from a copy; after a change on purpose, remove weights_sha256 from the configuration",
-        )  # fmt: skip
+        )
     return state
 
 

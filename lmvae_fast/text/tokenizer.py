@@ -75,9 +75,11 @@ class SentenceTokenizer:
         highest = max(self.bos_token_id, self.eos_token_id)
         if highest >= vocab_size:
             raise TokenizerError(
-                "the tokenizer's start or end token is not in the decoder's embedding", value=highest,
-                limit=f"< {vocab_size}", remedy="use the decoder's own tokenizer, or resize_token_embeddings",
-            )  # fmt: skip
+                "the tokenizer's start or end token is not in the decoder's embedding",
+                value=highest,
+                limit=f"< {vocab_size}",
+                remedy="use the decoder's own tokenizer, or resize_token_embeddings",
+            )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without start and end tokens."""
@@ -180,20 +182,26 @@ def tokenize(
     for row, ((text, words), sentence) in enumerate(zip(rows, encoded, strict=True)):
         if not text.strip() or not sentence:
             if on_empty == "error":
-                raise DataError(f"sentence {row} is empty", value=repr(text), remedy="remove it, or set on_empty='drop'")
+                raise DataError(
+                    f"sentence {row} is empty", value=repr(text), remedy="remove it, or set on_empty='drop'"
+                )
             report["empty"] += 1
             continue
         if max(sentence) >= vocab_size:
             raise DataError(
-                f"sentence {row} has a token the decoder does not know", value=max(sentence), limit=f"< {vocab_size}",
+                f"sentence {row} has a token the decoder does not know",
+                value=max(sentence),
+                limit=f"< {vocab_size}",
                 remedy="use the decoder's own tokenizer",
-            )  # fmt: skip
+            )
         if len(sentence) > max_len:
             if on_long == "error":
                 raise DataError(
-                    f"sentence {row} is too long: {text[:60]!r}", value=f"{len(sentence)} tokens", limit=max_len,
+                    f"sentence {row} is too long: {text[:60]!r}",
+                    value=f"{len(sentence)} tokens",
+                    limit=max_len,
                     remedy="raise max_len, or choose on_long='truncate' or 'drop'",
-                )  # fmt: skip
+                )
             if on_long == "drop":
                 report["dropped"] += 1
                 continue
@@ -223,9 +231,11 @@ def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | 
         text = item if isinstance(item, str) else getattr(item, "text", None)
         if not isinstance(text, str):
             raise DataError(
-                f"row {row} is no sentence", value=f"{type(item).__name__} {str(item)[:60]}",
-                limit="a string, or an example with text and labels", remedy="SentenceDataset.from_iterable takes mappings",
-            )  # fmt: skip
+                f"row {row} is no sentence",
+                value=f"{type(item).__name__} {str(item)[:60]}",
+                limit="a string, or an example with text and labels",
+                remedy="SentenceDataset.from_iterable takes mappings",
+            )
         rows.append((text, None if isinstance(item, str) else getattr(item, "labels", None)))
     return rows
 
@@ -238,17 +248,20 @@ def label_features(words: Sequence[str] | None, labels: Sequence[str], max_len: 
     """
     if words is None:
         raise DataError(
-            f"sentence {row} has no labels", limit=f"one of {', '.join(labels)} per word",
+            f"sentence {row} has no labels",
+            limit=f"one of {', '.join(labels)} per word",
             remedy="give annotated data, or configure the model without annotations",
-        )  # fmt: skip
+        )
     index = {label: column for column, label in enumerate(labels)}
     weights = torch.linspace(0.1, 1.0, max_len) if max_len > 1 else torch.tensor([0.1])
     out = torch.zeros(len(labels))
     for place, label in enumerate(words[:max_len]):
         if label not in index:
             raise DataError(
-                f"sentence {row} has an unknown label", value=repr(label), limit=", ".join(labels),
+                f"sentence {row} has an unknown label",
+                value=repr(label),
+                limit=", ".join(labels),
                 remedy="add it to the configuration's annotations",
-            )  # fmt: skip
+            )
         out[index[label]] += weights[place] / max_len
     return out

@@ -277,7 +277,7 @@ def test_one_run_at_a_time_writes(model, latents, tmp_path):
 ORPHANS = """
 import sys, time
 from lmvae_fast.generation.workers import Workers
-from tests.generation.test_stream import from_folder
+from tests.generation.test_text_files import from_folder
 if __name__ == "__main__":
     workers = Workers(from_folder, sys.argv[1], 2)
     workers._pool.submit(int).result()

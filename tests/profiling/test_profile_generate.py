@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import lmvae_fast.cli.profile  # noqa: F401  (registers the command)
 from lmvae_fast.cli.app import app
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
 from lmvae_fast.data import generate_corpus

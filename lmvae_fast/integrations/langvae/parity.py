@@ -52,35 +52,43 @@ def compare(model: LMVAE, texts: Sequence[str], scratch: Path, *, seed: int = 0,
         )
         exact_seconds, reference_seconds = _interleaved(
             lambda: _step(model, lambda: model(batch, beta=beta, eps=eps).loss),
-            lambda: _step(reference, lambda: reference.loss(texts, beta=beta, target_kl=2.0, eps=eps).loss), runs,
-        )  # fmt: skip
+            lambda: _step(reference, lambda: reference.loss(texts, beta=beta, target_kl=2.0, eps=eps).loss),
+            runs,
+        )
         model.config = config
         forced = model.make_batch(sentences, pooled=pooled)
         forced_seconds, again = _interleaved(
             lambda: _step(model, lambda: model(forced, beta=beta, eps=eps).loss),
-            lambda: _step(reference, lambda: reference.loss(texts, beta=beta, target_kl=2.0, eps=eps).loss), runs,
-        )  # fmt: skip
+            lambda: _step(reference, lambda: reference.loss(texts, beta=beta, target_kl=2.0, eps=eps).loss),
+            runs,
+        )
         z = model.encode(texts).mu
         with torch.no_grad():
             same = _same_ids(model, reference, z)
-            decode_seconds, reference_decode = _interleaved(
-                lambda: model.decode(z), lambda: reference.decode(z), runs
-            )  # fmt: skip
+            decode_seconds, reference_decode = _interleaved(lambda: model.decode(z), lambda: reference.decode(z), runs)
     finally:
         model.config = config
         model.train(was_training)
     largest = max(their_gradients[name].abs().max().item() for name in their_gradients)
     difference = max((our_gradients[name] - their_gradients[name]).abs().max().item() for name in their_gradients)
     return {
-        "sentences": len(texts), "threads": torch.get_num_threads(),
-        "loss": ours, "reference_loss": theirs, "loss_difference": abs(ours - theirs) / abs(theirs),
-        "gradient_difference": difference / largest, "same_greedy_tokens": same,
-        "free_running_step_seconds": exact_seconds, "reference_step_seconds": reference_seconds,
-        "teacher_forced_step_seconds": forced_seconds, "reference_step_seconds_again": again,
-        "decode_seconds": decode_seconds, "reference_decode_seconds": reference_decode,
-        "free_running_speedup": reference_seconds / exact_seconds, "teacher_forced_speedup": again / forced_seconds,
+        "sentences": len(texts),
+        "threads": torch.get_num_threads(),
+        "loss": ours,
+        "reference_loss": theirs,
+        "loss_difference": abs(ours - theirs) / abs(theirs),
+        "gradient_difference": difference / largest,
+        "same_greedy_tokens": same,
+        "free_running_step_seconds": exact_seconds,
+        "reference_step_seconds": reference_seconds,
+        "teacher_forced_step_seconds": forced_seconds,
+        "reference_step_seconds_again": again,
+        "decode_seconds": decode_seconds,
+        "reference_decode_seconds": reference_decode,
+        "free_running_speedup": reference_seconds / exact_seconds,
+        "teacher_forced_speedup": again / forced_seconds,
         "decode_speedup": reference_decode / decode_seconds,
-    }  # fmt: skip
+    }
 
 
 def _gradients(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -125,5 +133,3 @@ def _interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], runs: int) 
             function()
             column.append(time.perf_counter() - started)
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
-
-

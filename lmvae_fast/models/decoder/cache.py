@@ -50,8 +50,10 @@ class LatentCache:
         if visibility != "prefix" and max_tokens > slots:
             raise ConfigError(
                 f"{visibility} visibility has one memory slot per token",
-                value=f"{max_tokens} tokens", limit=f"{slots} tokens", remedy="generate fewer tokens",
-            )  # fmt: skip
+                value=f"{max_tokens} tokens",
+                limit=f"{slots} tokens",
+                remedy="generate fewer tokens",
+            )
         self.visibility, self.slots, self.max_tokens = visibility, slots, max_tokens
         positions = {"prefix": slots + max_tokens, "interleaved": 2 * slots, "rolling": slots + 1}[visibility]
         self.kv = torch.zeros(layers, 2, batch, kv_heads, positions, head_dim, dtype=dtype, device=device)

@@ -158,9 +158,13 @@ class Decoder(nn.Module):
         pack: whether a bf16 copy of a frozen head may be kept for it. at_once: tokens whose logits may exist at one time.
         """
         return greedy_tokens(
-            hidden, self.model.get_output_embeddings(), self.logits,
-            only_a_product=not self.trains and self.softcap is None, prepare=pack, at_once=at_once,
-        )  # fmt: skip
+            hidden,
+            self.model.get_output_embeddings(),
+            self.logits,
+            only_a_product=not self.trains and self.softcap is None,
+            prepare=pack,
+            at_once=at_once,
+        )
 
     def _step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
         cache.prepare()
@@ -181,9 +185,16 @@ class Decoder(nn.Module):
         """An empty static cache for injections of this kind."""
         self.check_positions(injection.slots, max_tokens, injection.visibility)
         return LatentCache(
-            layers=self.num_layers, kv_heads=self.kv_heads, head_dim=self.head_dim, batch=batch, slots=injection.slots,
-            max_tokens=max_tokens, visibility=injection.visibility, dtype=self.dtype, device=self.device,
-        )  # fmt: skip
+            layers=self.num_layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            batch=batch,
+            slots=injection.slots,
+            max_tokens=max_tokens,
+            visibility=injection.visibility,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def check_positions(self, slots: int, tokens: int, visibility: str) -> None:
         """Raises ConfigError where tokens would stand past the decoder's positions, or past a window we cannot honour."""
@@ -191,14 +202,18 @@ class Decoder(nn.Module):
         if self.max_positions is not None and last >= self.max_positions:
             raise ConfigError(
                 f"{tokens} tokens under {visibility} visibility with {slots} slots reach position {last}",
-                value=last, limit=f"the decoder's {self.max_positions} positions", remedy="lower max_len",
-            )  # fmt: skip
+                value=last,
+                limit=f"the decoder's {self.max_positions} positions",
+                remedy="lower max_len",
+            )
         window = min((window for window in self.windows.values() if window is not None), default=None)
         if visibility == "rolling" and window is not None and window < tokens + 1:
             raise UnsupportedDecoderError(
                 "rolling visibility does not reach past a sliding window",
-                value=f"{tokens + 1} visible entries", limit=f"a window of {window}", remedy="lower max_len",
-            )  # fmt: skip
+                value=f"{tokens + 1} visible entries",
+                limit=f"a window of {window}",
+                remedy="lower max_len",
+            )
 
     def run(self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext) -> Tensor:
         """Hidden states ``[T, hidden]`` of packed tokens at given positions, their embeddings moved by ``shift``."""

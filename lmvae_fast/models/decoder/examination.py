@@ -43,7 +43,9 @@ class Examined(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def run(self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext) -> Tensor: ...
+    def run(
+        self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext
+    ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -76,7 +78,9 @@ def examine(decoder: Examined) -> Geometry:
             ) from error
         raise
     except (ValueError, AttributeError, TypeError, RuntimeError, KeyError, IndexError) as error:
-        raise UnsupportedDecoderError(f"{name} cannot be run through our attention: {error}", remedy=_DECODERS) from error
+        raise UnsupportedDecoderError(
+            f"{name} cannot be run through our attention: {error}", remedy=_DECODERS
+        ) from error
     _check_layers(decoder.model.config.get_text_config(decoder=True), name, seen)
     geometry = Geometry(len(seen.shapes), *seen.shapes[0], windows=seen.windows)
     # Another order of the same sums: some units in the last place per layer. Eager attention works in float32 at best.
@@ -91,9 +95,10 @@ def examine(decoder: Examined) -> Geometry:
     if not difference <= tolerance:
         raise UnsupportedDecoderError(
             f"{name} computes something that our attention or head leaves out",
-            value=f"logits off by {difference:.2e} of their norm", limit=f"{tolerance:.1e}",
+            value=f"logits off by {difference:.2e} of their norm",
+            limit=f"{tolerance:.1e}",
             remedy="report the model; scaled logits, attention sinks and biased scores are not honoured yet",
-        )  # fmt: skip
+        )
     dropped = max(without_attention_dropout(module) for module in seen.modules.values())
     if decoder.trains and dropped:
         logger.warning("%s: dropout %.2g on attention weights is switched off (our attention has none)", name, dropped)
@@ -108,7 +113,10 @@ def _eager_logits(decoder: Examined) -> tuple[Tensor, Tensor]:
 
     def logits(ids: Tensor, positions: Tensor) -> Tensor:
         out = decoder.model(
-            input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), position_ids=positions[None], use_cache=False
+            input_ids=ids[None],
+            attention_mask=torch.ones_like(ids[None]),
+            position_ids=positions[None],
+            use_cache=False,
         )
         return out.logits[0].float()
 
@@ -140,20 +148,24 @@ def _check_layers(config: Any, name: str, seen: RecordingAttention) -> None:
     if not seen.shapes or sorted(seen.shapes) != list(range(layers or len(seen.shapes))):
         raise UnsupportedDecoderError(
             f"{name} has layers without keys and values, which a memory cannot reach",
-            value=f"{len(seen.shapes)} attention layers of {layers}", remedy="use a decoder with attention everywhere",
-        )  # fmt: skip
+            value=f"{len(seen.shapes)} attention layers of {layers}",
+            remedy="use a decoder with attention everywhere",
+        )
     if len(set(seen.shapes.values())) != 1:
         raise UnsupportedDecoderError(
-            f"{name} has layers of different head geometry", value=sorted(set(seen.shapes.values())),
+            f"{name} has layers of different head geometry",
+            value=sorted(set(seen.shapes.values())),
             limit="one (heads, kv_heads, head_dim) in all layers",
-        )  # fmt: skip
+        )
     # A window that acts through Hugging Face's mask alone would be lost on us, and eight tokens would not show it.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in _LAYER_KINDS or (kind == "sliding_attention" and seen.windows.get(layer) is None):
             raise UnsupportedDecoderError(
-                f"{name}: layer {layer} is of a kind we do not honour", value=kind, limit=", ".join(_LAYER_KINDS),
+                f"{name}: layer {layer} is of a kind we do not honour",
+                value=kind,
+                limit=", ".join(_LAYER_KINDS),
                 remedy=_DECODERS,
-            )  # fmt: skip
+            )
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -15,13 +15,28 @@ from lmvae_fast.training.checkpoints.tensors import frozen_fingerprint
 
 # Fields that leave every step as it was ...
 FREE = {
-    "output_dir", "resume", "log_every", "save_every", "keep_checkpoints", "cache_dir", "tensorboard", "progress", "shard",
-}  # fmt: skip
+    "output_dir",
+    "resume",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "cache_dir",
+    "tensorboard",
+    "progress",
+    "shard",
+}
 # ... and fields that one may well want to change half-way, although the run is then no longer the one that was begun.
 CHANGEABLE = {
-    "epochs", "max_steps", "eval_every", "eval_batch_size", "early_stop", "monitor", "fused_projector_update",
-    "recompute_decoder", "compile",
-}  # fmt: skip
+    "epochs",
+    "max_steps",
+    "eval_every",
+    "eval_batch_size",
+    "early_stop",
+    "monitor",
+    "fused_projector_update",
+    "recompute_decoder",
+    "compile",
+}
 
 
 def find(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
