@@ -77,12 +77,13 @@ class BagOfWordsHead(nn.Module):
 
     def __init__(self, latent_dim: int, head_weight: Tensor):
         super().__init__()
-        vocabulary, hidden = head_weight.shape
-        self.net = nn.Sequential(nn.Linear(latent_dim, hidden), nn.SiLU())
-        self.weight = nn.Parameter(head_weight.detach().to(torch.promote_types(head_weight.dtype, torch.float32), copy=True))
+        self.net = nn.Sequential(nn.Linear(latent_dim, head_weight.shape[1]), nn.SiLU())
+        self.weight = nn.Parameter(
+            head_weight.detach().to(torch.promote_types(head_weight.dtype, torch.float32), copy=True)
+        )
 
     def forward(self, z: Tensor, words: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the negative log-likelihoods of words int64 ``[K]``, each under its own latent ``[K, latent_dim]``."""
+        """Weighted sum of negative log-likelihoods of words int64 ``[K]``, each under its own latent ``[K, latent_dim]``."""
         hidden = self.net(z.to(self.net[0].weight.dtype))
         return lm_head_loss(hidden.to(self.weight.dtype), self.weight, words, token_weights=weights)[0]
 

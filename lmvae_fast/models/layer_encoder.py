@@ -182,16 +182,16 @@ class LayerEncoder(nn.Module):
             if mask is not None:
                 raise ConfigError("a masked encoder reads no padding", remedy="leave it out of the packed ids")
             return PackedAttention(None, "prefix", offsets, length)
-        real = self.query.new_zeros(batch * length)  # 1 where the padded rows hold a token or a query
-        spots = row_of * length + places
+        spots = row_of * length + places  # in the padded rows
         ones = torch.ones_like(spots) if mask is None else torch.cat([mask, mask.new_ones(batch * self.queries)])[order]
-        never = torch.finfo(real.dtype).min
-        there = real.bool().index_fill(0, spots, True).view(batch, 1, 1, length)
+        added = self.query.new_zeros(batch * length).index_copy(0, spots, ones.to(self.query.dtype))
+        added = added.view(batch, 1, 1, length)
+        never = torch.finfo(added.dtype).min
         if not self.causal:
-            return PaddedAttention(spots, batch, length, torch.where(there, 0.0, never))
+            return PaddedAttention(spots, batch, length, torch.where(added > 0, 0.0, never))
         # The public code adds the mask of ones and zeros to the scores as it is.
-        added = real.index_copy(0, spots, ones.to(real.dtype)).view(batch, 1, 1, length)
-        future = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
+        there = torch.zeros_like(added, dtype=torch.bool).view(-1).index_fill(0, spots, True).view(batch, 1, 1, length)
+        future = torch.ones(length, length, dtype=torch.bool, device=added.device).triu(1)
         return PaddedAttention(spots, batch, length, torch.where(future | ~there, never, added))
 
 

@@ -67,6 +67,7 @@ class Batch:
             others, those of prompts, are -100.
         groups: id of the sentences that each one shares an aggregate posterior with, int64 ``[B]``, or None.
         cu_groups: where each group begins, int32 ``[G + 1]``; None where a group's sentences do not stand side by side.
+        max_group: sentences of the largest group, known on the host.
         annotations: pooled label features, float32 ``[B, labels]``, or None.
         texts: the sentences, or None.
         share: what these sentences are of a batch that several processes share, or None: the noise of a sentence is that
@@ -89,6 +90,7 @@ class Batch:
     targets: Tensor | None = None
     groups: Tensor | None = None
     cu_groups: Tensor | None = None
+    max_group: int = 1
     annotations: Tensor | None = None
     texts: list[str] | None = None
     share: Share | None = None

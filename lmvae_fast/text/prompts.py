@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -120,7 +121,9 @@ def tokenize_prompts(
         answer = whole[len(first) :]
         if not response.strip() or not answer:
             if on_empty == "error":
-                raise DataError(f"response {row} is empty", value=repr(response), remedy="remove it, or set on_empty='drop'")
+                raise DataError(
+                    f"response {row} is empty", value=repr(response), remedy="remove it, or set on_empty='drop'"
+                )
             report["empty"] += 1
             continue
         if max(whole) >= vocab_size:
@@ -151,7 +154,9 @@ def tokenize_prompts(
     groups = group_ids(places, group_size)
     report["single"] = int((np.bincount(groups) == 1).sum())
     if any(report[name] for name in ("truncated", "dropped", "empty", "prompts_cut")):
-        logger.warning("of %d responses: %s (max_len %d, max_prompt_len %s)", len(rows), report, max_len, max_prompt_len)
+        logger.warning(
+            "of %d responses: %s (max_len %d, max_prompt_len %s)", len(rows), report, max_len, max_prompt_len
+        )
     if report["single"]:
         logger.warning("%d prompts have one response: there a density gap is the response's plain KL", report["single"])
     answers = tokenizer.decode(row[length:] for row, length in zip(ids, lengths, strict=True))
@@ -221,9 +226,12 @@ def make_prompt_batch(
         encoder_mask=mask,
         encoder_cu_seqlens=encoder["cu_seqlens"],  # type: ignore[arg-type]
         encoder_max_seqlen=encoder["max_seqlen"],  # type: ignore[arg-type]
-        targets=torch.tensor([place for place, label in enumerate(_flat(labels)) if label != IGNORED], dtype=torch.int64),
+        targets=torch.tensor(
+            [place for place, label in enumerate(_flat(labels)) if label != IGNORED], dtype=torch.int64
+        ),
         groups=torch.tensor(groups, dtype=torch.int64),
         cu_groups=_offsets(groups),
+        max_group=max(Counter(groups).values(), default=1),
         texts=[sentences.texts[row] for row in rows],
     )
 

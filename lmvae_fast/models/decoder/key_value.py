@@ -1,7 +1,7 @@
 """A decoder's own key and value projections, for states that are no tokens: found once, and proved on a sample.
 
 Whatever a family calls them, a layer's keys and values are linear maps of the normed state that its attention reads, perhaps
-normed by head, keys then turned by their position. Where that is not so (latent attention as in DeepSeek), nothing here is used.
+normed by head, keys then turned by their position. Where that is not so (latent attention as in DeepSeek), it is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from lmvae_fast.models.decoder.attention import RecordingAttention
 from lmvae_fast.models.decoder.decoder import Decoder
 
 _TOLERANCE = 1e-4  # of fp32; another order of the same sums
-_REMEDY = "use a decoder with plain key and value projections (GPT-2, Llama, Mistral, Qwen, Phi-3, OPT), or another projector"
+_REMEDY = (
+    "use a decoder with plain key and value projections (GPT-2, Llama, Mistral, Qwen, Phi-3, OPT), or another projector"
+)
 
 
 class Projection(NamedTuple):
@@ -92,9 +94,7 @@ class KeyValueMaps:
                 )  # fmt: skip
 
 
-def keys_and_values(
-    maps: LayerKeyValue, states: Tensor, kv_heads: int, turn: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def keys_and_values(maps: LayerKeyValue, states: Tensor, kv_heads: int, turn: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys and values, each ``[batch, kv_heads, slots, head_dim]``, of states ``[batch, slots, hidden]``.
 
     turn: cosines and sines ``[2, slots, width]``, or None.
