@@ -22,12 +22,16 @@ from lmvae_fast.models.lmvae import LMVAE
 @dataclass(frozen=True)
 class Start:
     """A sentence about to begin: row of its latent, number among that latent's samples, number that its draw goes by, and
-    ids it must begin with."""
+    ids its text begins with.
+
+    read: ids that are read before it is written, one at least, where they are not the start token and ``prompt``.
+    """
 
     index: int
     sample: int
     draw: int
     prompt: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Rows:
         kind: an injection, of no latents, like those that the rows will hold.
         size: rows.
         limit: the most tokens a sentence may have beside its prompt.
-        longest_prompt: the most tokens of a prompt.
+        longest_prompt: the most ids that are read before a sentence is written, one of them not counted.
         config: how tokens are chosen.
         seed: of the draw.
 
@@ -128,13 +132,13 @@ class Rows:
                 state[name].index_fill_(0, where, 0)
         state["sentence"].index_copy_(0, where, torch.tensor([start.draw for start in starts], device=device))
         # All that a sentence begins with but the last token is read at once; the first step reads that one.
-        begins = [(self.model.decoder.tokenizer.bos_token_id, *start.prompt) for start in starts]
+        begins = [start.read or (self.model.decoder.tokenizer.bos_token_id, *start.prompt) for start in starts]
         state["token"].index_copy_(0, where, torch.tensor([ids[-1] for ids in begins], device=device))
-        if any(start.prompt for start in starts):
+        if any(len(ids) > 1 for ids in begins):
             with exchanged(self.packed):
                 read(self.model.decoder, self.cache, injection, rows, [ids[:-1] for ids in begins])
             if "seen" in state:
-                pairs = [(row, token) for row, start in zip(rows, starts, strict=True) for token in start.prompt]
+                pairs = [(row, token) for row, ids in zip(rows, begins, strict=True) for token in ids[1:]]
                 state["seen"][torch.tensor(pairs, device=device).unbind(1)] = 1
         for row, start in zip(rows, starts, strict=True):
             self.starts[row] = start
@@ -164,9 +168,13 @@ class Rows:
         """The next token of every row, int64 ``[size]``, and its log-probability where asked for."""
         state, config, decoder = self.state, self.config, self.model.decoder
         with exchanged(self.packed):
-            if not (config.do_sample or config.logprobs or "seen" in state):  # no logit is wanted
+            plain = not (config.do_sample or config.logprobs or config.min_new_tokens)
+            if plain and "seen" not in state:  # no logit is wanted
                 return decoder.greedy_step(state["token"], self.cache, self.injection, config.pack_weights), None
             logits = decoder.step(state["token"], self.cache, self.injection)
+        if config.min_new_tokens:
+            early = (state["count"] < config.min_new_tokens).unsqueeze(1)
+            logits[:, self.stops] = torch.where(early, -torch.inf, logits[:, self.stops])
         options = (
             {}
             if not config.do_sample

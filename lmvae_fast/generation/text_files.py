@@ -24,6 +24,7 @@ from lmvae_fast.files import replacing, tensor_bytes, write_json
 from lmvae_fast.generation.engine import Generated, token_limit
 from lmvae_fast.generation.latent_sources import LatentSource
 from lmvae_fast.generation.workers import Block, Workers
+from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
 
 BLOCKS_PER_BATCH = 8  # a block refills its rows this often before its tail runs in a smaller batch
@@ -138,7 +139,7 @@ def generate_all(
 def model_fingerprint(model: LMVAE) -> str:
     """SHA-256 over the configuration and every weight that decides what is decoded, hexadecimal."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for part in (model.projector, model.embedding_shift, model.decoder.model):
+    for part in (model.projector, model.embedding_shift, model.residual, model.decoder.model):
         if part is not None:
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
@@ -175,14 +176,14 @@ def _checked(
 def _longest_prompt(model: LMVAE, prompts: str | Sequence[str] | None, total: int) -> int:
     """Tokens of the longest prompt; DataError unless there is one, or one for each of so many latents."""
     if prompts is None:
-        return 0
+        prompts = ""
     if isinstance(prompts, str):
         prompts = [prompts]
     elif len(prompts) != total:
         raise DataError(
             "prompts and latents differ in number", value=len(prompts), limit=total, remedy="give one per latent"
         )
-    return max(map(len, model.decoder.tokenizer.encode(prompts)))
+    return max(map(len, beginnings(prompts, model.config, model.decoder))) - 1
 
 
 def _check_annotations(model: LMVAE, annotations: Tensor | None, total: int) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
 from lmvae_fast.files import tensor_bytes
 from lmvae_fast.pretrained import load_pretrained
+from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import check_size
 
 
@@ -129,6 +130,15 @@ class Encoder(nn.Module):
                 remedy="use the encoder's own tokenizer",
             )
         return ids, encoded["attention_mask"]
+
+    def features(self, batch: Batch) -> Tensor:
+        """Pooled features of a batch, ``[B, width]``."""
+        if batch.encoder_ids is None or batch.encoder_mask is None or batch.encoder_cu_seqlens is not None:
+            raise ConfigError(
+                "a text encoder reads padded sentences", value="a batch of prompts with responses",
+                remedy="use system='cvae' for prompts",
+            )  # fmt: skip
+        return self(batch.encoder_ids, batch.encoder_mask)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""

@@ -40,7 +40,9 @@ def build_spec(
 
     if kind == "coupling" and clamp is not None:
         raise ConfigError(
-            "kind='coupling' has no clamp", value=f"clamp={clamp}", remedy="leave clamp out, or take kind='allinone' or 'glow'"
+            "kind='coupling' has no clamp",
+            value=f"clamp={clamp}",
+            remedy="leave clamp out, or take kind='allinone' or 'glow'",
         )
     clamp = 2.0 if clamp is None and kind != "coupling" else clamp
 

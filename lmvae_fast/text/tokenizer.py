@@ -113,6 +113,17 @@ class SentenceTokenizer:
                 return sentence[:shorter]
         return kept
 
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as the tokenizer writes them by itself, with a begin-of-text if it has one; an end token
+        that it puts last is left out."""
+        rows = self.tokenizer(list(texts))["input_ids"] if len(texts) else []
+        return [ids[:-1] if ids and ids[-1] == self.eos_token_id else ids for ids in rows]
+
+    @property
+    def writes_bos(self) -> bool:
+        """Whether the tokenizer puts a begin-of-text before a text by itself."""
+        return bool(self.tokenizer("")["input_ids"]) and self.tokenizer("")["input_ids"][0] == self.bos_token_id
+
     def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
         """Text of each sequence of ids, special tokens skipped, spaces as the tokenizer makes them."""
         return self.tokenizer.batch_decode(
@@ -174,6 +185,11 @@ class TokenizedSentences(Sequence):
     def lengths(self) -> list[int]:
         """Token count of each sentence, end token not included."""
         return [len(ids) for ids in self.ids]
+
+    @property
+    def grouped(self) -> Sequence[int] | None:
+        """Id of the group that each sentence must stay in one batch with, or None where each is for itself."""
+        return None
 
     def fingerprint(self) -> str:
         """SHA-256 over everything a model sees of these sentences, in hexadecimal."""
