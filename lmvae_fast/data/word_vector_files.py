@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
-from lmvae_fast.data.readers import _decoded, _open
+from lmvae_fast.data.lines import decoded_lines, open_file
 from lmvae_fast.data.word_vectors import WordVectors
 from lmvae_fast.errors import ConfigError, DataError
 
@@ -79,7 +79,7 @@ def read_word_vectors(
             table = _read_codwoe(path, field)
         elif chosen in _ARRAYS:
             if not path.is_file():
-                _open(path).close()  # raises, and says why
+                open_file(path).close()  # raises, and says why
             table = _ARRAYS[chosen](path, field, vocabulary)
         else:
             raise DataError(
@@ -140,8 +140,8 @@ def _read_text(path: Path, limit: int | None) -> _Table:
     rows: list[np.ndarray] = []
     header: tuple[int, int] | None = None
     dim = 0
-    with _open(path) as file:
-        for number, line in _decoded(file, path):
+    with open_file(path) as file:
+        for number, line in decoded_lines(file, path):
             # Words may hold any character but space and tab (no-break spaces among them), so not str.split().
             fields = line.rstrip(" \t").replace("\t", " ").split(" ")
             place = f"{path}, line {number}"
@@ -221,8 +221,8 @@ def _vocabulary(path: Path, given: Any) -> list[str]:
                 remedy="give vocabulary=, a list of words or a file of them",
             )  # fmt: skip
     file = Path(given)
-    with _open(file) as handle:
-        lines = [text for _, text in _decoded(handle, file)]
+    with open_file(file) as handle:
+        lines = [text for _, text in decoded_lines(handle, file)]
     if file.suffix.lower() == ".json":
         try:
             words = json.loads("\n".join(lines))
@@ -303,8 +303,8 @@ _ARRAYS: dict[str, Callable[[Path, str | None, Any], _Table]] = {
 
 def read_json_list(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON list. Raises DataError when the file holds anything else, naming the first odd entry."""
-    with _open(path) as file:
-        text = "\n".join(line for _, line in _decoded(file, path))
+    with open_file(path) as file:
+        text = "\n".join(line for _, line in decoded_lines(file, path))
     try:
         records = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
