@@ -1,7 +1,7 @@
 """Tables of README.md and docs, and README's picture, made from the JSON files under benchmarks/results/ and nothing else.
 
-    python -m benchmarks.report            # rewrite what stands between <!-- begin:NAME --> and <!-- end:NAME -->
-    python -m benchmarks.report --check    # exit 1 if a file does not say what the results say
+python -m benchmarks.report            # rewrite what stands between <!-- begin:NAME --> and <!-- end:NAME -->
+python -m benchmarks.report --check    # exit 1 if a file does not say what the results say
 """
 
 from __future__ import annotations
