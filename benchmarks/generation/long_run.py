@@ -34,7 +34,7 @@ RESULTS = records.RESULTS / "generation"
 
 
 class Run:
-    """The command in a process group of its own, and what was seen of it: seconds, bytes written, resident bytes."""
+    """The command in a process group of its own, with samples of it: seconds, bytes written, resident bytes."""
 
     def __init__(self, model: Path, output: Path, options: argparse.Namespace) -> None:
         command = [
@@ -127,7 +127,7 @@ def killed_and_continued(model: Path, output: Path, options: argparse.Namespace,
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Both runs and their comparison."""
+    """Run both and compare their files."""
     model = make_model(folder, options)
     whole = Run(model, folder / "whole.jsonl", options)
     whole.wait()

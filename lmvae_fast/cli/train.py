@@ -1,4 +1,4 @@
-"""``lmvae-fast train``."""
+"""Command ``lmvae-fast train``: a model on sentences, in one process or several."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def train(
 
 
 def load_data(options: dict, seed: int):
-    """(training, held-out) datasets from the ``data`` section."""
+    """Training and held-out datasets from the ``data`` section."""
     from lmvae_fast.data import generate_corpus, read
     from lmvae_fast.errors import ConfigError
 
