@@ -8,6 +8,7 @@ while they are red; then times ours and the baseline interleaved, and writes <op
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -32,6 +33,14 @@ def available() -> list[str]:
 def tests_of(op: str, device: str) -> str:
     """The file of an op's tests on a device."""
     return f"tests/kernels/test_{op}.py" if device == "cpu" else f"tests/gpu/test_cuda_{op}.py"
+
+
+def devices_of(op: str) -> tuple[str, ...]:
+    """The devices that an op is for: DEVICES of its bench_<op>.py, read without importing it and its baseline."""
+    for node in ast.parse((HERE / f"bench_{op}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["DEVICES"]:
+            return tuple(ast.literal_eval(node.value))
+    return ("cpu", "cuda")
 
 
 def recorded_green(path: str, junit: Path) -> bool:
@@ -81,6 +90,9 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     failed = False
     for op in options.ops or available():
+        if options.device not in devices_of(op):
+            print(f"{op}: not measured, it is not for {options.device}")
+            continue
         path = tests_of(op, options.device)
         green = recorded_green(path, options.junit) if options.junit else tests_are_green(op, options.device)
         if not green:
