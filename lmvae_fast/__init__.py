@@ -18,12 +18,16 @@ _PUBLIC = {
     "LMVAEConfig": "lmvae_fast.config",
     "TrainConfig": "lmvae_fast.config",
     "GenerationConfig": "lmvae_fast.config",
+    "FlowConfig": "lmvae_fast.config",
+    "FlowTrainConfig": "lmvae_fast.config",
     "Batch": "lmvae_fast.text.batch",
     "Encoder": "lmvae_fast.models.encoder",
     "Decoder": "lmvae_fast.models.decoder.decoder",
-    "Posterior": "lmvae_fast.models.encoder",
+    "Posterior": "lmvae_fast.models.posterior",
     "Injection": "lmvae_fast.models.injection",
     "CouplingFlow": "lmvae_fast.models.flow",
+    "InvertibleCVAE": "lmvae_fast.models.systems.invertible_cvae",
+    "FlowResult": "lmvae_fast.training.flow_loop",
     "train": "lmvae_fast.training.loop",
     "TrainResult": "lmvae_fast.training.loop",
     "Callback": "lmvae_fast.training.callbacks",
@@ -72,9 +76,13 @@ __all__ = [
     "DefinitionDataset",
     "Encoder",
     "Example",
+    "FlowConfig",
+    "FlowResult",
+    "FlowTrainConfig",
     "Generated",
     "GenerationConfig",
     "Injection",
+    "InvertibleCVAE",
     "LMVAEConfig",
     "LMVAEError",
     "LMVAEOutput",
@@ -108,7 +116,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
+    from lmvae_fast.config import FlowConfig, FlowTrainConfig, GenerationConfig, LMVAEConfig, TrainConfig
     from lmvae_fast.data import (
         Definition,
         DefinitionDataset,
@@ -144,8 +152,10 @@ if TYPE_CHECKING:
     from lmvae_fast.models.injection import Injection
     from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
     from lmvae_fast.models.posterior import Posterior
+    from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
     from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
+    from lmvae_fast.training.flow_loop import FlowResult
     from lmvae_fast.training.loop import TrainResult, train
 
 

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("model", ["fake", "lmvae"])
+@pytest.mark.parametrize("model", ["fake", "lmvae", "flow"])
 def test_twenty_kills(tmp_path, model):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "tests.training.kill_server", str(tmp_path), "20", "0", model]
