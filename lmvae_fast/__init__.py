@@ -1,13 +1,16 @@
 """lmvae_fast: a custom-kernel performance engine for language-model VAEs.
 
-Everything public is here; names are imported when first used, so that ``import lmvae_fast`` and the kernels cost no
-transformers import.
+Everything public is here; names and modules are imported when first used, so that ``import lmvae_fast`` and the kernels
+cost no transformers import. Beside the names below, every module is an attribute: ``lf.kernels.posterior``,
+``lf.reference``, ``lf.testing``, ``lf.integrations.langvae``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from lmvae_fast import lazy
 
 __version__ = "0.1.0"
 
@@ -27,9 +30,9 @@ _PUBLIC = {
     "Injection": "lmvae_fast.models.injection",
     "CouplingFlow": "lmvae_fast.models.flow",
     "InvertibleCVAE": "lmvae_fast.models.systems.invertible_cvae",
-    "FlowResult": "lmvae_fast.training.flow_loop",
+    "FlowResult": "lmvae_fast.training.records",
     "train": "lmvae_fast.training.loop",
-    "TrainResult": "lmvae_fast.training.loop",
+    "TrainResult": "lmvae_fast.training.records",
     "Callback": "lmvae_fast.training.callbacks",
     "generate": "lmvae_fast.generation.engine",
     "Generated": "lmvae_fast.generation.engine",
@@ -56,6 +59,7 @@ _PUBLIC = {
     "DataError": "lmvae_fast.errors",
     "LatentError": "lmvae_fast.errors",
     "MemoryLimitError": "lmvae_fast.errors",
+    "MissingPackageError": "lmvae_fast.errors",
     "UnsupportedDecoderError": "lmvae_fast.errors",
     "TokenizerError": "lmvae_fast.errors",
     "CheckpointError": "lmvae_fast.errors",
@@ -88,6 +92,7 @@ __all__ = [
     "LMVAEOutput",
     "LatentError",
     "MemoryLimitError",
+    "MissingPackageError",
     "NumericalError",
     "OutputError",
     "Posterior",
@@ -105,17 +110,22 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_corpus",
+    "integrations",
     "interpolate",
+    "kernels",
     "neighbourhood",
     "read",
     "read_definitions",
     "read_word_vectors",
+    "reference",
     "score",
+    "testing",
     "train",
     "traverse",
 ]
 
 if TYPE_CHECKING:
+    from lmvae_fast import integrations, kernels, reference, testing
     from lmvae_fast.config import FlowConfig, FlowTrainConfig, GenerationConfig, LMVAEConfig, TrainConfig
     from lmvae_fast.data import (
         Definition,
@@ -135,6 +145,7 @@ if TYPE_CHECKING:
         LatentError,
         LMVAEError,
         MemoryLimitError,
+        MissingPackageError,
         NumericalError,
         OutputError,
         TokenizerError,
@@ -155,13 +166,13 @@ if TYPE_CHECKING:
     from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
     from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
-    from lmvae_fast.training.flow_loop import FlowResult
-    from lmvae_fast.training.loop import TrainResult, train
+    from lmvae_fast.training.loop import train
+    from lmvae_fast.training.records import FlowResult, TrainResult
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'lmvae_fast' has no attribute {name!r}")
+        return lazy.submodule(__name__, name)
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

@@ -1,7 +1,7 @@
 """coupling_flow in plain torch: the truth that every faster path is tested against.
 
-Algebra: SYSTEMS.md "Coupling algebra"; Kingma and Dhariwal 2018 (GLOW), Dinh et al. 2017 (RealNVP); the constants 0.1 and
-0.636 are those of FrEIA 0.2, the oracle of the tests. Differentiable through autograd in both directions.
+Algebra: Kingma and Dhariwal 2018 (GLOW, arXiv 1807.03039), Dinh et al. 2017 (RealNVP, arXiv 1605.08803); the constants 0.1
+and 0.636 are those of FrEIA 0.2, the oracle of the tests. Differentiable through autograd in both directions.
 """
 
 from __future__ import annotations

@@ -84,9 +84,11 @@ class ConfigBase:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and fields[name] is None):
                 raise ConfigError(
-                    f"{type(self).__name__}.{name} is no truth value", value=repr(value),
-                    limit="true or false", remedy="change it",
-                )  # fmt: skip
+                    f"{type(self).__name__}.{name} is no truth value",
+                    value=repr(value),
+                    limit="true or false",
+                    remedy="change it",
+                )
 
     def _text(self, name: str, *, optional: bool = False) -> None:
         value = getattr(self, name)

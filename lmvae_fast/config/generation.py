@@ -14,6 +14,7 @@ class GenerationConfig(ConfigBase):
 
     Attributes:
         max_new_tokens: the most tokens per sentence, a prompt not counted; None for what the model's max_len leaves.
+        min_new_tokens: no end or stop token before so many.
         do_sample: draw tokens; otherwise greedy.
         temperature, top_k, top_p, min_p: of the draw, in this order (``kernels/sample_token``). ``top_k`` 0, ``top_p`` 1.0
             and ``min_p`` 0.0 switch a filter off.
@@ -31,6 +32,7 @@ class GenerationConfig(ConfigBase):
     """
 
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
@@ -49,6 +51,7 @@ class GenerationConfig(ConfigBase):
 
     def __post_init__(self) -> None:
         self._number("max_new_tokens", 1, integer=True, optional=True)
+        self._number("min_new_tokens", 0, integer=True)
         self._number("temperature", 0.0, open_low=True)
         self._number("top_k", 0, integer=True)
         self._number("top_p", 0.0, 1.0, open_low=True)
@@ -62,7 +65,14 @@ class GenerationConfig(ConfigBase):
         self._flag("do_sample", "logprobs", "pack_weights", "cuda_graphs")
         stops = self.stop_tokens
         if not isinstance(stops, tuple) or not all(type(token) is int and token >= 0 for token in stops):
-            raise ConfigError("GenerationConfig.stop_tokens is out of range", value=repr(stops), limit="a tuple of token ids")
+            raise ConfigError(
+                "GenerationConfig.stop_tokens is out of range", value=repr(stops), limit="a tuple of token ids"
+            )
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                "min_new_tokens exceeds max_new_tokens", value=self.min_new_tokens, limit=self.max_new_tokens,
+                remedy="lower it",
+            )  # fmt: skip
         filtered = (self.temperature, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
         if not self.do_sample and (filtered or self.num_samples != 1):
             raise ConfigError(
@@ -73,5 +83,6 @@ class GenerationConfig(ConfigBase):
         if self.num_beams > 1 and (self.do_sample or self.logprobs or self.repetition_penalty != 1.0):
             raise ConfigError(
                 "beam search takes the most probable sentences of the model's own distribution",
-                value=f"num_beams={self.num_beams} with do_sample, logprobs or repetition_penalty", remedy="leave them out",
-            )  # fmt: skip
+                value=f"num_beams={self.num_beams} with do_sample, logprobs or repetition_penalty",
+                remedy="leave them out",
+            )

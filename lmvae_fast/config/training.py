@@ -127,7 +127,7 @@ class TrainConfig(ConfigBase):
                 "compile leaves a decoder's layers no hooks of their own, which shard and recompute_decoder put there",
                 value=f"compile=True, shard={self.shard}, recompute_decoder={self.recompute_decoder}",
                 remedy="set compile=False, or the others",
-            )  # fmt: skip
+            )
         if not isinstance(self.resume, bool):
             self._text("resume")
         if self.beta_zero + self.beta_increase > 1.0:

@@ -6,32 +6,24 @@ Files are read line by line (gzip too), so memory holds the sentences and nothin
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
+from lmvae_fast.data.lines import Line, decoded_lines, open_file
+from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.errors import DataError
 
 #: File ending -> format. ``.txt`` is checked for SRL labels on its first line.
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".srl": "srl"}
 
-#: Column names taken when the caller names none, in this order.
-TEXT_COLUMNS = ("text", "sentence")
-
 # What one SRL label looks like (V, O, ARG0, R-ARG1, ARGM-TMP, B-ARG1 ...), and one that makes a line SRL beyond doubt.
 _LABEL = re.compile(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+)*")
 _ROLE = re.compile(r"([BI]-)?V|.*\bARG.*")
-# A header's cell: an identifier-like name, no sentence and no number.
-_HEADER_CELL = re.compile(r"[^\W\d][\w.-]*")
-
-# A line of the file: its number from 1, and its text without the line break.
-Line = tuple[int, str]
 
 
 def read(
@@ -87,8 +79,8 @@ def read(
     factors = _factor_names(factor_columns)
     report = DataReport(str(path), chosen)
     columns = _Columns()
-    with _open(path) as file:
-        lines = _decoded(file, path)
+    with open_file(path) as file:
+        lines = decoded_lines(file, path)
         if chosen == "txt" and format is None:
             lines, is_srl = _looks_like_srl(lines)
             chosen = report.format = "srl" if is_srl else "txt"
@@ -100,7 +92,7 @@ def read(
         elif chosen == "jsonl":
             rows = _json_rows(lines, path, column, label_column, factors)
         else:
-            rows = _table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
+            rows = table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
         for number, row in rows:
             report.read += 1
             columns.add(row, f"{path}, line {number}", on_empty, report)
@@ -131,44 +123,6 @@ def _factor_names(columns: Sequence[str | int] | Mapping[str, str | int]) -> dic
     if isinstance(columns, str):
         raise DataError("factor_columns is a single string", value=repr(columns), remedy=f"give [{columns!r}]")
     return {str(column): column for column in columns}
-
-
-def _open(path: Path) -> IO[bytes]:
-    try:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder", limit="a file of sentences", remedy="name a file in it")
-        if path.suffix.lower() == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        return path.open("rb")
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no file {path}", value=f"working folder {Path.cwd()}", remedy="check the path"
-        ) from None
-    except OSError as error:
-        raise DataError(f"cannot open {path}: {error.strerror or error}", remedy="check its permissions") from error
-
-
-def _decoded(file: IO[bytes], path: Path) -> Iterator[Line]:
-    """The file's lines as text. Bytes are split first, so that an undecodable line is known by its number."""
-    number = 0
-    try:
-        for number, raw in enumerate(file, 1):
-            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                raw = raw[3:]
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not UTF-8",
-                    value=f"byte 0x{raw[error.start]:02x} at byte {error.start} of the line ({error.reason})",
-                    remedy="convert the file, for example with: iconv -f latin1 -t utf-8",
-                ) from None
-            yield number, text.rstrip("\r\n")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: reading stopped after line {number}: {error}",
-            remedy="the file is cut off or damaged: get it anew",
-        ) from error
 
 
 def _looks_like_srl(lines: Iterator[Line]) -> tuple[Iterator[Line], bool]:
@@ -269,59 +223,6 @@ def _require(place: str, record: dict[str, Any], *names: Any) -> None:
         )
 
 
-def _table_rows(
-    lines: Iterator[Line],
-    path: Path,
-    format: str,
-    column: str | int | None,
-    label_column: str | int | None,
-    factors: dict[str, str | int],
-    header: bool | None,
-    quoting: bool,
-) -> Iterator[tuple[int, Any]]:
-    table = csv.reader(
-        # csv needs the line breaks, which may stand inside quotes; a line count of its own tells where we are.
-        (text + "\n" for _, text in lines),
-        delimiter="\t" if format == "tsv" else ",",
-        quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
-        strict=True,
-    )
-    names: list[str] | None = None
-    places: _Places | None = None
-    width = 0
-    while True:
-        number = table.line_num + 1  # a quoted field may span lines: a row is named by its first
-        try:
-            cells = next(table)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {number}: malformed {format}: {error}",
-                remedy="mend the quotes, or read with quoting=False" if quoting else "mend the line",
-            ) from None
-        if not "".join(cells).strip() and len(cells) < 2:
-            yield number, ""
-            continue
-        if places is None:
-            wanted = [column, label_column, *factors.values()]
-            if header is None:
-                header = any(isinstance(name, str) for name in wanted) or _is_header(cells)
-            names = [cell.strip() for cell in cells] if header else None
-            places = _Places(path, format, cells, names, column, label_column, factors)
-            width = len(cells)
-            if header:
-                continue
-        if len(cells) != width:
-            raise DataError(
-                f"{path}, line {number}: a row of another width",
-                value=f"{len(cells)} fields",
-                limit=f"{width} fields as in the first row",
-                remedy="mend the row" + (", or read with quoting=False" if quoting else ""),
-            )
-        yield number, places.row(cells)
-
-
 def field_names(
     path: str | os.PathLike[str], *, format: str | None = None, header: bool | None = None, quoting: bool = True
 ) -> list[str]:
@@ -331,8 +232,8 @@ def field_names(
     """
     path = Path(path)
     chosen = format or _format_of(path)
-    with _open(path) as file:
-        first = next((text for _, text in _decoded(file, path) if text.strip()), "")
+    with open_file(path) as file:
+        first = next((text for _, text in decoded_lines(file, path) if text.strip()), "")
     if chosen == "jsonl":
         try:
             record = json.loads(first) if first else {}
@@ -342,63 +243,7 @@ def field_names(
     if chosen not in ("csv", "tsv") or not first:
         return []
     quote = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
-    cells = [cell.strip() for cell in next(csv.reader([first], delimiter="\t" if chosen == "tsv" else ",", quoting=quote))]
-    return cells if header or (header is None and _is_header(cells)) else []
-
-
-def _is_header(cells: Sequence[str]) -> bool:
-    stripped = [cell.strip() for cell in cells]
-    return len(set(stripped)) == len(stripped) and all(_HEADER_CELL.fullmatch(cell) for cell in stripped)
-
-
-class _Places:
-    """Where sentence, labels and factors stand in a row of a table."""
-
-    def __init__(
-        self,
-        path: Path,
-        format: str,
-        first: list[str],
-        names: list[str] | None,
-        column: str | int | None,
-        label_column: str | int | None,
-        factors: dict[str, str | int],
-    ):
-        self.path, self.format, self.first, self.names = path, format, first, names
-        if column is None:
-            column = next((name for name in TEXT_COLUMNS if names and name in names), 0 if len(first) == 1 else None)
-        if column is None:
-            raise DataError(
-                f"{path}: which column holds the sentences?",
-                value=f"{len(first)} columns: {shorten(repr(first))}",
-                remedy="give column= a name or an index from 0",
-            )
-        self.text = self._index(column)
-        self.labels = None if label_column is None else self._index(label_column)
-        self.factors = {name: self._index(place) for name, place in factors.items()}
-
-    def row(self, cells: list[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"text": cells[self.text]}
-        if self.labels is not None:
-            row["labels"] = cells[self.labels]
-        if self.factors:
-            row["factors"] = {name: cells[index] for name, index in self.factors.items()}
-        return row
-
-    def _index(self, column: str | int) -> int:
-        if isinstance(column, str):
-            if self.names is not None and column in self.names:
-                return self.names.index(column)
-            limit = (
-                ", ".join(self.names) if self.names is not None else f"indices 0 to {len(self.first) - 1} (no header)"
-            )
-        elif isinstance(column, int) and 0 <= column < len(self.first):
-            return column
-        else:
-            limit = f"indices 0 to {len(self.first) - 1}"
-        raise DataError(
-            f"{self.path}: there is no column {column!r}",
-            value=shorten(repr(self.first)),
-            limit=limit,
-            remedy=f"name one of these columns, or check the format {self.format!r}",
-        )
+    cells = [
+        cell.strip() for cell in next(csv.reader([first], delimiter="\t" if chosen == "tsv" else ",", quoting=quote))
+    ]
+    return cells if header or (header is None and is_header(cells)) else []

@@ -6,7 +6,6 @@ Formats: word2vec's and fastText's text begins with a line `words dim`, GloVe's 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
-from lmvae_fast.data.readers import _decoded, _open
+from lmvae_fast.data.lines import decoded_lines, open_file
 from lmvae_fast.data.word_vectors import WordVectors
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.errors import DataError
+from lmvae_fast.optional import require
 
 #: File ending -> format.
 FORMATS = {
@@ -61,7 +61,7 @@ def read_word_vectors(
 
     Raises:
         DataError: the file is missing, unreadable, empty or malformed (with its line), vectors of mixed widths, a word
-            twice, NaN or infinity, another number of words than the header or the vocabulary says. ConfigError: the
+            twice, NaN or infinity, another number of words than the header or the vocabulary says. MissingPackageError: the
             package is not installed.
     """
     check_options("drop", limit)
@@ -79,7 +79,7 @@ def read_word_vectors(
             table = _read_codwoe(path, field)
         elif chosen in _ARRAYS:
             if not path.is_file():
-                _open(path).close()  # raises, and says why
+                open_file(path).close()  # raises, and says why
             table = _ARRAYS[chosen](path, field, vocabulary)
         else:
             raise DataError(
@@ -140,8 +140,8 @@ def _read_text(path: Path, limit: int | None) -> _Table:
     rows: list[np.ndarray] = []
     header: tuple[int, int] | None = None
     dim = 0
-    with _open(path) as file:
-        for number, line in _decoded(file, path):
+    with open_file(path) as file:
+        for number, line in decoded_lines(file, path):
             # Words may hold any character but space and tab (no-break spaces among them), so not str.split().
             fields = line.rstrip(" \t").replace("\t", " ").split(" ")
             place = f"{path}, line {number}"
@@ -221,8 +221,8 @@ def _vocabulary(path: Path, given: Any) -> list[str]:
                 remedy="give vocabulary=, a list of words or a file of them",
             )  # fmt: skip
     file = Path(given)
-    with _open(file) as handle:
-        lines = [text for _, text in _decoded(handle, file)]
+    with open_file(file) as handle:
+        lines = [text for _, text in decoded_lines(handle, file)]
     if file.suffix.lower() == ".json":
         try:
             words = json.loads("\n".join(lines))
@@ -303,8 +303,8 @@ _ARRAYS: dict[str, Callable[[Path, str | None, Any], _Table]] = {
 
 def read_json_list(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON list. Raises DataError when the file holds anything else, naming the first odd entry."""
-    with _open(path) as file:
-        text = "\n".join(line for _, line in _decoded(file, path))
+    with open_file(path) as file:
+        text = "\n".join(line for _, line in decoded_lines(file, path))
     try:
         records = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -356,21 +356,11 @@ def _read_codwoe(path: Path, field: str | None) -> _Table:
 
 
 def _packaged(name: str) -> _Table:
-    module = PACKAGED[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"the word vectors {name!r} come with the package {module.replace('_', '-')}", value="it is not installed",
-            remedy="pip install 'lmvae_fast[definitions]', or name a file of vectors",
-        )  # fmt: skip
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(
-            f"the word vectors {name!r} are indexed in a parquet file", value="pyarrow is not installed",
-            remedy="pip install 'lmvae_fast[definitions]'",
-        ) from error  # fmt: skip
-    folder = Path(spec.origin).parent / "data"
+    """GloVe 6B of 50 dimensions, memory-mapped; raises MissingPackageError."""
+    purpose = f"the word vectors {name!r}"
+    package = require(PACKAGED[name], purpose=purpose, extra="definitions")
+    parquet = require("pyarrow.parquet", purpose=purpose, extra="definitions")
+    folder = Path(package.ROOT)
     words = parquet.read_table(folder / "glove_6B_index.parquet").column("index").to_pylist()
     vectors = np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r", allow_pickle=False)
     return _Table(words, vectors, lowercase=True)

@@ -80,9 +80,10 @@ def capture_for(decoder: nn.Module, device: torch.device, wanted: bool | None) -
     capture = CAPTURES.get(device.type)
     if wanted and capture is None:
         raise ConfigError(
-            "cuda_graphs records the decode step of a CUDA device", value=str(device),
+            "cuda_graphs records the decode step of a CUDA device",
+            value=str(device),
             remedy="leave cuda_graphs at None, which records where it can",
-        )  # fmt: skip
+        )
     off = wanted is False or (wanted is None and current() == "reference") or decoder in _refused
     # Under autocast weights are copied, and the copies are gone when it is left: a recording would go on reading them.
     return None if off or capture is None or torch.is_autocast_enabled(device.type) else capture

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
+from lmvae_fast.errors import NumericalError
 from lmvae_fast.generation.cuda_graphs import RecordedStep, capture_for, rows_of
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.sample_token import sample_token
@@ -21,12 +22,16 @@ from lmvae_fast.models.lmvae import LMVAE
 @dataclass(frozen=True)
 class Start:
     """A sentence about to begin: row of its latent, number among that latent's samples, number that its draw goes by, and
-    ids it must begin with."""
+    ids its text begins with.
+
+    read: ids that are read before it is written, one at least, where they are not the start token and ``prompt``.
+    """
 
     index: int
     sample: int
     draw: int
     prompt: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ class Ended:
     stopped: bool
 
 
+def check_finite(finite: bool, index: int) -> None:
+    """Raises NumericalError for a sentence whose hidden states were NaN or infinite; ``index``: of its latent."""
+    if not finite:
+        raise NumericalError(
+            "decoding gave hidden states that are NaN or infinite",
+            value=f"the sentence of latent {index}",
+            limit="finite figures",
+            remedy="check that latent (a huge one overflows) and the model's weights; or decode in float32",
+        )
+
+
 class Rows:
     """Up to ``size`` sentences at a time, each at a step of its own.
 
@@ -48,7 +64,7 @@ class Rows:
         kind: an injection, of no latents, like those that the rows will hold.
         size: rows.
         limit: the most tokens a sentence may have beside its prompt.
-        longest_prompt: the most tokens of a prompt.
+        longest_prompt: the most ids that are read before a sentence is written, one of them not counted.
         config: how tokens are chosen.
         seed: of the draw.
 
@@ -73,9 +89,10 @@ class Rows:
         # What is not memory is kept per row and overwritten when a row starts a new sentence.
         parts = (kind.embedding_shift, kind.output_residual)
         self.injection = Injection(
-            kind.visibility, None if kind.memory is None else self.cache.memory,
+            kind.visibility,
+            None if kind.memory is None else self.cache.memory,
             *(None if part is None else part.new_zeros(size, part.shape[1]) for part in parts),
-        )  # fmt: skip
+        )
         self.seed = philox.seed_tensor(0 if seed is None else seed, device)
         self.stops = torch.tensor([decoder.tokenizer.eos_token_id, *config.stop_tokens], device=device)
         # One column beyond the limit takes what rows without effect write.
@@ -88,7 +105,7 @@ class Rows:
             "ids": torch.zeros(size, limit + 1, dtype=torch.int64, device=device),
         }
         if config.logprobs:
-            self.state["logprobs"] = torch.zeros(size, limit + 1, device=device)
+            self.state["logprobs"] = torch.zeros(size, limit + 1, dtype=torch.float32, device=device)
         if config.repetition_penalty != 1.0:
             self.state["seen"] = torch.zeros(size, decoder.vocab_size, dtype=torch.uint8, device=device)
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence
@@ -115,13 +132,13 @@ class Rows:
                 state[name].index_fill_(0, where, 0)
         state["sentence"].index_copy_(0, where, torch.tensor([start.draw for start in starts], device=device))
         # All that a sentence begins with but the last token is read at once; the first step reads that one.
-        begins = [(self.model.decoder.tokenizer.bos_token_id, *start.prompt) for start in starts]
+        begins = [start.read or (self.model.decoder.tokenizer.bos_token_id, *start.prompt) for start in starts]
         state["token"].index_copy_(0, where, torch.tensor([ids[-1] for ids in begins], device=device))
-        if any(start.prompt for start in starts):
+        if any(len(ids) > 1 for ids in begins):
             with exchanged(self.packed):
                 read(self.model.decoder, self.cache, injection, rows, [ids[:-1] for ids in begins])
             if "seen" in state:
-                pairs = [(row, token) for row, start in zip(rows, starts, strict=True) for token in start.prompt]
+                pairs = [(row, token) for row, ids in zip(rows, begins, strict=True) for token in ids[1:]]
                 state["seen"][torch.tensor(pairs, device=device).unbind(1)] = 1
         for row, start in zip(rows, starts, strict=True):
             self.starts[row] = start
@@ -151,17 +168,34 @@ class Rows:
         """The next token of every row, int64 ``[size]``, and its log-probability where asked for."""
         state, config, decoder = self.state, self.config, self.model.decoder
         with exchanged(self.packed):
-            if not (config.do_sample or config.logprobs or "seen" in state):  # no logit is wanted
+            plain = not (config.do_sample or config.logprobs or config.min_new_tokens)
+            if plain and "seen" not in state:  # no logit is wanted
                 return decoder.greedy_step(state["token"], self.cache, self.injection, config.pack_weights), None
             logits = decoder.step(state["token"], self.cache, self.injection)
-        options = {} if not config.do_sample else {
-            "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p,
-            "seed": self.seed, "rows": state["sentence"], "steps": state["count"],
-        }  # fmt: skip
+        if config.min_new_tokens:
+            early = (state["count"] < config.min_new_tokens).unsqueeze(1)
+            logits[:, self.stops] = torch.where(early, -torch.inf, logits[:, self.stops])
+        options = (
+            {}
+            if not config.do_sample
+            else {
+                "temperature": config.temperature,
+                "top_k": config.top_k,
+                "top_p": config.top_p,
+                "min_p": config.min_p,
+                "seed": self.seed,
+                "rows": state["sentence"],
+                "steps": state["count"],
+            }
+        )
         chosen = sample_token(
-            logits, greedy=not config.do_sample, seen=state.get("seen"), logprob=config.logprobs,
-            repetition_penalty=config.repetition_penalty, **options,
-        )  # fmt: skip
+            logits,
+            greedy=not config.do_sample,
+            seen=state.get("seen"),
+            logprob=config.logprobs,
+            repetition_penalty=config.repetition_penalty,
+            **options,
+        )
         return chosen if config.logprobs else (chosen, None)
 
     def ended(self) -> list[int]:
@@ -171,6 +205,10 @@ class Rows:
     def take(self, rows: list[int]) -> list[Ended]:
         """Take ended sentences out of their rows."""
         where = torch.tensor(rows, dtype=torch.int64, device=self.cache.step.device)
+        for row, finite in zip(rows, self.cache.finite[where].tolist(), strict=True):
+            start = self.starts[row]
+            assert start is not None
+            check_finite(finite, start.index)
         count, stopped, ids = (self.state[name][where].tolist() for name in ("count", "stopped", "ids"))
         logprobs = self.state["logprobs"][where].tolist() if "logprobs" in self.state else None
         taken = []
@@ -196,9 +234,10 @@ class Rows:
         self.cache.select(where)
         parts = (self.injection.embedding_shift, self.injection.output_residual)
         self.injection = Injection(
-            self.injection.visibility, None if self.injection.memory is None else self.cache.memory,
+            self.injection.visibility,
+            None if self.injection.memory is None else self.cache.memory,
             *(None if part is None else part[where] for part in parts),
-        )  # fmt: skip
+        )
         self.state = {name: value[where] for name, value in self.state.items()}
         self.starts = [self.starts[row] for row in rows]
         self.size = len(rows)
@@ -207,6 +246,6 @@ class Rows:
 
     def _recording(self) -> RecordedStep | None:
         """What records steps over the tensors as they are now, where that can be and is wanted."""
-        decoder, state = self.model.decoder, [self.cache.step, *self.state.values()]
+        decoder, state = self.model.decoder, [self.cache.step, self.cache.finite, *self.state.values()]
         capture = capture_for(decoder, self.cache.step.device, self.config.cuda_graphs)
         return None if capture is None else RecordedStep(self._advance, state, capture, decoder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import ConfigError, DataError, LatentError
+from lmvae_fast.files import sha256_file
 from lmvae_fast.generation.latent_files import check_latents, read_latents
 from lmvae_fast.kernels import philox
 from lmvae_fast.models.lmvae import LMVAE
@@ -113,19 +113,17 @@ def read_annotations(path: str | os.PathLike[str], labels: Sequence[str], max_le
     if Path(path).suffix != ".txt":
         check_latents(path, latent_dim=len(labels), name="annotations")
         return torch.cat(list(read_latents(path, latent_dim=len(labels), name="annotations")))
-    return torch.stack([label_features(line.split(), labels, max_len, number - 1) for number, line in _lines(path, (".txt",))])
+    return torch.stack(
+        [label_features(line.split(), labels, max_len, number - 1) for number, line in _lines(path, (".txt",))]
+    )
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, hexadecimal; DataError when it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        return sha256_file(Path(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}", remedy="check the path") from error
-    return digest.hexdigest()
 
 
 def _lines(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[tuple[int, str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise, repeat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,36 +14,56 @@ from lmvae_fast.generation.decode_rows import Rows, Start
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
 
-#: Latents ``[n, latent_dim]`` on the model's device, and their pooled labels or None.
-Block = tuple[Tensor, Tensor | None]
+#: Latents ``[n, latent_dim]`` on the model's device, and what goes with them into ``model.inject``, by name.
+Block = tuple[Tensor, dict[str, Tensor]]
+
+
+class Prompt(NamedTuple):
+    """What is read before a sentence is written, one id at least, and the ids of it that its text begins with."""
+
+    read: tuple[int, ...]
+    shown: tuple[int, ...]
 
 
 def blocks_of(
-    model: LMVAE, latents: Tensor | Iterable[Tensor], annotations: Tensor | None, size: int
+    model: LMVAE,
+    latents: Tensor | Iterable[Tensor],
+    annotations: Tensor | None,
+    size: int,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Block]:
     """Checked latents in blocks of ``size``, the last one shorter, in whatever pieces they come.
 
     A tensor is checked whole before the first block is given out. Of an iterable no more is read than the next block
-    takes.
+    takes. beside: further tensors for ``model.inject``, a row for each latent.
 
     Raises:
-        LatentError: latents of another width or dtype, or with NaN or Inf; labels of another number or width, or beside an
-            iterable.
+        LatentError: latents of another width or dtype, or with NaN or Inf; labels or what is beside of another number or
+            width, or beside an iterable.
     """
+    given = dict(beside or {})
+    if annotations is not None:
+        given["annotations"] = annotations
     if not isinstance(latents, Tensor):
-        if annotations is not None:
-            raise LatentError("annotations need the latents as one tensor", value=type(latents).__name__)
-        return ((block, None) for block in _regrouped(model, latents, size))
+        if given:
+            raise LatentError(f"{next(iter(given))} need the latents as one tensor", value=type(latents).__name__)
+        return ((block, {}) for block in _regrouped(model, latents, size))
     model.check_latents(latents)
     weight = model.posterior_head.weight
-    labels: Iterable[Tensor | None] = repeat(None)
     if annotations is not None:
         width = len(model.config.annotations) if model.config.conditional_decoder else annotations.shape[-1]
         if annotations.shape != (latents.shape[0], width):
             limit = [latents.shape[0], width]
             raise LatentError("pooled labels do not fit the latents", value=list(annotations.shape), limit=limit)
-        labels = (part.to(weight.device) for part in annotations.split(size))
-    return ((z.to(weight), part) for z, part in zip(latents.split(size), labels, strict=False) if len(z))
+    for name, tensor in given.items():
+        if tensor.shape[0] != latents.shape[0]:
+            raise LatentError(
+                f"{name} do not fit the latents", value=list(tensor.shape), limit=f"{latents.shape[0]} rows"
+            )
+    return (
+        (z.to(weight), {name: tensor[start : start + size].to(weight.device) for name, tensor in given.items()})
+        for start, z in zip(range(0, len(latents), size), latents.split(size), strict=False)
+    )
 
 
 def _regrouped(model: LMVAE, blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -68,7 +89,7 @@ class Waiting:
         model: any LMVAE.
         blocks: of latents.
         tokens: the most tokens that any sentence will read.
-        prompts: ids that sentences begin with: none, one for all, or one per latent.
+        prompts: what sentences begin with: none, one for all, or one per latent.
         samples: sentences of each latent.
         first_index: index of the first latent.
         numbers: see ``generate``.
@@ -80,7 +101,7 @@ class Waiting:
         blocks: Iterator[Block],
         *,
         tokens: int,
-        prompts: list[tuple[int, ...]],
+        prompts: list[Prompt],
         samples: int,
         first_index: int,
         numbers: Sequence[int] | None,
@@ -102,8 +123,8 @@ class Waiting:
     def kind(self) -> Injection:
         """An injection of no latents, like those that will come; some sentence must be ready."""
         assert self.block is not None
-        z, labels = self.block
-        return self.model.inject(z[:0], None if labels is None else labels[:0], tokens=self.tokens)
+        z, given = self.block
+        return self.model.inject(z[:0], tokens=self.tokens, **{name: tensor[:0] for name, tensor in given.items()})
 
     def fill(self, rows: Rows) -> None:
         """Start sentences in the rows that are free, as long as there are some."""
@@ -114,17 +135,17 @@ class Waiting:
 
     def _start(self, rows: Rows, where: list[int]) -> None:
         assert self.block is not None
-        z, labels = self.block
+        z, given = self.block
         numbers = range(self.next, self.next + len(where))
         self.next += len(where)
         starts = [self._describe(number) for number in numbers]
         if self.samples == 1 and len(where) == len(z) and _neighbours(where):
             # The whole block, into rows that lie side by side: no second tensor for its memory.
             room = rows.room(where[0], len(where))
-            rows.start(where, self.model.inject(z, labels, tokens=self.tokens, out=room), starts, placed=True)
+            rows.start(where, self.model.inject(z, tokens=self.tokens, out=room, **given), starts, placed=True)
             return
         if self.injection is None:
-            self.injection = self.model.inject(z, labels, tokens=self.tokens)
+            self.injection = self.model.inject(z, tokens=self.tokens, **given)
         if self.samples == 1:
             injection = self.injection.select(slice(numbers.start, numbers.stop))
         else:
@@ -136,9 +157,9 @@ class Waiting:
         latent, sample = divmod(number, self.samples)
         index = self.block_start + latent
         each = len(self.prompts) > 1
-        prompt = self.prompts[index - self.first_index if each else 0] if self.prompts else ()
+        prompt = self.prompts[index - self.first_index if each else 0] if self.prompts else Prompt((), ())
         draw = index if self.numbers is None else int(self.numbers[index - self.first_index])
-        return Start(index, sample, draw * self.samples + sample, prompt)
+        return Start(index, sample, draw * self.samples + sample, prompt.shown, prompt.read)
 
 
 def _neighbours(rows: list[int]) -> bool:

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
+from lmvae_fast.files import replacing, tensor_bytes, write_json
 from lmvae_fast.generation.engine import Generated, token_limit
 from lmvae_fast.generation.latent_sources import LatentSource
 from lmvae_fast.generation.workers import Block, Workers
+from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
 
 BLOCKS_PER_BATCH = 8  # a block refills its rows this often before its tail runs in a smaller batch
@@ -73,21 +75,33 @@ def generate_file(
     block_size = BLOCKS_PER_BATCH * config.batch_size
     per_latent = config.num_samples
     meta = {
-        "model": model_fingerprint(model), "latents": latents.identity, "total": latents.total, "block_size": block_size,
-        "prompt": prompts if prompts is None or isinstance(prompts, str) else _digest(json.dumps(list(prompts)).encode()),
-        "annotations": None if annotations is None else _digest(annotations.float().cpu().contiguous().numpy().tobytes()),
-        "text_only": text_only, "generation": config.to_dict(),
-    }  # fmt: skip
+        "model": model_fingerprint(model),
+        "latents": latents.identity,
+        "total": latents.total,
+        "block_size": block_size,
+        "prompt": prompts
+        if prompts is None or isinstance(prompts, str)
+        else _digest(json.dumps(list(prompts)).encode()),
+        "annotations": None
+        if annotations is None
+        else _digest(annotations.float().cpu().contiguous().numpy().tobytes()),
+        "text_only": text_only,
+        "generation": config.to_dict(),
+    }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("ab") as file:
             _lock(file, output)
-            done = _continue_from(output, meta_path, meta, block_size * per_latent, latents.total * per_latent, overwrite)
+            done = _continue_from(
+                output, meta_path, meta, block_size * per_latent, latents.total * per_latent, overwrite
+            )
             if progress is not None and done:
                 progress(done, None)
             blocks = _blocks(latents, done // per_latent, block_size, prompts, annotations)
             decoded: Iterable[Iterable[Generated]] = (
-                (block.decode(model, limited) for block in blocks) if workers is None else workers.decode(blocks, limited)
+                (block.decode(model, limited) for block in blocks)
+                if workers is None
+                else workers.decode(blocks, limited)
             )
             for sentences in decoded:
                 lines = []
@@ -125,11 +139,11 @@ def generate_all(
 def model_fingerprint(model: LMVAE) -> str:
     """SHA-256 over the configuration and every weight that decides what is decoded, hexadecimal."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for part in (model.projector, model.embedding_shift, model.decoder.model):
+    for part in (model.projector, model.embedding_shift, model.residual, model.decoder.model):
         if part is not None:
             for name, tensor in sorted(part.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -145,9 +159,12 @@ def _blocks(
 
 
 def _checked(
-    model: LMVAE, latents: LatentSource, config: GenerationConfig, prompts: str | Sequence[str] | None,
+    model: LMVAE,
+    latents: LatentSource,
+    config: GenerationConfig,
+    prompts: str | Sequence[str] | None,
     annotations: Tensor | None,
-) -> tuple[Tensor | None, GenerationConfig]:  # fmt: skip
+) -> tuple[Tensor | None, GenerationConfig]:
     """The annotations that hold, and the configuration with the limit that the longest prompt leaves: the same for every
     block, whatever prompts are in it."""
     annotations = latents.annotations if annotations is None else annotations
@@ -159,12 +176,14 @@ def _checked(
 def _longest_prompt(model: LMVAE, prompts: str | Sequence[str] | None, total: int) -> int:
     """Tokens of the longest prompt; DataError unless there is one, or one for each of so many latents."""
     if prompts is None:
-        return 0
+        prompts = ""
     if isinstance(prompts, str):
         prompts = [prompts]
     elif len(prompts) != total:
-        raise DataError("prompts and latents differ in number", value=len(prompts), limit=total, remedy="give one per latent")
-    return max(map(len, model.decoder.tokenizer.encode(prompts)))
+        raise DataError(
+            "prompts and latents differ in number", value=len(prompts), limit=total, remedy="give one per latent"
+        )
+    return max(map(len, beginnings(prompts, model.config, model.decoder))) - 1
 
 
 def _check_annotations(model: LMVAE, annotations: Tensor | None, total: int) -> None:
@@ -172,17 +191,22 @@ def _check_annotations(model: LMVAE, annotations: Tensor | None, total: int) -> 
     if annotations is None:
         if labels:
             raise LatentError(
-                "a conditional decoder needs annotations beside the latents", limit=f"pooled labels [{total}, {len(labels)}]",
+                "a conditional decoder needs annotations beside the latents",
+                limit=f"pooled labels [{total}, {len(labels)}]",
                 remedy="give annotations",
-            )  # fmt: skip
+            )
         return
     if not labels:
-        raise LatentError("this decoder is conditioned on no labels", value=list(annotations.shape), remedy="leave them out")
+        raise LatentError(
+            "this decoder is conditioned on no labels", value=list(annotations.shape), remedy="leave them out"
+        )
     if annotations.shape != (total, len(labels)):
         raise LatentError(
-            "annotations do not fit the latents and the model's labels", value=list(annotations.shape),
-            limit=[total, len(labels)], remedy=f"one row per latent: {', '.join(labels)}",
-        )  # fmt: skip
+            "annotations do not fit the latents and the model's labels",
+            value=list(annotations.shape),
+            limit=[total, len(labels)],
+            remedy=f"one row per latent: {', '.join(labels)}",
+        )
     if not bool(torch.isfinite(annotations).all()):
         row = int((~torch.isfinite(annotations)).any(1).nonzero()[0])
         raise LatentError("annotations contain NaN or Inf", value=f"row {row}", remedy="drop or mend that row")
@@ -218,9 +242,8 @@ def _lock(file: BinaryIO, output: Path) -> None:
 def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, total: int, overwrite: bool) -> int:
     """Lines of whole blocks already there, everything behind them cut off; 0 for a new file, which is an empty one."""
     if overwrite or (output.stat().st_size == 0 and not meta_path.exists()):
-        temporary = meta_path.with_name(meta_path.name + ".partial")
-        temporary.write_text(json.dumps(meta, indent=2) + "\n")
-        temporary.replace(meta_path)
+        with replacing(meta_path) as temporary:
+            write_json(temporary, meta)
         output.write_bytes(b"")
         return 0
     try:
@@ -233,9 +256,11 @@ def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, 
     different = sorted(key for key in meta if before.get(key) != meta[key])
     if different:
         raise OutputError(
-            f"{output} was begun with another {', '.join(different)}", value=before.get(different[0]),
-            limit=meta[different[0]], remedy="choose another output, or overwrite it",
-        )  # fmt: skip
+            f"{output} was begun with another {', '.join(different)}",
+            value=before.get(different[0]),
+            limit=meta[different[0]],
+            remedy="choose another output, or overwrite it",
+        )
     lines, end, place = 0, 0, 0
     with output.open("rb+") as file:
         for line in file:

@@ -14,14 +14,18 @@ def check_latents(z: Any, width: int, *, finite: bool = True) -> None:
     """Raises LatentError unless z is floating, ``[batch, width]`` and (``finite``) without NaN or Inf."""
     if not isinstance(z, Tensor):
         raise LatentError(
-            "latents must be a tensor", value=type(z).__name__, limit=f"floating [batch, {width}]",
+            "latents must be a tensor",
+            value=type(z).__name__,
+            limit=f"floating [batch, {width}]",
             remedy="torch.as_tensor(latents)",
-        )  # fmt: skip
+        )
     if z.dim() != 2 or z.shape[1] != width or not z.is_floating_point():
         raise LatentError(
-            "latents do not fit the model", value=f"{z.dtype} {list(z.shape)}", limit=f"floating [batch, {width}]",
+            "latents do not fit the model",
+            value=f"{z.dtype} {list(z.shape)}",
+            limit=f"floating [batch, {width}]",
             remedy="pass one row of latent_dim numbers per sentence",
-        )  # fmt: skip
+        )
     if finite:
         check_finite(z, "latents")
 
@@ -37,11 +41,10 @@ def check_labels(annotations: Tensor | None, batch: int, labels: int) -> Tensor:
     """The pooled labels ``[batch, labels]`` of a conditional decoder; LatentError where they are missing or misshapen."""
     if annotations is None:
         raise LatentError(
-            "a conditional decoder needs the pooled labels beside z", limit=f"[{batch}, labels]",
+            "a conditional decoder needs the pooled labels beside z",
+            limit=f"[{batch}, labels]",
             remedy="pass annotations (model.make_batch makes them)",
-        )  # fmt: skip
-    if annotations.shape != (batch, labels):
-        raise LatentError(
-            "pooled labels do not fit the latents", value=list(annotations.shape), limit=[batch, labels]
         )
+    if annotations.shape != (batch, labels):
+        raise LatentError("pooled labels do not fit the latents", value=list(annotations.shape), limit=[batch, labels])
     return annotations

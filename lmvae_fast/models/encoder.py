@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,10 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
+from lmvae_fast.files import tensor_bytes
 from lmvae_fast.pretrained import load_pretrained
+from lmvae_fast.text.batch import Batch
+from lmvae_fast.text.tokenizer import check_size
 
 
 class Encoder(nn.Module):
@@ -48,18 +52,22 @@ class Encoder(nn.Module):
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise TokenizerError(
-                    "the encoder's tokenizer has neither a padding nor an end token", value=type(tokenizer).__name__,
+                    "the encoder's tokenizer has neither a padding nor an end token",
+                    value=type(tokenizer).__name__,
                     remedy="set tokenizer.pad_token",
-                )  # fmt: skip
+                )
             tokenizer.pad_token = tokenizer.eos_token
         if pooling == "pooler" and getattr(model, "pooler", None) is None:
             raise ConfigError(
-                f"{type(model).__name__} has no pooler", value="pooling='pooler'", limit="mean, cls, last",
+                f"{type(model).__name__} has no pooler",
+                value="pooling='pooler'",
+                limit="mean, cls, last",
                 remedy="choose another pooling",
-            )  # fmt: skip
+            )
         self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
         embedding: Any = model.get_input_embeddings()
         self._vocabulary: int = embedding.weight.shape[0]
+        check_size(tokenizer, self._vocabulary, "encoder")
         self.trains, self.source = train, source
         model.requires_grad_(train)
         if pooling != "pooler" and getattr(model, "pooler", None) is not None:
@@ -77,10 +85,14 @@ class Encoder(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32) if train else dtype
         config = load_pretrained(AutoConfig, name, "encoder")
         # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
-        auto_class = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        auto_class: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        auto_class = _saved_encoder_half(config) or auto_class
         # Many checkpoints come without the pooler, which is not used unless it is asked for.
         may_lack = () if pooling == "pooler" else ("pooler.",)
         model = load_pretrained(auto_class, name, "encoder", may_lack=may_lack, dtype=dtype)
+        if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            # BART, mBART: the whole model's last hidden state is its decoder's.
+            model = model.get_encoder()
         tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
         return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
 
@@ -112,17 +124,30 @@ class Encoder(nn.Module):
         ids, rows = encoded["input_ids"], self._vocabulary
         if ids.numel() and int(ids.max()) >= rows:
             raise DataError(
-                "the encoder's tokenizer made a token the encoder does not know", value=int(ids.max()), limit=f"< {rows}",
+                "the encoder's tokenizer made a token the encoder does not know",
+                value=int(ids.max()),
+                limit=f"< {rows}",
                 remedy="use the encoder's own tokenizer",
-            )  # fmt: skip
+            )
         return ids, encoded["attention_mask"]
+
+    def features(self, batch: Batch) -> Tensor:
+        """Pooled features of a batch, ``[B, width]``."""
+        if batch.encoder_ids is None or batch.encoder_mask is None or batch.encoder_cu_seqlens is not None:
+            raise ConfigError(
+                "a text encoder reads padded sentences", value="a batch of prompts with responses",
+                remedy="use system='cvae' for prompts",
+            )  # fmt: skip
+        return self(batch.encoder_ids, batch.encoder_mask)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
             out = self.model(input_ids=input_ids, attention_mask=attention_mask)
-            pooled = out.pooler_output if self.pooling == "pooler" else pool(
-                out.last_hidden_state, attention_mask, self.pooling
+            pooled = (
+                out.pooler_output
+                if self.pooling == "pooler"
+                else pool(out.last_hidden_state, attention_mask, self.pooling)
             )
             pooled = pooled.float() if pooled.dtype in (torch.float16, torch.bfloat16) else pooled
             return nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
@@ -157,8 +182,17 @@ class Encoder(nn.Module):
         digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
         for name, parameter in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
+
+
+def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:
+    """The class of the encoder half of an encoder-decoder (BART), where a folder holds nothing but that half."""
+    names = getattr(config, "architectures", None) or [""]
+    if not getattr(config, "is_encoder_decoder", False) or not names[0].endswith("Encoder"):
+        return None
+    module = sys.modules[AutoModel._model_mapping[type(config)].__module__]
+    return getattr(module, names[0], None)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

@@ -40,7 +40,9 @@ def build_spec(
 
     if kind == "coupling" and clamp is not None:
         raise ConfigError(
-            "kind='coupling' has no clamp", value=f"clamp={clamp}", remedy="leave clamp out, or take kind='allinone' or 'glow'"
+            "kind='coupling' has no clamp",
+            value=f"clamp={clamp}",
+            remedy="leave clamp out, or take kind='allinone' or 'glow'",
         )
     clamp = 2.0 if clamp is None and kind != "coupling" else clamp
 
@@ -207,7 +209,7 @@ class CouplingFlow(nn.Module):
     ) -> Tensor:
         """log p(x) [B] in nats, with base density N(mu, exp(logvar)) (default N(0, I)); both broadcast to [B, dim].
 
-        With a posterior's mu and logvar this is minus the training loss of the Invertible CVAE (SYSTEMS.md, LlaMaVAE).
+        With a posterior's mu and logvar this is minus the training loss of the Invertible CVAE (arXiv 2312.13208).
         """
         z, logdet = self(x, cond)
         delta = z.to(logdet.dtype) if mu is None else z.to(logdet.dtype) - mu

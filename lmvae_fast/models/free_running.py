@@ -87,9 +87,13 @@ class FreeRunning:
             guess, index = inputs[places], batch.token_index[places]
             whole = left.shape[0] == batch.batch_size
             hidden = decoder.hidden(
-                guess, injection if whole else injection.select(left), cu_seqlens=offsets, max_seqlen=batch.max_seqlen,
-                rows=rows, token_index=index,
-            )  # fmt: skip
+                guess,
+                injection if whole else injection.select(left),
+                cu_seqlens=offsets,
+                max_seqlen=batch.max_seqlen,
+                rows=rows,
+                token_index=index,
+            )
             next_tokens = decoder.greedy_tokens(hidden, at_once=_CHUNK)
             # What a token is answered with stands at the next place, if the sentence has one.
             follows = index[1:] > 0

@@ -12,25 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
-from lmvae_fast.errors import DataError
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
-from lmvae_fast.models import parts
+from lmvae_fast.models import inputs, parts
+from lmvae_fast.models.auxiliary import told_apart_loss, words_loss
 from lmvae_fast.models.checks import check_labels, check_latents
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.free_running import FreeRunning
 from lmvae_fast.models.injection import Injection
-from lmvae_fast.models.modes import evaluating
-from lmvae_fast.models.objective import combine, kl_mode_at, segment_sum, token_weights
-from lmvae_fast.models.posterior import Posterior, sample_with_kl, shared_seed
+from lmvae_fast.models.latents import Latents, Noise, draw_latents, stream
+from lmvae_fast.models.layer_encoder import LayerEncoder
+from lmvae_fast.models.modes import building, evaluating
+from lmvae_fast.models.objective import combine, segment_sum, token_weights
+from lmvae_fast.models.posterior import Posterior, shared_seed
 from lmvae_fast.models.serialization import copy_into, read_model, save_model
 from lmvae_fast.models.systems import resolve
 from lmvae_fast.text.batch import Batch
-from lmvae_fast.text.collate import make_batch
-from lmvae_fast.text.tokenizer import TokenizedSentences, tokenize
-
-# The dropout of the memory must not reuse the noise of the posterior when a caller gives one seed for a whole step.
-_DROPOUT_STREAM = 0x5DEECE66D
+from lmvae_fast.text.tokenizer import TokenizedSentences
 
 
 @dataclass
@@ -38,8 +36,8 @@ class LMVAEOutput:
     """What one forward pass returns; B sentences, T tokens.
 
     ``loss`` scalar; ``reconstruction``, ``kl`` float32 ``[B]``: the terms that entered it, in nats; ``beta`` the weight of
-    the KL; ``nll`` ``[T]`` per token; ``tokens`` int64 ``[B]``; ``mu``, ``logvar``, ``z`` ``[B, latent_dim]``. Only ``loss``
-    is meant for backward.
+    the KL; ``nll`` ``[T]`` per token; ``tokens`` int64 ``[B]``; ``mu``, ``logvar``, ``z`` ``[B, latent_dim]``; ``auxiliary``
+    scalar: what bag of words and contrast added to the loss, or None. Only ``loss`` is meant for backward.
     """
 
     loss: Tensor
@@ -51,6 +49,7 @@ class LMVAEOutput:
     mu: Tensor
     logvar: Tensor
     z: Tensor
+    auxiliary: Tensor | None = None
 
 
 class LMVAE(nn.Module):
@@ -64,25 +63,31 @@ class LMVAE(nn.Module):
         CheckpointError, TokenizerError, UnsupportedDecoderError, ConfigError: a part cannot be loaded or does not fit.
     """
 
-    def __init__(self, config: LMVAEConfig, *, encoder: Encoder | None = None, decoder: Decoder | None = None):
+    def __init__(
+        self, config: LMVAEConfig, *, encoder: Encoder | LayerEncoder | None = None, decoder: Decoder | None = None
+    ):
         super().__init__()
-        config = resolve(config)
+        with building():
+            self._build(resolve(parts.located(config)), encoder, decoder)
+
+    def _build(self, config: LMVAEConfig, encoder: Encoder | None, decoder: Decoder | None) -> None:
         decoder = parts.load_decoder(config) if decoder is None else decoder
-        encoder = parts.load_encoder(config) if encoder is None else encoder
+        encoder = parts.load_encoder(config, decoder) if encoder is None else encoder
         parts.check_parts(config, encoder, decoder)
         self.config, self.encoder, self.decoder = config, encoder, decoder
         self.beta: float | Tensor = 1.0
         self.free_running = FreeRunning()
-        width = encoder.width + len(config.annotations)
-        self.posterior_head = nn.Linear(width, 2 * config.latent_dim, bias=False)
+        self.posterior_head: Any = parts.build_posterior_head(config, encoder, decoder)
         self.projector = parts.build_projector(config, decoder, self.injected_dim)
-        self.embedding_shift = None
-        if config.embedding_shift:
-            self.embedding_shift = nn.Linear(self.injected_dim, decoder.hidden_size, bias=False)
-        for module in (self.posterior_head, self.projector, self.embedding_shift):
+        self.embedding_shift = parts.build_embedding_shift(config, decoder, self.injected_dim)
+        self.residual = parts.build_residual(config, decoder, self.injected_dim)
+        self.bag_of_words = parts.build_bag_of_words(config, decoder)
+        for module in (self.posterior_head, self.projector, self.embedding_shift, self.residual, self.bag_of_words):
             if module is not None:
+                parts.start_latent_map(module, config.latent_init)
                 module.to(device=decoder.device, dtype=self._master_dtype)
-        decoder.check_positions(int(config.slots or 0), config.max_len, str(config.visibility))
+        longest = config.max_len + (config.max_prompt_len or 0)
+        decoder.check_positions(int(config.slots or 0), longest, str(config.visibility))
 
     @property
     def injected_dim(self) -> int:
@@ -107,25 +112,25 @@ class LMVAE(nn.Module):
 
     # Encode ---------------------------------------------------------------------------------------------------------
 
-    def encode(self, inputs: Batch | Sequence[Any]) -> Posterior:
+    def encode(self, sentences: Batch | Sequence[Any]) -> Posterior:
         """Posterior of a batch; or of sentences, then without a graph, in evaluation mode and in batches of 64.
 
         Raises DataError for an empty sentence, and for what :func:`~lmvae_fast.text.tokenizer.tokenize` refuses.
         """
-        if isinstance(inputs, Batch):
-            return self._posterior(inputs)
-        sentences = self.tokenize(inputs, on_empty="error")
+        if isinstance(sentences, Batch):
+            return self._posterior(sentences)
+        tokenized = self.tokenize(sentences, on_empty="error")
         found = []
         with evaluating(self):
-            for start in range(0, len(sentences), 64):
-                rows = range(start, min(start + 64, len(sentences)))
-                found.append(self._posterior(self.make_batch(sentences, rows).to(self.device)))
+            for start in range(0, len(tokenized), 64):
+                rows = range(start, min(start + 64, len(tokenized)))
+                found.append(self._posterior(self.make_batch(tokenized, rows).to(self.device)))
         return Posterior(torch.cat([part.mu for part in found]), torch.cat([part.logvar for part in found]))
 
     def _posterior(self, batch: Batch) -> Posterior:
         pooled = batch.pooled
         if pooled is None:
-            pooled = self.encoder(batch.encoder_ids, batch.encoder_mask)
+            pooled = self.encoder.features(batch)
         if batch.annotations is not None:
             pooled = torch.cat([pooled, batch.annotations.to(pooled.dtype)], dim=-1)
         # The posterior is float32 also under autocast: exp(logvar) does not survive 8 bits of mantissa.
@@ -143,27 +148,34 @@ class LMVAE(nn.Module):
         seed: int | Tensor | None = None,
         tokens: int | None = None,
         out: Tensor | None = None,
+        shift_z: Tensor | None = None,
+        residual_z: Tensor | None = None,
     ) -> Injection:
         """What latents ``[batch, latent_dim]`` add to the decoder.
 
         tokens: the most tokens that will be read under it; memory slots that none of them sees are then not made.
         out: where to write the memory, without a gradient (a view of a cache): of its shape, floating, its last dimension
         dense.
+        shift_z: another latent for the embedding shift ``[batch, latent_dim]``, as in training with ``shift_kind="mlp"``;
+        residual_z: draws for the output residual ``[batch, samples, latent_dim]``; both z itself by default (and no residual
+        where it is one in gradient only).
         Raises LatentError for another shape or dtype of latents.
         """
         self.check_latents(z, finite=False)
         if self.config.conditional_decoder:
             labels = check_labels(annotations, z.shape[0], len(self.config.annotations))
             z = torch.cat([z, labels.to(z)], dim=-1)
-        memory = shift = None
+        memory = shift = residual = None
         if self.projector is not None:
             # Under the other rules token i sees no slot after the i-th.
             slots = None if tokens is None or self.config.visibility == "prefix" else max(tokens, 1)
             dtype = self._compute_dtype if out is None else out.dtype
-            memory = self.projector(z, dtype=dtype, seed=_other_stream(seed), slots=slots, out=out)
+            memory = self.projector(z, dtype=dtype, seed=stream(seed, "dropout"), slots=slots, out=out)
         if self.embedding_shift is not None:
-            shift = self.embedding_shift(z)
-        return Injection(str(self.config.visibility), memory, shift)
+            shift = self.embedding_shift(z if shift_z is None else shift_z)
+        if self.residual is not None and (residual_z is not None or not self.residual.gradient_only):
+            residual = self.residual(z.unsqueeze(0) if residual_z is None else residual_z.movedim(1, 0))
+        return Injection(str(self.config.visibility), memory, shift, residual)
 
     def check_latents(self, z: Tensor, *, finite: bool = True) -> None:
         """Raises LatentError unless z is floating, ``[batch, latent_dim]`` and (``finite``) without NaN or Inf."""
@@ -176,7 +188,7 @@ class LMVAE(nn.Module):
         batch: Batch | Sequence[Any],
         *,
         beta: float | Tensor | None = None,
-        eps: Tensor | None = None,
+        eps: Noise | None = None,
         seed: int | Tensor | None = None,
         tokens: int | None = None,
     ) -> LMVAEOutput:
@@ -185,7 +197,8 @@ class LMVAE(nn.Module):
         Args:
             batch: a Batch, or sentences.
             beta: weight of the KL; default ``model.beta``.
-            eps: the posterior's noise ``[B, latent_dim]``, for comparisons; default: drawn.
+            eps: the posterior's noise ``[B, latent_dim]``, or that of every part by name
+                (:data:`~lmvae_fast.models.latents.Noise`), for comparisons; default: drawn.
             seed: of the noise and the dropout; default: torch's generator.
             tokens: make memory for so many tokens, where several batches must have memory alike; default: for the
                 batch's longest sentence.
@@ -194,43 +207,95 @@ class LMVAE(nn.Module):
             batch = self.make_batch(self.tokenize(batch)).to(self.device)
         config, beta = self.config, self.beta if beta is None else beta
         posterior = self._posterior(batch)
-        z, kl = sample_with_kl(
-            posterior, kl_mode=kl_mode_at(str(config.kl_mode), beta), kl_target=float(config.kl_target or 0.0), eps=eps,
-            seed=seed, share=batch.share,
-        )  # fmt: skip
-        injection = self.inject(
-            z, batch.annotations, seed=shared_seed(batch.share, seed, self.device), tokens=max(batch.max_seqlen, tokens or 0)
-        )
+        latents = draw_latents(config, posterior, batch, beta=beta, noise=eps, seed=seed)
+        injection = self._injected(latents, batch, seed=shared_seed(batch.share, seed, self.device), tokens=tokens)
         options = {"objective": str(config.objective), "length_normalize": bool(config.length_normalize)}
-        weights = token_weights(batch.tokens.to(self._master_dtype), batch.rows, **options)
-        inputs = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids
-        loss, nll = self._token_losses(batch, inputs, injection, weights)
+        lengths = batch.tokens + int(config.count_start_token)
+        weights = token_weights(lengths.to(self._master_dtype), batch.rows, **options)
+        read = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids
+        loss, nll = self._token_losses(batch, read, injection, weights)
+        loss = loss + beta * latents.kl.mean()
+        auxiliary = self._auxiliary(batch, posterior, nll, eps, seed)
         with torch.no_grad():
-            terms = combine(segment_sum(nll.detach(), batch.cu_seqlens), batch.tokens, kl.detach(), beta, **options)
+            of_sentences = segment_sum(nll.detach(), batch.cu_seqlens)
+            terms = combine(of_sentences, lengths, latents.kl.detach(), beta, **options)
         return LMVAEOutput(
-            loss + beta * kl.mean(), terms.reconstruction, terms.kl, beta, nll.detach(), batch.tokens, posterior.mu,
-            posterior.logvar, z,
-        )  # fmt: skip
+            loss if auxiliary is None else loss + auxiliary,
+            terms.reconstruction,
+            terms.kl,
+            beta,
+            nll.detach(),
+            batch.tokens,
+            posterior.mu,
+            posterior.logvar,
+            latents.z,
+            None if auxiliary is None else auxiliary.detach(),
+        )
 
-    @torch.no_grad()
+    def _auxiliary(
+        self, batch: Batch, posterior: Posterior, nll: Tensor, eps: Noise | None, seed: int | Tensor | None
+    ) -> Tensor | None:
+        """What bag of words and contrast add to the loss, a scalar; None without either. nll ``[T]``, with its graph."""
+
+        def score(latents: Latents) -> Tensor:
+            injection = self._injected(latents, batch)
+            return -segment_sum(self._token_losses(batch, batch.input_ids, injection, None)[1], batch.cu_seqlens)
+
+        found = []
+        if self.bag_of_words is not None:
+            found.append(words_loss(self.bag_of_words, batch, posterior, eps, seed))
+        if self.config.contrast:
+            own = -segment_sum(nll, batch.cu_seqlens)
+            found.append(told_apart_loss(score, own, self.config, batch, posterior, eps, seed))
+        return torch.stack(found).sum() if found else None
+
+    def _injected(
+        self, latents: Latents, batch: Batch, *, seed: int | Tensor | None = None, tokens: int | None = None
+    ) -> Injection:
+        """What a step's draws add to the decoder."""
+        most = max(batch.max_seqlen, tokens or 0)
+        return self.inject(
+            latents.z,
+            batch.annotations,
+            seed=seed,
+            tokens=most,
+            shift_z=latents.shift,
+            residual_z=latents.residual,
+        )
+
     def score(self, batch: Batch, z: Tensor) -> Tensor:
-        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats."""
+        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats; differentiable in z."""
         injection = self.inject(z, batch.annotations, tokens=batch.max_seqlen)
         _, nll = self._token_losses(batch, batch.input_ids, injection, None)
         return segment_sum(nll, batch.cu_seqlens)
 
     def _token_losses(
-        self, batch: Batch, inputs: Tensor, injection: Injection, weights: Tensor | None
+        self, batch: Batch, read: Tensor, injection: Injection, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of token losses (scalar) and the NLL of each token ``[T]``, the decoder reading ``inputs`` ``[T]``."""
+        """Weighted sum of token losses (scalar) and the NLL of each token ``[T]``, the decoder reading ``read`` ``[T]``."""
         hidden = self.decoder.hidden(
-            inputs, injection, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, rows=batch.rows,
+            read,
+            injection,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            rows=batch.rows,
             token_index=batch.token_index,
-        )  # fmt: skip
-        weight, bias = self.decoder.head_weight, self.decoder.head_bias
-        return lm_head_loss(
-            hidden.to(weight.dtype), weight, batch.labels, bias=bias, token_weights=weights, softcap=self.decoder.softcap
         )
+        weight, bias, labels = self.decoder.head_weight, self.decoder.head_bias, batch.labels
+        if batch.targets is not None:  # of a prompt nothing is predicted, so no logit is made
+            hidden, labels = hidden.index_select(0, batch.targets), labels[batch.targets]
+            weights = None if weights is None else weights[batch.targets]
+        loss, nll = lm_head_loss(
+            hidden.to(weight.dtype),
+            weight,
+            labels,
+            bias=bias,
+            token_weights=weights,
+            softcap=self.decoder.softcap,
+        )
+        if batch.targets is not None:
+            nll = nll.new_zeros(batch.num_tokens).index_copy(0, batch.targets, nll)
+        return loss, nll
 
     @torch.no_grad()
     def greedy_inputs(self, batch: Batch, injection: Injection) -> Tensor:
@@ -239,32 +304,41 @@ class LMVAE(nn.Module):
 
     # Sentences in and out -------------------------------------------------------------------------------------------
 
-    def tokenize(self, examples: Iterable[Any], on_long: str = "truncate", on_empty: str = "drop") -> TokenizedSentences:
-        """Tokenise sentences (strings, or examples with labels); see :func:`~lmvae_fast.text.tokenizer.tokenize`."""
-        if isinstance(examples, str):
-            raise DataError("sentences must come as a list", value=repr(examples[:40]), remedy="wrap it: [text]")
-        return tokenize(
-            examples, self.decoder.tokenizer, max_len=self.config.max_len, vocab_size=self.decoder.vocab_size,
-            labels=self.config.annotations, on_long=on_long, on_empty=on_empty,
-        )  # fmt: skip
+    def tokenize(
+        self, examples: Iterable[Any], on_long: str = "truncate", on_empty: str = "drop"
+    ) -> TokenizedSentences:
+        """Tokenise sentences (strings, or examples with labels), or prompts with responses for a model of these; see
+        :mod:`~lmvae_fast.models.inputs`."""
+        return inputs.tokenize(examples, self.config, self.decoder, on_long=on_long, on_empty=on_empty)
 
     def pool(self, sentences: TokenizedSentences, batch_size: int = 64, progress: Any = None) -> Tensor:
         """Pooled features of a frozen encoder, ``[N, width]`` on the CPU, float32 (float64 of a float64 model)."""
+        assert isinstance(self.encoder, Encoder)  # the other kind is never frozen
         return self.encoder.pool_texts(
             sentences.spelled, sentences.lengths, batch_size=batch_size, dtype=self._master_dtype, progress=progress
         )
 
     def make_batch(
-        self, sentences: TokenizedSentences, rows: Sequence[int] | np.ndarray | None = None, pooled: Tensor | None = None
+        self,
+        sentences: TokenizedSentences,
+        rows: Sequence[int] | np.ndarray | None = None,
+        pooled: Tensor | None = None,
     ) -> Batch:
         """Pack some sentences; ``pooled`` are the features of *all* sentences (``[N, width]``), or None to run the encoder."""
-        return make_batch(
-            sentences, rows, pooled, tokenizer=self.decoder.tokenizer, max_len=self.config.max_len,
-            encoder_tokenize=self.encoder.tokenize, predict_padding=self.config.objective == "langvae-0.6",
-        )  # fmt: skip
+        return inputs.make_batch(sentences, rows, pooled, self.config, self.encoder, self.decoder)
 
-    def decode(self, z: Tensor, *, annotations: Tensor | None = None, **options: Any) -> list[str]:
+    def decode(
+        self,
+        z: Tensor,
+        *,
+        annotations: Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[str]:
         """Text of latents ``[batch, latent_dim]``; options are the fields of GenerationConfig. Greedy by default.
+
+        prompts: one for all latents, or one for each: what a sentence begins with, or, in a model of prompts, what the text
+        answers. z is never drawn here: of a model of prompts, z = 0 is the prior's mean, ``torch.randn`` a draw from it.
 
         Raises LatentError for latents that do not fit or are not finite, ConfigError for bad options.
         """
@@ -272,7 +346,7 @@ class LMVAE(nn.Module):
             decode,  # the engine builds on this module: the one upward import of models
         )
 
-        return decode(self, z, GenerationConfig.from_dict(options), annotations=annotations)
+        return decode(self, z, GenerationConfig.from_dict(options), annotations=annotations, prompts=prompts)
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
@@ -286,24 +360,19 @@ class LMVAE(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, include_frozen: bool | None = None) -> None:
         """Write configuration, trained weights and a model card; see :func:`~lmvae_fast.models.serialization.save_model`."""
-        both = {"encoder": self.encoder, "decoder": self.decoder}
-        save_model(folder, self.config, self.trainable_state_dict(), both, include_frozen=include_frozen)
+        stored: dict[str, Any] = {"decoder": self.decoder}
+        if isinstance(self.encoder, Encoder):  # one of the decoder's layers is built anew, and all that it has trains
+            stored["encoder"] = self.encoder
+        save_model(folder, self.config, self.trainable_state_dict(), stored, include_frozen=include_frozen)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> LMVAE:
         """Load what :meth:`save_pretrained` wrote, from a folder or a Hugging Face hub name.
 
-        overrides: configuration fields to change. Raises what :func:`~lmvae_fast.models.serialization.read_model` raises.
+        overrides: configuration fields to change; ``train_decoder=True`` or ``decoder_part="lora"`` begin another stage of
+        training. Raises what :func:`~lmvae_fast.models.serialization.read_model` raises.
         """
-        config, state = read_model(source, **overrides)
-        model = cls(config)
-        model.load_trainable_state_dict(state)
+        stored = read_model(source, **overrides)
+        model = cls(stored.wanted)
+        stored.load_into(model, {"encoder": model.encoder, "decoder": model.decoder})
         return model.eval()
-
-
-def _other_stream(seed: int | Tensor | None) -> int | Tensor | None:
-    if seed is None:
-        return None
-    if isinstance(seed, Tensor):
-        return torch.cat([seed[:1] ^ _DROPOUT_STREAM, seed[1:]])
-    return seed ^ _DROPOUT_STREAM

@@ -71,9 +71,7 @@ def kl_mode_at(mode: str, beta: float | Tensor) -> str:
     return "sum" if mode == "dim_threshold" and isinstance(beta, (int, float)) and beta == 0 else mode
 
 
-def token_weights(
-    tokens: Tensor, rows: Tensor, *, objective: str = "elbo", length_normalize: bool = False
-) -> Tensor:
+def token_weights(tokens: Tensor, rows: Tensor, *, objective: str = "elbo", length_normalize: bool = False) -> Tensor:
     """How much each token's NLL counts in the loss ``[T]``, so that one weighted sum is the mean of `combine`'s reconstruction.
 
     tokens [B]: targets of each sentence, floating; rows int64 [T]: sentence of each token.

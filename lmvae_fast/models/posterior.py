@@ -48,20 +48,48 @@ def sample_with_kl(
         return posterior.mu + eps * torch.exp(0.5 * posterior.logvar), kl
     if share is None:
         return posterior_sample(posterior.mu, posterior.logvar, seed=seed, kl=kl_mode, kl_target=kl_target)
-    # Noise goes by row, so each sentence stands in its row of the whole batch; the other rows are idle.
-    rows = share.rows
-    places = torch.arange(rows.start, rows.stop, rows.step, device=posterior.mu.device)
+    mu, logvar, places = _in_whole_batch(posterior, share)
+    z, kl = posterior_sample(mu, logvar, seed=seed, kl=kl_mode, kl_target=kl_target)
+    return z[places], kl[places]
+
+
+def draw(
+    posterior: Posterior,
+    samples: int,
+    *,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    share: Share | None = None,
+) -> Tensor:
+    """Draws ``[samples, batch, latent_dim]``, differentiable in the posterior.
+
+    noise: ``[batch, latent_dim, samples]``, for comparisons; else from ``seed``, as in :func:`sample_with_kl`.
+    """
+    if noise is not None:
+        sigma = torch.exp(0.5 * posterior.logvar)
+        return (posterior.mu.unsqueeze(-1) + sigma.unsqueeze(-1) * noise.to(sigma)).movedim(-1, 0)
+    if share is None:
+        z = posterior_sample(posterior.mu, posterior.logvar, seed=seed, num_samples=samples)[0]
+        return z.view(samples, *posterior.mu.shape)
+    mu, logvar, places = _in_whole_batch(posterior, share)
+    z = posterior_sample(mu, logvar, seed=seed, num_samples=samples)[0]
+    return z.view(samples, *mu.shape)[:, places]
+
+
+def _in_whole_batch(posterior: Posterior, share: Share) -> tuple[Tensor, Tensor, Tensor]:
+    """mu and logvar of the whole batch, and the places of these sentences in it: noise goes by row, so each sentence stands in
+    its own; the other rows are idle."""
+    places = torch.tensor(list(share.rows), device=posterior.mu.device)
     mu, logvar = (
         x.new_zeros(share.total, x.shape[1]).index_copy(0, places, x) for x in (posterior.mu, posterior.logvar)
     )
-    z, kl = posterior_sample(mu, logvar, seed=seed, kl=kl_mode, kl_target=kl_target)
-    return z[places], kl[places]
+    return mu, logvar, places
 
 
 def shared_seed(share: Share | None, seed: int | Tensor | None, device: torch.device) -> int | Tensor | None:
     """The seed of the memory's dropout; processes that share a batch say which of its sentences they have, so that the
     masks are those of the whole batch."""
-    if share is None:
+    if share is None or share.bounds is not None:  # what shares groups has no dropout there
         return seed
-    places = torch.tensor([share.rows.start, share.rows.step, share.total], device=device)
+    places = torch.tensor([share.rows[0], share.step, share.total], device=device)
     return torch.cat([seed_tensor(seed, device), places])

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmvae_fast.files import fsync_file, replacing
+from lmvae_fast.optional import require
+
 _STYLE = """
 :root { --ink: #1d2433; --soft: #5b657a; --line: #dfe4ec; --accent: #2f6db3; --good: #1f7a4d; --back: #fbfcfe; }
 * { box-sizing: border-box; }
@@ -72,15 +75,14 @@ class Report:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page; a reader never sees half of it."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         page = (
             f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(self.title)}</title>"
             f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
             f"<body><main>{''.join(self.parts)}</main></body></html>"
         )
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+            fsync_file(temporary)
         return path
 
 
@@ -105,8 +107,8 @@ def plane(points: Any) -> Any:
 
 
 def style() -> None:
-    """Matplotlib settings of our figures (no display is needed)."""
-    import matplotlib
+    """Matplotlib settings of our figures (no display is needed). Raises MissingPackageError without matplotlib."""
+    matplotlib = require("matplotlib", purpose="drawing figures", extra="demo")
     from cycler import cycler
 
     matplotlib.use("Agg")

@@ -16,21 +16,33 @@ class Share:
     """Which sentences of a batch of ``total`` one of ``step`` processes has: ``first``, ``first + step``, ...
 
     A process for which none is left has the batch's first sentence, without weight, so that all do the same kind of work.
+
+    bounds: where groups of sentences that must stay together begin in the whole batch, and its end; the processes then share
+    groups in this way instead of sentences. None: each sentence is a group.
     """
 
     first: int
     step: int
     total: int
+    bounds: tuple[int, ...] | None = None
 
     @property
-    def rows(self) -> range:
+    def rows(self) -> Sequence[int]:
         """Places in the whole batch."""
-        return range(self.first, self.total, self.step) or range(1)
+        if self.bounds is None:
+            return range(self.first, self.total, self.step) or range(1)
+        return self._rows_of(range(self.first, len(self.bounds) - 1, self.step) or range(1))
 
     @property
     def count(self) -> int:
         """Sentences that count."""
-        return len(range(self.first, self.total, self.step))
+        if self.bounds is None:
+            return len(range(self.first, self.total, self.step))
+        return len(self._rows_of(range(self.first, len(self.bounds) - 1, self.step)))
+
+    def _rows_of(self, groups: range) -> list[int]:
+        bounds = self.bounds or ()
+        return [row for group in groups for row in range(bounds[group], bounds[group + 1])]
 
 
 @dataclass
@@ -47,7 +59,15 @@ class Batch:
         tokens: tokens that count as the sentence's own, int64 ``[B]``.
         indices: row of each sentence in its dataset, int64 ``[B]`` (named when a batch fails).
         pooled: features of a frozen encoder, ``[B, features]``, or None.
-        encoder_ids, encoder_mask: the encoder's padded input, int64 ``[B, S]``, when there are no pooled features.
+        encoder_ids, encoder_mask: the encoder's padded input, int64 ``[B, S]``, when there are no pooled features. With
+            ``encoder_cu_seqlens`` they are packed, ``[Te]``, and the mask (0 on padding) may be None.
+        encoder_cu_seqlens, encoder_max_seqlen: where each sentence begins in a packed encoder input, int32 ``[B + 1]``, and
+            tokens of the longest, known on the host; None for a padded one.
+        targets: places of the tokens whose label is predicted, int64 ``[K]``, increasing; None for all. The labels of the
+            others, those of prompts, are -100.
+        groups: id of the sentences that each one shares an aggregate posterior with, int64 ``[B]``, or None.
+        cu_groups: where each group begins, int32 ``[G + 1]``; None where a group's sentences do not stand side by side.
+        max_group: sentences of the largest group, known on the host.
         annotations: pooled label features, float32 ``[B, labels]``, or None.
         texts: the sentences, or None.
         share: what these sentences are of a batch that several processes share, or None: the noise of a sentence is that
@@ -65,6 +85,12 @@ class Batch:
     pooled: Tensor | None = None
     encoder_ids: Tensor | None = None
     encoder_mask: Tensor | None = None
+    encoder_cu_seqlens: Tensor | None = None
+    encoder_max_seqlen: int = 0
+    targets: Tensor | None = None
+    groups: Tensor | None = None
+    cu_groups: Tensor | None = None
+    max_group: int = 1
     annotations: Tensor | None = None
     texts: list[str] | None = None
     share: Share | None = None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lmvae_fast.errors import DataError
-from lmvae_fast.models.objective import kl_per_dim
+from lmvae_fast.evaluation.collapse import COLLAPSED_KL, REMEDY, collapsed
+from lmvae_fast.evaluation.metrics import active_units
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
 from lmvae_fast.training.feature_cache import TensorCache, content_key, tokenizer_fingerprint
-from lmvae_fast.training.validation import ACTIVE_UNIT_VARIANCE
 
 
 def cached_posteriors(model: InvertibleCVAE, glosses: list[str], cache: TensorCache, vae: str) -> Posterior:
@@ -29,14 +28,12 @@ def cached_posteriors(model: InvertibleCVAE, glosses: list[str], cache: TensorCa
 
 
 def check_not_collapsed(posterior: Posterior) -> None:
-    """Raise DataError when no dimension's mean varies from gloss to gloss: the base densities are then all the prior."""
-    variance = posterior.mu.double().var(0) if len(posterior.mu) > 1 else torch.zeros(posterior.mu.shape[1])
-    if not (variance >= ACTIVE_UNIT_VARIANCE).any():
-        kl = float(kl_per_dim(posterior.mu, posterior.logvar).sum(1).mean())
+    """Raise DataError for posteriors that say nothing of their glosses: the base densities are then all the prior."""
+    kl = float(posterior.kl().mean())
+    active = active_units(posterior.mu) if len(posterior.mu) > 1 else 0
+    if collapsed(kl, active):
         raise DataError(
-            "the VAE has collapsed: its posteriors of these glosses are all one density, so a flow would learn nothing of them",
-            value=f"0 of {posterior.mu.shape[1]} units active, KL {kl:.3g} nats, largest variance of a mean "
-            f"{float(variance.max()):.2g}",
-            limit=f"a variance >= {ACTIVE_UNIT_VARIANCE} in some dimension",
-            remedy="train the VAE with a KL threshold or a cyclical beta, and check its active units with `lmvae-fast eval`",
-        )
+            "the VAE has collapsed: its posteriors of these glosses are as good as the prior, so a flow would learn nothing",
+            value=f"KL {kl:.3g} nats, {active} of {posterior.mu.shape[1]} dimensions active",
+            limit=f"a mean KL >= {COLLAPSED_KL} nats and an active dimension", remedy=f"train the VAE anew: {REMEDY}",
+        )  # fmt: skip

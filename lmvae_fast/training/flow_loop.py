@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lmvae_fast.training.checkpoints.tensors import (
 )
 from lmvae_fast.training.feature_cache import TensorCache
 from lmvae_fast.training.flow_data import cached_posteriors, check_not_collapsed
-from lmvae_fast.training.records import Progress, Record
+from lmvae_fast.training.records import FlowResult, Progress, Record
 from lmvae_fast.training.schedule import Plateau, improves, learning_rate_factor
 from lmvae_fast.training.stopping import StopSignals
 
@@ -46,33 +46,6 @@ _SHOWN = (
     {"nll": ("nll", "{:.3f}"), "pairs_s": ("pairs_per_second", "{:.0f}")},
     {"eval_nll": ("nll", "{:.3f}"), "mse": ("mse", "{:.3f}")},
 )
-
-
-@dataclass(frozen=True)
-class FlowResult:
-    """How a fit ended.
-
-    Attributes:
-        stop_reason: "completed", "early_stop", the name of a signal, or a callback's reason.
-        history: every record of `metrics.jsonl`. best: the best evaluation's record, or None without validation pairs.
-        checkpoint: the last checkpoint's folder. step, epoch: where the run stands. seconds, pairs: of all of it.
-        skipped: definitions of the training part whose word has no vector.
-    """
-
-    stop_reason: str
-    history: list[Record]
-    best: Record | None
-    checkpoint: Path | None
-    step: int
-    epoch: float
-    seconds: float
-    pairs: int
-    skipped: int = 0
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal ended the run; `resume=True` continues it."""
-        return self.stop_reason in [number.name for number in StopSignals.SIGNALS]
 
 
 def fit_flow(

@@ -19,6 +19,7 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, NumericalError
+from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
 from lmvae_fast.training.checkpoints import folder as checkpoint
@@ -119,10 +120,16 @@ class Trainer:
             shard_decoder(model.decoder, self.ranks, AUTOCAST.get(config.precision))
             self.parameters = trainable_parameters(model)
         self.state = run_state.RunState(
-            model, self.parameters, Optimizer(model, self.parameters, config),
-            Plateau(config.plateau_patience, config.plateau_factor), RunningMeans(self.device, self.ranks), Progress(),
-            identity=known, device=self.device, ranks=self.ranks,
-        )  # fmt: skip
+            model,
+            self.parameters,
+            Optimizer(model, self.parameters, config),
+            Plateau(config.plateau_patience, config.plateau_factor),
+            RunningMeans(self.device, self.ranks),
+            Progress(),
+            identity=known,
+            device=self.device,
+            ranks=self.ranks,
+        )
         if found is not None:
             run_state.restore(self.state, found, self.folder)
             self.last_checkpoint = found.path
@@ -143,8 +150,10 @@ class Trainer:
         if not self.ranks.alone and self.model.config.objective == "langvae-0.6":
             raise ConfigError(
                 "objective='langvae-0.6' multiplies sums of a whole batch, so processes cannot share one",
-                value=f"{self.ranks.world} processes", limit=1, remedy="use objective='elbo', or one process",
-            )  # fmt: skip
+                value=f"{self.ranks.world} processes",
+                limit=1,
+                remedy="use objective='elbo', or one process",
+            )
         if eval_data is None and (self.config.schedule == "plateau" or self.config.early_stop is not None):
             raise ConfigError(
                 "schedule='plateau' and early_stop go by an evaluation figure",
@@ -269,7 +278,9 @@ class Trainer:
             # From torch's CPU generator: its state is in the checkpoint, and reading it costs the device nothing.
             seed = self.ranks.same(int(torch.randint(2**62, ())))
             counted = len(rows) if share is None else share.count
-            with self._memory(f"forward and backward of {len(own)} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE):
+            with self._memory(
+                f"forward and backward of {len(own)} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE
+            ):
                 with self._autocast():
                     out = self.model(batch, beta=beta, seed=seed, tokens=tokens)
                 self.watch.note(out.loss, self._position(i))
@@ -288,7 +299,9 @@ class Trainer:
             self._stop_if_not_finite()
         self.state.means.add_step(norm)
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        with self._memory(f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS):
+        with self._memory(
+            f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS
+        ):
             self.state.optimizer.step(norm)
 
     def _memory(self, what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
@@ -367,6 +380,8 @@ class Trainer:
             self.state.plateau.update(value)
         if self.config.early_stop is not None and self.state.progress.waited >= self.config.early_stop:
             self.request_stop("early_stop")
+        if self.step == self.total_steps and self.ranks.first:
+            warn_of_collapse(figures["kl"], figures["active_units"], self.model.config.latent_dim, "training ends, and")
         self.tell("on_evaluate", record)
 
     def _result(self) -> TrainResult:

@@ -45,9 +45,11 @@ class Optimizer:
         self._whole = {name: value for name, value in rest.items() if not in_pieces(value)}
         pieces = {name: value for name, value in rest.items() if in_pieces(value)}
         options: dict[str, Any] = {
-            "lr": config.learning_rate, "betas": config.adam_betas, "eps": config.adam_eps,
+            "lr": config.learning_rate,
+            "betas": config.adam_betas,
+            "eps": config.adam_eps,
             "weight_decay": config.weight_decay,
-        }  # fmt: skip
+        }
         fused = device.type in ("cpu", "cuda")
         parts = [self._whole, pieces] if pieces else [self._whole]
         self._adamw = [(torch.optim.AdamW(part.values(), fused=fused, **options), part) for part in parts]
@@ -145,16 +147,15 @@ class Optimizer:
             states[owner.index(True) if any(owner) else 0][path] = value  # what nobody has, the first one refuses
         if self.fused is not None and not states[-1]:
             raise CheckpointError(
-                "the checkpoint has no optimizer state of the projector's weight", value=list(self._fused_name),
+                "the checkpoint has no optimizer state of the projector's weight",
+                value=list(self._fused_name),
                 remedy="resume with the configuration the run was started with",
-            )  # fmt: skip
+            )
         for (optimizer, part), state in zip(self._optimizers, states, strict=True):
             restore_optimizer(optimizer, part, state)
 
 
-def _fusible(
-    model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig
-) -> LinearProjector | None:
+def _fusible(model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> LinearProjector | None:
     """The model's projector if its weight can be updated in the backward pass.
 
     Not with a gradient scaler, which must see every gradient before it decides; and not where nothing else trains, for

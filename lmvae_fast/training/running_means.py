@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmvae_fast.evaluation.elbo import elbo_terms
 from lmvae_fast.training.distributed import Ranks
-from lmvae_fast.training.validation import elbo_terms
 
 
 class RunningMeans:

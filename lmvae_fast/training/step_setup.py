@@ -56,9 +56,10 @@ def recomputing(decoder: nn.Module, wanted: bool) -> Iterator[None]:
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     if wanted and not layers:
         raise ConfigError(
-            "the decoder has no layers that can be computed again", value=type(decoder).__name__,
+            "the decoder has no layers that can be computed again",
+            value=type(decoder).__name__,
             remedy="set recompute_decoder=False",
-        )  # fmt: skip
+        )
     for layer in layers if wanted else ():
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -89,9 +90,10 @@ def compiling(decoder: nn.Module, wanted: bool) -> Iterator[None]:
             return compiled(*arguments, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ConfigError(
-                "the decoder cannot be compiled here", value=str(error).strip().splitlines()[0][:300],
+                "the decoder cannot be compiled here",
+                value=str(error).strip().splitlines()[0][:300],
                 remedy="set compile=False (on a CPU torch.compile needs a C++ compiler)",
-            ) from error  # fmt: skip
+            ) from error
 
     body.forward = forward
     try:

@@ -29,9 +29,10 @@ def memory_guard(what: str, remedy: str, checkpoint: Path | None) -> Iterator[No
             raise
         lines = [line for line in message.splitlines() if any(m in line for m in _NO_MEMORY)] or [message]
         raise MemoryLimitError(
-            f"out of memory in {what}", value=lines[0][:300],
+            f"out of memory in {what}",
+            value=lines[0][:300],
             remedy=f"{remedy}; the last checkpoint is {checkpoint or 'none yet'}: go on from it with resume",
-        ) from error  # fmt: skip
+        ) from error
 
 
 class StopSignals:

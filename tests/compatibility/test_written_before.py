@@ -26,7 +26,9 @@ def test_a_saved_model_loads_and_decodes_the_same_ids(name):
     expected = EXPECTED[name]
     model = lf.LMVAE.from_pretrained(FIXTURE / name)
     assert [out.ids for out in lf.generate(model, torch.tensor(expected["latents"]))] == expected["ids"]
-    torch.testing.assert_close(model.encode(expected["sentences"]).mu, torch.tensor(expected["mu"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model.encode(expected["sentences"]).mu, torch.tensor(expected["mu"]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):

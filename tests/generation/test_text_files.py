@@ -28,8 +28,8 @@ from lmvae_fast.generation.latent_sources import (
 from lmvae_fast.generation.text_files import generate_file
 from lmvae_fast.generation.workers import Workers
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.testing import make_model
 from lmvae_fast.text.tokenizer import label_features
-from tests.models.tiny import make_model
 
 N = 50
 
@@ -277,7 +277,7 @@ def test_one_run_at_a_time_writes(model, latents, tmp_path):
 ORPHANS = """
 import sys, time
 from lmvae_fast.generation.workers import Workers
-from tests.generation.test_stream import from_folder
+from tests.generation.test_text_files import from_folder
 if __name__ == "__main__":
     workers = Workers(from_folder, sys.argv[1], 2)
     workers._pool.submit(int).result()

@@ -10,7 +10,7 @@ import torch
 
 from lmvae_fast.kernels.backend import BackendError, backend
 from lmvae_fast.kernels.coupling_flow import Coupling, FlowParams, FlowSpec, Stage, Subnet, coupling_flow, reference
-from lmvae_fast.kernels.coupling_flow.spec import saved_columns
+from lmvae_fast.kernels.coupling_flow.plan import saved_columns
 from lmvae_fast.models.flow import CouplingFlow
 
 from .common import (

@@ -18,7 +18,7 @@ from lmvae_fast.models.flow_files import spec_from_json, spec_to_json
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.models.systems.invertible_cvae import BaseDensity, InvertibleCVAE, build_flow
 from lmvae_fast.reference.invertible_cvae import ReferenceBlock, ReferenceInvertibleCVAE, principal_components
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 
 SMALL = {"blocks": 3, "hidden": (10,)}
 KINDS = ("coupling", "allinone", "glow")

@@ -27,7 +27,7 @@ from tests.training.helpers import assert_same_checkpoint, assert_same_history, 
 
 @functools.cache  # children inherit it
 def frozen_vae():
-    from tests.models.tiny import make_model
+    from lmvae_fast.testing import make_model
 
     return make_model(max_len=12).eval()
 
@@ -43,7 +43,7 @@ def train_once(folder: Path, kind: str, **changes) -> None:
 
         run(folder, model=FakeModel(), **changes)
     else:
-        from tests.models.tiny import make_model
+        from lmvae_fast.testing import make_model
 
         run(folder, model=make_model(max_len=12, projector_dropout=0.1), **changes)
 

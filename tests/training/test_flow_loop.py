@@ -13,12 +13,11 @@ from lmvae_fast.data.word_vectors import WordVectors
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, NumericalError, OutputError
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.models.systems.invertible_cvae import BaseDensity, FlowPairs, InvertibleCVAE
+from lmvae_fast.testing import SENTENCES, make_model
 from lmvae_fast.training.callbacks import Callback
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.flow_data import check_not_collapsed
 from lmvae_fast.training.flow_loop import FlowTrainer
-from tests.models.tiny import make_model
-from tests.reference.tiny import SENTENCES
 from tests.training.helpers import StopAt, assert_same_checkpoint, assert_same_history
 
 DIM = 6
@@ -182,15 +181,17 @@ def test_a_collapsed_vae_is_refused_before_training(tmp_path):
     words = ["cat", "sun", "ice"]
     vectors = WordVectors(words, np.eye(3, DIM, dtype=np.float32))
     data = lf.DefinitionDataset(words, list(SENTENCES[:3]))
-    with pytest.raises(DataError, match=r"collapsed.*0 of 6 units active.*KL 0 nats"):
+    with pytest.raises(DataError, match=r"collapsed.*KL 0 nats, 0 of 6 dimensions active"):
         model_of(vae).fit(data, vectors, config=settings(tmp_path / "run"))
     assert not checkpoint.complete(tmp_path / "run" / "checkpoints")
     # One active dimension is enough; a base density that is no posterior does not ask.
     mu = torch.zeros(9, 4)
-    mu[::2, 3] = 0.3
+    mu[::2, 3] = 1.0
     check_not_collapsed(Posterior(mu, torch.zeros(9, 4)))
-    with pytest.raises(DataError, match="collapsed"):
-        check_not_collapsed(Posterior(0.3 * mu, torch.zeros(9, 4)))
+    # The prior, one density for all, nearly the prior.
+    for mean, logvar in ((0.1 * mu, 0.0), (torch.ones(9, 4), 0.0), (0.15 * mu, 0.1)):
+        with pytest.raises(DataError, match="collapsed"):
+            check_not_collapsed(Posterior(mean, torch.full((9, 4), logvar)))
     standard = model_of(vae, base="standard", bridge="none")
     torch.manual_seed(0)
     wide = WordVectors(words, np.random.default_rng(0).normal(size=(3, DIM)).astype(np.float32))

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import CheckpointError, LMVAEError, OutputError
+from lmvae_fast.files import fsync_file, replace_folder, write_json
 from lmvae_fast.integrations.langvae.legacy_parts import needs_legacy_copy, write_legacy_copy
 
 FILES = ("model_config.json", "environment.json", "encoder_cfg.json", "encoder.pt", "decoder_cfg.json", "decoder.pt")
@@ -165,7 +166,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
         temporary.chmod(0o755)  # mkdtemp makes it private
         encoder_path = _place_part(contents.encoder_path, "encoder_model", temporary, target)
         decoder_path = _place_part(contents.decoder_path, "decoder_model", temporary, target)
-        _write_json(
+        write_json(
             temporary / "model_config.json",
             {
                 "name": "VAEConfig",
@@ -176,7 +177,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
                 "reconstruction_loss": "mse",
             },
         )
-        _write_json(
+        write_json(
             temporary / "environment.json",
             {"name": "EnvironmentConfig", "python_version": f"{sys.version_info[0]}.{sys.version_info[1]}"},
         )
@@ -185,7 +186,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
             "pooling_method": contents.pooling,
             "normalize": contents.normalize,
         }
-        _write_json(
+        write_json(
             temporary / "encoder_cfg.json",
             {
                 "model_path": encoder_path,
@@ -194,7 +195,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
                 "caching": False,
             },
         )
-        _write_json(
+        write_json(
             temporary / "decoder_cfg.json",
             {
                 "model_path": decoder_path,
@@ -207,8 +208,8 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
         for name, state in (("encoder.pt", contents.encoder_state), ("decoder.pt", contents.decoder_state)):
             torch.save(state, temporary / name)
         for path in temporary.rglob("*"):
-            _sync(path)
-        _replace(temporary, target)
+            fsync_file(path)
+        replace_folder(temporary, target)
     except LMVAEError:
         raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -350,33 +351,3 @@ def _resolve(path: str, root: Path, part: str) -> str:
             remedy=f"pass {part}=<folder or hub name>",
         )
     return path
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values), encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    """Rename into place; an existing target is moved aside first and removed once the new one stands."""
-    old = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / target.name
-        target.rename(old)
-    try:
-        temporary.rename(target)
-    except OSError:
-        if old is not None:
-            old.rename(target)
-            old.parent.rmdir()
-        raise
-    if old is not None:
-        shutil.rmtree(old.parent, ignore_errors=True)
-    _sync(target.parent)

@@ -19,19 +19,37 @@ from lmvae_fast.kernels.latent_attention import latent_attention
 ATTENTION = "lmvae"
 # What decoders pass to an attention function and what may be ignored because it changes nothing for us.
 _HARMLESS = {
-    "attention_mask", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "is_causal", "position_embeddings", "return_dict", "past_key_values", "seq_idx", "layer_idx", "tgt_len",
-}  # fmt: skip
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "is_causal",
+    "position_embeddings",
+    "return_dict",
+    "past_key_values",
+    "seq_idx",
+    "layer_idx",
+    "tgt_len",
+}
 
 
 class AttentionContext(Protocol):
     """What stands behind one call of a decoder's body."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attention output ``[tokens, heads, head_dim]`` for packed q, k, v of one layer."""  # fmt: skip
+        """Attention output ``[tokens, heads, head_dim]`` for packed q, k, v of one layer."""
         ...
 
 
@@ -58,9 +76,18 @@ class PackedAttention:
             memory_k, memory_v = self._parts[2 * layer : 2 * layer + 2]
             memory_k, memory_v = memory_k.to(key.dtype), memory_v.to(value.dtype)
         return latent_attention(
-            query, key, value, memory_k, memory_v, cu_seqlens=self.cu_seqlens, visibility=self.visibility,
-            scale=scale, max_seqlen=self.max_seqlen, window=window, softcap=softcap,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            memory_k,
+            memory_v,
+            cu_seqlens=self.cu_seqlens,
+            visibility=self.visibility,
+            scale=scale,
+            max_seqlen=self.max_seqlen,
+            window=window,
+            softcap=softcap,
+        )
 
 
 @dataclass
@@ -111,7 +138,7 @@ def latent_attention_forward(
     if lmvae is None:
         raise UnsupportedDecoderError(
             "this decoder's attention was handed over to lmvae_fast",
-            remedy="call it through LMVAE, or give it back with decoder.set_attn_implementation('sdpa')",
+            remedy="call it through LMVAE; set_attn_implementation('sdpa') gives it back, and takes it away from LMVAE",
         )
     unknown = {name for name, value in other.items() if value is not None and name not in _HARMLESS}
     if unknown:
@@ -151,4 +178,3 @@ def without_attention_dropout(module: nn.Module) -> float:
             before = max(before, value)
             setattr(module, name, 0.0)
     return before
-

@@ -48,10 +48,15 @@ def greedy_tokens(
 def _pays(head: nn.Module, hidden: Tensor) -> bool:
     """In fp32 on a CPU, and nothing but a matrix: on other devices and in bf16 the plain product is at its limit."""
     return (
-        hidden.device.type == "cpu" and hidden.dtype == torch.float32
-        and type(head) is nn.Linear and head.bias is None and head.weight.dtype == torch.float32
-        and current() in ("auto", "cpp") and extension()[0] and not torch.is_autocast_enabled("cpu")
-    )  # fmt: skip
+        hidden.device.type == "cpu"
+        and hidden.dtype == torch.float32
+        and type(head) is nn.Linear
+        and head.bias is None
+        and head.weight.dtype == torch.float32
+        and current() in ("auto", "cpp")
+        and extension()[0]
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _prepared_head(module: nn.Module) -> GreedyHead:

@@ -71,7 +71,9 @@ def _parts(places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]
         yield part
 
 
-def _read(decoder: Decoder, cache: LatentCache, injection: Injection, rows: list[int], ids: list[Sequence[int]]) -> None:
+def _read(
+    decoder: Decoder, cache: LatentCache, injection: Injection, rows: list[int], ids: list[Sequence[int]]
+) -> None:
     device = cache.step.device
     packed = {name: torch.as_tensor(value) for name, value in pack(ids, ids).items()}
     lengths, where = torch.tensor([len(tokens) for tokens in ids]), torch.tensor(rows)
@@ -80,11 +82,19 @@ def _read(decoder: Decoder, cache: LatentCache, injection: Injection, rows: list
         tokens = (index >= lengths[sentence] - 2).nonzero().squeeze(1)
     kept = slice(None) if tokens is None else tokens
     attention = partial(
-        PrefillAttention, cache=cache, tokens=None if tokens is None else tokens.to(device),
-        rows=where[sentence[kept]].to(device), positions=cache.places(index[kept]).to(device),
-    )  # fmt: skip
+        PrefillAttention,
+        cache=cache,
+        tokens=None if tokens is None else tokens.to(device),
+        rows=where[sentence[kept]].to(device),
+        positions=cache.places(index[kept]).to(device),
+    )
     decoder.hidden(
-        packed["input_ids"].to(device), injection, cu_seqlens=packed["cu_seqlens"].to(device),
-        max_seqlen=int(lengths.max()), rows=sentence.to(device), token_index=index.to(device), attention=attention,
-    )  # fmt: skip
+        packed["input_ids"].to(device),
+        injection,
+        cu_seqlens=packed["cu_seqlens"].to(device),
+        max_seqlen=int(lengths.max()),
+        rows=sentence.to(device),
+        token_index=index.to(device),
+        attention=attention,
+    )
     cache.step.index_copy_(0, where.to(device), lengths.to(device))

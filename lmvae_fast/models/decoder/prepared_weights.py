@@ -40,7 +40,9 @@ def pays(decoder: Decoder, rows: int) -> bool:
         return False
     if decoder.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return decoder.dtype == torch.float32 and rows > 1  # a single row waits for the weight's bytes, whatever their layout
+    return (
+        decoder.dtype == torch.float32 and rows > 1
+    )  # a single row waits for the weight's bytes, whatever their layout
 
 
 @contextmanager

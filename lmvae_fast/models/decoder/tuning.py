@@ -36,9 +36,10 @@ class Tuning:
                 from peft import LoraConfig, inject_adapter_in_model
             except ImportError as error:
                 raise ConfigError(
-                    "adapters need the package peft", value="decoder_part='lora'",
+                    "adapters need the package peft",
+                    value="decoder_part='lora'",
                     remedy="pip install 'lmvae_fast[lora]', or choose another decoder_part",
-                ) from error  # fmt: skip
+                ) from error
             # GPT-2 keeps its linear weights transposed, which peft asks to be told.
             transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
             options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "fan_in_fan_out": transposed}

@@ -194,7 +194,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}", remedy=remedy) from error
     state = _read_json(path / STATE, "the checkpoint's state is missing")
-    return Checkpoint(path, tensors, state, path / PIECES if any(name.startswith(f"{PIECES}/") for name in files) else None)
+    return Checkpoint(
+        path, tensors, state, path / PIECES if any(name.startswith(f"{PIECES}/") for name in files) else None
+    )
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

@@ -34,9 +34,10 @@ def write(folder: Path, pieces: Mapping[str, Tensor]) -> None:
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         raise OutputError(
-            f"cannot write {folder} (earlier checkpoints are untouched)", value=f"rank {rank}: {failure}",
+            f"cannot write {folder} (earlier checkpoints are untouched)",
+            value=f"rank {rank}: {failure}",
             remedy="free space, or choose a folder that every process can write to",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def read(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -54,10 +55,13 @@ def read(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, 
         parameter = _parameter_of(name, parameters)
         if parameter is None or parameter.shape != size:
             raise CheckpointError(
-                "the checkpoint has pieces of a parameter that this model does not train", value=f"{name} {list(size)}",
+                "the checkpoint has pieces of a parameter that this model does not train",
+                value=f"{name} {list(size)}",
                 remedy="resume with the configuration the run was started with",
-            )  # fmt: skip
-        targets[path] = torch.full_like(parameter.detach(), float("nan"))  # what nobody has written must not pass for weights
+            )
+        targets[path] = torch.full_like(
+            parameter.detach(), float("nan")
+        )  # what nobody has written must not pass for weights
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads the pieces of several
         load(targets, storage_reader=HuggingFaceStorageReader(str(folder)))
