@@ -41,6 +41,9 @@ _PUBLIC = {
     "generate_corpus": "lmvae_fast.data",
     "SentenceDataset": "lmvae_fast.data",
     "Example": "lmvae_fast.data",
+    "PromptResponse": "lmvae_fast.data",
+    "PromptDataset": "lmvae_fast.data",
+    "read_prompts": "lmvae_fast.data",
     "backend": "lmvae_fast.kernels.backend",
     "LMVAEError": "lmvae_fast.errors",
     "ConfigError": "lmvae_fast.errors",
@@ -53,6 +56,8 @@ _PUBLIC = {
     "OutputError": "lmvae_fast.errors",
     "NumericalError": "lmvae_fast.errors",
 }
+# Packages that are used by their own names: ``lmvae_fast.reference.cvae``, ``lmvae_fast.integrations.langvae``.
+_PACKAGES = ("integrations", "reference")
 
 __all__ = [
     "LMVAE",
@@ -76,6 +81,8 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "Posterior",
+    "PromptDataset",
+    "PromptResponse",
     "SentenceDataset",
     "TokenizerError",
     "TrainConfig",
@@ -92,6 +99,7 @@ __all__ = [
     "interpolate",
     "neighbourhood",
     "read",
+    "read_prompts",
     "score",
     "train",
     "traverse",
@@ -99,7 +107,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
-    from lmvae_fast.data import Example, SentenceDataset, generate_corpus, read
+    from lmvae_fast.data import (
+        Example,
+        PromptDataset,
+        PromptResponse,
+        SentenceDataset,
+        generate_corpus,
+        read,
+        read_prompts,
+    )
     from lmvae_fast.errors import (
         CheckpointError,
         ConfigError,
@@ -130,6 +146,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"lmvae_fast.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lmvae_fast' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
