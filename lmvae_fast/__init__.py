@@ -1,13 +1,16 @@
 """lmvae_fast: a custom-kernel performance engine for language-model VAEs.
 
-Everything public is here; names are imported when first used, so that ``import lmvae_fast`` and the kernels cost no
-transformers import.
+Everything public is here; names and modules are imported when first used, so that ``import lmvae_fast`` and the kernels
+cost no transformers import. Beside the names below, every module is an attribute: ``lf.kernels.posterior``,
+``lf.reference``, ``lf.testing``, ``lf.integrations.langvae``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from lmvae_fast import lazy
 
 __version__ = "0.1.0"
 
@@ -21,11 +24,11 @@ _PUBLIC = {
     "Batch": "lmvae_fast.text.batch",
     "Encoder": "lmvae_fast.models.encoder",
     "Decoder": "lmvae_fast.models.decoder.decoder",
-    "Posterior": "lmvae_fast.models.encoder",
+    "Posterior": "lmvae_fast.models.posterior",
     "Injection": "lmvae_fast.models.injection",
     "CouplingFlow": "lmvae_fast.models.flow",
     "train": "lmvae_fast.training.loop",
-    "TrainResult": "lmvae_fast.training.loop",
+    "TrainResult": "lmvae_fast.training.records",
     "Callback": "lmvae_fast.training.callbacks",
     "generate": "lmvae_fast.generation.engine",
     "Generated": "lmvae_fast.generation.engine",
@@ -39,6 +42,11 @@ _PUBLIC = {
     "evaluate": "lmvae_fast.evaluation.evaluate",
     "read": "lmvae_fast.data",
     "generate_corpus": "lmvae_fast.data",
+    "read_definitions": "lmvae_fast.data",
+    "read_word_vectors": "lmvae_fast.data",
+    "Definition": "lmvae_fast.data",
+    "DefinitionDataset": "lmvae_fast.data",
+    "WordVectors": "lmvae_fast.data",
     "SentenceDataset": "lmvae_fast.data",
     "Example": "lmvae_fast.data",
     "PromptResponse": "lmvae_fast.data",
@@ -50,14 +58,13 @@ _PUBLIC = {
     "DataError": "lmvae_fast.errors",
     "LatentError": "lmvae_fast.errors",
     "MemoryLimitError": "lmvae_fast.errors",
+    "MissingPackageError": "lmvae_fast.errors",
     "UnsupportedDecoderError": "lmvae_fast.errors",
     "TokenizerError": "lmvae_fast.errors",
     "CheckpointError": "lmvae_fast.errors",
     "OutputError": "lmvae_fast.errors",
     "NumericalError": "lmvae_fast.errors",
 }
-# Packages that are used by their own names: ``lmvae_fast.reference.cvae``, ``lmvae_fast.integrations.langvae``.
-_PACKAGES = ("integrations", "reference")
 
 __all__ = [
     "LMVAE",
@@ -68,6 +75,8 @@ __all__ = [
     "CouplingFlow",
     "DataError",
     "Decoder",
+    "Definition",
+    "DefinitionDataset",
     "Encoder",
     "Example",
     "Generated",
@@ -78,6 +87,7 @@ __all__ = [
     "LMVAEOutput",
     "LatentError",
     "MemoryLimitError",
+    "MissingPackageError",
     "NumericalError",
     "OutputError",
     "Posterior",
@@ -88,6 +98,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UnsupportedDecoderError",
+    "WordVectors",
     "__version__",
     "aggregate_quantiles",
     "arithmetic",
@@ -96,25 +107,37 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_corpus",
+    "integrations",
     "interpolate",
+    "kernels",
     "neighbourhood",
     "read",
+    "read_definitions",
     "read_prompts",
+    "read_word_vectors",
+    "reference",
     "score",
+    "testing",
     "train",
     "traverse",
 ]
 
 if TYPE_CHECKING:
+    from lmvae_fast import integrations, kernels, reference, testing
     from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
     from lmvae_fast.data import (
+        Definition,
+        DefinitionDataset,
         Example,
         PromptDataset,
         PromptResponse,
         SentenceDataset,
+        WordVectors,
         generate_corpus,
         read,
+        read_definitions,
         read_prompts,
+        read_word_vectors,
     )
     from lmvae_fast.errors import (
         CheckpointError,
@@ -123,6 +146,7 @@ if TYPE_CHECKING:
         LatentError,
         LMVAEError,
         MemoryLimitError,
+        MissingPackageError,
         NumericalError,
         OutputError,
         TokenizerError,
@@ -142,14 +166,13 @@ if TYPE_CHECKING:
     from lmvae_fast.models.posterior import Posterior
     from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
-    from lmvae_fast.training.loop import TrainResult, train
+    from lmvae_fast.training.loop import train
+    from lmvae_fast.training.records import TrainResult
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(f"lmvae_fast.{name}")
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'lmvae_fast' has no attribute {name!r}")
+        return lazy.submodule(__name__, name)
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

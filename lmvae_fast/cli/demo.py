@@ -40,6 +40,9 @@ def demo(
     import torch
     from transformers.utils import logging
 
+    from lmvae_fast.reports.page import style
+
+    style()  # without matplotlib, it is refused before anything is trained
     logging.disable_progress_bar()  # of weight loading: these models load in an instant
     torch.manual_seed(seed)
     started = time.perf_counter()

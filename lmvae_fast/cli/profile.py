@@ -64,8 +64,10 @@ def train(
     from lmvae_fast.config import TrainConfig
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.train import profile_train
+    from lmvae_fast.reports.page import style
     from lmvae_fast.reports.profile import write_train
 
+    style()  # without matplotlib, it is refused before anything is timed
     config = TrainConfig(batch_size=batch_size, precision=precision, learning_rate=1e-5, max_steps=10**6)
     texts = _texts(data, column, batch_size)
     with use_backend(backend):
@@ -109,8 +111,10 @@ def generate(
 
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.generate import profile_generate
+    from lmvae_fast.reports.page import style
     from lmvae_fast.reports.profile import write_generate
 
+    style()  # without matplotlib, it is refused before anything is timed
     sizes, dtypes = _sizes(batch_sizes), {"fp32": torch.float32, "bf16": torch.bfloat16}
     if precision is not None and precision not in dtypes:
         raise ConfigError("unknown precision", value=precision, limit=", ".join(dtypes), remedy="choose one of these")

@@ -19,12 +19,13 @@ RESIDUALS = ("none", "skip", "gskip", "skip-linear", "gskip-linear")
 STAGES = (0, 1, 2)
 DECODER_PARTS = ("all", "embeddings", "lora")
 OBJECTIVES = ("elbo", "langvae-0.6")
+LATENT_INITS = ("uniform", "normal")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class LMVAEConfig(ConfigBase):
-    """What a model is. Fields left at ``None`` take the value of the system's preset (``models/systems.py``).
+    """What a model is. Fields left at ``None`` take the value of the system's preset (``models/systems/``).
 
     Attributes:
         system: preset that fills the open fields: ``langvae`` (arXiv 2505.00004), ``optimus`` (arXiv 2004.04092) or ``cvae``
@@ -51,6 +52,10 @@ class LMVAEConfig(ConfigBase):
         objective: ``elbo``, or ``langvae-0.6`` for the loss LangVAE 0.6.13 computes (its order of reduction).
         length_normalize: divide a sentence's reconstruction by its number of predicted tokens.
         free_running: train on the decoder's own greedy output (LangVAE) instead of teacher forcing.
+        count_start_token: count the start token where a sentence is divided by its length, in the loss (length_normalize) and
+            in perplexity, as Optimus does: its published figures are of that kind.
+        latent_init: how the maps from and to the latent start: ``uniform`` (as nn.Linear does, +-1/sqrt(inputs)) or
+            ``normal`` (N(0, 0.02^2), as Optimus does).
         train_encoder, train_decoder: fine-tune the encoder or decoder instead of freezing it.
         decoder_part: what of a decoder that trains does: ``all``, ``embeddings`` (token embedding and head, LlaMaVAE) or
             ``lora`` (low-rank adapters; needs the ``lora`` extra).
@@ -92,6 +97,8 @@ class LMVAEConfig(ConfigBase):
     kl_target: float | None = None
     objective: str | None = None
     length_normalize: bool | None = None
+    count_start_token: bool = False
+    latent_init: str = "uniform"
     free_running: bool | None = None
     train_encoder: bool | None = None
     train_decoder: bool | None = None
@@ -132,6 +139,7 @@ class LMVAEConfig(ConfigBase):
             self._choice(name, allowed, optional=True)
         self._choice("encoder_padding", ENCODER_PADDINGS)
         self._choice("dtype", DTYPES)
+        self._choice("latent_init", LATENT_INITS)
         self._choice("decoder_part", DECODER_PARTS)
         self._number("lora_rank", 1, integer=True)
         self._number("lora_alpha", 0.0, open_low=True)
@@ -152,6 +160,7 @@ class LMVAEConfig(ConfigBase):
             "normalize",
             "embedding_shift",
             "length_normalize",
+            "count_start_token",
             "free_running",
             "train_encoder",
             "train_decoder",

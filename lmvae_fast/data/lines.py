@@ -34,9 +34,14 @@ def decoded_lines(file: IO[bytes], path: Path) -> Iterator[Line]:
     """The file's lines as text. Bytes are split first, so that an undecodable line is known by its number."""
     number = 0
     try:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(_split(file), 1):
             if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                 raw = raw[3:]
+            if b"\0" in raw:
+                raise DataError(
+                    f"{path}, line {number}: there is a byte 0, which text does not have",
+                    remedy="for UTF-16 convert the file, for example with: iconv -f utf-16 -t utf-8",
+                )
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -51,3 +56,12 @@ def decoded_lines(file: IO[bytes], path: Path) -> Iterator[Line]:
             f"{path}: reading stopped after line {number}: {error}",
             remedy="the file is cut off or damaged: get it anew",
         ) from error
+
+
+def _split(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines that end as Unix, Windows or old Macintosh files end them."""
+    for raw in file:
+        if b"\r" in raw.rstrip(b"\r\n"):
+            yield from raw.rstrip(b"\r\n").split(b"\r")
+        else:
+            yield raw

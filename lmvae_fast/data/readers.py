@@ -15,19 +15,15 @@ from typing import Any
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
+from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.errors import DataError
 
 #: File ending -> format. ``.txt`` is checked for SRL labels on its first line.
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".srl": "srl"}
 
-#: Column names taken when the caller names none, in this order.
-TEXT_COLUMNS = ("text", "sentence")
-
 # What one SRL label looks like (V, O, ARG0, R-ARG1, ARGM-TMP, B-ARG1 ...), and one that makes a line SRL beyond doubt.
 _LABEL = re.compile(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+)*")
 _ROLE = re.compile(r"([BI]-)?V|.*\bARG.*")
-# A header's cell: an identifier-like name, no sentence and no number.
-_HEADER_CELL = re.compile(r"[^\W\d][\w.-]*")
 
 
 def read(
@@ -96,7 +92,7 @@ def read(
         elif chosen == "jsonl":
             rows = _json_rows(lines, path, column, label_column, factors)
         else:
-            rows = _table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
+            rows = table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
         for number, row in rows:
             report.read += 1
             columns.add(row, f"{path}, line {number}", on_empty, report)
@@ -227,112 +223,27 @@ def _require(place: str, record: dict[str, Any], *names: Any) -> None:
         )
 
 
-def _table_rows(
-    lines: Iterator[Line],
-    path: Path,
-    format: str,
-    column: str | int | None,
-    label_column: str | int | None,
-    factors: dict[str, str | int],
-    header: bool | None,
-    quoting: bool,
-) -> Iterator[tuple[int, Any]]:
-    table = csv.reader(
-        # csv needs the line breaks, which may stand inside quotes; a line count of its own tells where we are.
-        (text + "\n" for _, text in lines),
-        delimiter="\t" if format == "tsv" else ",",
-        quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
-        strict=True,
-    )
-    names: list[str] | None = None
-    places: _Places | None = None
-    width = 0
-    while True:
-        number = table.line_num + 1  # a quoted field may span lines: a row is named by its first
+def field_names(
+    path: str | os.PathLike[str], *, format: str | None = None, header: bool | None = None, quoting: bool = True
+) -> list[str]:
+    """The columns that a csv or tsv file's header names, or the fields of a jsonl file's first object; [] if there are none.
+
+    Arguments and errors as of :func:`read`.
+    """
+    path = Path(path)
+    chosen = format or _format_of(path)
+    with open_file(path) as file:
+        first = next((text for _, text in decoded_lines(file, path) if text.strip()), "")
+    if chosen == "jsonl":
         try:
-            cells = next(table)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {number}: malformed {format}: {error}",
-                remedy="mend the quotes, or read with quoting=False" if quoting else "mend the line",
-            ) from None
-        if not "".join(cells).strip() and len(cells) < 2:
-            yield number, ""
-            continue
-        if places is None:
-            wanted = [column, label_column, *factors.values()]
-            if header is None:
-                header = any(isinstance(name, str) for name in wanted) or _is_header(cells)
-            names = [cell.strip() for cell in cells] if header else None
-            places = _Places(path, format, cells, names, column, label_column, factors)
-            width = len(cells)
-            if header:
-                continue
-        if len(cells) != width:
-            raise DataError(
-                f"{path}, line {number}: a row of another width",
-                value=f"{len(cells)} fields",
-                limit=f"{width} fields as in the first row",
-                remedy="mend the row" + (", or read with quoting=False" if quoting else ""),
-            )
-        yield number, places.row(cells)
-
-
-def _is_header(cells: Sequence[str]) -> bool:
-    stripped = [cell.strip() for cell in cells]
-    return len(set(stripped)) == len(stripped) and all(_HEADER_CELL.fullmatch(cell) for cell in stripped)
-
-
-class _Places:
-    """Where sentence, labels and factors stand in a row of a table."""
-
-    def __init__(
-        self,
-        path: Path,
-        format: str,
-        first: list[str],
-        names: list[str] | None,
-        column: str | int | None,
-        label_column: str | int | None,
-        factors: dict[str, str | int],
-    ):
-        self.path, self.format, self.first, self.names = path, format, first, names
-        if column is None:
-            column = next((name for name in TEXT_COLUMNS if names and name in names), 0 if len(first) == 1 else None)
-        if column is None:
-            raise DataError(
-                f"{path}: which column holds the sentences?",
-                value=f"{len(first)} columns: {shorten(repr(first))}",
-                remedy="give column= a name or an index from 0",
-            )
-        self.text = self._index(column)
-        self.labels = None if label_column is None else self._index(label_column)
-        self.factors = {name: self._index(place) for name, place in factors.items()}
-
-    def row(self, cells: list[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"text": cells[self.text]}
-        if self.labels is not None:
-            row["labels"] = cells[self.labels]
-        if self.factors:
-            row["factors"] = {name: cells[index] for name, index in self.factors.items()}
-        return row
-
-    def _index(self, column: str | int) -> int:
-        if isinstance(column, str):
-            if self.names is not None and column in self.names:
-                return self.names.index(column)
-            limit = (
-                ", ".join(self.names) if self.names is not None else f"indices 0 to {len(self.first) - 1} (no header)"
-            )
-        elif isinstance(column, int) and 0 <= column < len(self.first):
-            return column
-        else:
-            limit = f"indices 0 to {len(self.first) - 1}"
-        raise DataError(
-            f"{self.path}: there is no column {column!r}",
-            value=shorten(repr(self.first)),
-            limit=limit,
-            remedy=f"name one of these columns, or check the format {self.format!r}",
-        )
+            record = json.loads(first) if first else {}
+        except json.JSONDecodeError:
+            record = {}  # `read` says what is wrong with the line
+        return list(record) if isinstance(record, dict) else []
+    if chosen not in ("csv", "tsv") or not first:
+        return []
+    quote = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    cells = [
+        cell.strip() for cell in next(csv.reader([first], delimiter="\t" if chosen == "tsv" else ",", quoting=quote))
+    ]
+    return cells if header or (header is None and is_header(cells)) else []

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.evaluation import metrics as figures
 from lmvae_fast.evaluation import text as text_figures
+from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.evaluation.elbo import require_finite, without_padding
 from lmvae_fast.models.modes import evaluating
 
@@ -129,8 +130,12 @@ def evaluate(
             table = _Table()
             for batch, rows in _batches(model, sentences, pooled, batch_size):
                 _evaluate_batch(model, batch, rows, table, metrics, samples, seed, max_new_tokens, bar)
-    result = _summary(table, metrics, sentences, samples, seed)
+    count_start = bool(getattr(model.config, "count_start_token", False))
+    result = _summary(table, metrics, sentences, samples, seed, count_start)
     require_finite(result, "check the model's weights; a training run's last good checkpoint is in its folder")
+    if "kl" in result or "active_units" in result:
+        kl = result.get("kl", float(figures.kl_divergence(table["mu"], table["logvar"]).mean()))
+        warn_of_collapse(kl, result.get("active_units"), result["latent_dim"], "evaluation")
     examples = [
         {"text": text, "decoded": decoded}
         for text, decoded in zip(sentences.texts[:num_examples], table.decoded, strict=False)
@@ -190,8 +195,11 @@ def _evaluate_batch(
         bar.update(len(rows))
 
 
-def _summary(table: _Table, metrics: Sequence[str], sentences: Any, samples: int, seed: int) -> dict[str, Any]:
+def _summary(
+    table: _Table, metrics: Sequence[str], sentences: Any, samples: int, seed: int, count_start: bool
+) -> dict[str, Any]:
     mu, logvar, tokens = table["mu"], table["logvar"], table["tokens"]
+    counted = tokens + int(count_start)  # what perplexity divides by
     result: dict[str, Any] = {
         "sentences": len(sentences),
         "tokens": int(tokens.sum()),
@@ -204,14 +212,14 @@ def _summary(table: _Table, metrics: Sequence[str], sentences: Any, samples: int
         result["reconstruction"] = float(reconstruction.mean())
         result["reconstruction_per_token"] = float(reconstruction.sum() / tokens.sum())
         result["kl"] = float(kl.mean())
-        result["elbo_perplexity"] = figures.perplexity(-(reconstruction + kl), tokens)
+        result["elbo_perplexity"] = figures.perplexity(-(reconstruction + kl), counted)
     if "active_units" in metrics:
         result["active_units"] = figures.active_units(mu)
     if "mutual_information" in metrics:
         result["mutual_information"] = figures.mutual_information(table["z"], mu, logvar)
     if samples:
         result["log_likelihood"] = float(table["log_likelihood"].mean())
-        result["perplexity"] = figures.perplexity(table["log_likelihood"], tokens)
+        result["perplexity"] = figures.perplexity(table["log_likelihood"], counted)
         result["num_importance_samples"] = samples
     references = [text.strip() for text in sentences.texts]
     for name in _TEXT_METRICS:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
+from lmvae_fast.generation.decode_rows import check_finite
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.decoder.prefill import read
 from lmvae_fast.models.injection import Injection
@@ -29,6 +30,7 @@ def search(
     config: GenerationConfig,
     limit: int,
     *,
+    first_index: int = 0,
     read_first: list[tuple[int, ...]] | None = None,
 ) -> list[Sentence]:
     """The best sentence of each latent under ``config.num_beams`` beams, of at most ``limit`` tokens.
@@ -36,7 +38,8 @@ def search(
     A step extends every beam by every token and keeps the ``num_beams`` most probable extensions that do not end; those
     that end while they rank among the first ``num_beams`` are set aside. A latent is done when no extension of its beams
     can surpass the worst of ``num_beams`` sentences set aside. ``prompts``: none, or one per latent.
-    ``read_first``: what is read before each sentence, where it is not the start token and its prompt.
+    ``first_index``: index of the first latent, for messages. ``read_first``: what is read before each sentence, where it is
+    not the start token and its prompt. Raises NumericalError for hidden states that are not finite.
     """
     latents, width = injection.batch_size, config.num_beams
     device = decoder.device
@@ -91,6 +94,8 @@ def search(
             break
         cache.reorder(torch.tensor(origins, device=device))
         token = torch.tensor(tokens, device=device)
+    for latent, finite in enumerate(cache.finite.view(latents, width).all(1).tolist()):
+        check_finite(finite, first_index + latent)
     for latent, row in enumerate(scores.tolist()):
         for so_far, score in zip(beams[latent], row, strict=True):
             if len(so_far) == limit and score > -torch.inf:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
+from lmvae_fast.errors import NumericalError
 from lmvae_fast.generation.cuda_graphs import RecordedStep, capture_for, rows_of
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.sample_token import sample_token
@@ -42,6 +43,17 @@ class Ended:
     ids: list[int]
     logprobs: list[float] | None
     stopped: bool
+
+
+def check_finite(finite: bool, index: int) -> None:
+    """Raises NumericalError for a sentence whose hidden states were NaN or infinite; ``index``: of its latent."""
+    if not finite:
+        raise NumericalError(
+            "decoding gave hidden states that are NaN or infinite",
+            value=f"the sentence of latent {index}",
+            limit="finite figures",
+            remedy="check that latent (a huge one overflows) and the model's weights; or decode in float32",
+        )
 
 
 class Rows:
@@ -93,7 +105,7 @@ class Rows:
             "ids": torch.zeros(size, limit + 1, dtype=torch.int64, device=device),
         }
         if config.logprobs:
-            self.state["logprobs"] = torch.zeros(size, limit + 1, device=device)
+            self.state["logprobs"] = torch.zeros(size, limit + 1, dtype=torch.float32, device=device)
         if config.repetition_penalty != 1.0:
             self.state["seen"] = torch.zeros(size, decoder.vocab_size, dtype=torch.uint8, device=device)
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence
@@ -193,6 +205,10 @@ class Rows:
     def take(self, rows: list[int]) -> list[Ended]:
         """Take ended sentences out of their rows."""
         where = torch.tensor(rows, dtype=torch.int64, device=self.cache.step.device)
+        for row, finite in zip(rows, self.cache.finite[where].tolist(), strict=True):
+            start = self.starts[row]
+            assert start is not None
+            check_finite(finite, start.index)
         count, stopped, ids = (self.state[name][where].tolist() for name in ("count", "stopped", "ids"))
         logprobs = self.state["logprobs"][where].tolist() if "logprobs" in self.state else None
         taken = []
@@ -230,6 +246,6 @@ class Rows:
 
     def _recording(self) -> RecordedStep | None:
         """What records steps over the tensors as they are now, where that can be and is wanted."""
-        decoder, state = self.model.decoder, [self.cache.step, *self.state.values()]
+        decoder, state = self.model.decoder, [self.cache.step, self.cache.finite, *self.state.values()]
         capture = capture_for(decoder, self.cache.step.device, self.config.cuda_graphs)
         return None if capture is None else RecordedStep(self._advance, state, capture, decoder)

@@ -78,8 +78,10 @@ def generate(
         ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
             stop token beyond the vocabulary; CUDA graphs asked for on another device.
         DataError: prompts, or numbers, and latents of different number.
+        NumericalError: weights of the head that are NaN or Inf; and, when its sentence ends, a latent whose decoding was.
     """
     config = config or GenerationConfig()
+    model.decoder.check_head()
     given = _prompts(model, latents, prompts)
     longest = max((len(prompt.read) - 1 for prompt in given), default=0)
     limit = token_limit(model, config, longest)
@@ -204,8 +206,10 @@ def _beams(
         chosen = [prompts[row if len(prompts) > 1 else 0] for row in rows] if prompts else []
         with evaluating(model), packed_weights(model.decoder, len(z) * config.num_beams, config.pack_weights):
             injection = model.inject(z, tokens=limit + longest, **given)
-            shown = [prompt.shown for prompt in chosen]
-            best = search(model.decoder, injection, shown, config, limit, read_first=[prompt.read for prompt in chosen])
+            shown, read_first = [prompt.shown for prompt in chosen], [prompt.read for prompt in chosen]
+            best = search(
+                model.decoder, injection, shown, config, limit, first_index=index + place, read_first=read_first
+            )
         texts = _spelled(
             model, [(prompt, found.ids) for prompt, found in zip(shown or [()] * len(best), best, strict=True)]
         )

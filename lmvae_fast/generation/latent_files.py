@@ -146,9 +146,9 @@ def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -
                 raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
             rows.append(row)
             if len(rows) == block:
-                yield torch.tensor(rows)
+                yield torch.tensor(rows, dtype=torch.float32)
                 rows = []
     if rows:
-        yield torch.tensor(rows)
+        yield torch.tensor(rows, dtype=torch.float32)
     if not seen:
         raise DataError(f"{path} holds no rows", remedy="check what wrote it")

@@ -19,7 +19,8 @@ def score(model: LMVAE, latents: Tensor, texts: Sequence[Any], *, batch_size: in
     ln p(response | prompt, z).
 
     One parallel pass per batch, teacher forced. The end token counts as part of a text that leaves room for it within
-    ``max_len`` tokens, whatever objective the model was trained under.
+    ``max_len`` tokens, whatever objective the model was trained under. Differentiable in the latents where they require a
+    gradient.
 
     Args:
         model: any LMVAE whose decoder takes no labels.
@@ -36,11 +37,11 @@ def score(model: LMVAE, latents: Tensor, texts: Sequence[Any], *, batch_size: in
         value = "one string" if isinstance(texts, str) else f"{len(texts)} texts"
         raise DataError("every text needs a latent of its own", value=value, limit=f"{latents.shape[0]} texts")
     if not len(texts):
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     sentences = model.tokenize(texts, on_long="error", on_empty="error")
     weight = model.posterior_head.weight
     parts = []
-    with evaluating(model):
+    with evaluating(model), torch.set_grad_enabled(latents.requires_grad):
         for start in range(0, len(texts), batch_size):
             rows = range(start, min(start + batch_size, len(texts)))
             z = latents[rows.start : rows.stop].to(weight)

@@ -7,7 +7,8 @@ go by, so that neither the process, the batch nor a second try after a lost mach
 
 from __future__ import annotations
 
-import importlib
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +26,14 @@ from lmvae_fast.generation.text_files import BLOCKS_PER_BATCH
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend as use_backend
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.optional import require
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 Rows = dict[str, Any]  # a batch of Ray Data: numpy arrays by column
+LOOPBACK = "127.0.0.1"
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for: nodes are known by addresses that other machines reach
 
 
 def decode(
@@ -71,7 +75,8 @@ def decode(
         per latent, a row for each, numbered by ``sample``. Nothing is computed before the dataset is read.
 
     Raises:
-        ConfigError: Ray is not installed; a draw without a seed; prompts without max_new_tokens.
+        MissingPackageError: Ray is not installed.
+        ConfigError: a draw without a seed; prompts without max_new_tokens.
         DataError: a column is missing, or would be overwritten.
 
     While the dataset is read, Ray raises its RayTaskError, whose text holds ours: LatentError (another width, NaN or
@@ -142,7 +147,7 @@ def encode(
         with the batches.
 
     Raises:
-        ConfigError: Ray is not installed.
+        MissingPackageError: Ray is not installed.
         DataError: a column is missing, or would be overwritten.
 
     While the dataset is read, Ray raises its RayTaskError, whose text holds ours: DataError (an empty sentence, an
@@ -154,11 +159,45 @@ def encode(
     return _map(dataset, _Encode, options, needed, made, model_dir, batch_size, workers, num_cpus, num_gpus, backend)
 
 
-def _ray_data() -> Any:
-    try:
-        return importlib.import_module("ray.data")
-    except ImportError as error:
-        raise ConfigError(f"Ray Data is not installed ({error})", remedy="pip install 'lmvae_fast[ray]'") from error
+def start_local(**options: Any) -> None:
+    """Start Ray on this machine alone, out of reach of every other: it listens on the loopback interface.
+
+    Whatever else runs here is left alone: neither RAY_ADDRESS nor another Ray on the machine is joined. A Ray that starts
+    by itself, when a dataset is first made, listens on the machine's own address instead.
+
+    Args:
+        options: of ``ray.init`` (num_cpus, object_store_memory, ...), without ``address``.
+
+    Raises:
+        ConfigError: Ray is not installed, has been started or joined already, or listens elsewhere all the same.
+    """
+    ray = require("ray", purpose="starting Ray on this machine", extra="ray")
+    if ray.is_initialized():
+        raise ConfigError(
+            "Ray runs already", value=ray.get_runtime_context().gcs_address,
+            remedy="call start_local before the first dataset is made, or ray.shutdown() first",
+        )  # fmt: skip
+    listen_on_loopback()
+    ray.init(address="local", **options)
+    places = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if places != {LOOPBACK}:
+        ray.shutdown()
+        raise ConfigError(
+            "this Ray cannot be told to listen on the loopback interface", value=f"it listens on {sorted(places)}",
+            remedy=f"set {_CLUSTERS}=0 before Python starts, or update Ray",
+        )  # fmt: skip
+
+
+def listen_on_loopback() -> None:
+    """Let every Ray that this process starts from now on listen on 127.0.0.1 only, and look for it there.
+
+    Several nodes on one machine can still be joined, those of other machines no more. A node that is given its address
+    (``node_ip_address``) has to be given ``LOOPBACK``.
+    """
+    os.environ[_CLUSTERS] = "0"  # for what Ray starts, and for Ray itself where it is not yet imported
+    constants = sys.modules.get("ray._private.ray_constants")
+    if constants is not None:
+        vars(constants)["ENABLE_RAY_CLUSTER"] = False
 
 
 def _map(
@@ -174,12 +213,12 @@ def _map(
     num_gpus: float | None,
     backend: str,
 ) -> Dataset:
-    data = _ray_data()
+    data = require("ray.data", purpose="decoding and encoding over many machines", extra="ray")
     schema = dataset.schema(fetch_if_missing=False)  # what is not known yet is found out by the processes
     if schema is not None:
         _check_columns(schema.names, needed, made)
     if num_gpus is None:
-        num_gpus = 1 if importlib.import_module("ray").cluster_resources().get("GPU") else 0
+        num_gpus = 1 if sys.modules["ray"].cluster_resources().get("GPU") else 0
     place = Path(model_dir)
     return dataset.map_batches(
         work,

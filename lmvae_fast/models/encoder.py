@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from lmvae_fast.errors import ConfigError, DataError, TokenizerError
 from lmvae_fast.files import tensor_bytes
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.batch import Batch
+from lmvae_fast.text.tokenizer import check_size
 
 
 class Encoder(nn.Module):
@@ -65,6 +67,7 @@ class Encoder(nn.Module):
         self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
         embedding: Any = model.get_input_embeddings()
         self._vocabulary: int = embedding.weight.shape[0]
+        check_size(tokenizer, self._vocabulary, "encoder")
         self.trains, self.source = train, source
         model.requires_grad_(train)
         if pooling != "pooler" and getattr(model, "pooler", None) is not None:
@@ -82,10 +85,14 @@ class Encoder(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32) if train else dtype
         config = load_pretrained(AutoConfig, name, "encoder")
         # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
-        auto_class = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        auto_class: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        auto_class = _saved_encoder_half(config) or auto_class
         # Many checkpoints come without the pooler, which is not used unless it is asked for.
         may_lack = () if pooling == "pooler" else ("pooler.",)
         model = load_pretrained(auto_class, name, "encoder", may_lack=may_lack, dtype=dtype)
+        if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            # BART, mBART: the whole model's last hidden state is its decoder's.
+            model = model.get_encoder()
         tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
         return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
 
@@ -177,6 +184,15 @@ class Encoder(nn.Module):
             digest.update(name.encode())
             digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
+
+
+def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:
+    """The class of the encoder half of an encoder-decoder (BART), where a folder holds nothing but that half."""
+    names = getattr(config, "architectures", None) or [""]
+    if not getattr(config, "is_encoder_decoder", False) or not names[0].endswith("Encoder"):
+        return None
+    module = sys.modules[AutoModel._model_mapping[type(config)].__module__]
+    return getattr(module, names[0], None)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

@@ -22,7 +22,7 @@ from lmvae_fast.models.free_running import FreeRunning
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.latents import Latents, Noise, draw_latents, stream
 from lmvae_fast.models.layer_encoder import LayerEncoder
-from lmvae_fast.models.modes import evaluating
+from lmvae_fast.models.modes import building, evaluating
 from lmvae_fast.models.objective import combine, segment_sum, token_weights
 from lmvae_fast.models.posterior import Posterior, shared_seed
 from lmvae_fast.models.serialization import copy_into, read_model, save_model
@@ -67,7 +67,10 @@ class LMVAE(nn.Module):
         self, config: LMVAEConfig, *, encoder: Encoder | LayerEncoder | None = None, decoder: Decoder | None = None
     ):
         super().__init__()
-        config = resolve(config)
+        with building():
+            self._build(resolve(parts.located(config)), encoder, decoder)
+
+    def _build(self, config: LMVAEConfig, encoder: Encoder | None, decoder: Decoder | None) -> None:
         decoder = parts.load_decoder(config) if decoder is None else decoder
         encoder = parts.load_encoder(config, decoder) if encoder is None else encoder
         parts.check_parts(config, encoder, decoder)
@@ -81,6 +84,7 @@ class LMVAE(nn.Module):
         self.bag_of_words = parts.build_bag_of_words(config, decoder)
         for module in (self.posterior_head, self.projector, self.embedding_shift, self.residual, self.bag_of_words):
             if module is not None:
+                parts.start_latent_map(module, config.latent_init)
                 module.to(device=decoder.device, dtype=self._master_dtype)
         longest = config.max_len + (config.max_prompt_len or 0)
         decoder.check_positions(int(config.slots or 0), longest, str(config.visibility))
@@ -206,14 +210,15 @@ class LMVAE(nn.Module):
         latents = draw_latents(config, posterior, batch, beta=beta, noise=eps, seed=seed)
         injection = self._injected(latents, batch, seed=shared_seed(batch.share, seed, self.device), tokens=tokens)
         options = {"objective": str(config.objective), "length_normalize": bool(config.length_normalize)}
-        weights = token_weights(batch.tokens.to(self._master_dtype), batch.rows, **options)
+        lengths = batch.tokens + int(config.count_start_token)
+        weights = token_weights(lengths.to(self._master_dtype), batch.rows, **options)
         read = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids
         loss, nll = self._token_losses(batch, read, injection, weights)
         loss = loss + beta * latents.kl.mean()
         auxiliary = self._auxiliary(batch, posterior, nll, eps, seed)
         with torch.no_grad():
             of_sentences = segment_sum(nll.detach(), batch.cu_seqlens)
-            terms = combine(of_sentences, batch.tokens, latents.kl.detach(), beta, **options)
+            terms = combine(of_sentences, lengths, latents.kl.detach(), beta, **options)
         return LMVAEOutput(
             loss if auxiliary is None else loss + auxiliary,
             terms.reconstruction,
@@ -258,9 +263,8 @@ class LMVAE(nn.Module):
             residual_z=latents.residual,
         )
 
-    @torch.no_grad()
     def score(self, batch: Batch, z: Tensor) -> Tensor:
-        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats."""
+        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats; differentiable in z."""
         injection = self.inject(z, batch.annotations, tokens=batch.max_seqlen)
         _, nll = self._token_losses(batch, batch.input_ids, injection, None)
         return segment_sum(nll, batch.cu_seqlens)
@@ -365,9 +369,10 @@ class LMVAE(nn.Module):
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> LMVAE:
         """Load what :meth:`save_pretrained` wrote, from a folder or a Hugging Face hub name.
 
-        overrides: configuration fields to change. Raises what :func:`~lmvae_fast.models.serialization.read_model` raises.
+        overrides: configuration fields to change; ``train_decoder=True`` or ``decoder_part="lora"`` begin another stage of
+        training. Raises what :func:`~lmvae_fast.models.serialization.read_model` raises.
         """
-        config, state = read_model(source, **overrides)
-        model = cls(config)
-        model.load_trainable_state_dict(state)
+        stored = read_model(source, **overrides)
+        model = cls(stored.wanted)
+        stored.load_into(model, {"encoder": model.encoder, "decoder": model.decoder})
         return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ AnyEncoder = Encoder | LayerEncoder
 def tuning_of(config: LMVAEConfig) -> Tuning:
     """What of the decoder trains, by a configuration."""
     return Tuning(config.decoder_part, config.lora_rank, config.lora_alpha)
+
+
+def located(config: LMVAEConfig) -> LMVAEConfig:
+    """The configuration with parts that are folders or files named by their whole path, which holds wherever one goes."""
+    parts = {"encoder": config.encoder, "decoder": config.decoder}
+    return config.replace(**{name: str(Path(part).resolve()) for name, part in parts.items() if Path(part).exists()})
 
 
 def load_decoder(config: LMVAEConfig) -> Decoder:
@@ -142,6 +149,17 @@ def build_projector(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Mod
     return LinearProjector(
         width, slots=int(config.slots or 1), dropout=dropout, hidden=config.projector_hidden, **shape
     )
+
+
+def start_latent_map(module: nn.Module, kind: str) -> None:
+    """Give a map from or to the latent its start values: ``uniform`` keeps those it was built with, ``normal`` draws
+    N(0, 0.02^2) for weights and sets biases to 0, as ChunyuanLI/Optimus does."""
+    if kind == "normal":
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
 
 
 def check_parts(config: LMVAEConfig, encoder: AnyEncoder, decoder: Decoder) -> None:

@@ -6,26 +6,31 @@ This file knows a configuration, named tensors and two parts; the model that the
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
-from lmvae_fast.files import fsync_file, replace_folder, sha256_file
+from lmvae_fast.files import fsync_file, replace_folder, sampled_fingerprint, sha256_file
 from lmvae_fast.models.decoder.tuning import without_adapters
 from lmvae_fast.models.sharded_tensors import in_pieces, whole
 from lmvae_fast.text.tokenizer import SentenceTokenizer
 
+logger = logging.getLogger(__name__)
+
 CONFIG, WEIGHTS, FORMAT = "config.json", "model.safetensors", "lmvae_fast-1"
+_FROZEN = "frozen_sha256"  # by part that is not stored: a fingerprint of its frozen weights
 
 _CARD = """---
 library_name: lmvae_fast
@@ -80,13 +85,17 @@ def save_model(
     except OSError as error:
         raise OutputError(f"cannot write to {folder.parent}: {error}", remedy="choose a writable folder") from error
     try:
+        frozen = {}
         for name, part in parts.items():
-            stored = part.source is None or Path(part.source).is_dir() if include_frozen is None else include_frozen
+            stored = part.source is None or Path(part.source).exists() if include_frozen is None else include_frozen
             if stored:
                 _store_part(part, temporary / name)
                 config = config.replace(**{name: f"./{name}"})
+            elif not sharded:
+                frozen[name] = {"dtype": config.dtype, "sha256": frozen_fingerprint(name, part.model, state)}
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
         header = {"format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS)}
+        header |= {_FROZEN: frozen} if frozen else {}
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / "README.md").write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
@@ -99,11 +108,66 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_model(source: str | os.PathLike[str], **overrides: Any) -> tuple[LMVAEConfig, dict[str, Tensor]]:
-    """Configuration and trained tensors of a folder that :func:`save_model` wrote, or of a Hugging Face hub name.
+@dataclass(frozen=True)
+class StoredModel:
+    """What a folder holds of a model.
 
-    Parts that lie in the folder are named by their whole path. overrides: configuration fields to change
-    (``decoder="/another/place"``, ``dtype="bfloat16"``).
+    ``config`` as it was saved, ``wanted`` with the fields that were asked for in place of the saved ones (parts that lie in the
+    folder by their whole path); ``state``: what trained, by name; ``frozen``: fingerprints of parts that were not stored.
+    """
+
+    config: LMVAEConfig
+    wanted: LMVAEConfig
+    state: dict[str, Tensor]
+    frozen: dict[str, dict[str, str]]
+
+    def load_into(self, model: nn.Module, parts: Mapping[str, Any]) -> None:
+        """Copy the trained tensors into the model that ``wanted`` describes, and look whether its frozen parts are the saved
+        model's. What did not train when the model was saved and is to train now keeps its own weights.
+
+        Raises CheckpointError where tensors are missing, unknown or misshapen, or a frozen part is another one.
+        """
+        self._check_frozen(parts)
+        parameters = dict(model.named_parameters())
+        trains = {name for name, value in parameters.items() if value.requires_grad}
+        fields = {"encoder.": ("train_encoder",), "decoder.": ("train_decoder", "decoder_part")}
+        changed = tuple(
+            part
+            for part, names in fields.items()
+            if any(getattr(self.config, name) != getattr(self.wanted, name) for name in names)
+        )
+        new = {name for name in trains - self.state.keys() if name.startswith(changed or ("\0",))}
+        known = {name for name in self.state if name in parameters}
+        copy_into({name: parameters[name] for name in (trains - new) | known}, self.state)
+
+    def _check_frozen(self, parts: Mapping[str, Any]) -> None:
+        for name, saved in self.frozen.items():
+            if saved["dtype"] != self.wanted.dtype or name not in parts:
+                continue  # other roundings of the same weights have another fingerprint
+            if frozen_fingerprint(name, parts[name].model, self.state) == saved["sha256"]:
+                continue
+            if getattr(self.config, name) != getattr(self.wanted, name):
+                logger.warning("the %s given has other weights than the one this model was trained with", name)
+                continue
+            raise CheckpointError(
+                f"the {name} has other weights than the one this model was trained with",
+                value=getattr(self.wanted, name),
+                limit=f"fingerprint {saved['sha256'][:16]}",
+                remedy=f"restore it; or pass {name}= to take another one on purpose",
+            )
+
+
+def frozen_fingerprint(name: str, model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Fingerprint of what did not train of a part: its weights without those in ``state`` and without adapters."""
+    weights = without_adapters(dict(model.named_parameters()))  # tied ones once
+    trained = {key.replace(".base_layer.", ".") for key in state}
+    return sampled_fingerprint({key: value for key, value in weights.items() if f"{name}.model.{key}" not in trained})
+
+
+def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
+    """What a folder that :func:`save_model` wrote, or a Hugging Face hub name, holds.
+
+    overrides: configuration fields to change (``decoder="/another/place"``, ``dtype="bfloat16"``, ``train_decoder=True``).
 
     Raises:
         CheckpointError: nothing there, truncated, corrupt (its sha256 is not the recorded one), or of another kind.
@@ -124,16 +188,14 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> tuple[LMVAEC
             limit=f"format {FORMAT!r} in {CONFIG}",
             remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
         )
-    digest = values.pop("weights_sha256", None)
+    digest, frozen = values.pop("weights_sha256", None), values.pop(_FROZEN, {})
     try:
         config = LMVAEConfig.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG} does not fit this version: {error}") from error
-    config = config.replace(**overrides)
-    state = _read_weights(folder / WEIGHTS, digest)
     parts = {name: getattr(config, name) for name in ("encoder", "decoder")}
-    located = {name: str(folder / part) if part.startswith("./") else part for name, part in parts.items()}
-    return config.replace(**located), state
+    config = config.replace(**{n: str((folder / part).resolve()) for n, part in parts.items() if part.startswith("./")})
+    return StoredModel(config, config.replace(**overrides), _read_weights(folder / WEIGHTS, digest), frozen)
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class StepShape:
 
 class _MetaAttention:
     """An attention context that calls latent_attention's primitive, which has shapes on every device; the public op would
-    choose plain torch here. Fields as in ``models.attention.PackedAttention``."""
+    choose plain torch here. Fields as in ``models.decoder.attention.PackedAttention``."""
 
     def __init__(self, memory: Tensor, visibility: str, cu_seqlens: Tensor, max_seqlen: int) -> None:
         self._layers = [layer.unbind(0) for layer in memory.unbind(0)]

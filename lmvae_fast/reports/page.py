@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmvae_fast.files import fsync_file, replacing
+from lmvae_fast.optional import require
 
 _STYLE = """
 :root { --ink: #1d2433; --soft: #5b657a; --line: #dfe4ec; --accent: #2f6db3; --good: #1f7a4d; --back: #fbfcfe; }
@@ -106,8 +107,8 @@ def plane(points: Any) -> Any:
 
 
 def style() -> None:
-    """Matplotlib settings of our figures (no display is needed)."""
-    import matplotlib
+    """Matplotlib settings of our figures (no display is needed). Raises MissingPackageError without matplotlib."""
+    matplotlib = require("matplotlib", purpose="drawing figures", extra="demo")
     from cycler import cycler
 
     matplotlib.use("Agg")

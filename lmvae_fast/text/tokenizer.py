@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from lmvae_fast.errors import DataError, TokenizerError
 from lmvae_fast.pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
+
+#: Share of unknown tokens in a data set from which there is a warning.
+MOST_UNKNOWN = 0.03
 
 
 class SentenceTokenizer:
@@ -54,6 +57,8 @@ class SentenceTokenizer:
         self.bos_token_id: int = eos if first is None else first
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else pad_token_id
         self.pad_token_id: int = eos if pad is None else pad
+        self.unknown_id: int | None = None if tokenizer.unk_token_id == eos else tokenizer.unk_token_id
+        self._special = tuple(token for token in map(str, tokenizer.all_special_tokens) if token)
 
     @classmethod
     def load(cls, name: str, config: Any, *, add_prefix_space: bool = True) -> SentenceTokenizer:
@@ -63,15 +68,21 @@ class SentenceTokenizer:
         pre_tokenizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
         if add_prefix_space and pre_tokenizer is not None and hasattr(pre_tokenizer, "add_prefix_space"):
             pre_tokenizer.add_prefix_space = True
+        if add_prefix_space and not _round_trips(tokenizer):
+            # Some (Qwen's) then put a space before every piece: "It's 3.5 km" would become "It 's  3 . 5 km".
+            plain = load_pretrained(AutoTokenizer, name, "decoder tokenizer")
+            tokenizer = plain if _round_trips(plain) else tokenizer
         config = config.get_text_config(decoder=True)
         tokens = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(tokenizer, **tokens)
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raises TokenizerError when a special token lies outside an embedding of ``vocab_size`` rows.
+        """Raises TokenizerError when a special token lies outside an embedding of ``vocab_size`` rows, or when the tokenizer is
+        none for it.
 
         Other ids are checked sentence by sentence: a tokenizer may well have added tokens that its data never uses.
         """
+        check_size(self.tokenizer, vocab_size, "decoder")
         highest = max(self.bos_token_id, self.eos_token_id)
         if highest >= vocab_size:
             raise TokenizerError(
@@ -82,8 +93,25 @@ class SentenceTokenizer:
             )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without start and end tokens."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+        """Token ids of each text, without start and end tokens.
+
+        A special token that is spelled in a text ("<|endoftext|>", Penn Treebank's "<unk>") is text like any other.
+        """
+        if not len(texts):
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a text spells a special token."""
+        return any(token in text for token in self._special)
+
+    def cut(self, sentence: list[int], limit: int) -> list[int]:
+        """The first ``limit`` ids or a few fewer, so that none is a part of a character."""
+        kept = sentence[:limit]
+        for shorter in range(limit, max(limit - 4, 0), -1):  # UTF-8 has at most four bytes to a character
+            if not self.decode([sentence[:shorter]])[0].endswith("\N{REPLACEMENT CHARACTER}"):
+                return sentence[:shorter]
+        return kept
 
     def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text as the tokenizer writes them by itself, with a begin-of-text if it has one; an end token
@@ -103,6 +131,27 @@ class SentenceTokenizer:
         )
 
 
+def _round_trips(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an ordinary sentence is what its ids spell, outer spaces aside."""
+    text = "It's 3.5 km"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == text
+
+
+def check_size(tokenizer: PreTrainedTokenizerBase, vocab_size: int, part: str) -> None:
+    """Raises TokenizerError for a tokenizer that has hardly any of the tokens that the embedding of ``part`` has rows for.
+
+    From a folder without tokenizer files transformers makes one of nothing but special tokens, which knows no word.
+    """
+    if 10 * len(tokenizer) < vocab_size:
+        raise TokenizerError(
+            f"the {part}'s tokenizer is not that of its embedding",
+            value=f"{len(tokenizer)} tokens",
+            limit=f"an embedding of {vocab_size} rows",
+            remedy=f"save the tokenizer beside the {part} (tokenizer.save_pretrained(folder)), or point to its own folder",
+        )
+
+
 @dataclass(frozen=True)
 class TokenizedSentences(Sequence):
     """Sentences ready for training: ids without start and end tokens, and what was dropped on the way.
@@ -114,7 +163,9 @@ class TokenizedSentences(Sequence):
         ids: token ids, one list per sentence, none empty.
         annotations: pooled label features, float32 ``[N, labels]``, or None.
         source_rows: row of each sentence in the data it came from.
-        report: counts: ``kept``, ``truncated``, ``dropped`` (too long), ``empty``.
+        report: counts of sentences: ``kept``, ``truncated``, ``dropped`` (too long), ``empty``; and, where there are any,
+            ``without_end`` (as long as max_len, so that no end token is predicted), ``special`` (they spell a special token,
+            which is read as text) and ``unknown_tokens``.
     """
 
     texts: list[str]
@@ -179,6 +230,7 @@ def tokenize(
     encoded = tokenizer.encode([text for text, _ in rows])
     ids, kept, features = [], [], []
     report = {"kept": 0, "truncated": 0, "dropped": 0, "empty": 0}
+    noticed = {"without_end": 0, "special": 0, "unknown_tokens": 0}
     for row, ((text, words), sentence) in enumerate(zip(rows, encoded, strict=True)):
         if not text.strip() or not sentence:
             if on_empty == "error":
@@ -206,16 +258,28 @@ def tokenize(
                 report["dropped"] += 1
                 continue
             report["truncated"] += 1
-            sentence = sentence[:max_len]
+            sentence = tokenizer.cut(sentence, max_len)
+        elif len(sentence) == max_len:
+            noticed["without_end"] += 1
+        noticed["special"] += tokenizer.spells_special(text)
+        noticed["unknown_tokens"] += sentence.count(tokenizer.unknown_id)
         if labels:
             features.append(label_features(words, labels, max_len, row))
         ids.append(sentence)
         kept.append(row)
     report["kept"] = len(ids)
+    report |= {name: count for name, count in noticed.items() if count}
     if not ids:
         raise DataError("no sentence is left", value=report, remedy="raise max_len or choose on_long='truncate'")
-    if report["truncated"] or report["dropped"] or report["empty"]:
+    if any(count for name, count in report.items() if name != "kept"):
         logger.warning("of %d sentences: %s (max_len %d)", len(rows), report, max_len)
+    tokens = sum(map(len, ids))
+    if noticed["unknown_tokens"] > MOST_UNKNOWN * tokens:
+        logger.warning(
+            "%.0f%% of all tokens are unknown to the decoder's tokenizer: the model will learn little of these sentences; "
+            "take a decoder whose tokenizer knows their words",
+            100 * noticed["unknown_tokens"] / tokens,
+        )
     spelled = tokenizer.decode(ids)
     texts = [text.strip() for text in spelled]
     return TokenizedSentences(texts, spelled, ids, torch.stack(features) if features else None, kept, report)
@@ -226,6 +290,13 @@ def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | 
 
     Raises DataError for a row that is neither.
     """
+    if isinstance(examples, Mapping) or hasattr(examples, "columns") or hasattr(examples, "column_names"):
+        raise DataError(
+            "sentences must come one by one, and this is a table or a mapping",
+            value=type(examples).__name__,
+            limit="an iterable of strings or examples",
+            remedy="lf.read(table, column='text') takes DataFrames, datasets and mappings of columns",
+        )
     rows: list[tuple[str, Sequence[str] | None]] = []
     for row, item in enumerate(examples):
         text = item if isinstance(item, str) else getattr(item, "text", None)
@@ -236,6 +307,14 @@ def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | 
                 limit="a string, or an example with text and labels",
                 remedy="SentenceDataset.from_iterable takes mappings",
             )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"row {row} is no text: it holds half a character (a lone surrogate)",
+                value=repr(text[:60]),
+                remedy="mend that row, for instance with text.encode('utf-8', 'ignore').decode()",
+            ) from error
         rows.append((text, None if isinstance(item, str) else getattr(item, "labels", None)))
     return rows
 

@@ -19,6 +19,7 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, NumericalError
+from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
 from lmvae_fast.training.checkpoints import folder as checkpoint
@@ -379,6 +380,8 @@ class Trainer:
             self.state.plateau.update(value)
         if self.config.early_stop is not None and self.state.progress.waited >= self.config.early_stop:
             self.request_stop("early_stop")
+        if self.step == self.total_steps and self.ranks.first:
+            warn_of_collapse(figures["kl"], figures["active_units"], self.model.config.latent_dim, "training ends, and")
         self.tell("on_evaluate", record)
 
     def _result(self) -> TrainResult:

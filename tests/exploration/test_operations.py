@@ -9,7 +9,7 @@ import lmvae_fast as lf
 from lmvae_fast.errors import DataError, LatentError
 from lmvae_fast.exploration.operations import parse_terms
 from lmvae_fast.exploration.points import aggregate_quantiles
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 
 A, B = "a cat is a kind of animal", "water boils"
 

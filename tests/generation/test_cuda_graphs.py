@@ -14,10 +14,9 @@ from lmvae_fast.generation import cuda_graphs as graphs
 from lmvae_fast.generation import engine
 from lmvae_fast.generation.cuda_graphs import PLAIN_STEPS, RecordedStep, rows_of
 from lmvae_fast.generation.engine import generate
+from lmvae_fast.testing import FAMILIES, make_model
 from tests.generation.replay import RecordedOperations
 from tests.generation.test_engine import end_with_a_common_token
-from tests.models.tiny import make_model
-from tests.reference.tiny import FAMILIES
 
 OPTIONS = (
     {},

@@ -14,8 +14,8 @@ from lmvae_fast.models.decoder import prepared_weights as packed
 from lmvae_fast.models.free_running import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.stepwise import stepwise_greedy
+from lmvae_fast.testing import make_decoder, make_model
 from tests.models.test_parallel_pass import problem
-from tests.models.tiny import make_decoder, make_model
 
 
 @pytest.mark.parametrize("visibility", ["prefix", "rolling", "interleaved"])

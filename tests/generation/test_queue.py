@@ -11,8 +11,8 @@ from lmvae_fast.generation import engine
 from lmvae_fast.generation.decode_rows import Rows
 from lmvae_fast.generation.engine import generate
 from lmvae_fast.generation.queue import blocks_of
+from lmvae_fast.testing import make_model
 from tests.generation.test_engine import end_with_a_common_token
-from tests.models.tiny import make_model
 
 
 @pytest.mark.parametrize("sizes", [[1] * 11, [3, 0, 5, 3], [11], [10, 1], [4, 7]])

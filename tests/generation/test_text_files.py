@@ -28,8 +28,8 @@ from lmvae_fast.generation.latent_sources import (
 from lmvae_fast.generation.text_files import generate_file
 from lmvae_fast.generation.workers import Workers
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.testing import make_model
 from lmvae_fast.text.tokenizer import label_features
-from tests.models.tiny import make_model
 
 N = 50
 

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from lmvae_fast.errors import NumericalError
+from lmvae_fast.testing import make_model
 from lmvae_fast.training import Callback
 from lmvae_fast.training.loop import Trainer
-from tests.models.tiny import make_model
 from tests.training.helpers import StopAt, plain_sentences, run, settings
 
 # What each adds: dropout's mask in the fused gradient; micro-batches of unequal size; a GELU layer before the map and a

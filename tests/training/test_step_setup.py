@@ -8,9 +8,9 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.testing import make_model
 from lmvae_fast.training import Callback
 from lmvae_fast.training.step_setup import frozen_in, recomputing
-from tests.models.tiny import make_model
 from tests.training.helpers import run
 
 

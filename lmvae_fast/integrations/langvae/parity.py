@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from lmvae_fast.integrations.langvae import load_reference, save_checkpoint
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.projectors import LinearProjector
+from lmvae_fast.profiling.measure import call_seconds, take_turns
 
 
 def compare(model: LMVAE, texts: Sequence[str], scratch: Path, *, seed: int = 0, runs: int = 5) -> dict[str, Any]:
@@ -50,14 +51,14 @@ def compare(model: LMVAE, texts: Sequence[str], scratch: Path, *, seed: int = 0,
         theirs, their_gradients = _gradients(
             reference, lambda: reference.loss(texts, beta=beta, target_kl=2.0, eps=eps, objective="langvae-0.6").loss
         )
-        exact_seconds, reference_seconds = _interleaved(
+        exact_seconds, reference_seconds = _in_turn(
             lambda: _step(model, lambda: model(batch, beta=beta, eps=eps).loss),
             lambda: _step(reference, lambda: reference.loss(texts, beta=beta, target_kl=2.0, eps=eps).loss),
             runs,
         )
         model.config = config
         forced = model.make_batch(sentences, pooled=pooled)
-        forced_seconds, again = _interleaved(
+        forced_seconds, again = _in_turn(
             lambda: _step(model, lambda: model(forced, beta=beta, eps=eps).loss),
             lambda: _step(reference, lambda: reference.loss(texts, beta=beta, target_kl=2.0, eps=eps).loss),
             runs,
@@ -65,7 +66,9 @@ def compare(model: LMVAE, texts: Sequence[str], scratch: Path, *, seed: int = 0,
         z = model.encode(texts).mu
         with torch.no_grad():
             same = _same_ids(model, reference, z)
-            decode_seconds, reference_decode = _interleaved(lambda: model.decode(z), lambda: reference.decode(z), runs)
+            decode_seconds, reference_decode = _in_turn(
+                lambda: model.decode(z), lambda: reference.decode(z), runs
+            )  # fmt: skip
     finally:
         model.config = config
         model.train(was_training)
@@ -124,12 +127,8 @@ def _same_ids(model: LMVAE, reference: Any, z: torch.Tensor) -> bool:
     return bool(torch.equal(ours, reference.decode_ids(z)))
 
 
-def _interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], runs: int) -> tuple[float, float]:
-    """Median seconds of both, run in turn so that the machine's moods meet both alike."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(runs + 1):
-        for function, column in zip((ours, theirs), times, strict=True):
-            started = time.perf_counter()
-            function()
-            column.append(time.perf_counter() - started)
-    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+def _in_turn(ours: Callable[[], Any], theirs: Callable[[], Any], runs: int) -> tuple[float, float]:
+    """Median seconds of both, run in turn after one call that is not counted."""
+    sides = {name: functools.partial(call_seconds, run) for name, run in (("ours", ours), ("theirs", theirs))}
+    times = take_turns(sides, runs, discarded=1)
+    return statistics.median(times["ours"]), statistics.median(times["theirs"])

@@ -138,7 +138,7 @@ def latent_attention_forward(
     if lmvae is None:
         raise UnsupportedDecoderError(
             "this decoder's attention was handed over to lmvae_fast",
-            remedy="call it through LMVAE, or give it back with decoder.set_attn_implementation('sdpa')",
+            remedy="call it through LMVAE; set_attn_implementation('sdpa') gives it back, and takes it away from LMVAE",
         )
     unknown = {name for name, value in other.items() if value is not None and name not in _HARMLESS}
     if unknown:

@@ -58,6 +58,8 @@ class LatentCache:
         positions = {"prefix": slots + max_tokens, "interleaved": 2 * slots, "rolling": slots + 1}[visibility]
         self.kv = torch.zeros(layers, 2, batch, kv_heads, positions, head_dim, dtype=dtype, device=device)
         self.step = torch.zeros(batch, dtype=torch.int64, device=device)
+        #: Whether all that a row's sentence has gone through was finite.
+        self.finite = torch.ones(batch, dtype=torch.bool, device=device)
         self._rows = torch.arange(batch, device=device)
         self._positions = self._lengths = self.step
 
@@ -79,10 +81,11 @@ class LatentCache:
     def restart(self, rows: Tensor) -> None:
         """Start new sentences in ``rows`` (int64 ``[n]``) whose memory was written into :attr:`memory` itself."""
         self.step.index_fill_(0, rows, 0)
+        self.finite.index_fill_(0, rows, True)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows (int64 ``[n]``), in this order."""
-        self.kv, self.step = self.kv[:, :, rows], self.step[rows]
+        self.kv, self.step, self.finite = self.kv[:, :, rows], self.step[rows], self.finite[rows]
         self._rows = self._rows[: rows.shape[0]]
 
     def reorder(self, rows: Tensor) -> None:
@@ -91,6 +94,7 @@ class LatentCache:
         view = self.kv[..., tokens[self.visibility], :]
         view.copy_(view[:, :, rows])
         self.step.copy_(self.step[rows])
+        self.finite.copy_(self.finite[rows])
 
     def position_ids(self) -> Tensor:
         """Position id of the token each row reads next, int64 ``[batch]``."""

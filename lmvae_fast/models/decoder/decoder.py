@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lmvae_fast.errors import ConfigError, UnsupportedDecoderError
+from lmvae_fast.errors import ConfigError, NumericalError, UnsupportedDecoderError
 from lmvae_fast.kernels.latent_attention.visibility import token_position
-from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
+from lmvae_fast.models.decoder.attention import ATTENTION, AttentionContext, PackedAttention
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.examination import examine
 from lmvae_fast.models.decoder.greedy_token import greedy_tokens
@@ -51,7 +51,9 @@ class Decoder(nn.Module):
         self.tuning = tuning or Tuning()
         config = model.config.get_text_config(decoder=True)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._config = config
+        self._checked_head: tuple[tuple[int, int], ...] | None = None
+        self.position_offset = 0  # of the model's own position ids; the examination finds it
         self.vocab_size, self.hidden_size = self._embedding.shape
         model.requires_grad_(False)
         self.train(False)
@@ -59,6 +61,7 @@ class Decoder(nn.Module):
         found = examine(self)
         self.num_layers, self.num_heads = found.layers, found.heads
         self.kv_heads, self.head_dim, self.windows = found.kv_heads, found.head_dim, found.windows
+        self.max_positions, self.hidden_window = found.positions, found.hidden_window
         if train:
             self.tuning.apply(model)
 
@@ -170,9 +173,28 @@ class Decoder(nn.Module):
         cache.prepare()
         hidden = self.run(input_ids, cache.position_ids(), injection.embedding_shift, cache)
         cache.advance()
+        cache.finite &= torch.isfinite(hidden).all(-1)
         if injection.output_residual is not None:
             hidden = hidden + injection.output_residual.to(hidden.dtype)
         return hidden
+
+    def check_head(self) -> None:
+        """Raises NumericalError where the head's weight is not finite; looks at it once for as long as it stays as it is."""
+        weight, bias = self.head_weight, self.head_bias
+        state = tuple((part.data_ptr(), part._version) for part in (weight, bias) if part is not None)
+        if state == self._checked_head:
+            return
+        finite = torch.isfinite(weight.detach()).all(1)
+        if bias is not None:
+            finite &= torch.isfinite(bias.detach())
+        if not bool(finite.all()):
+            tokens = (~finite).nonzero().squeeze(1).tolist()
+            raise NumericalError(
+                "the decoder's head holds NaN or Inf, so that no token is the most probable one",
+                value=f"weights of token {tokens[0]}" + (f" and {len(tokens) - 1} more" if len(tokens) > 1 else ""),
+                remedy="load the decoder again; a training run's last good checkpoint is in its folder",
+            )
+        self._checked_head = state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: ``[..., vocabulary]``."""
@@ -206,6 +228,13 @@ class Decoder(nn.Module):
                 limit=f"the decoder's {self.max_positions} positions",
                 remedy="lower max_len",
             )
+        if self.hidden_window is not None and slots + tokens > self.hidden_window:
+            raise UnsupportedDecoderError(
+                "the decoder's sliding window acts through a mask that our attention does not see",
+                value=f"{slots} slots and {tokens} tokens",
+                limit=f"a window of {self.hidden_window}",
+                remedy="lower max_len or slots",
+            )
         window = min((window for window in self.windows.values() if window is not None), default=None)
         if visibility == "rolling" and window is not None and window < tokens + 1:
             raise UnsupportedDecoderError(
@@ -217,6 +246,15 @@ class Decoder(nn.Module):
 
     def run(self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext) -> Tensor:
         """Hidden states ``[T, hidden]`` of packed tokens at given positions, their embeddings moved by ``shift``."""
+        if self._config._attn_implementation != ATTENTION:
+            raise UnsupportedDecoderError(
+                "the decoder's attention has been taken away from lmvae_fast: its memory would be ignored",
+                value=self._config._attn_implementation,
+                limit=ATTENTION,
+                remedy="decoder.model.set_attn_implementation('lmvae')",
+            )
+        if self.position_offset:
+            position_ids = position_ids + self.position_offset
         embedded = self.model.get_input_embeddings()(input_ids)
         if shift is not None:
             embedded = embedded + shift.to(embedded.dtype)

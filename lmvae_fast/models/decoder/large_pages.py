@@ -16,7 +16,7 @@ class LargePages:
     looking up where the pages are; on Linux large ones are asked for, elsewhere this is ordinary memory."""
 
     def __init__(self) -> None:
-        self._chunk = torch.empty(0)
+        self._chunk = torch.empty(0, dtype=torch.float32)
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor, which keeps its chunk of memory alive."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lmvae_fast.config import TrainConfig
+from lmvae_fast.config import LMVAEConfig, TrainConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, OutputError
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints.tensors import frozen_fingerprint
@@ -85,8 +85,15 @@ def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises DataError for other training data, CheckpointError for another model, ConfigError for another recipe; warns
     of what changes the run's course without breaking it (length, evaluation, thread count, torch version).
     """
+    # Fields that came after a checkpoint was written had the value that is their default now.
+    saved = saved | {
+        "model_config": LMVAEConfig().to_dict() | saved["model_config"],
+        "train_config": TrainConfig().to_dict() | saved["train_config"],
+    }
     changed = _differences(saved["model_config"], current["model_config"])
-    if saved["frozen"] != current["frozen"]:
+    if saved["frozen"] == current["frozen"]:  # the same weights, wherever they lie now
+        changed = {name: pair for name, pair in changed.items() if name not in ("encoder", "decoder")}
+    else:
         changed["weights of the frozen parts"] = ("those of the run", "others")
     if changed:
         raise CheckpointError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.errors import CheckpointError
-from lmvae_fast.files import fingerprint_tensors
+from lmvae_fast.files import sampled_fingerprint
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,12 +25,8 @@ def frozen_fingerprint(model: nn.Module, samples: int = 256) -> str:
     A checkpoint holds none of it, so this is how a resumed run knows that it stands on the same frozen parts. Sampled,
     because hashing the whole of a large decoder takes longer than many a run's first epoch.
     """
-    sampled = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            flat = parameter.detach().reshape(-1)
-            sampled[f"{name} {tuple(parameter.shape)}"] = flat[:: max(1, flat.numel() // samples)]
-    return fingerprint_tensors(sampled)
+    frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+    return sampled_fingerprint(frozen, samples)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

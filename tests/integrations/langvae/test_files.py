@@ -17,7 +17,7 @@ from lmvae_fast.integrations.langvae import files as langvae_files
 from lmvae_fast.integrations.langvae import load_reference
 from lmvae_fast.integrations.langvae.files import FILES, LangVAEFolder, read_folder, write_folder
 from lmvae_fast.integrations.langvae.legacy_parts import write_legacy_copy
-from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 NZ, MAX_LEN, LAYERS, WIDTH = 4, 5, 2, 24  # encoder width 24: the tiny encoder's
 ROWS = 2 * 2 * 8 * (MAX_LEN + 1)  # K and V, 2 kv heads of 8 (the tiny Llama's)

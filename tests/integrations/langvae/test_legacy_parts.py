@@ -12,8 +12,8 @@ import transformers as hf
 from lmvae_fast.errors import CheckpointError
 from lmvae_fast.integrations.langvae.files import write_folder
 from lmvae_fast.integrations.langvae.legacy_parts import legacy_config, needs_legacy_copy, write_legacy_copy
+from lmvae_fast.testing import VOCABULARY, perturbed, tiny_decoder, tiny_tokenizer
 from tests.integrations.langvae.test_files import contents
-from tests.reference.tiny import VOCABULARY, perturbed, tiny_decoder, tiny_tokenizer
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 500.0}
 

@@ -12,7 +12,7 @@ from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import CheckpointError, OutputError
 from lmvae_fast.integrations.langvae import load_checkpoint, load_reference, save_checkpoint
 from lmvae_fast.integrations.langvae.files import read_folder, write_folder
-from tests.reference.tiny import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
 
 NZ, MAX_LEN = 4, 8
 

@@ -7,8 +7,8 @@ import torch
 
 from lmvae_fast.models.decoder import prefill
 from lmvae_fast.models.injection import Injection
+from lmvae_fast.testing import make_decoder
 from tests.models.test_parallel_pass import problem
-from tests.models.tiny import make_decoder
 
 PROMPTS = ([1, 9, 33, 50, 7], [], [1], [1, 60])  # for the four rows of `problem`: long, none, one token, two
 

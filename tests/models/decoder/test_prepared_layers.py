@@ -12,7 +12,7 @@ from lmvae_fast.models.decoder import prepared_layers as bodies
 from lmvae_fast.models.decoder import prepared_weights as packed
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.large_pages import LargePages
-from tests.models.tiny import make_decoder
+from lmvae_fast.testing import make_decoder
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 

@@ -7,7 +7,7 @@ import torch
 
 import lmvae_fast as lf
 from lmvae_fast.errors import ConfigError
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 from tests.training.helpers import StopAt, assert_same_checkpoint, run
 
 # What each adds: tied embedding and head; an untied head; adapters on transposed weights and on plain ones, the latter

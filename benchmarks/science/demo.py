@@ -1,6 +1,6 @@
 """Run the demonstration and record what it reached.
 
-    python -m benchmarks.record_demo
+    python -m benchmarks.science.demo
 
 writes benchmarks/results/demo.json.
 """
@@ -13,10 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.kernels.harness import machine
+from benchmarks.common.records import RESULTS, write
 from lmvae_fast.kernels import backend
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from lmvae_fast.profiling.measure import machine
 
 
 def main() -> None:
@@ -25,11 +24,10 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "lmvae_fast.cli", "demo", "--output", folder], check=True)
         figures = json.loads((Path(folder) / "figures.json").read_text())
     record = {
-        "command": "python -m benchmarks.record_demo", "machine": machine("cpu"), "extension": backend.extension()[1],
+        "command": "python -m benchmarks.science.demo", "machine": machine("cpu"), "extension": backend.extension()[1],
         "figures": figures,
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
+    write(record, RESULTS / "demo.json")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One side of a profile: its time by part, FLOPs, bytes, memory and energy, each against the machine's limits."""
+"""A call broken down: time by part, FLOPs, bytes, memory and energy, each against the machine's limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BACKWARD = "autograd::engine::evaluate_function"
 
 @dataclass(frozen=True)
 class Side:
-    """What is compared: a call, and what must be known to take it apart.
+    """One side of a comparison: a call, and what must be known to break it down.
 
     ``call`` does the work once; ``watch`` is a context within which it switches the parts it is given; ``held_bytes`` says
     what stays between calls.
@@ -35,7 +35,7 @@ class Side:
     held_bytes: Callable[[], int]
 
 
-def measure(
+def break_down(
     side: Side,
     times: Sequence[float],
     names: Sequence[str],
@@ -47,8 +47,11 @@ def measure(
 ) -> dict[str, Any]:
     """A JSON-able record of one side: totals, and ``parts`` in the order of ``names``.
 
-    times: seconds of calls without a profiler; their median is what parts share out, by their shares of ``traced`` calls
-    under torch's profiler, whose trace is written to ``trace``. dtype: whose matrix rate is the limit.
+    Args:
+        times: seconds of calls without a profiler; their median is what the parts share out.
+        names: of the parts.
+        limits: of the machine, as ``machine_limits`` measures them. dtype: whose matrix rate is the limit.
+        trace: file of the profiler's trace. traced: calls under the profiler, which give each part's share.
     """
     parts, taken = Parts(), statistics.median(times)
     with side.watch(parts):

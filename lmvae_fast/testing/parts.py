@@ -6,6 +6,7 @@ Weights are drawn large, and norms and biases are perturbed, so that a wrong mas
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import transformers as hf
@@ -25,13 +26,21 @@ def tiny_decoder(
     seed: int = 0,
     attention: str = "eager",
     max_positions: int = 128,
-):
+) -> hf.PreTrainedModel:
     """A random causal LM in eval mode, fp32, hidden size 32, GQA 4:2 where the family has it.
 
     Args:
+        family: one of ``FAMILIES``.
+        layers, vocab_size, max_positions: sizes. seed: of the weights.
+        attention: transformers' name of the attention implementation.
         window: sliding window in cache entries (families in ``WINDOWED``); None leaves full attention, except that
             Gemma2 and Gemma3, which always alternate, then get a window of 4096.
+
+    Raises:
+        ValueError: an unknown family, or a window for one that has none.
     """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} is none of {FAMILIES}")
     if window is not None and family not in WINDOWED:
         raise ValueError(f"family {family!r} has no sliding window; those that do: {WINDOWED}")
     common = dict(vocab_size=vocab_size, num_hidden_layers=layers, attn_implementation=attention, **SPECIAL)
@@ -64,8 +73,8 @@ def tiny_decoder(
     return perturbed(lambda: hf.AutoModelForCausalLM.from_config(config), seed)
 
 
-def tiny_encoder(family: str = "bert", *, vocab_size: int = VOCABULARY, seed: int = 1):
-    """A random text encoder in eval mode: ``bert``, ``t5`` or ``qwen2`` (last-token pooling), hidden size 24."""
+def tiny_encoder(family: str = "bert", *, vocab_size: int = VOCABULARY, seed: int = 1) -> hf.PreTrainedModel:
+    """A random text encoder in eval mode, fp32, hidden size 24: ``bert``, ``t5`` or ``qwen2`` (no other: KeyError)."""
     common = dict(vocab_size=vocab_size, **SPECIAL)
     build = {
         "bert": lambda: hf.BertModel(
@@ -86,7 +95,7 @@ def tiny_encoder(family: str = "bert", *, vocab_size: int = VOCABULARY, seed: in
     return perturbed(build, seed)
 
 
-def perturbed(build, seed: int):
+def perturbed(build: Callable[[], hf.PreTrainedModel], seed: int) -> hf.PreTrainedModel:
     """``build()`` under a seed of its own, weights drawn anew: matrices N(0, 0.3^2), vectors moved by N(0, 0.1^2)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -100,8 +109,8 @@ def perturbed(build, seed: int):
     return model
 
 
-def memory_shape(model, batch: int, slots: int) -> tuple[int, ...]:
-    """[L, 2, B, Hkv, M, D] of a decoder."""
+def memory_shape(model: hf.PreTrainedModel, batch: int, slots: int) -> tuple[int, ...]:
+    """``(layers, 2, batch, kv_heads, slots, head_dim)`` of a decoder's memory."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -131,7 +140,7 @@ def _trained_tokenizer() -> str:
     return bpe.to_str()
 
 
-def tiny_tokenizer():
+def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most 320 tokens with pad 0, bos 1, eos 2; ``len()`` gives its size."""
     from tokenizers import Tokenizer
 

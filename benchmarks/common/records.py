@@ -1,4 +1,4 @@
-"""Reading what benchmarks recorded."""
+"""What benchmarks record, written and read: one JSON file each below benchmarks/results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def write(record: dict[str, Any], file: Path) -> None:
+    """The record into ``file``; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load(path: str) -> dict[str, Any] | None:

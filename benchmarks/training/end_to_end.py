@@ -1,6 +1,6 @@
 """A GPT-2-small-shaped model, ours against the eager reference: one training step and greedy decoding.
 
-    python -m benchmarks.end_to_end [--device cuda] [--precision fp32 bf16] [--seconds 5] [--output FILE.json]
+    python -m benchmarks.training.end_to_end [--device cuda] [--precision fp32 bf16] [--seconds 5] [--output FILE.json]
 
 Random weights (speed does not depend on them), the same on both sides; sentences of 4 to 22 tokens, batch 32, 33 slots,
 z of 128. Before anything is timed, both sides must give the same loss. The reference reads one token at a time, as LangVAE
@@ -10,11 +10,9 @@ does; it too is given the sentence's own tokens (teacher forcing), so both sides
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,15 @@ from typing import Any
 import torch
 import transformers as hf
 
-from benchmarks.kernels import harness
+from benchmarks.common.records import RESULTS, write
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.profiling.measure import interleave, machine, peak_memory, speedup
 from lmvae_fast.reference.langvae import ReferenceLangVAE
+from lmvae_fast.testing import SENTENCES, tiny_encoder, tiny_tokenizer
 from lmvae_fast.text.tokenizer import SentenceTokenizer
-from tests.reference.tiny import SENTENCES, tiny_encoder, tiny_tokenizer
 
 MAX_LEN, LATENT = 32, 128
 SHAPE = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50_257}
@@ -45,9 +44,8 @@ def build(device: str, shape: dict[str, int]) -> tuple[LMVAE, ReferenceLangVAE]:
     """Both sides with the same weights, on the device."""
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    make = lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_positions=128, **shape, **special)).eval()  # noqa: E731
-    first = make()
-    second = make()
+    decoder = hf.GPT2Config(n_positions=128, **shape, **special)
+    first, second = (hf.GPT2LMHeadModel(decoder).eval() for _ in range(2))
     second.load_state_dict(first.state_dict())
     size = len(tiny_tokenizer())
     config = LMVAEConfig(latent_dim=LATENT, max_len=MAX_LEN, projector_dropout=0.0)
@@ -113,28 +111,13 @@ def training_steps(ours: LMVAE, reference: ReferenceLangVAE, batch: int, device:
 
 def compare(sides: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, Any]:
     """Medians and peak memory of both sides, timed in turn; at least 3 rounds."""
-    for function in sides.values():
-        function()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    start = time.perf_counter()
-    while len(times["ours"]) < 3 or time.perf_counter() - start < seconds:
-        for name, function in sides.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - began)
-    memory = (
-        {name: harness.peak_memory(function, device) for name, function in sides.items()} if device == "cuda" else {}
-    )
+    times = interleave(sides, seconds, device, rounds=3)
+    memory = {name: peak_memory(function, device) for name, function in sides.items()} if device == "cuda" else {}
     return {
         "milliseconds": {name: round(1e3 * statistics.median(values), 3) for name, values in times.items()},
-        "rounds": len(times["ours"]),
-        "speedup": round(statistics.median(b / a for a, b in zip(times["ours"], times["reference"], strict=True)), 2),
+        "rounds": len(times["ours"]), "speedup": round(speedup(times, "ours", "reference"), 2),
         "peak_extra_bytes": memory,
-    }
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -144,15 +127,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="per row, both sides together")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="two narrow layers: to try the program, not to measure")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/end_to_end.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "end_to_end.json")
     options = parser.parse_args()
     shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 400} if options.tiny else SHAPE
     record: dict[str, Any] = {
-        "command": "python -m benchmarks.end_to_end " + " ".join(sys.argv[1:]),
-        "machine": harness.machine(options.device), "shape": shape, "rows": [],
+        "command": "python -m benchmarks.training.end_to_end " + " ".join(sys.argv[1:]),
+        "machine": machine(options.device), "shape": shape, "rows": [],
     }  # fmt: skip
     ours, reference = build(options.device, shape)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for precision in options.precision:
         dtype = torch.bfloat16 if precision == "bf16" else None
         ours_step, reference_step, losses, tokens = training_steps(
@@ -166,7 +148,7 @@ def main() -> int:
         record["rows"].append(
             row | compare({"ours": ours_step, "reference": reference_step}, options.seconds, options.device)
         )
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, options.output)
         z = torch.randn(options.batch, LATENT, device=options.device)
 
         def decode(function: Callable[[torch.Tensor], Any], dtype=dtype, z=z) -> Callable[[], None]:
@@ -179,7 +161,7 @@ def main() -> int:
         sides = {"ours": decode(ours.decode), "reference": decode(reference.decode)}
         row = {"what": f"greedy decoding of {MAX_LEN} tokens at most", "precision": precision, "batch": options.batch}
         record["rows"].append(row | compare(sides, options.seconds, options.device))
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, options.output)
     for row in record["rows"]:
         took = row["milliseconds"]
         print(
