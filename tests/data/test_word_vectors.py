@@ -208,7 +208,7 @@ def test_without_the_package(monkeypatch):
 def test_vectors_of_an_encoder_and_of_a_decoder():
     import torch
 
-    from tests.models.tiny import make_model
+    from lmvae_fast.testing import make_model
 
     model = make_model()
     words = ["cat", "animal", "cat", "liquid"]

@@ -21,8 +21,7 @@ from lmvae_fast.models.layer_encoder import LayerEncoder
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.reference.cvae import ReferenceCVAE
 from lmvae_fast.reference.cvae_parts import CVAESettings
-from tests.models.tiny import make_decoder, make_model
-from tests.reference.tiny import perturbed, tiny_decoder, tiny_tokenizer
+from lmvae_fast.testing import make_decoder, make_model, perturbed, tiny_decoder, tiny_tokenizer
 
 ITEMS = [
     PromptResponse("the sun is", " a star"), PromptResponse("the sun is", " a kind of light to live"),
