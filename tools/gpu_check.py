@@ -45,7 +45,7 @@ RED = ("failed", "timeout")
 
 @dataclass
 class Done:
-    """What became of a command: its exit status (None when it was stopped), seconds, and the end of its output."""
+    """Outcome of a command: its exit status (None when it was stopped), seconds, and the end of its output."""
 
     code: int | None
     seconds: float
@@ -58,7 +58,7 @@ class Done:
 
 @dataclass
 class Context:
-    """What stages share: the options, where files go, and the environment that the build made."""
+    """Everything that stages share: the options, where files go, and the environment that the build made."""
 
     output: Path
     scratch: Path

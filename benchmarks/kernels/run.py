@@ -39,7 +39,7 @@ def tests_of(op: str, device: str) -> str:
 
 
 def recorded_green(path: str, junit: Path) -> bool:
-    """Whether a JUnit file that pytest wrote has passed tests of this file and no failed one."""
+    """True if a JUnit file that pytest wrote has passed tests of this file and no failed one."""
     module = path.removesuffix(".py").replace("/", ".")
     passed = False
     for case in ElementTree.parse(junit).iter("testcase"):
@@ -51,7 +51,7 @@ def recorded_green(path: str, junit: Path) -> bool:
 
 
 def tests_are_green(op: str, device: str) -> bool:
-    """Runs the op's tests in a process of their own."""
+    """Run the op's tests in a process of their own; True if they pass."""
     path = tests_of(op, device)
     if not (ROOT / path).exists():
         print(f"{op}: there is no {path}", file=sys.stderr)

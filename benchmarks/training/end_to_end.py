@@ -41,7 +41,7 @@ def sentences(count: int) -> list[str]:
 
 
 def build(device: str, shape: dict[str, int]) -> tuple[LMVAE, ReferenceLangVAE]:
-    """Both sides with the same weights, on the device."""
+    """Build both sides with the same weights, on the device."""
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     decoder = hf.GPT2Config(n_positions=128, **shape, **special)

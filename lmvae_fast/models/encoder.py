@@ -73,6 +73,8 @@ class Encoder(nn.Module):
         if pooling != "pooler" and getattr(model, "pooler", None) is not None:
             model.pooler.requires_grad_(False)  # unused: an optimiser would only decay it
         self.train(False)
+        self.max_tokens = longest_input(model)
+        self.width = self._examine()
 
     @classmethod
     def load(
@@ -97,11 +99,6 @@ class Encoder(nn.Module):
         return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
 
     @property
-    def width(self) -> int:
-        """Width of the pooled vector."""
-        return self.model.config.hidden_size
-
-    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.model.parameters()).device
@@ -111,13 +108,37 @@ class Encoder(nn.Module):
         super().train(mode and self.trains)
         return self
 
+    @torch.no_grad()
+    def _examine(self) -> int:
+        """Width of the pooled vector; raises ConfigError where a sentence's vector depends on what it is padded with."""
+        if self.device.type == "meta":
+            return self.model.config.hidden_size
+        name = type(self.model).__name__
+        texts = ["a cat", "a cat is a kind of animal that lives with people"]
+        try:
+            alone = self(*(part.to(self.device) for part in self.tokenize(texts[:1])))
+            padded = self(*(part.to(self.device) for part in self.tokenize(texts)))[:1]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError, KeyError) as error:
+            raise ConfigError(
+                f"{name} cannot be run as a text encoder: {str(error).strip().splitlines()[0][:200]}",
+                remedy="use a text encoder that takes input_ids and attention_mask (BERT, MiniLM, T5, RoBERTa, Qwen ...)",
+            ) from error
+        difference = ((alone - padded).norm() / alone.norm().clamp_min(1e-9)).item()
+        dtype = next(self.model.parameters()).dtype
+        if not difference <= (0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3):
+            raise ConfigError(
+                f"{name} gives a sentence other features beside a longer one: it does not leave its padding out",
+                value=f"off by {difference:.1e} of their norm",
+                remedy="use another encoder" if self.pooling != "last" else "use pooling='mean', or another encoder",
+            )
+        return alone.shape[1]
+
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit.
 
         Raises DataError when the tokenizer makes ids that the encoder has no embedding for.
         """
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        limit = min(self.tokenizer.model_max_length, longest or 10**9)
+        limit = min(self.tokenizer.model_max_length, self.max_tokens or 10**9)
         encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
         )
@@ -184,6 +205,19 @@ class Encoder(nn.Module):
             digest.update(name.encode())
             digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """The most tokens that an encoder has positions for; None for any number (relative positions)."""
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None or longest < 1:  # XLNet says -1
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa's positions begin behind the padding token's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest
 
 
 def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:
