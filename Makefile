@@ -7,7 +7,7 @@ JOBS   ?= 2
 # The pinned torch comes first: any later requirement on torch is then already satisfied and cannot pull another build.
 TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
-CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
+CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
 .PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
 
@@ -31,8 +31,9 @@ demo: $(READY)   ## train a small LangVAE on the bundled corpus and write runs/d
 test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-lint: $(READY)   ## ruff, and mypy on the package
+lint: $(READY)   ## ruff, clang-format on csrc/, and mypy on the package
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 
 fuzz: $(READY)   ## hypothesis-driven fuzzing, at least 500 cases an op

@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# One set of flags per instruction set; `<op>_simd.cpp` is compiled once for each and picked at run time (csrc/dispatch.h).
+# One set of flags per instruction set; `*_simd.cpp` is compiled once for each and picked at run time (csrc/dispatch.h).
 X86_ISAS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": [
@@ -73,11 +73,8 @@ class Csrc:
             raise BuildFailed("no C++ compiler: neither CXX is set nor g++ or clang++ on PATH")
         self.build_dir = build_dir
         self.includes = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
-        nvcc = cpp_extension.CUDA_HOME and shutil.which("nvcc", path=os.path.join(cpp_extension.CUDA_HOME, "bin"))
-        # nvcc alone is no reason to link CUDA's libraries: a package of C++ only must not need them to load
-        self.cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if torch.version.cuda and nvcc else []
-        self.nvcc = nvcc if self.cuda_sources else None
-        self.library_dirs = cpp_extension.library_paths("cuda" if self.cuda_sources else "cpu")
+        # CUDA's libraries are not linked, whatever this torch carries: they must not be needed to load a package of C++
+        self.library_dirs = cpp_extension.library_paths("cpu")
         machine = platform.machine().lower()
         self.isas = X86_ISAS if machine in ("x86_64", "amd64") else {}
 
@@ -116,20 +113,6 @@ class Csrc:
                     f".{isa}",
                     [f"-DLMVAE_ISA={isa}", f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *isa_flags],
                 )
-        if self.nvcc:
-            for source in self.cuda_sources:
-                obj = self.build_dir / f"{source.stem}.cu.o"
-                archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90", "100")]
-                command = [
-                    self.nvcc,
-                    "-std=c++20",
-                    "-O3",
-                    "-Xcompiler",
-                    "-fPIC",
-                    *archs,
-                    *[f"-I{p}" for p in self.includes],
-                ]
-                out.append((source, obj, [*command, "-MMD", "-c", str(source), "-o", str(obj)]))
         return out
 
     @staticmethod
@@ -162,9 +145,7 @@ class Csrc:
         jobs = int(os.environ.get("LMVAE_BUILD_JOBS", 0)) or len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(self.compile_one, todo))
-        libraries = ["-ltorch", "-ltorch_cpu", "-lc10"] + (
-            ["-lc10_cuda", "-ltorch_cuda", "-lcudart"] if self.nvcc else []
-        )
+        libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
         # No -fopenmp here: GOMP_* symbols must come from whichever OpenMP run time this torch already carries, so that
         # torch.set_num_threads governs us too and no second thread pool appears.
         partial = target.with_suffix(".so.partial")
@@ -176,7 +157,7 @@ class Csrc:
         version = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
         return {
             "built": True, "reason": "", "torch": self.torch.__version__, "compiler": version,
-            "isas": ["DEFAULT", *self.isas], "cuda_sources": bool(self.nvcc), "compiled_units": len(todo),
+            "isas": ["DEFAULT", *self.isas], "compiled_units": len(todo),
             "seconds": round(time.monotonic() - start, 1),
         }  # fmt: skip
 

@@ -13,16 +13,25 @@ Isa cpu_isa();
 
 #ifdef LMVAE_HAVE_AVX2
 // Declares a function in every instruction-set namespace: LMVAE_DECLARE(void rows(const float* x, int64_t n));
-#define LMVAE_DECLARE(...)                    \
-  namespace lmvae::DEFAULT { __VA_ARGS__; }   \
-  namespace lmvae::AVX2 { __VA_ARGS__; }      \
-  namespace lmvae::AVX512 { __VA_ARGS__; }
+#define LMVAE_DECLARE(...)   \
+  namespace lmvae::DEFAULT { \
+  __VA_ARGS__;               \
+  }                          \
+  namespace lmvae::AVX2 {    \
+  __VA_ARGS__;               \
+  }                          \
+  namespace lmvae::AVX512 {  \
+  __VA_ARGS__;               \
+  }
 // The function (or, with template arguments, the instance) that suits this CPU.
-#define LMVAE_PICK(...)                                                  \
+#define LMVAE_PICK(...)                                                      \
   (::lmvae::cpu_isa() == ::lmvae::Isa::Avx512 ? ::lmvae::AVX512::__VA_ARGS__ \
    : ::lmvae::cpu_isa() == ::lmvae::Isa::Avx2 ? ::lmvae::AVX2::__VA_ARGS__   \
                                               : ::lmvae::DEFAULT::__VA_ARGS__)
 #else
-#define LMVAE_DECLARE(...) namespace lmvae::DEFAULT { __VA_ARGS__; }
+#define LMVAE_DECLARE(...)   \
+  namespace lmvae::DEFAULT { \
+  __VA_ARGS__;               \
+  }
 #define LMVAE_PICK(...) (::lmvae::DEFAULT::__VA_ARGS__)
 #endif

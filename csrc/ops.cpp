@@ -41,6 +41,4 @@ static std::string isa_name() {
 
 }  // namespace lmvae
 
-TORCH_LIBRARY_FRAGMENT(lmvae_fast, m) {
-  m.def("cpu_isa() -> str", &lmvae::isa_name);
-}
+TORCH_LIBRARY_FRAGMENT(lmvae_fast, m) { m.def("cpu_isa() -> str", &lmvae::isa_name); }

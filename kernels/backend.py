@@ -127,11 +127,6 @@ def _implemented(name: str, primitive: str) -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace the query; the answer never changes within a process
-def _has_kernel(primitive: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(primitive, key)
-
-
 def why_not(op: str, name: str, device: str, dtype: torch.dtype, facts: Mapping[str, Any]) -> str | None:
     """None when backend `name` can run this call of `op`, else the reason why it cannot."""
     if name == "reference":

@@ -32,27 +32,24 @@ def define(
     triton: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-    cuda: bool = False,
     tags: Sequence[torch.Tag] = (),
 ) -> str:
     """Define `name(arguments) -> results` and return its name.
 
     fake: shapes and dtypes of the results, given fake tensors. triton: the launcher (import triton inside it: the schema
     must exist where triton does not). backward, setup_context: as for torch.library.register_autograd; `backward` gets
-    `ctx.primitives`, the namespace to call the backward primitive in. cuda: csrc/cuda implements it as well. The C++
-    implementation for CPU is found by name (TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m)).
+    `ctx.primitives`, the namespace to call the backward primitive in. The C++ implementation for CPU is found by name
+    (TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m)).
     """
     name = schema.split("(", 1)[0].strip()
     targets = {"lmvae_fast": "CUDA"}
     if backend.INTERPRET and triton is not None:
         targets["lmvae_fast_interpret"] = "CPU"
-    if cuda:
-        targets["lmvae_fast_cuda"] = ""
     for space, triton_key in targets.items():
         lib = _library(space)
         lib.define(schema, tags=tuple(tags))
         torch.library.register_fake(f"{space}::{name}", fake, lib=lib)
-        if triton is not None and triton_key:
+        if triton is not None:
             lib.impl(name, triton, triton_key)
         if backward is not None:
 

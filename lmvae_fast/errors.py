@@ -64,7 +64,11 @@ class DistributedError(LMVAEError, RuntimeError):
 
 
 class MissingPackageError(LMVAEError, ImportError):
-    """An optional package is not installed."""
+    """A package that this feature needs is not installed; ``name`` is the module."""
+
+    def __init__(self, problem: str, *, name: str, remedy: str):
+        super().__init__(problem, remedy=remedy)
+        self.name = name
 
 
 class MemoryLimitError(LMVAEError, MemoryError):

@@ -315,7 +315,7 @@ def end_to_end(context: Context, seconds: float) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.end_to_end",
+        "benchmarks.training.end_to_end",
         "--device",
         "cuda",
         "--seconds",

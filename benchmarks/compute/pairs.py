@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.common.records import RESULTS, write
 from lmvae_fast.profiling.counts import RECIPES, PairCost, StepShape, count_encoder, count_pair, head_geometry
-from lmvae_fast.profiling.measure import ROOT, machine
+from lmvae_fast.profiling.measure import machine
 from lmvae_fast.profiling.presets import DECODERS, build_decoder, build_encoder, preset_config
 
-RESULTS = ROOT / "benchmarks" / "results" / "compute"
 LANGVAE_PAIRS = tuple(
     itertools.product(
         ("bert-base-cased", "flan-t5-base", "stella-1.5b"),
@@ -120,8 +119,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of each sentence")
     options = parser.parse_args()
     found = record(StepShape(batch=options.batch, tokens=options.tokens))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "pairs.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(found, RESULTS / "compute" / "pairs.json")
     for row in found["langvae_pairs"]:
         ours, theirs = row["langvae"], row["optimus"]
         print(f"{row['encoder']} x {row['decoder']}: trains {ours['fine_tuned_share']:.2%} of the pair's parameters, "

@@ -11,16 +11,15 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import statistics
 from typing import Any
 
-from benchmarks.compute.pairs import RESULTS
+from benchmarks.common.records import RESULTS, write
 from lmvae_fast.config import LMVAEConfig, TrainConfig
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.profiling.cost import Cost
 from lmvae_fast.profiling.counts import RECIPES, StepShape, count_pair
-from lmvae_fast.profiling.measure import interleave, machine, machine_limits, peak_memory
+from lmvae_fast.profiling.measure import interleave, machine, machine_limits, peak_memory, speedup
 from lmvae_fast.profiling.presets import build_decoder, build_encoder, random_model
 from lmvae_fast.profiling.step import TrainingStep
 
@@ -62,7 +61,7 @@ def measure(encoder: str, decoder: str, batch: int, tokens: int, seconds: float)
             }  # fmt: skip
         del steps
     gc.collect()
-    ratio = statistics.median(b / a for a, b in zip(times["langvae"], times["optimus"], strict=True))
+    ratio = speedup(times, "langvae", "optimus")
     return {"encoder": encoder, "decoder": decoder, "batch": batch, "optimus_over_langvae": ratio, **rows}
 
 
@@ -81,8 +80,7 @@ def main() -> None:
         "limits": machine_limits("cpu"),
         "rows": [measure(options.encoder, options.decoder, b, options.tokens, options.seconds) for b in options.batch],
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "steps.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(found, RESULTS / "compute" / "steps.json")
     for row in found["rows"]:
         print(f"batch {row['batch']}: langvae {row['langvae']['seconds'] * 1e3:.0f} ms, optimus "
               f"{row['optimus']['seconds'] * 1e3:.0f} ms, {row['optimus_over_langvae']:.2f}x")  # fmt: skip

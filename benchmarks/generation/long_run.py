@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import harness
-from benchmarks.training.cases import make_case
+from benchmarks.common import records
+from benchmarks.common.cases import make_case
 from lmvae_fast.data.corpus import generate_corpus
+from lmvae_fast.profiling.measure import machine
 
-RESULTS = harness.ROOT / "benchmarks" / "results" / "generation"
+RESULTS = records.RESULTS / "generation"
 
 
 class Run:
@@ -148,9 +149,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), options)
     record = {"command": " ".join(["python -m benchmarks.generation.long_run", *sys.argv[1:]]), "shape": options.shape,
-              "batch": options.batch, "workers": options.workers, "machine": harness.machine("cpu"), **result}  # fmt: skip
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "long_run.json").write_text(json.dumps(record, indent=2) + "\n")
+              "batch": options.batch, "workers": options.workers, "machine": machine("cpu"), **result}  # fmt: skip
+    records.write(record, RESULTS / "long_run.json")
     first, last = (result["memory"][name]["median_bytes"] / 1e6 for name in ("after_a_tenth", "at_the_end"))
     print(f"{first:.1f} MB after a tenth, {last:.1f} MB at the end; {len(result['kills_after_seconds'])} kills, files "
           f"{'identical' if result['identical'] else 'DIFFER'}")  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.records import RESULTS, load, where
+from benchmarks.common.records import RESULTS, load, where
 
 AGAINST = {"langvae": "LangVAE 0.6.13", "transformers": "transformers.generate", "eager": "eager reference"}
 

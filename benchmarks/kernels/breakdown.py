@@ -11,29 +11,22 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.kernels import bench_coupling_flow, bench_latent_attention, bench_posterior, harness
+from benchmarks.common.records import RESULTS, write
+from benchmarks.kernels import bench_coupling_flow, bench_latent_attention, bench_posterior
 from lmvae_fast.kernels.latent_attention.visibility import visibility_code
 from lmvae_fast.kernels.posterior import posterior_sample
+from lmvae_fast.profiling.measure import interleave, machine
 
 
 def timed(pieces: dict[str, Callable[[], Any]], rounds: int = 60) -> dict[str, float]:
     """Median microseconds of each piece, all of them once a round."""
-    for function in pieces.values():
-        for _ in range(3):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in pieces}
-    for _ in range(rounds):
-        for name, function in pieces.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+    times = interleave(pieces, 0.0, "cpu", rounds=rounds)
     return {name: round(1e6 * statistics.median(values), 1) for name, values in times.items()}
 
 
@@ -121,16 +114,16 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=harness.ROOT / "benchmarks/results/kernels/breakdown.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels" / "breakdown.json")
     options = parser.parse_args()
     record: dict[str, Any] = {"command": "python -m benchmarks.kernels.breakdown " + " ".join(sys.argv[1:])}
-    record["machine"] = harness.machine("cpu")
+    record["machine"] = machine("cpu")
     for measure in (posterior, latent_attention, coupling_flow):
         torch.manual_seed(0)
         torch.set_num_threads(options.threads)
         record[measure.__name__] = measure()
         print(json.dumps({measure.__name__: record[measure.__name__]}, indent=1))
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, options.output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.worker import peak_bytes
+from benchmarks.common.worker import peak_bytes
 
 VARIANTS: dict[str, dict[str, Any]] = {"as it is": {}, "recompute_decoder": {"recompute_decoder": True}}
 STEPS = 3
@@ -62,13 +62,14 @@ def main() -> int:
         return 0
 
     import lmvae_fast as lf
-    from benchmarks.kernels import harness
-    from benchmarks.training.cases import make_case
+    from benchmarks.common.cases import make_case
+    from benchmarks.common.records import RESULTS, write
     from lmvae_fast.data.corpus import generate_corpus
+    from lmvae_fast.profiling.measure import machine
 
     lines = lf.read(options.data).texts if options.data else generate_corpus(4000).texts
     record: dict[str, Any] = {
-        "command": "python -m benchmarks.training.memory " + " ".join(sys.argv[1:]), "machine": harness.machine("cpu"),
+        "command": "python -m benchmarks.training.memory " + " ".join(sys.argv[1:]), "machine": machine("cpu"),
         "shape": options.shape, "batch": options.batch, "variants": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -78,9 +79,7 @@ def main() -> int:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             record["variants"][name] = json.loads(done.stdout.splitlines()[-1])
             print(name, record["variants"][name])
-    output = harness.ROOT / "benchmarks" / "results" / "training" / "memory.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, RESULTS / "training" / "memory.json")
     return 0
 
 

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lmvae_fast as lf
-from benchmarks.training.worker import serve
+from benchmarks.common.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.training.loop import Trainer
-from lmvae_fast.training.resources import compiling
+from lmvae_fast.training.step_setup import compiling
 
 warnings.filterwarnings("ignore")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.records import load, where
+from benchmarks.common.records import load, where
 
 SIDES = ("free-running fp32", "teacher-forced fp32", "teacher-forced bf16")
 

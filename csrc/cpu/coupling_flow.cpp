@@ -15,9 +15,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// --- the plan ----------------------------------------------------------------------------------------------------------
+// --- the plan --------------------------------------------------------------------------------------------------------
 
-// Reads the integers that FlowSpec.plan wrote (kernels/coupling_flow/spec.py) and lays out theta, constants and indices.
+// Reads the integers that FlowSpec.plan wrote (kernels/coupling_flow/spec.py) and lays out theta, constants and
+// indices.
 class PlanReader {
  public:
   PlanReader(at::IntArrayRef ints, at::ArrayRef<double> floats) : ints_(ints), floats_(floats) {}
@@ -116,10 +117,12 @@ class PlanReader {
 
 void check_sizes(const flow::Plan& plan, const Tensor& x, const OptionalTensor& cond, const Tensor& theta,
                  const Tensor& constants, const Tensor& indices) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == plan.dim, "coupling_flow: x must be [batch, ", plan.dim, "], got ", x.sizes());
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == plan.dim, "coupling_flow: x must be [batch, ", plan.dim, "], got ",
+              x.sizes());
   TORCH_CHECK(theta.numel() == plan.theta && constants.numel() == plan.constants && indices.numel() == plan.indices,
-              "coupling_flow: the plan wants theta, constants and indices of ", plan.theta, ", ", plan.constants, " and ",
-              plan.indices, " elements, got ", theta.numel(), ", ", constants.numel(), " and ", indices.numel());
+              "coupling_flow: the plan wants theta, constants and indices of ", plan.theta, ", ", plan.constants,
+              " and ", plan.indices, " elements, got ", theta.numel(), ", ", constants.numel(), " and ",
+              indices.numel());
   TORCH_CHECK(indices.scalar_type() == at::kInt, "coupling_flow: indices must be int32");
   TORCH_CHECK(constants.scalar_type() == theta.scalar_type() && x.scalar_type() == theta.scalar_type(),
               "coupling_flow: x, theta and constants must have one dtype");
@@ -134,7 +137,7 @@ void check_sizes(const flow::Plan& plan, const Tensor& x, const OptionalTensor& 
   TORCH_CHECK(largest < plan.dim, "coupling_flow: a permutation holds an index outside [0, ", plan.dim, ")");
 }
 
-// --- numbers of a call -------------------------------------------------------------------------------------------------
+// --- numbers of a call -----------------------------------------------------------------------------------------------
 
 // Half types are computed in fp32 throughout and rounded once at the end.
 at::ScalarType compute_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -158,16 +161,26 @@ struct Numbers {
     double offset = 0;
     const auto prepare = LMVAE_PICK(flow_prepare<T>);
     for (const flow::Stage& stage : plan.stages) {
-      if (stage.affine) prepare(stage.affine, t + stage.scale, scales + stage.prepared, logs + stage.prepared, s + stage.prepared, plan.dim);
-      if (stage.permutation == flow::kSoft) offset += constants.const_data_ptr<T>()[stage.matrix + 2 * plan.dim * plan.dim];
+      if (stage.affine)
+        prepare(stage.affine, t + stage.scale, scales + stage.prepared, logs + stage.prepared, s + stage.prepared,
+                plan.dim);
+      if (stage.permutation == flow::kSoft)
+        offset += constants.const_data_ptr<T>()[stage.matrix + 2 * plan.dim * plan.dim];
     }
     for (int64_t i = 0; i < plan.prepared; ++i) offset += logs[i];
-    call = {&plan, t, constants.const_data_ptr<T>(), plan.cond_dim > 0 ? cond.const_data_ptr<T>() : nullptr,
-            indices.const_data_ptr<int32_t>(), scales, static_cast<T>(offset), batch, inverse};
+    call = {&plan,
+            t,
+            constants.const_data_ptr<T>(),
+            plan.cond_dim > 0 ? cond.const_data_ptr<T>() : nullptr,
+            indices.const_data_ptr<int32_t>(),
+            scales,
+            static_cast<T>(offset),
+            batch,
+            inverse};
   }
 };
 
-// --- threads -----------------------------------------------------------------------------------------------------------
+// --- threads ---------------------------------------------------------------------------------------------------------
 
 // How many threads a pass of `work` multiplications per stage is worth, and may have.
 int team_size(double work) {
@@ -180,8 +193,9 @@ int team_size(double work) {
 #endif
 }
 
-// Runs member(rank, threads) on up to `wanted` threads at once. at::parallel_for may hand several shares to one thread (a
-// smaller OpenMP team than asked for): the members count themselves before they start, so that nobody waits for a ghost.
+// Runs member(rank, threads) on up to `wanted` threads at once. at::parallel_for may hand several shares to one thread
+// (a smaller OpenMP team than asked for): the members count themselves before they start, so that nobody waits for a
+// ghost.
 template <typename F>
 void run_team(int wanted, flow::Barrier& barrier, const F& member) {
   if (wanted == 1) return member(0, 1);
@@ -198,7 +212,7 @@ void run_team(int wanted, flow::Barrier& barrier, const F& member) {
   });
 }
 
-// --- forward -----------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 enum Keep { kNothing = 0, kSave = 1, kRecompute = 2 };
 
@@ -233,8 +247,9 @@ void forward(const flow::Plan& plan, Numbers<T>& numbers, const Tensor& x, Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow_fwd(const Tensor& x, const OptionalTensor& cond, const Tensor& theta,
-                                                     const Tensor& constants, const Tensor& indices, at::IntArrayRef ints,
-                                                     at::ArrayRef<double> floats, bool inverse, int64_t keep) {
+                                                     const Tensor& constants, const Tensor& indices,
+                                                     at::IntArrayRef ints, at::ArrayRef<double> floats, bool inverse,
+                                                     int64_t keep) {
   const flow::Plan plan = PlanReader(ints, floats).read();
   check_sizes(plan, x, cond, theta, constants, indices);
   const int64_t batch = x.size(0);
@@ -250,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow_fwd(const Tensor& x, const Opti
   return {y.to(x.scalar_type()), logdet, keep == kRecompute ? y.view({-1}) : saved};
 }
 
-// --- backward ----------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 template <typename T>
 void backward(const flow::Plan& plan, Numbers<T>& numbers, const Tensor& dy, const Tensor& dlogdet, const T* y,
@@ -264,9 +279,16 @@ void backward(const flow::Plan& plan, Numbers<T>& numbers, const Tensor& dy, con
   flow::Barrier barrier;
   T* grad_theta = dtheta.mutable_data_ptr<T>();
   const T* gl = dlogdet.const_data_ptr<T>();
-  const flow::Backward<T> io{dy.const_data_ptr<T>(), gl, y, saved, dx.mutable_data_ptr<T>(),
-                             dcond.defined() ? dcond.mutable_data_ptr<T>() : nullptr, grad_theta,
-                             memory.mutable_data_ptr<T>(), tile, &barrier};
+  const flow::Backward<T> io{dy.const_data_ptr<T>(),
+                             gl,
+                             y,
+                             saved,
+                             dx.mutable_data_ptr<T>(),
+                             dcond.defined() ? dcond.mutable_data_ptr<T>() : nullptr,
+                             grad_theta,
+                             memory.mutable_data_ptr<T>(),
+                             tile,
+                             &barrier};
   const auto run = LMVAE_PICK(flow_backward<T>);
   run_team(threads, barrier, [&](int rank, int members) { run(numbers.call, io, rank, members); });
   // From d/dscale to d/draw, with the part of the log-determinant that is the same for every row.
@@ -282,8 +304,9 @@ void backward(const flow::Plan& plan, Numbers<T>& numbers, const Tensor& dy, con
 }
 
 std::tuple<Tensor, Tensor, Tensor> coupling_flow_bwd(const OptionalTensor& dy, const OptionalTensor& dlogdet,
-                                                     const OptionalTensor& y, const Tensor& saved, const OptionalTensor& cond,
-                                                     const Tensor& theta, const Tensor& constants, const Tensor& indices,
+                                                     const OptionalTensor& y, const Tensor& saved,
+                                                     const OptionalTensor& cond, const Tensor& theta,
+                                                     const Tensor& constants, const Tensor& indices,
                                                      at::IntArrayRef ints, at::ArrayRef<double> floats, bool inverse,
                                                      int64_t batch, bool want_cond) {
   const flow::Plan plan = PlanReader(ints, floats).read();
@@ -296,8 +319,9 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow_bwd(const OptionalTensor& dy, c
   TORCH_CHECK(grad_logdet.numel() == batch, "coupling_flow: dlogdet must be [", batch, "], got ", grad_logdet.sizes());
   const bool recompute = y.has_value();
   const Tensor start = recompute ? (saved.numel() > 0 ? saved : y->contiguous()) : saved;
-  TORCH_CHECK(start.scalar_type() == grad_y.scalar_type() && start.numel() == batch * (recompute ? plan.dim : plan.columns),
-              "coupling_flow: what forward kept has ", start.numel(), " elements of ", start.scalar_type());
+  TORCH_CHECK(
+      start.scalar_type() == grad_y.scalar_type() && start.numel() == batch * (recompute ? plan.dim : plan.columns),
+      "coupling_flow: what forward kept has ", start.numel(), " elements of ", start.scalar_type());
   Tensor dx = at::empty({batch, plan.dim}, options), dtheta = at::empty({plan.theta}, options), dcond;
   if (want_cond) dcond = at::empty({batch, plan.cond_dim}, options);
   if (batch == 0) {
@@ -307,8 +331,8 @@ std::tuple<Tensor, Tensor, Tensor> coupling_flow_bwd(const OptionalTensor& dy, c
       Numbers<scalar_t> numbers(plan, cond, theta, constants, indices, batch, inverse);
       // Without stages nothing was kept, and nothing will be read.
       const scalar_t* from = (plan.stages.empty() ? grad_y : start).const_data_ptr<scalar_t>();
-      backward<scalar_t>(plan, numbers, grad_y, grad_logdet, recompute ? from : nullptr, recompute ? nullptr : from, dx, dcond,
-                         dtheta);
+      backward<scalar_t>(plan, numbers, grad_y, grad_logdet, recompute ? from : nullptr, recompute ? nullptr : from, dx,
+                         dcond, dtheta);
     });
   }
   if (!want_cond) dcond = at::empty({0}, options);

@@ -11,7 +11,7 @@
 namespace lmvae::flow {
 
 enum Activation { kRelu = 1, kGelu = 2, kSilu = 3 };
-enum Squash { kTanh = 1, kAtan = 2, kSigmoid = 3 };
+enum Squash { kTanh = 1, kAtan = 2, kSigmoid = 3, kNoSquash = 4 };
 enum Scale { kNoAffine = 0, kSoftplus = 1, kExp = 2, kSigmoidScale = 3 };
 enum Permutation { kNoPermutation = 0, kHard = 1, kSoft = 2 };
 
@@ -38,10 +38,11 @@ struct Stage {
   int64_t scale = 0, offset = 0;  // into theta; the prepared scale of this stage lies at `prepared`
   int64_t prepared = 0;
   int permutation = kNoPermutation;
-  int64_t index = 0;   // into indices: index, then inverse
-  int64_t matrix = 0;  // into constants: matrix, inverse, logdet
-  int64_t hidden = 0;  // columns of hidden activations
-  int64_t columns = 0, first_column = 0;  // columns of saved activations: state | raw | hidden, and those of stages before
+  int64_t index = 0;         // into indices: index, then inverse
+  int64_t matrix = 0;        // into constants: matrix, inverse, logdet
+  int64_t hidden = 0;        // columns of hidden activations
+  int64_t columns = 0;       // of saved activations: state | raw | hidden
+  int64_t first_column = 0;  // columns of saved activations of the stages before
 };
 
 struct Plan {
@@ -60,8 +61,8 @@ struct Call {
   const Plan* plan;
   const T *theta, *constants, *cond;
   const int32_t* indices;
-  const T* scales;   // [prepared]: the scale of every channel of every stage that has one
-  T logdet_offset;   // sum of log-scales and of log|det| of soft permutations: the same for every row
+  const T* scales;  // [prepared]: the scale of every channel of every stage that has one
+  T logdet_offset;  // sum of log-scales and of log|det| of soft permutations: the same for every row
   int64_t batch;
   bool inverse;
 };
@@ -91,8 +92,8 @@ struct Team {
 template <typename T>
 struct Backward {
   const T *grad_y, *grad_logdet;
-  const T* y;      // recompute: the flow's output
-  const T* saved;  // or the activations; exactly one of the two is given
+  const T* y;             // recompute: the flow's output
+  const T* saved;         // or the activations; exactly one of the two is given
   T *grad_x, *grad_cond;  // grad_cond may be nullptr
   T* grad_theta;          // slots of affine scales get d/dscale
   T* shared;
@@ -105,8 +106,8 @@ constexpr int64_t kMaxDim = 1024;  // spec.py refuses more
 constexpr int64_t kTileRows = 256;
 // A team with fewer rows computes the elementwise part in every thread.
 constexpr int64_t kPrivateRows = 4;
-// Rows of a tile, when n rows go in as few equal tiles of at most `most` rows as possible (a short last tile is dear: weights
-// and their gradients are read and written once per tile).
+// Rows of a tile, when n rows go in as few equal tiles of at most `most` rows as possible (a short last tile is dear:
+// weights and their gradients are read and written once per tile).
 static inline int64_t even_tile(int64_t n, int64_t most) {
   const int64_t tiles = std::max<int64_t>(1, (n + most - 1) / most);
   return std::max<int64_t>(1, (n + tiles - 1) / tiles);
@@ -173,7 +174,7 @@ struct TeamMemory {
 template <typename T>
 struct BackwardMemory {
   T *grad[2], *state[3], *kept[2], *d_raw[2], *d_hidden[2], *through[2], *through_u[2];  // of all threads' rows
-  T *u, *my_post, *post, *panel;                                                        // a thread's own
+  T *u, *my_post, *post, *panel;                                                         // a thread's own
   int64_t shared, own;
   BackwardMemory(const Plan& plan, int64_t tile, bool saved, T* base, int rank) {
     Cutter<T> c{base};
@@ -201,8 +202,11 @@ struct BackwardMemory {
 
 }  // namespace lmvae::flow
 
-LMVAE_DECLARE(
-    template <typename T> void flow_prepare(int kind, const T* raw, T* scale, T* log_scale, T* slope, int64_t n);
-    template <typename T> void flow_forward(const flow::Call<T>& call, const flow::ForwardRows<T>& io, int64_t begin, int64_t end);
-    template <typename T> void flow_team(const flow::Call<T>& call, const flow::Team<T>& io, int rank, int threads);
-    template <typename T> void flow_backward(const flow::Call<T>& call, const flow::Backward<T>& io, int rank, int threads);)
+LMVAE_DECLARE(template <typename T> void flow_prepare(int kind, const T* raw, T* scale, T* log_scale, T* slope,
+                                                      int64_t n);
+              template <typename T> void flow_forward(const flow::Call<T>& call, const flow::ForwardRows<T>& io,
+                                                      int64_t begin, int64_t end);
+              template <typename T> void flow_team(const flow::Call<T>& call, const flow::Team<T>& io, int rank,
+                                                   int threads);
+              template <typename T> void flow_backward(const flow::Call<T>& call, const flow::Backward<T>& io, int rank,
+                                                       int threads);)

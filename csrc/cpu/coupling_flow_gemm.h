@@ -1,8 +1,9 @@
 // Matrix products of coupling_flow_simd.cpp, compiled once per instruction set.
 //
-// Why not the BLAS that torch carries: the products here are small and skinny ([rows, 64] x [64, 512]), 30 of them follow each
-// other in one pass, and each wants its bias, its ReLU or its accumulation in the epilogue. A register-tiled kernel that
-// reads B as it lies needs no call overhead, no packing at batch 1, and one thread team for the whole flow.
+// Why not the BLAS that torch carries: the products here are small and skinny ([rows, 64] x [64, 512]), 30 of them
+// follow each other in one pass, and each wants its bias, its ReLU or its accumulation in the epilogue. A
+// register-tiled kernel that reads B as it lies needs no call overhead, no packing at batch 1, and one thread team for
+// the whole flow.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +29,8 @@ struct Simd {
   static constexpr int W = kVectorBytes / sizeof(T);
 };
 
-// A sum runs over at most kChain terms before it is added to the rest: long chains of fp32 additions lose digits. Tiles of
-// rows are multiples of it, so that sums over the batch do not depend on the tiles.
+// A sum runs over at most kChain terms before it is added to the rest: long chains of fp32 additions lose digits. Tiles
+// of rows are multiples of it, so that sums over the batch do not depend on the tiles.
 constexpr int64_t kChain = 128;
 
 // B given as [N, K] (row n, column k at b[n * ld + k]) instead of [K, N].
@@ -52,9 +53,8 @@ struct Product {
 };
 
 template <typename T, int MR, int NV, bool kUnitCol>
-__attribute__((noinline)) void micro(
-    int64_t k, const T* a, int64_t a_stride, const T* b, int64_t ldb, T* c, int64_t ldc, Start start, const T* bias,
-    bool relu) {
+__attribute__((noinline)) void micro(int64_t k, const T* a, int64_t a_stride, const T* b, int64_t ldb, T* c,
+                                     int64_t ldc, Start start, const T* bias, bool relu) {
   using V = typename Simd<T>::V;
   using R = typename Simd<T>::R;
   constexpr int W = Simd<T>::W;
@@ -111,8 +111,8 @@ void panel(const Product<T>& p, const T* b, int64_t ldb, T* c, int64_t ldc, Star
   constexpr int M = NV == 2 ? kTileM : kWideM;
   const int64_t a_row = p.a_row, stride = kUnitCol ? p.a_row : p.a_col;
   for (int64_t i = 0; i < p.m; i += M) {
-    micro_rows<T, NV, kUnitCol, M>(std::min<int64_t>(M, p.m - i), p.k, p.a + i * a_row, stride, b, ldb, c + i * ldc, ldc,
-                                   start, bias, p.relu);
+    micro_rows<T, NV, kUnitCol, M>(std::min<int64_t>(M, p.m - i), p.k, p.a + i * a_row, stride, b, ldb, c + i * ldc,
+                                   ldc, start, bias, p.relu);
   }
 }
 

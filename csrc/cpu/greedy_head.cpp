@@ -26,15 +26,17 @@ struct Bound {
   float at(float error, float norm) const { return by_error * error + by_norm * norm; }
 };
 
-// |x . w - x' . w'| <= |x| |w - w'| + |x - x'| |w'| with x', w' the bf16 roundings (x' = x where x is not rounded), and each
-// of the two fp32 sums of `in` products adds at most in * 2^-24 |x| |w|.
+// |x . w - x' . w'| <= |x| |w - w'| + |x - x'| |w'| with x', w' the bf16 roundings (x' = x where x is not rounded), and
+// each of the two fp32 sums of `in` products adds at most in * 2^-24 |x| |w|.
 Bound bound_of(const float* x, int64_t in, bool rounded) {
   double norm = 0, error = 0;
   for (int64_t k = 0; k < in; k++) {
     const double lost = rounded ? double(x[k]) - double(float(c10::BFloat16(x[k]))) : 0.0;
-    norm += double(x[k]) * x[k], error += lost * lost;
+    norm += double(x[k]) * x[k];
+    error += lost * lost;
   }
-  norm = std::sqrt(norm), error = std::sqrt(error);
+  norm = std::sqrt(norm);
+  error = std::sqrt(error);
   const double sums = 2.0 * std::ldexp(double(in), -24) * (norm + error);
   return {static_cast<float>(1.001 * norm), static_cast<float>(1.001 * (error + sums))};
 }
@@ -63,19 +65,22 @@ TILES void largest_on_tiles(const GreedyHeadArgs& a, const char* left, int64_t b
     for (int64_t r0 = 0; r0 < a.rows; r0 += kGroup) {
       product32<1>(left + r0 / kGroup * a.steps * kPair, panel, a.steps, c, kHeadPanel, false);
       for (int64_t r = 0; r < std::min(kGroup, a.rows - r0); r++)
-        largest[p * a.rows + r0 + r] =
-            _mm512_reduce_max_ps(_mm512_max_ps(_mm512_load_ps(c + r * kHeadPanel), _mm512_load_ps(c + r * kHeadPanel + 16)));
+        largest[p * a.rows + r0 + r] = _mm512_reduce_max_ps(
+            _mm512_max_ps(_mm512_load_ps(c + r * kHeadPanel), _mm512_load_ps(c + r * kHeadPanel + 16)));
     }
   }
   release_tiles();
 }
 #endif
 
-at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& panels, const at::Tensor& errors,
-                       const at::Tensor& norms) {
+at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& panels,
+                       const at::Tensor& errors, const at::Tensor& norms) {
   GreedyHeadArgs a{};
-  a.rows = hidden.size(0), a.in = hidden.size(1), a.vocabulary = weight.size(0);
-  a.steps = (a.in + kHeadDepth - 1) / kHeadDepth, a.panels = (a.vocabulary + kHeadPanel - 1) / kHeadPanel;
+  a.rows = hidden.size(0);
+  a.in = hidden.size(1);
+  a.vocabulary = weight.size(0);
+  a.steps = (a.in + kHeadDepth - 1) / kHeadDepth;
+  a.panels = (a.vocabulary + kHeadPanel - 1) / kHeadPanel;
   TORCH_CHECK(weight.is_contiguous() && panels.is_contiguous() && panels.size(0) == a.panels &&
                   panels.numel() == a.panels * a.steps * kHeadPanel * kHeadDepth && errors.numel() == a.panels &&
                   norms.numel() == a.panels,
@@ -83,7 +88,8 @@ at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const
   const at::Tensor x = hidden.contiguous();
   at::Tensor ids = at::empty({a.rows}, x.options().dtype(at::kLong));
   if (a.rows == 0) return ids;
-  a.x = x.const_data_ptr<float>(), a.weight = weight.const_data_ptr<float>();
+  a.x = x.const_data_ptr<float>();
+  a.weight = weight.const_data_ptr<float>();
   a.halves = reinterpret_cast<const uint16_t*>(panels.const_data_ptr<at::BFloat16>());
   const float *error = errors.const_data_ptr<float>(), *norm = norms.const_data_ptr<float>();
 
@@ -95,11 +101,13 @@ at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const
   if (rounded) {
     const at::Tensor left = left_tiles(a);
     const char* tiles = static_cast<const char*>(left.const_data_ptr());
-    at::parallel_for(0, a.panels, 64, [&](int64_t begin, int64_t end) { largest_on_tiles(a, tiles, begin, end, largest); });
+    at::parallel_for(0, a.panels, 64,
+                     [&](int64_t begin, int64_t end) { largest_on_tiles(a, tiles, begin, end, largest); });
   }
 #endif
   if (!rounded)
-    at::parallel_for(0, a.panels, 16, [&](int64_t begin, int64_t end) { LMVAE_PICK(head_largest(a, begin, end, largest)); });
+    at::parallel_for(0, a.panels, 16,
+                     [&](int64_t begin, int64_t end) { LMVAE_PICK(head_largest(a, begin, end, largest)); });
 
   std::vector<Bound> bounds(a.rows);
   std::vector<float> least(a.rows, -std::numeric_limits<float>::infinity());  // no logit below this is the largest
@@ -109,18 +117,21 @@ at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const
       least[r] = std::max(least[r], largest[p * a.rows + r] - bounds[r].at(error[p], norm[p]));
   // Without a finite bound every panel is computed: comparisons with NaN are false.
   for (int64_t r = 0; r < a.rows; r++)
-    if (!std::isfinite(least[r]) || !std::isfinite(bounds[r].by_error)) least[r] = std::numeric_limits<float>::quiet_NaN();
+    if (!std::isfinite(least[r]) || !std::isfinite(bounds[r].by_error))
+      least[r] = std::numeric_limits<float>::quiet_NaN();
 
   // As many parts whatever the number of threads; their bests are joined by a rule that knows no order.
   const int64_t parts = std::min<int64_t>(a.panels, 64);
-  std::vector<HeadBest> best(parts * a.rows, HeadBest{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
+  std::vector<HeadBest> best(parts * a.rows,
+                             HeadBest{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> rows(a.rows);
     for (int64_t part = begin; part < end; part++)
       for (int64_t p = part * a.panels / parts; p < (part + 1) * a.panels / parts; p++) {
         int64_t count = 0;
         for (int64_t r = 0; r < a.rows; r++)
-          if (!(largest[p * a.rows + r] + bounds[r].at(error[p], norm[p]) < least[r])) rows[count++] = static_cast<int32_t>(r);
+          if (!(largest[p * a.rows + r] + bounds[r].at(error[p], norm[p]) < least[r]))
+            rows[count++] = static_cast<int32_t>(r);
         if (count > 0) LMVAE_PICK(head_exact(a, p, rows.data(), count, best.data() + part * a.rows));
       }
   });

@@ -12,8 +12,8 @@ constexpr int64_t kHeadDepth = 32;  // inputs of one step of a panel
 
 struct GreedyHeadArgs {
   int64_t rows, in, steps, vocabulary, panels;
-  const float* x;         // [rows, in]
-  const float* weight;    // [vocabulary, in]
+  const float* x;          // [rows, in]
+  const float* weight;     // [vocabulary, in]
   const uint16_t* halves;  // the weight in bf16, [panels][steps][2][16 pairs][16 entries][2 of a pair]
 };
 
@@ -35,4 +35,5 @@ inline bool better(float value, int64_t id, const HeadBest& than) {
 // largest[p * rows + r] = the largest of x_r . bf16(w_v) over the entries v of panel p, for panels [begin, end).
 LMVAE_DECLARE(void head_largest(const ::lmvae::GreedyHeadArgs& a, int64_t begin, int64_t end, float* largest))
 // best[r] takes the best exact fp32 logit of panel p, for each of `count` rows.
-LMVAE_DECLARE(void head_exact(const ::lmvae::GreedyHeadArgs& a, int64_t p, const int32_t* rows, int64_t count, ::lmvae::HeadBest* best))
+LMVAE_DECLARE(void head_exact(const ::lmvae::GreedyHeadArgs& a, int64_t p, const int32_t* rows, int64_t count,
+                              ::lmvae::HeadBest* best))

@@ -27,7 +27,8 @@ LMVAE_INLINE float sum(V x) {
   return total;
 }
 
-// out[r] = max(out[r], largest of the 2 kLanesF entries at `w`), for R rows of x. The second vector lies `second` behind.
+// out[r] = max(out[r], largest of the 2 kLanesF entries at `w`), for R rows of x. The second vector lies `second`
+// behind.
 template <int R>
 void tile(const float* x, int64_t in, const uint16_t* w, int64_t second, int64_t steps, float* out) {
   V acc[R][2] = {};
@@ -39,17 +40,21 @@ void tile(const float* x, int64_t in, const uint16_t* w, int64_t second, int64_t
       const V l0 = (V)(left << 16), l1 = (V)(left & 0xffff0000u), r0 = (V)(right << 16), r1 = (V)(right & 0xffff0000u);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const float *one = at + r * in + 2 * k;
+        const float* one = at + r * in + 2 * k;
         const V even = one[0] - V{}, odd = one[1] - V{};
-        acc[r][0] += even * l0, acc[r][1] += even * r0;
-        acc[r][0] += odd * l1, acc[r][1] += odd * r1;
+        acc[r][0] += even * l0;
+        acc[r][1] += even * r0;
+        acc[r][0] += odd * l1;
+        acc[r][1] += odd * r1;
       }
     }
     if (in - s * kHeadDepth < kHeadDepth && in % 2) {  // the last input has no partner
-      const U left = *reinterpret_cast<const U*>(w + pairs * 32), right = *reinterpret_cast<const U*>(w + pairs * 32 + second);
+      const U left = *reinterpret_cast<const U*>(w + pairs * 32);
+      const U right = *reinterpret_cast<const U*>(w + pairs * 32 + second);
       for (int r = 0; r < R; r++) {
         const V even = at[r * in + 2 * pairs] - V{};
-        acc[r][0] += even * (V)(left << 16), acc[r][1] += even * (V)(right << 16);
+        acc[r][0] += even * (V)(left << 16);
+        acc[r][1] += even * (V)(right << 16);
       }
     }
   }
@@ -75,7 +80,8 @@ void head_largest(const GreedyHeadArgs& a, int64_t begin, int64_t end, float* la
     const uint16_t* panel = a.halves + p * a.steps * 2 * kHalf;
     for (int64_t r = 0; r < a.rows; r += 8)
       for (int64_t v = 0; v < kHeadPanel / kLanesF; v += 2)
-        tile_of(std::min<int64_t>(8, a.rows - r), a.x + r * a.in, a.in, panel + place(v), place(v + 1) - place(v), a.steps, out + r);
+        tile_of(std::min<int64_t>(8, a.rows - r), a.x + r * a.in, a.in, panel + place(v), place(v + 1) - place(v),
+                a.steps, out + r);
   }
 }
 

@@ -1,5 +1,5 @@
-// latent_attention on CPU: allocation, threads, and the checks that read values (kernels/latent_attention/checks.py has the
-// others). Arithmetic is in latent_attention_simd.cpp and latent_attention_decode_simd.cpp.
+// latent_attention on CPU: allocation, threads, and the checks that read values (kernels/latent_attention/checks.py has
+// the others). Arithmetic is in latent_attention_simd.cpp and latent_attention_decode_simd.cpp.
 #include "latent_attention.h"
 
 #include <atomic>
@@ -28,8 +28,9 @@ Strided cached(const at::Tensor& x) {  // [batch, heads, rows, head_dim]
 }
 at::ScalarType stats_type(const at::Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Runs body(pair, workspace) for every pair, each on one thread. Threads take runs of neighbours, which get shorter towards
-// the end so that long sentences do not leave the others waiting: what lies side by side is then mostly written by one.
+// Runs body(pair, workspace) for every pair, each on one thread. Threads take runs of neighbours, which get shorter
+// towards the end so that long sentences do not leave the others waiting: what lies side by side is then mostly written
+// by one.
 template <typename F>
 void for_pairs(int64_t pairs, int64_t workspace_bytes, double flops, F&& body) {
   if (pairs == 0) return;
@@ -55,25 +56,35 @@ void for_pairs(int64_t pairs, int64_t workspace_bytes, double flops, F&& body) {
 }
 
 // Fills what forward and backward share, once the values of cu_seqlens are found to fit. Returns the longest sentence.
-std::tuple<LatentAttentionArgs, int64_t, double> common_args(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                             const OptionalTensor& memory_k, const OptionalTensor& memory_v,
-                                                             const at::Tensor& cu_seqlens, int64_t visibility, double scale,
-                                                             std::optional<int64_t> max_seqlen, std::optional<int64_t> window,
-                                                             std::optional<double> softcap) {
+std::tuple<LatentAttentionArgs, int64_t, double> common_args(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& memory_k,
+    const OptionalTensor& memory_v, const at::Tensor& cu_seqlens, int64_t visibility, double scale,
+    std::optional<int64_t> max_seqlen, std::optional<int64_t> window, std::optional<double> softcap) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && memory_k.has_value() == memory_v.has_value(),
               "latent_attention: q, k and v must be [T, heads, D], memory_k and memory_v both given or both None");
   LatentAttentionArgs a{};
-  a.batch = cu_seqlens.numel() - 1, a.heads = q.size(1), a.kv_heads = k.size(1), a.head_dim = q.size(2);
-  a.q = packed(q), a.k = packed(k), a.v = packed(v);
-  if (memory_k.has_value()) a.memory_k = cached(*memory_k), a.memory_v = cached(*memory_v), a.slots = memory_k->size(2);
-  a.visibility = static_cast<Visibility>(visibility), a.scale = scale, a.softcap = softcap.value_or(0);
+  a.batch = cu_seqlens.numel() - 1;
+  a.heads = q.size(1);
+  a.kv_heads = k.size(1);
+  a.head_dim = q.size(2);
+  a.q = packed(q);
+  a.k = packed(k);
+  a.v = packed(v);
+  if (memory_k.has_value()) {
+    a.memory_k = cached(*memory_k);
+    a.memory_v = cached(*memory_v);
+    a.slots = memory_k->size(2);
+  }
+  a.visibility = static_cast<Visibility>(visibility);
+  a.scale = scale;
+  a.softcap = softcap.value_or(0);
   a.window = window.value_or(std::numeric_limits<int32_t>::max());
 
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
   a.cu_seqlens = cu;
   const int64_t tokens = q.size(0);
-  TORCH_CHECK_VALUE(cu[0] == 0 && cu[a.batch] == tokens, "cu_seqlens must run from 0 to the ", tokens, " tokens of q, got ",
-                    cu[0], " to ", cu[a.batch]);
+  TORCH_CHECK_VALUE(cu[0] == 0 && cu[a.batch] == tokens, "cu_seqlens must run from 0 to the ", tokens,
+                    " tokens of q, got ", cu[0], " to ", cu[a.batch]);
   int64_t longest = 0;
   double flops = 0;  // of the two products of a forward pass, roughly
   for (int64_t b = 0; b < a.batch; b++) {
@@ -100,20 +111,23 @@ std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q, const at::Tensor& k,
       common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
   at::Tensor out = at::empty({q.size(0), a.heads, a.head_dim}, q.options());
   at::Tensor stats = at::empty({q.size(0), a.heads, 2}, q.options().dtype(stats_type(q)));
-  a.out = out.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();
+  a.out = out.mutable_data_ptr();
+  a.stats = stats.mutable_data_ptr();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
     const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops,
+              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
   });
   return {out, stats};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
-    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& memory_k,
-    const OptionalTensor& memory_v, const at::Tensor& out, const at::Tensor& stats, const at::Tensor& cu_seqlens,
-    int64_t visibility, double scale, std::optional<int64_t> max_seqlen, std::optional<int64_t> window,
-    std::optional<double> softcap) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
+                                                   const at::Tensor& v, const OptionalTensor& memory_k,
+                                                   const OptionalTensor& memory_v, const at::Tensor& out,
+                                                   const at::Tensor& stats, const at::Tensor& cu_seqlens,
+                                                   int64_t visibility, double scale, std::optional<int64_t> max_seqlen,
+                                                   std::optional<int64_t> window, std::optional<double> softcap) {
   const at::Tensor offsets = cu_seqlens.contiguous(), out_dense = out.contiguous(), stats_dense = stats.contiguous();
   auto [a, longest, flops] =
       common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
@@ -126,22 +140,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(
   at::Tensor grad_memory = at::empty({2, 0}, q.options());  // without memory: nothing, but a tensor
   if (memory_k.has_value()) grad_memory = at::empty({2, a.batch, a.kv_heads, a.slots, a.head_dim}, q.options());
   a.grad_out = packed(grad_out);
-  a.out = const_cast<void*>(out_dense.const_data_ptr()), a.stats = const_cast<void*>(stats_dense.const_data_ptr());
+  a.out = const_cast<void*>(out_dense.const_data_ptr());
+  a.stats = const_cast<void*>(stats_dense.const_data_ptr());
   const auto half = [](const at::Tensor& x, int64_t n) {
     return static_cast<char*>(x.mutable_data_ptr()) + n * x.numel() / 2 * x.element_size();
   };
-  a.grad_q = grad_q.mutable_data_ptr(), a.grad_k = half(grad_kv, 0), a.grad_v = half(grad_kv, 1);
-  if (memory_k.has_value()) a.grad_memory_k = half(grad_memory, 0), a.grad_memory_v = half(grad_memory, 1);
+  a.grad_q = grad_q.mutable_data_ptr();
+  a.grad_k = half(grad_kv, 0);
+  a.grad_v = half(grad_kv, 1);
+  if (memory_k.has_value()) {
+    a.grad_memory_k = half(grad_memory, 0);
+    a.grad_memory_v = half(grad_memory, 1);
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
     const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
     const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops, [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
+    for_pairs(a.batch * a.kv_heads, bytes, flops,
+              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
   });
   return {grad_q, grad_kv, grad_memory};
 }
 
-// Keys and values that one (row, kv head) will read are asked for while another is computed: their rows are too short for
-// the processor to see a stream in them. Both are asked for in turn, so that two pages are on their way at a time.
+// Keys and values that one (row, kv head) will read are asked for while another is computed: their rows are too short
+// for the processor to see a stream in them. Both are asked for in turn, so that two pages are on their way at a time.
 void fetch_visible(const LatentAttentionDecodeArgs& a, int64_t b, int64_t head, int64_t length, int64_t size) {
   if (a.k.dim != 1 || a.v.dim != 1) return;
   const int64_t from = std::max<int64_t>(0, length - a.window), row = a.head_dim * size;
@@ -166,8 +187,10 @@ struct NewToken {
 
  private:
   void copy(const at::Tensor& from, const at::Tensor& to, int64_t b, int64_t head) const {
-    const int64_t size = from.element_size(), dim = from.size(2), step_in = from.stride(2) * size, step_out = to.stride(3) * size;
-    const char* x = static_cast<const char*>(from.const_data_ptr()) + (b * from.stride(0) + head * from.stride(1)) * size;
+    const int64_t size = from.element_size(), dim = from.size(2);
+    const int64_t step_in = from.stride(2) * size, step_out = to.stride(3) * size;
+    const char* x =
+        static_cast<const char*>(from.const_data_ptr()) + (b * from.stride(0) + head * from.stride(1)) * size;
     char* y = static_cast<char*>(to.mutable_data_ptr()) +
               (b * to.stride(0) + head * to.stride(1) + places[b] * to.stride(2)) * size;
     if (step_in == size && step_out == size) {
@@ -178,14 +201,20 @@ struct NewToken {
   }
 };
 
-at::Tensor decode_over(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& lengths,
-                       double scale, std::optional<int64_t> window, std::optional<double> softcap, const NewToken* added) {
+at::Tensor decode_over(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                       const at::Tensor& lengths, double scale, std::optional<int64_t> window,
+                       std::optional<double> softcap, const NewToken* added) {
   LatentAttentionDecodeArgs a{};
   const int64_t batch = q.size(0), positions = k_cache.size(2);
-  a.heads = q.size(1), a.kv_heads = k_cache.size(1), a.head_dim = q.size(2);
-  a.scale = scale, a.softcap = softcap.value_or(0), a.window = window.value_or(std::numeric_limits<int32_t>::max());
+  a.heads = q.size(1);
+  a.kv_heads = k_cache.size(1);
+  a.head_dim = q.size(2);
+  a.scale = scale;
+  a.softcap = softcap.value_or(0);
+  a.window = window.value_or(std::numeric_limits<int32_t>::max());
   a.q = {q.const_data_ptr(), q.stride(0), q.stride(1), 0, q.stride(2)};
-  a.k = cached(k_cache), a.v = cached(v_cache);
+  a.k = cached(k_cache);
+  a.v = cached(v_cache);
   const at::Tensor counts = lengths.to(at::kLong).contiguous();
   const int64_t* count = counts.const_data_ptr<int64_t>();
   double flops = 0;
@@ -214,14 +243,14 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tens
   return decode_over(q, k_cache, v_cache, lengths, scale, window, softcap, nullptr);
 }
 
-at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                const at::Tensor& places, const at::Tensor& lengths, double scale, std::optional<int64_t> window,
-                std::optional<double> softcap) {
+at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache,
+                const at::Tensor& v_cache, const at::Tensor& places, const at::Tensor& lengths, double scale,
+                std::optional<int64_t> window, std::optional<double> softcap) {
   const at::Tensor at = places.to(at::kLong).contiguous();
   const NewToken added{k, v, k_cache, v_cache, at.const_data_ptr<int64_t>()};
   for (int64_t b = 0; b < q.size(0); b++)
-    TORCH_CHECK_VALUE(added.places[b] >= 0 && added.places[b] < k_cache.size(2), "positions must be 0 to ", k_cache.size(2) - 1,
-                      ", got ", added.places[b], " in row ", b);
+    TORCH_CHECK_VALUE(added.places[b] >= 0 && added.places[b] < k_cache.size(2), "positions must be 0 to ",
+                      k_cache.size(2) - 1, ", got ", added.places[b], " in row ", b);
   return decode_over(q, k_cache, v_cache, lengths, scale, window, softcap, &added);
 }
 

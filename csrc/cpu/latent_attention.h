@@ -10,7 +10,8 @@ namespace lmvae {
 
 enum class Visibility : int64_t { Prefix = 0, Rolling = 1, Interleaved = 2 };  // order of visibility.py's VISIBILITIES
 
-// A tensor of rows of head_dim elements, addressed by (batch, head, row); strides in elements, any sign, 0 for expanded.
+// A tensor of rows of head_dim elements, addressed by (batch, head, row); strides in elements, any sign, 0 for
+// expanded.
 struct Strided {
   const void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0, dim = 0;
@@ -45,12 +46,15 @@ struct LatentAttentionDecodeArgs {
 // Bytes of 64-byte-aligned workspace that a thread needs for sentences of up to max_seqlen tokens.
 LMVAE_DECLARE(template <typename T> int64_t latent_attention_workspace(const ::lmvae::LatentAttentionArgs& args,
                                                                        int64_t max_seqlen, bool backward))
-// One pair (sentence, kv head), numbered sentence * kv_heads + kv_head. Two of them share nothing that is written, so results
-// do not depend on threads. next: the pair this thread does afterwards, or -1; what it needs is fetched meanwhile.
+// One pair (sentence, kv head), numbered sentence * kv_heads + kv_head. Two of them share nothing that is written, so
+// results do not depend on threads. next: the pair this thread does afterwards, or -1; what it needs is fetched
+// meanwhile.
 LMVAE_DECLARE(template <typename T> void latent_attention_fwd(const ::lmvae::LatentAttentionArgs& args, int64_t pair,
                                                               int64_t next, void* workspace))
 LMVAE_DECLARE(template <typename T> void latent_attention_bwd(const ::lmvae::LatentAttentionArgs& args, int64_t pair,
                                                               int64_t next, void* workspace))
-LMVAE_DECLARE(template <typename T> int64_t latent_attention_decode_workspace(const ::lmvae::LatentAttentionDecodeArgs& args))
-LMVAE_DECLARE(template <typename T> void latent_attention_decode(const ::lmvae::LatentAttentionDecodeArgs& args, int64_t b,
-                                                                 int64_t kv_head, int64_t length, void* workspace))
+LMVAE_DECLARE(
+    template <typename T> int64_t latent_attention_decode_workspace(const ::lmvae::LatentAttentionDecodeArgs& args))
+LMVAE_DECLARE(template <typename T> void latent_attention_decode(const ::lmvae::LatentAttentionDecodeArgs& args,
+                                                                 int64_t b, int64_t kv_head, int64_t length,
+                                                                 void* workspace))

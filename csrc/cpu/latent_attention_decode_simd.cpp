@@ -1,5 +1,5 @@
-// One decoding step of one (row, kv head): each key and value is read once, for all query heads that share it. Keys come in
-// blocks; a block of the accumulation type with dense rows is used where it lies, any other is converted first.
+// One decoding step of one (row, kv head): each key and value is read once, for all query heads that share it. Keys
+// come in blocks; a block of the accumulation type with dense rows is used where it lies, any other is converted first.
 #include "latent_attention.h"
 #include "latent_attention_tiles.h"
 
@@ -29,7 +29,8 @@ struct Block {
   Block(const T* x, const Strided& s, int64_t from, int64_t count, int64_t head_dim, int64_t padded, A* room) {
     if constexpr (std::is_same_v<T, A>) {
       if (s.dim == 1 && head_dim == padded) {
-        rows = x + from * s.row, pitch = s.row;
+        rows = x + from * s.row;
+        pitch = s.row;
         return;
       }
     }
@@ -37,7 +38,8 @@ struct Block {
       load_row(x + (from + n) * s.row, s.dim, room + n * padded, head_dim);
       for (int64_t d = head_dim; d < padded; d++) room[n * padded + d] = 0;
     }
-    rows = room, pitch = padded;
+    rows = room;
+    pitch = padded;
   }
 };
 
@@ -67,9 +69,11 @@ void latent_attention_decode(const LatentAttentionDecodeArgs& a, int64_t b, int6
 
   const A scale = static_cast<A>(a.scale), none = -std::numeric_limits<A>::infinity();
   for (int64_t g = 0; g < group; g++) {
-    load_row(static_cast<const T*>(a.q.data) + b * a.q.batch + (kv_head * group + g) * a.q.head, a.q.dim, q + g * pitch, D);
+    load_row(static_cast<const T*>(a.q.data) + b * a.q.batch + (kv_head * group + g) * a.q.head, a.q.dim, q + g * pitch,
+             D);
     for (int64_t d = 0; d < pitch; d++) q[g * pitch + d] = d < D ? q[g * pitch + d] * scale : A(0);
-    largest[g] = none, sum[g] = 0;
+    largest[g] = none;
+    sum[g] = 0;
   }
   std::fill_n(out, group * pitch, A(0));
 
@@ -94,7 +98,8 @@ void latent_attention_decode(const LatentAttentionDecodeArgs& a, int64_t b, int6
     for (int64_t g = 0; g < group; g++) {
       A* s = p + g * kBlock;
       if (a.softcap > 0)
-        for (int64_t n = 0; n < count; n++) s[n] = static_cast<A>(a.softcap) * std::tanh(s[n] / static_cast<A>(a.softcap));
+        for (int64_t n = 0; n < count; n++)
+          s[n] = static_cast<A>(a.softcap) * std::tanh(s[n] / static_cast<A>(a.softcap));
       A m = largest[g];
       for (int64_t n = 0; n < count; n++) m = s[n] > m ? s[n] : m;
       const A base = m == none ? A(0) : m, rescale = exp_(largest[g] - base);
@@ -120,8 +125,8 @@ void latent_attention_decode(const LatentAttentionDecodeArgs& a, int64_t b, int6
   }
 }
 
-#define LMVAE_INSTANTIATE(T)                                                                   \
-  template int64_t latent_attention_decode_workspace<T>(const LatentAttentionDecodeArgs&);     \
+#define LMVAE_INSTANTIATE(T)                                                               \
+  template int64_t latent_attention_decode_workspace<T>(const LatentAttentionDecodeArgs&); \
   template void latent_attention_decode<T>(const LatentAttentionDecodeArgs&, int64_t, int64_t, int64_t, void*);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)

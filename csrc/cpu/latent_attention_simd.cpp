@@ -1,8 +1,8 @@
-// Latent attention of one (sentence, kv head): forward and backward. Rows that are already dense in the accumulation type are
-// read and written where they lie; others are converted into a workspace that for sentences of tens of tokens stays in the
-// first- or second-level cache. Queries go through in tiles of one or two vectors of lanes, keys in passes of at most kPass
-// with an online softmax. What a token sees is two runs of columns (visibility.py: visible_slots, visible_tokens), and what
-// no row of a block sees is not computed.
+// Latent attention of one (sentence, kv head): forward and backward. Rows that are already dense in the accumulation
+// type are read and written where they lie; others are converted into a workspace that for sentences of tens of tokens
+// stays in the first- or second-level cache. Queries go through in tiles of one or two vectors of lanes, keys in passes
+// of at most kPass with an online softmax. What a token sees is two runs of columns (visibility.py: visible_slots,
+// visible_tokens), and what no row of a block sees is not computed.
 #include "latent_attention.h"
 #include "latent_attention_tiles.h"
 #include "latent_attention_unit.h"
@@ -50,13 +50,15 @@ struct Tile {
       common[kind] = {to.lo, from.hi};
       for (int64_t r = 0; r < W; r++) {  // idle lanes see everything: nothing that is used depends on them
         const Range seen = r < count ? range(kind, r) : Range{0, u.columns};
-        lo[kind][r] = static_cast<A>(seen.lo), hi[kind][r] = static_cast<A>(seen.hi);
+        lo[kind][r] = static_cast<A>(seen.lo);
+        hi[kind][r] = static_cast<A>(seen.hi);
       }
     }
   }
   Range range(int kind, int64_t r) const { return kind == 0 ? u.slots(first_row + r) : u.seen_tokens(first_row + r); }
 
-  // Calls body(pieces of slots and tokens, scores held, first pass?) for every pass over the columns that the tile sees.
+  // Calls body(pieces of slots and tokens, scores held, first pass?) for every pass over the columns that the tile
+  // sees.
   template <typename F>
   void passes(F&& body) const {
     const int64_t slots = std::max<int64_t>(0, all[0].hi - all[0].lo), total = slots + all[1].hi - all[1].lo;
@@ -159,7 +161,7 @@ struct Tile {
   }
 };
 
-// ---- workspace -------------------------------------------------------------------------------------------------------
+// ---- workspace ------------------------------------------------------------------------------------------------------
 
 template <typename A>
 struct Workspace {  // laid out once for the longest sentence
@@ -175,17 +177,26 @@ struct Workspace {  // laid out once for the longest sentence
       return p;
     };
     const int64_t tile = kMaxLanes * pitch, block = kMaxLanes * kPass;
-    keys = take(columns * pitch), values = take(columns * pitch);
-    qt = take(tile), q = take(tile), out = take(tile), s = take(block), room = take(pitch);
+    keys = take(columns * pitch);
+    values = take(columns * pitch);
+    qt = take(tile);
+    q = take(tile);
+    out = take(tile);
+    s = take(block);
+    room = take(pitch);
     if (backward) {
-      grad_keys = take(columns * pitch), grad_values = take(columns * pitch);
-      grad_out = take(tile), grad_out_t = take(tile), grad_s = take(block), slope = take(block);
+      grad_keys = take(columns * pitch);
+      grad_values = take(columns * pitch);
+      grad_out = take(tile);
+      grad_out_t = take(tile);
+      grad_s = take(block);
+      slope = take(block);
     }
     return at;
   }
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Sources {  // keys and values of every column
@@ -218,7 +229,10 @@ void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t 
     }
     for (int r = 0; r < W; r++) base[r] = largest[r] == none ? A(0) : largest[r];  // nothing seen yet: no Inf - Inf
     if (!first) {
-      for (int r = 0; r < W; r++) rescale[r] = exp_(rescale[r] - base[r]), sum[r] *= rescale[r];
+      for (int r = 0; r < W; r++) {
+        rescale[r] = exp_(rescale[r] - base[r]);
+        sum[r] *= rescale[r];
+      }
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < u.pitch; d++) out.row(r)[d] *= rescale[r];
     }
@@ -244,12 +258,13 @@ void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t 
     A* x = out.row(r);
     for (int64_t d = 0; d < u.pitch; d += L) store(x + d, load(x + d) * factor);
     A* stats = static_cast<A*>(u.args.stats) + u.place_of(row0 + r) * 2;
-    stats[0] = base[r], stats[1] = factor;
+    stats[0] = base[r];
+    stats[1] = factor;
   }
   u.store_rows(out, u.args.out, row0, rows, w.out);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename T, int QV>
 void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T>>& grad_keys,
@@ -260,7 +275,10 @@ void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T
   const LatentAttentionArgs& args = u.args;
   const int64_t D = args.head_dim;
   const bool again = row0 > 0;  // the gradients of keys and values hold what earlier tiles gave
-  if (!again) tile.clear_unseen(grad_keys), tile.clear_unseen(grad_values);
+  if (!again) {
+    tile.clear_unseen(grad_keys);
+    tile.clear_unseen(grad_values);
+  }
   const Rows<const A> q = u.load_rows(args.q, row0, rows, w.q);
   const Rows<const A> grad_out = u.load_rows(args.grad_out, row0, rows, w.grad_out);
   const Rows<A> grad_q = u.target_rows(args.grad_q, row0, w.out);
@@ -272,7 +290,8 @@ void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T
   tile.passes([&](const Piece*, int64_t, bool first) { one_pass = first; });
   for (int64_t r = 0; r < rows; r++) {
     const A* stats = static_cast<const A*>(args.stats) + u.place_of(row0 + r) * 2;
-    largest[r] = stats[0], factor[r] = stats[1];
+    largest[r] = stats[0];
+    factor[r] = stats[1];
     if (!one_pass) {
       A* out = w.room;
       load_row(static_cast<const T*>(args.out) + u.place_of(row0 + r) * D, 1, out, D);
@@ -321,8 +340,10 @@ void for_tiles(const Unit<T>& u, One&& one, Two&& two) {
   constexpr int64_t L = Lanes<acc_t<T>>::count;
   for (int64_t row = 0; row < u.rows; row += 2 * L) {
     const int64_t rows = std::min(2 * L, u.rows - row);
-    if (rows <= L) one(row, rows);
-    else two(row, rows);
+    if (rows <= L)
+      one(row, rows);
+    else
+      two(row, rows);
   }
 }
 
@@ -343,7 +364,8 @@ void latent_attention_fwd(const LatentAttentionArgs& args, int64_t pair, int64_t
   u.look_ahead(next, false);
   Workspace<acc_t<T>> w;
   w.lay_out(static_cast<acc_t<T>*>(workspace), u.columns, u.pitch, false);
-  const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys), u.load_columns(args.memory_v, args.v, w.values)};
+  const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys),
+                         u.load_columns(args.memory_v, args.v, w.values)};
   for_tiles(
       u, [&](int64_t row, int64_t rows) { forward_tile<T, 1>(u, in, row, rows, w); },
       [&](int64_t row, int64_t rows) { forward_tile<T, 2>(u, in, row, rows, w); });
@@ -359,7 +381,8 @@ void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, int64_t
   const Columns<A> grad_keys = u.target_columns(args.grad_memory_k, args.grad_k, w.grad_keys);
   const Columns<A> grad_values = u.target_columns(args.grad_memory_v, args.grad_v, w.grad_values);
   if (u.tokens > 0) {
-    const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys), u.load_columns(args.memory_v, args.v, w.values)};
+    const Sources<T> in = {u.load_columns(args.memory_k, args.k, w.keys),
+                           u.load_columns(args.memory_v, args.v, w.values)};
     for_tiles(
         u, [&](int64_t row, int64_t rows) { backward_tile<T, 1>(u, in, grad_keys, grad_values, row, rows, w); },
         [&](int64_t row, int64_t rows) { backward_tile<T, 2>(u, in, grad_keys, grad_values, row, rows, w); });
@@ -371,9 +394,9 @@ void latent_attention_bwd(const LatentAttentionArgs& args, int64_t pair, int64_t
   u.store_columns(grad_values, args.grad_memory_v, args.grad_v, w.grad_values);
 }
 
-#define LMVAE_INSTANTIATE(T)                                                                                   \
-  template int64_t latent_attention_workspace<T>(const LatentAttentionArgs&, int64_t, bool);                   \
-  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);                  \
+#define LMVAE_INSTANTIATE(T)                                                                  \
+  template int64_t latent_attention_workspace<T>(const LatentAttentionArgs&, int64_t, bool);  \
+  template void latent_attention_fwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*); \
   template void latent_attention_bwd<T>(const LatentAttentionArgs&, int64_t, int64_t, void*);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)

@@ -1,4 +1,5 @@
-// The two matrix products that latent attention is made of, as register tiles over explicit vectors, and a transposition.
+// The two matrix products that latent attention is made of, as register tiles over explicit vectors, and a
+// transposition.
 //
 // Scores are kept transposed: row n is a key, lane r a query. A softmax over keys is then vertical (no horizontal
 // reduction, no masking of vector tails), and each product needs one operand broadcast from memory and one as vectors:
@@ -30,10 +31,11 @@ template <typename A> LMVAE_INLINE Vec<A> load(const A* p) { return *reinterpret
 template <typename A> LMVAE_INLINE void store(A* p, Vec<A> x) { *reinterpret_cast<Vec<A>*>(p) = x; }
 template <typename A> LMVAE_INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
 
-// ---- fetching ahead ---------------------------------------------------------------------------------------------------
+// ---- fetching ahead -------------------------------------------------------------------------------------------------
 
-// Blocks of memory that will be needed soon. A register tile asks for as many lines as it has steps and touches one in each,
-// so that what comes from far away is on its way while there is work; the hardware does not foresee where the next pair lies.
+// Blocks of memory that will be needed soon. A register tile asks for as many lines as it has steps and touches one in
+// each, so that what comes from far away is on its way while there is work; the hardware does not foresee where the
+// next pair lies.
 class Ahead {
  public:
   struct Lines {
@@ -44,20 +46,23 @@ class Ahead {
       if (n >= count) return;
       const char* line = at + n * kLine;
 #if defined(__AVX512F__)
-      if (write) asm volatile("prefetchw %0" : : "m"(*line));  // GCC emits it only where told that the CPU has it
+      if (write)
+        asm volatile("prefetchw %0" : : "m"(*line));  // GCC emits it only where told that the CPU has it
       else
 #endif
         __builtin_prefetch(line, 0, 2);
     }
   };
   void add(const void* first, int64_t bytes, bool write) {
-    if (count_ < kBlocks && bytes > 0) block_[count_++] = {static_cast<const char*>(first), (bytes + kLine - 1) / kLine, write};
+    if (count_ < kBlocks && bytes > 0)
+      block_[count_++] = {static_cast<const char*>(first), (bytes + kLine - 1) / kLine, write};
   }
   Lines take(int64_t lines) {
     if (next_ == count_) return {nullptr, 0, false};
     Lines& block = block_[next_];
     const Lines out = {block.at, std::min(lines, block.count), block.write};
-    block.at += out.count * kLine, block.count -= out.count;
+    block.at += out.count * kLine;
+    block.count -= out.count;
     if (block.count == 0) next_++;
     return out;
   }
@@ -69,10 +74,10 @@ class Ahead {
   int count_ = 0, next_ = 0;
 };
 
-// ---- dots ------------------------------------------------------------------------------------------------------------
+// ---- dots -----------------------------------------------------------------------------------------------------------
 
-// s[n][r] = sum_d k[n][d] qt[d][r] for n < KN. Where a tile has too few sums to hide the latency of an addition, each is
-// split in two.
+// s[n][r] = sum_d k[n][d] qt[d][r] for n < KN. Where a tile has too few sums to hide the latency of an addition, each
+// is split in two.
 template <typename A, int QV, int KN>
 static void dots_tile(const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s, Ahead& ahead) {
   constexpr int L = Lanes<A>::count, W = QV * L, C = KN * QV <= 4 ? 2 : 1;
@@ -109,8 +114,7 @@ static void dots_tile(const A* k, int64_t ldk, const A* qt, int64_t d_count, A* 
 }
 
 template <typename A, int QV, int KN = kDotTile / QV>
-static void dots_rows(int64_t rows, const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s,
-                      Ahead& ahead) {
+static void dots_rows(int64_t rows, const A* k, int64_t ldk, const A* qt, int64_t d_count, A* s, Ahead& ahead) {
   if (rows == KN) return dots_tile<A, QV, KN>(k, ldk, qt, d_count, s, ahead);
   if constexpr (KN > 1) dots_rows<A, QV, KN - 1>(rows, k, ldk, qt, d_count, s, ahead);
 }
@@ -126,11 +130,10 @@ template <typename A, int QV>
 static void dots(const A* k, int64_t ldk, int64_t count, const A* qt, int64_t d_count, A* s, Ahead& ahead) {
   const int64_t step = even_step(count, kDotTile / QV);
   for (int64_t n = 0; n < count; n += step)
-    dots_rows<A, QV>(std::min(step, count - n), k + n * ldk, ldk, qt, d_count, s + n * QV * Lanes<A>::count,
-                     ahead);
+    dots_rows<A, QV>(std::min(step, count - n), k + n * ldk, ldk, qt, d_count, s + n * QV * Lanes<A>::count, ahead);
 }
 
-// ---- outer -----------------------------------------------------------------------------------------------------------
+// ---- outer ----------------------------------------------------------------------------------------------------------
 
 template <typename A, int RN, int DV>
 static void outer_tile(const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, bool add, A* c,
@@ -170,13 +173,13 @@ static void outer_columns(const A* p, int64_t pa, int64_t pi, const A* b, int64_
 
 // c[a][d] (+)= sum_i p[a * pa + i * pi] b[i][d] for a < rows <= kOuterRows, i < count, d < vecs vectors.
 template <typename A, int RN = kOuterRows>
-static void outer(int64_t rows, const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, bool add, A* c,
-                  int64_t ldc, int64_t vecs) {
+static void outer(int64_t rows, const A* p, int64_t pa, int64_t pi, const A* b, int64_t ldb, int64_t count, bool add,
+                  A* c, int64_t ldc, int64_t vecs) {
   if (rows == RN) return outer_columns<A, RN, kOuterVecs>(p, pa, pi, b, ldb, count, add, c, ldc, vecs);
   if constexpr (RN > 1) outer<A, RN - 1>(rows, p, pa, pi, b, ldb, count, add, c, ldc, vecs);
 }
 
-// ---- transposition ---------------------------------------------------------------------------------------------------
+// ---- transposition --------------------------------------------------------------------------------------------------
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -205,8 +208,8 @@ LMVAE_INLINE void transpose_block(Vec<A>* r) {
 }
 #endif
 
-// xt[d][r] = factor * x[r][d] for r < rows and 0 for rows <= r < width (a multiple of the lanes), d < d_count; a row of x has
-// d_count rounded up to whole vectors.
+// xt[d][r] = factor * x[r][d] for r < rows and 0 for rows <= r < width (a multiple of the lanes), d < d_count; a row of
+// x has d_count rounded up to whole vectors.
 template <typename A>
 static void transpose(const A* x, int64_t ldx, int64_t rows, int64_t width, int64_t d_count, A factor, A* xt) {
 #ifdef LMVAE_SHUFFLE

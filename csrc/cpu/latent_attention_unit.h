@@ -40,7 +40,8 @@ struct Unit {
   mutable Ahead ahead;
   bool whole;  // a row is whole vectors of the accumulation type: it can be read and written in place
 
-  Unit(const LatentAttentionArgs& args_, int64_t pair) : args(args_), b(pair / args_.kv_heads), kv_head(pair % args_.kv_heads) {
+  Unit(const LatentAttentionArgs& args_, int64_t pair)
+      : args(args_), b(pair / args_.kv_heads), kv_head(pair % args_.kv_heads) {
     first = args.cu_seqlens[b];
     tokens = args.cu_seqlens[b + 1] - first;
     group = args.heads / args.kv_heads;
@@ -115,7 +116,8 @@ struct Unit {
     return {room, pitch};
   }
   int64_t place_of(int64_t row) const { return token_of(row) * args.heads + head_of(row); }  // in [T, H]
-  // Where rows [row, ...) of a dense [T, H, D] result are made: in place, or in `room`, from which store_rows takes them.
+  // Where rows [row, ...) of a dense [T, H, D] result are made: in place, or in `room`, from which store_rows takes
+  // them.
   Rows<A> target_rows(void* x, int64_t row, A* room) const {
     if constexpr (std::is_same_v<T, A>)
       if (whole && group == 1) return {static_cast<A*>(x) + place_of(row) * pitch, args.heads * pitch};

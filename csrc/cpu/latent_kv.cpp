@@ -1,5 +1,5 @@
-// latent_kv on CPU: allocation, geometry and threads. Arithmetic is in latent_kv_simd.cpp, the contract and its checks in
-// kernels/latent_kv/op.py, bytes and FLOPs in docs/kernels/latent_kv.md.
+// latent_kv on CPU: allocation, geometry and threads. Arithmetic is in latent_kv_simd.cpp, the contract and its checks
+// in kernels/latent_kv/op.py, bytes and FLOPs in docs/kernels/latent_kv.md.
 #include "latent_kv.h"
 
 #include <ATen/Parallel.h>
@@ -27,13 +27,17 @@ KvType type_of(const at::Tensor& t) {
   }
 }
 
-at::ScalarType accumulation_type(const at::Tensor& weight) { return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulation_type(const at::Tensor& weight) {
+  return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // Calls f with a value of the accumulation type.
 template <typename F>
 void with_accumulation(const at::Tensor& weight, F f) {
-  if (weight.scalar_type() == at::kDouble) f(double{});
-  else f(float{});
+  if (weight.scalar_type() == at::kDouble)
+    f(double{});
+  else
+    f(float{});
 }
 
 KvTensor weight_like(const at::Tensor& t) {  // [L, 2, Hkv, M, D, nz]
@@ -78,9 +82,18 @@ KvDropout dropout_of(double p, const std::optional<at::Tensor>& seed, int64_t ba
               "latent_kv: dropout needs a seed, int64 [2] or [5]");
   const int64_t* s = seed->const_data_ptr<int64_t>();
   // nearbyint rounds halves to even, as Python's round in kernels/philox.py does
-  KvDropout d{static_cast<uint32_t>(std::nearbyint(p * 16777216.0)), 1.0 / (1.0 - p), static_cast<uint64_t>(s[0]),
-              static_cast<uint64_t>(s[1]), 0, 1, batch};
-  if (seed->numel() == 5) d.first = s[2], d.step = s[3], d.total = s[4];
+  KvDropout d{static_cast<uint32_t>(std::nearbyint(p * 16777216.0)),
+              1.0 / (1.0 - p),
+              static_cast<uint64_t>(s[0]),
+              static_cast<uint64_t>(s[1]),
+              0,
+              1,
+              batch};
+  if (seed->numel() == 5) {
+    d.first = s[2];
+    d.step = s[3];
+    d.total = s[4];
+  }
   return d;
 }
 
@@ -111,15 +124,18 @@ at::Tensor pad_columns(const at::Tensor& z, at::ScalarType type, int64_t columns
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::optional<at::Tensor>& bias, double dropout,
-                  const std::optional<at::Tensor>& seed, const at::Tensor& memory) {
+void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::optional<at::Tensor>& bias,
+                  double dropout, const std::optional<at::Tensor>& seed, const at::Tensor& memory) {
   const at::Tensor weight = with_dense_rows(weight_in);
   TORCH_CHECK(memory.size(-1) <= 1 || memory.stride(-1) == 1, "latent_kv: out must have a contiguous last dim");
   KvForward a{};
   a.rows = rows_of(weight, z.size(0));
-  a.weight = weight_like(weight), a.memory = memory_like(memory);
+  a.weight = weight_like(weight);
+  a.memory = memory_like(memory);
   a.memory.stride[5] = 1;
-  limit_run(a.rows, a.weight), limit_run(a.rows, a.memory), cut(a.rows);
+  limit_run(a.rows, a.weight);
+  limit_run(a.rows, a.memory);
+  cut(a.rows);
   const at::Tensor dense_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
   a.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
   a.dropout = dropout_of(dropout, seed, z.size(0));
@@ -133,7 +149,8 @@ void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::o
     const auto run = LMVAE_PICK(kv_forward_chunks<T>);
     const int64_t scratch = LMVAE_PICK(kv_forward_scratch<T>)(a);
     // About 30 us of arithmetic before a second thread pays.
-    const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 21) / (a.rows.chunk * (a.rows.nz + 1) * round_up(z.size(0), lanes)));
+    const int64_t grain =
+        std::max<int64_t>(1, (int64_t{1} << 21) / (a.rows.chunk * (a.rows.nz + 1) * round_up(z.size(0), lanes)));
     at::parallel_for(0, a.rows.chunks(), grain, [&](int64_t begin, int64_t end) {
       Scratch<T> buffer(scratch);
       run(a, buffer.get(), begin, end);
@@ -141,8 +158,8 @@ void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::o
   });
 }
 
-at::Tensor latent_kv_fwd(const at::Tensor& z, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double dropout,
-                         const std::optional<at::Tensor>& seed, at::ScalarType dtype) {
+at::Tensor latent_kv_fwd(const at::Tensor& z, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         double dropout, const std::optional<at::Tensor>& seed, at::ScalarType dtype) {
   at::Tensor memory = at::empty({weight.size(0), 2, z.size(0), weight.size(2), weight.size(3), weight.size(4)},
                                 weight.options().dtype(dtype));
   forward_into(z, weight, bias, dropout, seed, memory);
@@ -154,7 +171,7 @@ void latent_kv_out(const at::Tensor& z, const at::Tensor& weight, const std::opt
   forward_into(z, weight, bias, dropout, seed, out);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // The gradients of one or several forwards as one batch, and everything the three backward products share.
 struct Pass {
@@ -176,7 +193,8 @@ struct Pass {
       grads.push_back(grad);
       a.rows.batch += grad.batch;
     }
-    a.grads = grads.data(), a.num_grads = static_cast<int64_t>(grads.size());
+    a.grads = grads.data();
+    a.num_grads = static_cast<int64_t>(grads.size());
     z = zs.size() == 1 ? zs[0] : at::cat(zs);
     a.weight = weight_like(weight);
     limit_run(a.rows, a.weight);
@@ -189,7 +207,8 @@ struct Pass {
       using T = decltype(acc);
       const at::ScalarType type = accumulation_type(weight);
       const int64_t lanes = LMVAE_PICK(kv_vector<T>)();
-      a.batch_padded = round_up(a.rows.batch, lanes), a.nz_padded = round_up(a.rows.nz, lanes);
+      a.batch_padded = round_up(a.rows.batch, lanes);
+      a.nz_padded = round_up(a.rows.nz, lanes);
       a.gram_padded = want_gram ? a.batch_padded : 0;
       const at::Tensor z_padded = pad_columns(z, type, a.nz_padded);
       a.z = z_padded.const_data_ptr();
@@ -218,16 +237,19 @@ struct Pass {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> latent_kv_bwd(const at::Tensor& grad, const at::Tensor& z,
                                                              const at::Tensor& weight_in, double dropout,
-                                                             const std::optional<at::Tensor>& seed, bool need_z, bool need_weight,
-                                                             bool need_bias) {
+                                                             const std::optional<at::Tensor>& seed, bool need_z,
+                                                             bool need_weight, bool need_bias) {
   const at::Tensor weight = with_dense_rows(weight_in);
   std::vector<at::Tensor> seeds;
   if (seed.has_value()) seeds.push_back(*seed);
   Pass pass(weight, grad, z, dropout, seeds);
-  at::Tensor dz = at::empty({0}, z.options()), dweight = at::empty({0}, z.options()), dbias = at::empty({0}, z.options());
+  at::Tensor dz = at::empty({0}, z.options());
+  at::Tensor dweight = at::empty({0}, z.options());
+  at::Tensor dbias = at::empty({0}, z.options());
   if (need_weight) {
     dweight = at::empty(weight.sizes(), weight.options());
-    pass.a.sink = KvSink::Store, pass.a.dweight = weight_like(dweight);
+    pass.a.sink = KvSink::Store;
+    pass.a.dweight = weight_like(dweight);
   }
   if (need_bias) {
     dbias = at::empty(weight.sizes().slice(0, 5), weight.options());
@@ -238,9 +260,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> latent_kv_bwd(const at::Tensor& g
   return {dz, dweight, dbias};
 }
 
-// ||dW||_F^2 as a scalar tensor. ||G^T Z||^2 = sum((G G^T) * (Z Z^T)) while the batch is smaller than nz; beyond that the
-// tiles of dW themselves are cheaper.
-at::Tensor latent_kv_norm(const at::Tensor& weight, at::TensorList grads, at::TensorList zs, at::TensorList seeds, double dropout) {
+// ||dW||_F^2 as a scalar tensor. ||G^T Z||^2 = sum((G G^T) * (Z Z^T)) while the batch is smaller than nz; beyond that
+// the tiles of dW themselves are cheaper.
+at::Tensor latent_kv_norm(const at::Tensor& weight, at::TensorList grads, at::TensorList zs, at::TensorList seeds,
+                          double dropout) {
   Pass pass(weight, grads, zs, dropout, seeds);
   const bool by_gram = pass.a.rows.batch <= weight.size(5);
   if (!by_gram) pass.a.sink = KvSink::Norm;
@@ -252,18 +275,28 @@ at::Tensor latent_kv_norm(const at::Tensor& weight, at::TensorList grads, at::Te
   return at::mul(gram, zd.matmul(zd.t())).sum().clamp_min(0.0).to(type);
 }
 
-void latent_kv_adamw(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::TensorList grads, at::TensorList zs,
-                     at::TensorList seeds, double dropout, const at::Tensor& step, const at::Tensor& lr, const at::Tensor& clip,
-                     double beta1, double beta2, double eps, double weight_decay) {
+void latent_kv_adamw(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::TensorList grads,
+                     at::TensorList zs, at::TensorList seeds, double dropout, const at::Tensor& step,
+                     const at::Tensor& lr, const at::Tensor& clip, double beta1, double beta2, double eps,
+                     double weight_decay) {
   for (const at::Tensor& t : {weight, exp_avg, exp_avg_sq})
-    TORCH_CHECK(t.size(-1) <= 1 || t.stride(-1) == 1, "latent_kv_adamw: weight and moments must have a contiguous last dim");
+    TORCH_CHECK(t.size(-1) <= 1 || t.stride(-1) == 1,
+                "latent_kv_adamw: weight and moments must have a contiguous last dim");
   Pass pass(weight, grads, zs, dropout, seeds);
   KvBackward& a = pass.a;
-  a.exp_avg = weight_like(exp_avg), a.exp_avg_sq = weight_like(exp_avg_sq);
-  limit_run(a.rows, a.exp_avg), limit_run(a.rows, a.exp_avg_sq);
+  a.exp_avg = weight_like(exp_avg);
+  a.exp_avg_sq = weight_like(exp_avg_sq);
+  limit_run(a.rows, a.exp_avg);
+  limit_run(a.rows, a.exp_avg_sq);
   a.sink = KvSink::AdamW;
   const double t = step.item<double>(), rate = lr.item<double>();
-  a.adamw = {clip.item<double>(), rate, beta1, beta2, eps, 1.0 - rate * weight_decay, rate / (1.0 - std::pow(beta1, t)),
+  a.adamw = {clip.item<double>(),
+             rate,
+             beta1,
+             beta2,
+             eps,
+             1.0 - rate * weight_decay,
+             rate / (1.0 - std::pow(beta1, t)),
              std::sqrt(1.0 - std::pow(beta2, t))};
   pass.run(weight, false, false);
 }

@@ -20,8 +20,8 @@ struct KvTensor {
 // The rows (head, slot, dim) of one (layer, side), cut into chunks along which every tensor has one stride.
 struct KvRows {
   int64_t layers, heads, slots, dim, nz, batch;
-  int64_t run;             // rows after which a tensor's stride may change: dim, slots * dim or heads * slots * dim
-  int64_t chunk;           // rows of a chunk, at most kKvChunk; the last one of a run may be shorter
+  int64_t run;    // rows after which a tensor's stride may change: dim, slots * dim or heads * slots * dim
+  int64_t chunk;  // rows of a chunk, at most kKvChunk; the last one of a run may be shorter
   int64_t chunks_per_run;
   int64_t rows() const { return heads * slots * dim; }
   int64_t chunks() const { return run == 0 ? 0 : layers * 2 * (rows() / run) * chunks_per_run; }
@@ -40,7 +40,7 @@ struct KvDropout {
 struct KvForward {
   KvRows rows;
   KvTensor weight, memory;
-  const void* bias;  // dense [layers, 2, rows], of the weight's type; may be null
+  const void* bias;    // dense [layers, 2, rows], of the weight's type; may be null
   const void* panels;  // z transposed and cut into panels of `panel` columns: [panels][nz][panel]; accumulation type
   int64_t panel;
   KvDropout dropout;
@@ -60,7 +60,7 @@ struct KvAdamW {
 enum class KvSink : int { None, Store, AdamW, Norm };  // what becomes of a tile of the weight's gradient
 
 struct KvBackward {
-  KvRows rows;           // batch: the sum over all gradients
+  KvRows rows;  // batch: the sum over all gradients
   const KvGrad* grads;
   int64_t num_grads;
   int64_t batch_padded;  // up to a multiple of kv_rows_block
@@ -70,11 +70,11 @@ struct KvBackward {
   void* dz;              // this task's partial sums [batch_padded, nz_padded], accumulation type; null: not wanted
   void* gram;            // this task's partial sums [batch_padded, gram_padded] of G G^T; null: not wanted
   int64_t gram_padded;
-  void* dbias;           // dense [layers, 2, rows] of the weight's type; null: not wanted
+  void* dbias;  // dense [layers, 2, rows] of the weight's type; null: not wanted
   KvSink sink;
   KvTensor dweight, exp_avg, exp_avg_sq;
   KvAdamW adamw;
-  double* norm;          // this task's partial sum of squares
+  double* norm;  // this task's partial sum of squares
 };
 
 }  // namespace lmvae
@@ -83,5 +83,7 @@ struct KvBackward {
 LMVAE_DECLARE(template <typename T> int64_t kv_forward_scratch(const ::lmvae::KvForward& a))
 LMVAE_DECLARE(template <typename T> int64_t kv_backward_scratch(const ::lmvae::KvBackward& a))
 LMVAE_DECLARE(template <typename T> int64_t kv_vector())  // lanes of a vector
-LMVAE_DECLARE(template <typename T> void kv_forward_chunks(const ::lmvae::KvForward& a, void* scratch, int64_t begin, int64_t end))
-LMVAE_DECLARE(template <typename T> void kv_backward_chunks(const ::lmvae::KvBackward& a, void* scratch, int64_t begin, int64_t end))
+LMVAE_DECLARE(template <typename T> void kv_forward_chunks(const ::lmvae::KvForward& a, void* scratch, int64_t begin,
+                                                           int64_t end))
+LMVAE_DECLARE(template <typename T> void kv_backward_chunks(const ::lmvae::KvBackward& a, void* scratch, int64_t begin,
+                                                            int64_t end))

@@ -1,5 +1,6 @@
-// latent_kv, chunks [begin, end) of at most 64 rows of the projection. A chunk's weights (64 x nz) pass through the first
-// two cache levels once; everything that needs them, or the matching piece of the memory's gradient, happens there.
+// latent_kv, chunks [begin, end) of at most 64 rows of the projection. A chunk's weights (64 x nz) pass through the
+// first two cache levels once; everything that needs them, or the matching piece of the memory's gradient, happens
+// there.
 #include "latent_kv.h"
 #include "simd_math.h"
 
@@ -17,11 +18,17 @@ constexpr int kRowBlock = 4;
 constexpr int64_t kBytes = 16;
 constexpr int kRowBlock = 4;
 #endif
-template <typename T> struct vector { typedef T type __attribute__((vector_size(kBytes))); };
+template <typename T> struct vector {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
 template <typename T> using vec = typename vector<T>::type;
 template <typename T> constexpr int64_t kLanesOf = kBytes / static_cast<int64_t>(sizeof(T));
 
-template <typename T> LMVAE_INLINE vec<T> loadv(const T* p) { vec<T> v; std::memcpy(&v, p, sizeof(v)); return v; }
+template <typename T> LMVAE_INLINE vec<T> loadv(const T* p) {
+  vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
 template <typename T> LMVAE_INLINE void storev(T* p, vec<T> v) { std::memcpy(p, &v, sizeof(v)); }
 
 // Cache lines asked for ahead of their use, one for every second step of a product, into the first or the second level.
@@ -36,8 +43,8 @@ struct PrefetchTo {
 
 // C[i][j] (+)= sum_k A[i * ai + k * ak] * B[k * ldb + j] for I rows and J vectors.
 template <typename T, int I, int J, bool add, typename Ahead>
-LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth,
-                                Ahead& ahead) {
+LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
+                                int64_t depth, Ahead& ahead) {
   constexpr int64_t V = kLanesOf<T>;
   vec<T> sum[I][J];
 #pragma GCC unroll 8
@@ -75,8 +82,8 @@ LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, 
 constexpr int64_t kDepth = 64;
 
 template <typename T, int I, int J, bool add, typename Ahead>
-LMVAE_INLINE void product_deep(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth,
-                               Ahead& ahead) {
+LMVAE_INLINE void product_deep(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
+                               int64_t depth, Ahead& ahead) {
   product_block<T, I, J, add>(a, ai, ak, b, ldb, c, ldc, std::min(depth, kDepth), ahead);
   for (int64_t k = kDepth; k < depth; k += kDepth)
     product_block<T, I, J, true>(a + k * ak, ai, ak, b + k * ldb, ldb, c, ldc, std::min(depth - k, kDepth), ahead);
@@ -84,8 +91,8 @@ LMVAE_INLINE void product_deep(const T* a, int64_t ai, int64_t ak, const T* b, i
 
 // The same for m rows and n columns, n a multiple of the vector.
 template <typename T, bool add, typename Ahead>
-void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t ldb, int64_t n, T* c, int64_t ldc, int64_t depth,
-             Ahead& ahead) {
+void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t ldb, int64_t n, T* c, int64_t ldc,
+             int64_t depth, Ahead& ahead) {
   constexpr int64_t V = kLanesOf<T>;
   int64_t j = 0;
   for (; j + 2 * V <= n; j += 2 * V) {
@@ -102,7 +109,7 @@ void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t 
   }
 }
 
-// ---- transposition of V x V blocks in registers ----------------------------------------------------------------------
+// ---- transposition of V x V blocks in registers ---------------------------------------------------------------------
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -116,7 +123,8 @@ LMVAE_INLINE void exchange(vec<T>& a, vec<T>& b, std::integer_sequence<int, L...
   constexpr int V = static_cast<int>(kLanesOf<T>);
   const vec<T> low = __builtin_shufflevector(a, b, ((L & S) == 0 ? L : V + L - S)...);
   const vec<T> high = __builtin_shufflevector(a, b, ((L & S) == 0 ? L + S : V + L)...);
-  a = low, b = high;
+  a = low;
+  b = high;
 }
 template <typename T, int S>
 LMVAE_INLINE void exchange_all(vec<T>* r) {
@@ -148,17 +156,21 @@ void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t m, 
 #endif
 }
 
-// ---- rows of any type ------------------------------------------------------------------------------------------------
+// ---- rows of any type -----------------------------------------------------------------------------------------------
 
 template <typename T, typename S>
 LMVAE_INLINE void widen(const S* x, T* y, int64_t n) {
-  if constexpr (std::is_same_v<acc_t<S>, T>) load_unit(x, y, n);
-  else for (int64_t i = 0; i < n; i++) y[i] = static_cast<T>(x[i]);
+  if constexpr (std::is_same_v<acc_t<S>, T>)
+    load_unit(x, y, n);
+  else
+    for (int64_t i = 0; i < n; i++) y[i] = static_cast<T>(x[i]);
 }
 template <typename T, typename S>
 LMVAE_INLINE void narrow(const T* x, S* y, int64_t n) {
-  if constexpr (std::is_same_v<acc_t<S>, T>) store_row(x, y, n);
-  else for (int64_t i = 0; i < n; i++) y[i] = static_cast<S>(x[i]);
+  if constexpr (std::is_same_v<acc_t<S>, T>)
+    store_row(x, y, n);
+  else
+    for (int64_t i = 0; i < n; i++) y[i] = static_cast<S>(x[i]);
 }
 
 template <typename F>
@@ -181,7 +193,9 @@ LMVAE_INLINE void save(const KvTensor& t, int64_t at, const T* x, int64_t n) {
 }
 
 LMVAE_INLINE int64_t size_of(KvType type) { return type == KvType::F64 ? 8 : type == KvType::F32 ? 4 : 2; }
-template <typename T> LMVAE_INLINE bool is_type(KvType type) { return type == (sizeof(T) == 8 ? KvType::F64 : KvType::F32); }
+template <typename T> LMVAE_INLINE bool is_type(KvType type) {
+  return type == (sizeof(T) == 8 ? KvType::F64 : KvType::F32);
+}
 LMVAE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Chunk {
@@ -191,12 +205,14 @@ struct Chunk {
   Chunk(const KvRows& r, int64_t index) {
     const int64_t part = index % r.chunks_per_run;
     const int64_t run = index / r.chunks_per_run, runs = r.rows() / r.run;
-    layer = run / runs / 2, side = run / runs % 2;
+    layer = run / runs / 2;
+    side = run / runs % 2;
     row = part * r.chunk;
     n = std::min(r.chunk, r.run - row);
     flat = run % runs * r.run + row;
     const int64_t first = run % runs * r.run / r.dim;  // (head, slot) of the run's first row
-    head = first / r.slots, slot = first % r.slots;
+    head = first / r.slots;
+    slot = first % r.slots;
   }
   int64_t at(const KvTensor& t, int64_t batch) const {
     const int64_t* s = t.stride;
@@ -205,8 +221,9 @@ struct Chunk {
   int64_t group() const { return layer * 2 + side; }
 };
 
-// What one row block of a forward product reads (4 KB at nz = 128) is asked for two blocks earlier: far enough for memory,
-// near enough for the first level. dz walks its whole chunk again and again, so it asks for the next one, in the second level.
+// What one row block of a forward product reads (4 KB at nz = 128) is asked for two blocks earlier: far enough for
+// memory, near enough for the first level. dz walks its whole chunk again and again, so it asks for the next one, in
+// the second level.
 constexpr int64_t kAhead = 8192;
 
 // The lines of a chunk, moved on by `ahead` bytes, if its rows lie one behind the other.
@@ -228,7 +245,7 @@ struct Factors {
   }
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <typename T> int64_t kv_vector() { return kLanesOf<T>; }
 
@@ -250,7 +267,8 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
     int64_t ldw = a.weight.stride[5];
     if (!direct) {
       for (int64_t i = 0; i < c.n; i++) load(a.weight, where + i * ldw, copy + i * r.nz, r.nz);
-      w = copy, ldw = r.nz;
+      w = copy;
+      ldw = r.nz;
     }
     if (a.bias != nullptr)
       load(KvTensor{const_cast<void*>(a.bias), a.weight.type, {}}, c.group() * r.rows() + c.flat, bias, c.n);
@@ -271,7 +289,7 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
   }
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename T> int64_t kv_backward_scratch(const KvBackward& a) {
   return kKvChunk * (a.batch_padded + 2 * a.nz_padded + a.gram_padded);
@@ -314,7 +332,9 @@ template <typename T>
 void adamw_tile(const KvBackward& a, const Chunk& c, const T* tile, T* row) {
   const int64_t nz = a.rows.nz, at_w = c.at(a.weight, 0), at_m = c.at(a.exp_avg, 0), at_v = c.at(a.exp_avg_sq, 0);
   for (int64_t i = 0; i < c.n; i++) {
-    const int64_t w = at_w + i * a.weight.stride[5], m = at_m + i * a.exp_avg.stride[5], v = at_v + i * a.exp_avg_sq.stride[5];
+    const int64_t w = at_w + i * a.weight.stride[5];
+    const int64_t m = at_m + i * a.exp_avg.stride[5];
+    const int64_t v = at_v + i * a.exp_avg_sq.stride[5];
     const T* g = tile + i * a.nz_padded;
     if (is_type<T>(a.weight.type) && is_type<T>(a.exp_avg.type)) {
       adamw_row(a.adamw, g, static_cast<T*>(a.weight.data) + w, static_cast<T*>(a.exp_avg.data) + m,
@@ -322,9 +342,13 @@ void adamw_tile(const KvBackward& a, const Chunk& c, const T* tile, T* row) {
       continue;
     }
     T *pw = row, *pm = row + a.nz_padded, *pv = row + 2 * a.nz_padded;
-    load(a.weight, w, pw, nz), load(a.exp_avg, m, pm, nz), load(a.exp_avg_sq, v, pv, nz);
+    load(a.weight, w, pw, nz);
+    load(a.exp_avg, m, pm, nz);
+    load(a.exp_avg_sq, v, pv, nz);
     adamw_row(a.adamw, g, pw, pm, pv, nz);
-    save(a.weight, w, pw, nz), save(a.exp_avg, m, pm, nz), save(a.exp_avg_sq, v, pv, nz);
+    save(a.weight, w, pw, nz);
+    save(a.exp_avg, m, pm, nz);
+    save(a.exp_avg_sq, v, pv, nz);
   }
 }
 
@@ -332,10 +356,10 @@ template <typename T>
 void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64_t end) {
   constexpr int64_t V = kLanesOf<T>;
   const KvRows& r = a.rows;
-  T* const g = static_cast<T*>(scratch);                 // [batch_padded][kKvChunk]
-  T* const tile = g + kKvChunk * a.batch_padded;         // [kKvChunk][nz_padded]: a tile of the weight's gradient
-  T* const copy = tile + kKvChunk * a.nz_padded;         // [kKvChunk][nz_padded]: weights in the accumulation type
-  T* const turned = copy + kKvChunk * a.nz_padded;       // [kKvChunk][gram_padded]
+  T* const g = static_cast<T*>(scratch);            // [batch_padded][kKvChunk]
+  T* const tile = g + kKvChunk * a.batch_padded;    // [kKvChunk][nz_padded]: a tile of the weight's gradient
+  T* const copy = tile + kKvChunk * a.nz_padded;    // [kKvChunk][nz_padded]: weights in the accumulation type
+  T* const turned = copy + kKvChunk * a.nz_padded;  // [kKvChunk][gram_padded]
   std::fill(g, g + kKvChunk * (a.batch_padded + 2 * a.nz_padded + a.gram_padded), T(0));
   Factors factors;
   const bool direct = is_type<T>(a.weight.type) && r.nz % V == 0;
@@ -351,8 +375,8 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
     if (a.gram != nullptr) {
       PrefetchTo<2> none;
       transpose(g, kKvChunk, turned, a.gram_padded, round_up(r.batch, V), kKvChunk);
-      product<T, true>(g, kKvChunk, 1, r.batch, turned, a.gram_padded, a.gram_padded, static_cast<T*>(a.gram), a.gram_padded,
-                       c.n, none);
+      product<T, true>(g, kKvChunk, 1, r.batch, turned, a.gram_padded, a.gram_padded, static_cast<T*>(a.gram),
+                       a.gram_padded, c.n, none);
     }
     if (a.dz != nullptr) {
       auto ahead = lines_of<2>(r, a.weight, c, c.n * r.nz * size_of(a.weight.type));
@@ -361,14 +385,15 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
       int64_t ldw = a.weight.stride[5];
       if (!direct) {
         for (int64_t i = 0; i < c.n; i++) load(a.weight, where + i * ldw, copy + i * a.nz_padded, r.nz);
-        w = copy, ldw = a.nz_padded;
+        w = copy;
+        ldw = a.nz_padded;
       }
       product<T, true>(g, kKvChunk, 1, r.batch, w, ldw, a.nz_padded, static_cast<T*>(a.dz), a.nz_padded, c.n, ahead);
     }
     if (a.sink == KvSink::None) continue;
     auto ahead = a.sink == KvSink::AdamW ? lines_of<2>(r, a.weight, c, 0) : PrefetchTo<2>{};
-    product<T, false>(g, 1, kKvChunk, c.n, static_cast<const T*>(a.z), a.nz_padded, a.nz_padded, tile, a.nz_padded, r.batch,
-                      ahead);
+    product<T, false>(g, 1, kKvChunk, c.n, static_cast<const T*>(a.z), a.nz_padded, a.nz_padded, tile, a.nz_padded,
+                      r.batch, ahead);
     if (a.sink == KvSink::AdamW) {
       adamw_tile(a, c, tile, copy);
     } else if (a.sink == KvSink::Store) {
@@ -384,11 +409,11 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
   }
 }
 
-#define LMVAE_INSTANTIATE(T)                                                           \
-  template int64_t kv_vector<T>();                                                     \
-  template int64_t kv_forward_scratch<T>(const KvForward&);                            \
-  template int64_t kv_backward_scratch<T>(const KvBackward&);                          \
-  template void kv_forward_chunks<T>(const KvForward&, void*, int64_t, int64_t);       \
+#define LMVAE_INSTANTIATE(T)                                                     \
+  template int64_t kv_vector<T>();                                               \
+  template int64_t kv_forward_scratch<T>(const KvForward&);                      \
+  template int64_t kv_backward_scratch<T>(const KvBackward&);                    \
+  template void kv_forward_chunks<T>(const KvForward&, void*, int64_t, int64_t); \
   template void kv_backward_chunks<T>(const KvBackward&, void*, int64_t, int64_t);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)

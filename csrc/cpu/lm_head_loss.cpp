@@ -1,7 +1,7 @@
-// lm_head_loss on CPU. One pass over the vocabulary in blocks, as flash attention does over keys: for a group of tokens,
-// each block of the head's rows gives logits, the running softmax, and its share of sum_v softmax_v weight_v while the
-// block is in the cache. No buffer has a vocabulary dimension, so the frozen head costs two matrix products and memory
-// of the size of hidden. A trained head takes a second pass (logits again, then d weight block by block).
+// lm_head_loss on CPU. One pass over the vocabulary in blocks, as flash attention does over keys: for a group of
+// tokens, each block of the head's rows gives logits, the running softmax, and its share of sum_v softmax_v weight_v
+// while the block is in the cache. No buffer has a vocabulary dimension, so the frozen head costs two matrix products
+// and memory of the size of hidden. A trained head takes a second pass (logits again, then d weight block by block).
 //
 // Work is cut into (group of tokens) x (range of the vocabulary); what ranges have gathered is merged at the end in a
 // fixed order, so that results are the same bits run after run and on any number of threads.
@@ -32,10 +32,10 @@ struct Plan {
   int64_t groups, ranges, group_tokens;
 };
 
-// Ranges of the vocabulary need partial sums [ranges, tokens, width]: held under 1/12 of the size the logits would have.
-// They change the order of additions, so they depend on shapes alone and results do not depend on the number of threads.
-// Groups of tokens change nothing but the time: each repacks the head, which costs about as much as kPack tokens'
-// products, and more than kMaxGroup tokens leave the cache.
+// Ranges of the vocabulary need partial sums [ranges, tokens, width]: held under 1/12 of the size the logits would
+// have. They change the order of additions, so they depend on shapes alone and results do not depend on the number of
+// threads. Groups of tokens change nothing but the time: each repacks the head, which costs about as much as kPack
+// tokens' products, and more than kMaxGroup tokens leave the cache.
 Plan make_plan(int64_t tokens, int64_t width, int64_t vocab, int64_t tile, bool accumulate) {
   constexpr int64_t kMaxGroup = 512, kPack = 64;
   const int64_t most = accumulate ? vocab / (12 * std::max<int64_t>(1, width)) : vocab / 512;
@@ -47,7 +47,10 @@ Plan make_plan(int64_t tokens, int64_t width, int64_t vocab, int64_t tile, bool 
     const int64_t size = ((tokens + cut - 1) / cut + tile - 1) / tile * tile;
     const int64_t groups = (tokens + size - 1) / size;
     const int64_t cost = (groups * ranges + threads - 1) / threads * (size + kPack);
-    if (cost < best_cost) best_cost = cost, best = {groups, ranges, size};
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = {groups, ranges, size};
+    }
   }
   return best;
 }
@@ -112,18 +115,24 @@ bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* stat
     const int64_t group = unit / plan.ranges, range = unit % plan.ranges;
     const int64_t g0 = group * plan.group_tokens, count = std::min(plan.group_tokens, n - g0);
     TokenState<C>* state = states + range * n + g0;
-    if (!good || !engine.set_tokens(&call.rows[g0], count)) { good = false; return; }
+    if (!good || !engine.set_tokens(&call.rows[g0], count)) {
+      good = false;
+      return;
+    }
     for (int64_t b = blocks * range / plan.ranges; b < blocks * (range + 1) / plan.ranges; b++) {
       const int64_t v0 = b * block, columns = std::min(block, vocab - v0);
-      if (!engine.set_block(v0, columns)) { good = false; return; }
+      if (!engine.set_block(v0, columns)) {
+        good = false;
+        return;
+      }
       for (int64_t p = 0; p < count; p += phase) {
         const int64_t stop = std::min(p + phase, count);
         C *s = worker.logits.data() - p * block, *alpha = worker.alpha.data() - p;
         for (int64_t t = p; t < stop; t += tile) {
           const int64_t rows = std::min(tile, stop - t);
           engine.scores(t, rows, s + t * block, block);
-          LMVAE_PICK(head_online<C>)(s + t * block, block, rows, columns, call.form, &call.row_labels[g0 + t], v0, state + t,
-                                     alpha + t, acc != nullptr);
+          LMVAE_PICK(head_online<C>)(s + t * block, block, rows, columns, call.form, &call.row_labels[g0 + t], v0,
+                                     state + t, alpha + t, acc != nullptr);
         }
         for (int64_t t = p; acc != nullptr && t < stop; t += tile)
           engine.accumulate(t, std::min(tile, stop - t), alpha + t, s + t * block, block);
@@ -149,7 +158,10 @@ void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, 
       for (int64_t r = 0; r < plan.ranges; r++) {
         const TokenState<C>& s = states[r * n + i];
         all.max = s.max > all.max ? s.max : all.max;
-        if (s.label_slope != 0 || s.label != 0) all.label = s.label, all.label_slope = s.label_slope;
+        if (s.label_slope != 0 || s.label != 0) {
+          all.label = s.label;
+          all.label_slope = s.label_slope;
+        }
       }
       for (int64_t r = 0; r < plan.ranges; r++) {
         const TokenState<C>& s = states[r * n + i];
@@ -184,7 +196,8 @@ void weigh(const Call<C>& call, bool amx, const std::vector<TokenDone<C>>& done,
   constexpr int64_t kGroup = 512;
   const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width, vocab = call.problem.vocab;
   const int64_t threads = at::get_num_threads();
-  auto workers = make_workers(call, amx, threads, std::min(n, kGroup), dweight == nullptr ? Product::None : Product::Weight);
+  auto workers =
+      make_workers(call, amx, threads, std::min(n, kGroup), dweight == nullptr ? Product::None : Product::Weight);
   for_units(workers, threads, [&](Worker<C>& worker, int64_t unit) {
     HeadEngine<C>& engine = *worker.engine;
     const int64_t tile = engine.tile_tokens(), block = engine.block_columns(), blocks = (vocab + block - 1) / block;
@@ -213,7 +226,8 @@ void weigh(const Call<C>& call, bool amx, const std::vector<TokenDone<C>>& done,
 
 at::Tensor dense_rows(const at::Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous(); }
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // loss, nll, jac, dweight, dbias
+using Outputs =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // loss, nll, jac, dweight, dbias
 
 template <typename T>
 Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::Tensor& labels_in,
@@ -226,21 +240,24 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
   const auto acc_options = hidden.options().dtype(acc_type);
 
   Call<C> call;
-  call.problem = {hidden.const_data_ptr(), weight.const_data_ptr(), hidden.stride(0), weight.stride(0), tokens, width, vocab,
-                  hidden.scalar_type()};
+  call.problem = {
+      hidden.const_data_ptr(), weight.const_data_ptr(), hidden.stride(0), weight.stride(0), tokens, width, vocab,
+      hidden.scalar_type()};
   call.labels = labels.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t label = call.labels[t];
     if (label == kIgnore) continue;
-    TORCH_CHECK_VALUE(label >= 0 && label < vocab, "lm_head_loss: labels[", t, "] is ", label, ", outside the vocabulary [0, ",
-                      vocab, ") (weight has ", vocab, " rows; only ", kIgnore, " is ignored)");
+    TORCH_CHECK_VALUE(label >= 0 && label < vocab, "lm_head_loss: labels[", t, "] is ", label,
+                      ", outside the vocabulary [0, ", vocab, ") (weight has ", vocab, " rows; only ", kIgnore,
+                      " is ignored)");
     call.rows.push_back(t);
     call.row_labels.push_back(label);
   }
   const int64_t n = static_cast<int64_t>(call.rows.size());
   at::Tensor bias_acc;
   if (bias.has_value()) bias_acc = bias->to(acc_type).contiguous();
-  call.form = {bias.has_value() ? bias_acc.const_data_ptr<C>() : nullptr, static_cast<C>(scale), static_cast<C>(softcap)};
+  call.form = {bias.has_value() ? bias_acc.const_data_ptr<C>() : nullptr, static_cast<C>(scale),
+               static_cast<C>(softcap)};
 
   at::Tensor nll = at::zeros({tokens}, acc_options);
   at::Tensor jac = n == tokens ? at::empty({want_hidden ? tokens : 0, width}, hidden.options())
@@ -283,16 +300,21 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
 
 Outputs lm_head_loss_fwd(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels,
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& token_weights,
-                         double softcap, double scale, int64_t /*chunk*/, bool want_hidden, bool want_weight, bool want_bias) {
+                         double softcap, double scale, int64_t /*chunk*/, bool want_hidden, bool want_weight,
+                         bool want_bias) {
   switch (hidden.scalar_type()) {
     case at::kDouble:
-      return run<double>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+      return run<double>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight,
+                         want_bias);
     case at::kBFloat16:
-      return run<c10::BFloat16>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+      return run<c10::BFloat16>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight,
+                                want_bias);
     case at::kHalf:
-      return run<c10::Half>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+      return run<c10::Half>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight,
+                            want_bias);
     default:
-      return run<float>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight, want_bias);
+      return run<float>(hidden, weight, labels, bias, token_weights, softcap, scale, want_hidden, want_weight,
+                        want_bias);
   }
 }
 

@@ -28,20 +28,20 @@ struct LogitForm {
   C scale, softcap;
 };
 
-// What a token has gathered over the vocabulary seen so far, its own label left out: the label's logit is kept apart, so
-// that 1 - p(label) comes out as a sum of what is not the label and not as a difference of nearly equal numbers.
+// What a token has gathered over the vocabulary seen so far, its own label left out: the label's logit is kept apart,
+// so that 1 - p(label) comes out as a sum of what is not the label and not as a difference of nearly equal numbers.
 template <typename C>
 struct TokenState {
-  C max = -INFINITY, sum = 0;  // sum of exp(logit - max)
+  C max = -INFINITY, sum = 0;    // sum of exp(logit - max)
   C label = 0, label_slope = 0;  // the label's logit; d logit / d (scale * product): 1 without a softcap
 };
 
 // What the second pass (weight and bias gradients) needs of a finished token.
 template <typename C>
 struct TokenDone {
-  C max, inv_sum;      // softmax = exp(logit - max) * inv_sum
-  C label_gradient;    // softmax(label) - 1
-  C factor;            // the weight this token's nll has in what is differentiated, times scale
+  C max, inv_sum;    // softmax = exp(logit - max) * inv_sum
+  C label_gradient;  // softmax(label) - 1
+  C factor;          // the weight this token's nll has in what is differentiated, times scale
 };
 
 // What follows scores(): nothing, accumulate() or weight_gradient().
@@ -52,8 +52,8 @@ template <typename C>
 class HeadEngine {
  public:
   virtual ~HeadEngine() = default;
-  virtual void enter() {}  // called by the thread that is going to use it, and
-  virtual void leave() {}  // when it has
+  virtual void enter() {}                     // called by the thread that is going to use it, and
+  virtual void leave() {}                     // when it has
   virtual int64_t tile_tokens() const = 0;    // tokens to give to scores() at a time
   virtual int64_t phase_tokens() const = 0;   // tokens to be scored before they are accumulated: a multiple of the tile
   virtual int64_t block_columns() const = 0;  // vocabulary rows to give to set_block() at most
@@ -78,7 +78,9 @@ class Room {
   Room() = default;
   explicit Room(int64_t n)
       : memory_(at::empty({n * static_cast<int64_t>(sizeof(T)) + 63}, at::TensorOptions().dtype(at::kByte))) {}
-  T* data() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) & ~uintptr_t{63}); }
+  T* data() const {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) & ~uintptr_t{63});
+  }
 
  private:
   at::Tensor memory_;
@@ -91,20 +93,23 @@ std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& problem, i
 
 }  // namespace lmvae
 
-// s [rows][columns] products -> exp(logit - new max) * slope in place (the label's entry 0); updates states, and gives in
-// alpha the factor by which what was accumulated against the old max must shrink. labels are relative to column 0.
-LMVAE_DECLARE(template <typename C> void head_online(
-    C* s, int64_t ld, int64_t rows, int64_t columns, const ::lmvae::LogitForm<C>& form, const int64_t* labels, int64_t first,
-    ::lmvae::TokenState<C>* states, C* alpha, bool want_gradient))
+// s [rows][columns] products -> exp(logit - new max) * slope in place (the label's entry 0); updates states, and gives
+// in alpha the factor by which what was accumulated against the old max must shrink. labels are relative to column 0.
+LMVAE_DECLARE(template <typename C> void head_online(C* s, int64_t ld, int64_t rows, int64_t columns,
+                                                     const ::lmvae::LogitForm<C>& form, const int64_t* labels,
+                                                     int64_t first, ::lmvae::TokenState<C>* states, C* alpha,
+                                                     bool want_gradient))
 // s products -> the gradient of sum factor * nll by the product, in place.
-LMVAE_DECLARE(template <typename C> void head_gradient(
-    C* s, int64_t ld, int64_t rows, int64_t columns, const ::lmvae::LogitForm<C>& form, const int64_t* labels, int64_t first,
-    const ::lmvae::TokenDone<C>* done))
+LMVAE_DECLARE(template <typename C> void head_gradient(C* s, int64_t ld, int64_t rows, int64_t columns,
+                                                       const ::lmvae::LogitForm<C>& form, const int64_t* labels,
+                                                       int64_t first, const ::lmvae::TokenDone<C>* done))
 // out = sum_r factors[r] * parts[r] + label_factor * label_row, rounded to T
-LMVAE_DECLARE(template <typename T, typename C> void head_jacobian(
-    const C* const* parts, const C* factors, int64_t count, const T* label_row, C label_factor, T* out, int64_t n))
+LMVAE_DECLARE(template <typename T, typename C> void head_jacobian(const C* const* parts, const C* factors,
+                                                                   int64_t count, const T* label_row, C label_factor,
+                                                                   T* out, int64_t n))
 // out[j] += sum_i s[i][j]; in double, as thousands of tokens add up
-LMVAE_DECLARE(template <typename C> void head_column_sums(const C* s, int64_t ld, int64_t rows, int64_t columns, double* out))
+LMVAE_DECLARE(template <typename C> void head_column_sums(const C* s, int64_t ld, int64_t rows, int64_t columns,
+                                                          double* out))
 // rows of T widened to C, and back
 LMVAE_DECLARE(template <typename T, typename C> void head_widen(const T* x, C* y, int64_t n))
 LMVAE_DECLARE(template <typename T, typename C> void head_narrow(const C* x, C factor, T* y, int64_t n))

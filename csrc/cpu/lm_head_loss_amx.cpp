@@ -1,10 +1,10 @@
-// lm_head_loss: one thread's matrix products on the AMX tiles (x86 with amx_bf16), written directly because the products
-// here are small, their operands are reused while they sit in the second-level cache, and sums must stay fp32.
+// lm_head_loss: one thread's matrix products on the AMX tiles (x86 with amx_bf16), written directly because the
+// products here are small, their operands are reused while they sit in the second-level cache, and sums must stay fp32.
 //
 // A number is a sum of bf16 parts: one for bf16, two for fp16, three for fp32 (8 + 8 + 8 bits: all of its 24). Products
 // of parts i and j are taken where i + j < parts, smallest first: 1, 3 and 6 tile products. What is left out is below
-// 2^-16 of an fp16 product and 2^-24 of an fp32 one, and the tiles add 16 products at a time to their fp32 sums, so fp32
-// comes out about as exact as from an fp32 BLAS (tests/kernels/test_lm_head_loss.py holds it to the error rule).
+// 2^-16 of an fp16 product and 2^-24 of an fp32 one, and the tiles add 16 products at a time to their fp32 sums, so
+// fp32 comes out about as exact as from an fp32 BLAS (tests/kernels/test_lm_head_loss.py holds it to the error rule).
 // An infinite number has no such sum: sets with one are refused and the caller uses the BLAS.
 #include "lm_head_loss.h"
 
@@ -30,13 +30,18 @@ TILES_INLINE void split(__m512 low, __m512 high, __m512i* out, __mmask16* bad) {
     const __m512i h = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     out[p] = h;
     if (p + 1 == parts) break;
-    low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(h)), 16)));
-    high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(h, 1)), 16)));
-    if (p == 0) *bad |= _mm512_fpclass_ps_mask(low, 0x99) | _mm512_fpclass_ps_mask(high, 0x99);  // Inf - Inf, NaN, overflow
+    low = _mm512_sub_ps(low,
+                        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(h)), 16)));
+    high = _mm512_sub_ps(
+        high, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(h, 1)), 16)));
+    if (p == 0)
+      *bad |= _mm512_fpclass_ps_mask(low, 0x99) | _mm512_fpclass_ps_mask(high, 0x99);  // Inf - Inf, NaN, overflow
   }
 }
 
-TILES_INLINE __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
+TILES_INLINE __mmask16 first_lanes(int64_t n) {
+  return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
+}
 
 // 32 numbers from x, of which n exist (the rest are 0)
 template <int parts>
@@ -46,7 +51,8 @@ TILES_INLINE void load_parts(const c10::BFloat16* x, int64_t n, __m512i* out, __
 template <int parts>
 TILES_INLINE void load_parts(const c10::Half* x, int64_t n, __m512i* out, __mmask16* bad) {
   const __m512i all = n >= 32 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(n <= 0 ? 0u : (1u << n) - 1, x);
-  split<parts>(_mm512_cvtph_ps(_mm512_castsi512_si256(all)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(all, 1)), out, bad);
+  split<parts>(_mm512_cvtph_ps(_mm512_castsi512_si256(all)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(all, 1)), out,
+               bad);
 }
 template <int parts>
 TILES_INLINE void load_parts(const float* x, int64_t n, __m512i* out, __mmask16* bad) {
@@ -104,8 +110,8 @@ struct Layout {
 //   flip:  its transpose as right operand, depth along its columns    (null: not wanted)
 //   right: the matrix as right operand, depth along its rows          (null: not wanted)
 template <int parts, typename T>
-TILES bool pack(const T* x, const int64_t* index, int64_t stride, int64_t rows, int64_t columns, char* left, Layout l, char* flip,
-                Layout f, char* right, Layout r) {
+TILES bool pack(const T* x, const int64_t* index, int64_t stride, int64_t rows, int64_t columns, char* left, Layout l,
+                char* flip, Layout f, char* right, Layout r) {
   alignas(64) static const uint16_t kInterleaveLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kInterleaveLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -132,7 +138,8 @@ TILES bool pack(const T* x, const int64_t* index, int64_t stride, int64_t rows, 
         for (int p = 0; p < parts; p++) {
           for (int i = 0; i < 8; i++) {
             _mm512_store_si512(to + p * kPair + i * 64, _mm512_permutex2var_epi16(v[2 * i][p], low, v[2 * i + 1][p]));
-            _mm512_store_si512(to + p * kPair + kTile + i * 64, _mm512_permutex2var_epi16(v[2 * i][p], high, v[2 * i + 1][p]));
+            _mm512_store_si512(to + p * kPair + kTile + i * 64,
+                               _mm512_permutex2var_epi16(v[2 * i][p], high, v[2 * i + 1][p]));
           }
         }
       }
@@ -153,7 +160,8 @@ TILES bool pack(const T* x, const int64_t* index, int64_t stride, int64_t rows, 
 template <typename T, int parts>
 class AmxEngine final : public HeadEngine<float> {
  public:
-  AmxEngine(const HeadProblem& problem, int64_t tokens, Product next) : p_(problem), depth_((p_.width + 31) / 32), next_(next) {
+  AmxEngine(const HeadProblem& problem, int64_t tokens, Product next)
+      : p_(problem), depth_((p_.width + 31) / 32), next_(next) {
     const int64_t tiles = (tokens + 31) / 32, panels = block_columns() / 32, pair = parts * kPair;
     left_ = Room<char>(tiles * depth_ * pair);
     flip_ = Room<char>(panels * depth_ * pair);
@@ -170,8 +178,8 @@ class AmxEngine final : public HeadEngine<float> {
   void enter() override { configure_tiles(); }
   void leave() override { release_tiles(); }
   int64_t tile_tokens() const override { return 32; }
-  // One packed form of a block at a time is in use; it may fill about 600 kB of the second-level cache (2 MB where there
-  // is AMX), beside what streams through: tokens, and the sums.
+  // One packed form of a block at a time is in use; it may fill about 600 kB of the second-level cache (2 MB where
+  // there is AMX), beside what streams through: tokens, and the sums.
   int64_t phase_tokens() const override { return 512; }
   int64_t block_columns() const override {
     const int64_t fit = (int64_t{600} << 10) / (2 * parts * depth_ * 32);
@@ -189,9 +197,10 @@ class AmxEngine final : public HeadEngine<float> {
   bool set_block(int64_t first, int64_t count) override {
     columns_ = count;
     panels_ = (count + 31) / 32;
-    return pack<parts>(static_cast<const T*>(p_.weight) + first * p_.weight_row, nullptr, p_.weight_row, count, p_.width, nullptr,
-                       {}, flip_.data(), {depth_ * parts * kPair, parts * kPair},
-                       next_ == Product::Hidden ? block_right_.data() : nullptr, {parts * kPair, panels_ * parts * kPair});
+    return pack<parts>(static_cast<const T*>(p_.weight) + first * p_.weight_row, nullptr, p_.weight_row, count,
+                       p_.width, nullptr, {}, flip_.data(), {depth_ * parts * kPair, parts * kPair},
+                       next_ == Product::Hidden ? block_right_.data() : nullptr,
+                       {parts * kPair, panels_ * parts * kPair});
   }
 
   void scores(int64_t t0, int64_t, float* s, int64_t ld) override {
@@ -225,7 +234,8 @@ class AmxEngine final : public HeadEngine<float> {
     alignas(64) float c[32 * 32];
     for (int64_t j = 0; j < panels_; j++) {
       for (int64_t k = 0; k < depth_; k++) {
-        product32<parts>(gradient_.data() + j * steps_ * parts * kPair, right_.data() + k * steps_ * parts * kPair, steps_, c, 32, false);
+        product32<parts>(gradient_.data() + j * steps_ * parts * kPair, right_.data() + k * steps_ * parts * kPair,
+                         steps_, c, 32, false);
         const int64_t rows = std::min<int64_t>(32, columns_ - 32 * j), width = std::min<int64_t>(32, p_.width - 32 * k);
         for (int64_t i = 0; i < rows; i++) {
           float* to = dw + (32 * j + i) * p_.width + 32 * k;

@@ -31,7 +31,8 @@ class GemmEngine final : public HeadEngine<C> {
 
   bool set_tokens(const int64_t* rows, int64_t count) override {
     count_ = count;
-    for (int64_t i = 0; i < count; i++) widen(static_cast<const T*>(p_.hidden) + rows[i] * p_.hidden_row, hidden_.data() + i * p_.width);
+    for (int64_t i = 0; i < count; i++)
+      widen(static_cast<const T*>(p_.hidden) + rows[i] * p_.hidden_row, hidden_.data() + i * p_.width);
     if (next_ == Product::Hidden) std::fill_n(acc_.data(), count * p_.width, C(0));
     return true;
   }
@@ -74,8 +75,10 @@ class GemmEngine final : public HeadEngine<C> {
     at::Tensor out = view(dw, columns_, p_.width, p_.width);
     const at::Tensor g = view(gradient_.data(), count_, columns_, columns_).t();
     const at::Tensor h = view(hidden_.data(), count_, p_.width, p_.width);
-    if (add) at::addmm_out(out, out, g, h);
-    else at::mm_out(out, g, h);
+    if (add)
+      at::addmm_out(out, out, g, h);
+    else
+      at::mm_out(out, g, h);
   }
 
  private:

@@ -146,7 +146,9 @@ void head_column_sums(const C* s, int64_t ld, int64_t rows, int64_t columns, dou
 }
 
 template <typename T, typename C>
-void head_widen(const T* x, C* y, int64_t n) { load_unit(x, y, n); }
+void head_widen(const T* x, C* y, int64_t n) {
+  load_unit(x, y, n);
+}
 
 template <typename T, typename C>
 void head_narrow(const C* x, C factor, T* y, int64_t n) {
@@ -160,15 +162,15 @@ void head_narrow(const C* x, C factor, T* y, int64_t n) {
   }
 }
 
-#define LMVAE_HEAD_C(C)                                                                                                   \
-  template void head_online<C>(C*, int64_t, int64_t, int64_t, const LogitForm<C>&, const int64_t*, int64_t,               \
-                               TokenState<C>*, C*, bool);                                                                 \
-  template void head_gradient<C>(C*, int64_t, int64_t, int64_t, const LogitForm<C>&, const int64_t*, int64_t,             \
-                                 const TokenDone<C>*);                                                                    \
+#define LMVAE_HEAD_C(C)                                                                                       \
+  template void head_online<C>(C*, int64_t, int64_t, int64_t, const LogitForm<C>&, const int64_t*, int64_t,   \
+                               TokenState<C>*, C*, bool);                                                     \
+  template void head_gradient<C>(C*, int64_t, int64_t, int64_t, const LogitForm<C>&, const int64_t*, int64_t, \
+                                 const TokenDone<C>*);                                                        \
   template void head_column_sums<C>(const C*, int64_t, int64_t, int64_t, double*);
-#define LMVAE_HEAD_T(T, C)                                                                                                \
-  template void head_jacobian<T, C>(const C* const*, const C*, int64_t, const T*, C, T*, int64_t);                        \
-  template void head_widen<T, C>(const T*, C*, int64_t);                                                                  \
+#define LMVAE_HEAD_T(T, C)                                                                         \
+  template void head_jacobian<T, C>(const C* const*, const C*, int64_t, const T*, C, T*, int64_t); \
+  template void head_widen<T, C>(const T*, C*, int64_t);                                           \
   template void head_narrow<T, C>(const C*, C, T*, int64_t);
 LMVAE_HEAD_C(float)
 LMVAE_HEAD_C(double)

@@ -20,10 +20,12 @@ using OptionalTensor = std::optional<at::Tensor>;
 at::Tensor dense(const OptionalTensor& x) { return x.has_value() ? x->contiguous() : at::Tensor(); }
 const float* data(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
-constexpr int64_t kAmxRows = 25;  // fewer wait for the weight on the vector units already
+constexpr int64_t kAmxRows = 25;     // fewer wait for the weight on the vector units already
 constexpr int64_t kGrain = 200'000;  // multiplications worth a thread
 
-int64_t panels_a_thread(const PackedLinearArgs& a) { return std::max<int64_t>(1, kGrain / (a.rows * a.in * kLinearPanel + 1)); }
+int64_t panels_a_thread(const PackedLinearArgs& a) {
+  return std::max<int64_t>(1, kGrain / (a.rows * a.in * kLinearPanel + 1));
+}
 
 void on_vectors(PackedLinearArgs& a, const float* rows, int64_t stride, int64_t panels) {
   const int64_t count = (a.in + kLinearDepth - 1) / kLinearDepth;
@@ -58,20 +60,22 @@ bool on_tiles(const PackedLinearArgs& a, const float* rows, int64_t stride, int6
   return whole;
 }
 
-at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                         int64_t activation, int64_t out_features) {
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& residual, int64_t activation, int64_t out_features) {
   PackedLinearArgs a{};
   a.activation = static_cast<Activation>(activation);
   const int64_t width = a.activation == Activation::SwiGlu ? kLinearPanel / 2 : kLinearPanel;
-  TORCH_CHECK(weight.dim() == 3 && weight.size(2) == kLinearPanel && weight.is_contiguous() && weight.size(1) == input.size(1) &&
-                  weight.size(0) == (out_features + width - 1) / width,
+  TORCH_CHECK(weight.dim() == 3 && weight.size(2) == kLinearPanel && weight.is_contiguous() &&
+                  weight.size(1) == input.size(1) && weight.size(0) == (out_features + width - 1) / width,
               "packed_linear: the weight is not pack_weight's for ", out_features, " x ", input.size(1));
   TORCH_CHECK(!residual.has_value() || residual->sizes().equals({input.size(0), out_features}),
               "packed_linear: the residual is not [", input.size(0), ", ", out_features, "]");
   const at::Tensor x = input.stride(1) == 1 ? input : input.contiguous(), b = dense(bias), added = dense(residual);
   at::Tensor y = at::empty({x.size(0), out_features}, x.options());
-  a.in = x.size(1), a.out = out_features;
-  a.weight = data(weight), a.bias = data(b);
+  a.in = x.size(1);
+  a.out = out_features;
+  a.weight = data(weight);
+  a.bias = data(b);
   for (int64_t from = 0; from < x.size(0); from += kLinearRows) {
     a.rows = std::min(kLinearRows, x.size(0) - from);
     const float* rows = data(x) + from * x.stride(0);

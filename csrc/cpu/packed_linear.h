@@ -25,10 +25,11 @@ struct PackedLinearArgs {
   float* y;               // [rows, out]
 };
 
-// The same on the AMX tiles, where `in` is a multiple of 32: bytes of the rows' parts, the parts of steps [begin, end) of 32
-// depths, and the sums of panels [begin, end), each given to `done` as [rows][kLinearPanel].
+// The same on the AMX tiles, where `in` is a multiple of 32: bytes of the rows' parts, the parts of steps [begin, end)
+// of 32 depths, and the sums of panels [begin, end), each given to `done` as [rows][kLinearPanel].
 int64_t packed_linear_amx_workspace(int64_t rows, int64_t in);
-void packed_linear_amx_rows(const float* x, int64_t stride, int64_t rows, int64_t in, char* parts, int64_t begin, int64_t end);
+void packed_linear_amx_rows(const float* x, int64_t stride, int64_t rows, int64_t in, char* parts, int64_t begin,
+                            int64_t end);
 void packed_linear_amx_panels(const PackedLinearArgs& a, const char* parts, int64_t begin, int64_t end,
                               const std::function<void(int64_t panel, float* sums)>& done);
 

@@ -1,7 +1,7 @@
-// A few rows times a large weight. The weight is read once, a piece of a panel at a time; all rows are multiplied with the
-// piece while it is in the first-level cache, and meanwhile the next piece is fetched, evenly over all tiles and from all
-// of its 4 KB pages in turn: prefetchers follow streams within a page, and several streams have more lines on their way
-// than one after another.
+// A few rows times a large weight. The weight is read once, a piece of a panel at a time; all rows are multiplied with
+// the piece while it is in the first-level cache, and meanwhile the next piece is fetched, evenly over all tiles and
+// from all of its 4 KB pages in turn: prefetchers follow streams within a page, and several streams have more lines on
+// their way than one after another.
 #include "packed_linear.h"
 
 #include <algorithm>
@@ -24,9 +24,11 @@ typedef float V __attribute__((vector_size(kVectorBytes), aligned(4), may_alias)
 LMVAE_INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 LMVAE_INLINE void store(float* p, V x) { *reinterpret_cast<V*>(p) = x; }
 
-// Fetches the piece at `at` while another is multiplied: in every 4 terms of a sum its share of the lines, one of every page.
+// Fetches the piece at `at` while another is multiplied: in every 4 terms of a sum its share of the lines, one of every
+// page.
 struct Fetch {
-  static constexpr int kPage = 4096, kPages = kLinearDepth * kLinearPanel * 4 / kPage, kRounds = kPage / 64 / (kLinearDepth / 4);
+  static constexpr int kPage = 4096, kPages = kLinearDepth * kLinearPanel * 4 / kPage;
+  static constexpr int kRounds = kPage / 64 / (kLinearDepth / 4);
   const char* at;
   int passes;  // over the piece that is multiplied: it goes by once a tile
   int due = 0;
@@ -44,12 +46,13 @@ void tile(const float* x, const float* w, int64_t depth, bool add, float* sums, 
   constexpr int C = R <= 2 ? 4 : R <= 5 ? 2 : 1;
   V acc[C][R][2] = {};
   Fetch fetch = next;
-  const auto step = [&](int64_t k, V (&sum)[R][2]) __attribute__((always_inline)) {
+  const auto step = [&](int64_t k, V(&sum)[R][2]) __attribute__((always_inline)) {
     const V left = load(w + k * kLinearPanel), right = load(w + k * kLinearPanel + kLanesF);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       const V value = x[r * kLinearDepth + k] - V{};
-      sum[r][0] += value * left, sum[r][1] += value * right;
+      sum[r][0] += value * left;
+      sum[r][1] += value * right;
     }
   };
   int64_t k = 0;
@@ -125,8 +128,8 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
       Fetch next{reinterpret_cast<const char*>(w + depth * kLinearPanel), passes};  // what follows, also the next panel
       for (int64_t column = 0; column < kLinearPanel; column += kTileColumns)
         for (int64_t r = 0; r < a.rows; r += step)
-          tile_of(std::min(step, a.rows - r), x + r * kLinearDepth, w + column, depth, k > 0, sums + r * kLinearPanel + column,
-                  next);
+          tile_of(std::min(step, a.rows - r), x + r * kLinearDepth, w + column, depth, k > 0,
+                  sums + r * kLinearPanel + column, next);
     }
     packed_linear_finish(a, sums, p);
   }

@@ -12,7 +12,8 @@ namespace {
 constexpr int64_t kRoom = 64;  // elements that a fill may write beyond its last block
 
 at::Tensor fill(const at::Tensor& seed, int64_t rows, int64_t cols, bool normal) {
-  TORCH_CHECK(seed.numel() == 2 && seed.scalar_type() == at::kLong && seed.is_contiguous(), "philox: seed must be int64 [2]");
+  TORCH_CHECK(seed.numel() == 2 && seed.scalar_type() == at::kLong && seed.is_contiguous(),
+              "philox: seed must be int64 [2]");
   const int64_t blocks = (cols + 3) / 4 * rows;
   const at::Tensor out = at::empty({4 * blocks + kRoom}, at::TensorOptions().dtype(normal ? at::kFloat : at::kInt));
   const auto* s = seed.const_data_ptr<int64_t>();

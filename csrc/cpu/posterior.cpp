@@ -22,26 +22,36 @@ at::ScalarType kl_type(const at::Tensor& mu) { return mu.scalar_type() == at::kD
 
 PosteriorArgs common_args(const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed, int64_t samples,
                           int64_t mode, double target) {
-  TORCH_CHECK(mu.dim() == 2 && logvar.sizes() == mu.sizes(), "posterior: mu and logvar must both be [B, D], got ", mu.sizes(),
-              " and ", logvar.sizes());
-  TORCH_CHECK(seed.numel() == 2 && seed.scalar_type() == at::kLong && seed.is_contiguous(), "posterior: seed must be int64 [2]");
+  TORCH_CHECK(mu.dim() == 2 && logvar.sizes() == mu.sizes(), "posterior: mu and logvar must both be [B, D], got ",
+              mu.sizes(), " and ", logvar.sizes());
+  TORCH_CHECK(seed.numel() == 2 && seed.scalar_type() == at::kLong && seed.is_contiguous(),
+              "posterior: seed must be int64 [2]");
   const int64_t* s = seed.const_data_ptr<int64_t>();
   PosteriorArgs a{};
   a.mu = mu.const_data_ptr();
   a.logvar = logvar.const_data_ptr();
-  a.mu_row = mu.stride(0), a.mu_col = mu.stride(1), a.logvar_row = logvar.stride(0), a.logvar_col = logvar.stride(1);
-  a.batch = mu.size(0), a.dim = mu.size(1), a.samples = samples;
-  a.seed = static_cast<uint64_t>(s[0]), a.offset = static_cast<uint64_t>(s[1]);
-  a.mode = static_cast<KlMode>(mode), a.target = target;
+  a.mu_row = mu.stride(0);
+  a.mu_col = mu.stride(1);
+  a.logvar_row = logvar.stride(0);
+  a.logvar_col = logvar.stride(1);
+  a.batch = mu.size(0);
+  a.dim = mu.size(1);
+  a.samples = samples;
+  a.seed = static_cast<uint64_t>(s[0]);
+  a.offset = static_cast<uint64_t>(s[1]);
+  a.mode = static_cast<KlMode>(mode);
+  a.target = target;
   return a;
 }
 
 std::tuple<at::Tensor, at::Tensor> posterior_fwd(const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed,
                                                  int64_t samples, int64_t mode, double target) {
   PosteriorArgs a = common_args(mu, logvar, seed, samples, mode, target);
-  at::Tensor z = samples == 1 ? at::empty({a.batch, a.dim}, mu.options()) : at::empty({samples, a.batch, a.dim}, mu.options());
+  at::Tensor z =
+      samples == 1 ? at::empty({a.batch, a.dim}, mu.options()) : at::empty({samples, a.batch, a.dim}, mu.options());
   at::Tensor kl = at::empty({a.batch}, mu.options().dtype(kl_type(mu)));
-  a.z = z.mutable_data_ptr(), a.kl = kl.mutable_data_ptr();
+  a.z = z.mutable_data_ptr();
+  a.kl = kl.mutable_data_ptr();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mu.scalar_type(), "posterior_fwd", [&] {
     const auto rows = LMVAE_PICK(posterior_fwd_rows<scalar_t>);
     at::parallel_for(0, a.batch, grain(a), [&](int64_t begin, int64_t end) { rows(a, begin, end); });
@@ -49,20 +59,28 @@ std::tuple<at::Tensor, at::Tensor> posterior_fwd(const at::Tensor& mu, const at:
   return {z, kl};
 }
 
-std::tuple<at::Tensor, at::Tensor> posterior_bwd(const std::optional<at::Tensor>& dz, const std::optional<at::Tensor>& dkl,
-                                                 const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& kl,
-                                                 const at::Tensor& seed, int64_t samples, int64_t mode, double target) {
+std::tuple<at::Tensor, at::Tensor> posterior_bwd(const std::optional<at::Tensor>& dz,
+                                                 const std::optional<at::Tensor>& dkl, const at::Tensor& mu,
+                                                 const at::Tensor& logvar, const at::Tensor& kl, const at::Tensor& seed,
+                                                 int64_t samples, int64_t mode, double target) {
   PosteriorArgs a = common_args(mu, logvar, seed, samples, mode, target);
   at::Tensor dmu = at::empty({a.batch, a.dim}, mu.options()), dlogvar = at::empty({a.batch, a.dim}, mu.options());
-  a.dmu = dmu.mutable_data_ptr(), a.dlogvar = dlogvar.mutable_data_ptr();
+  a.dmu = dmu.mutable_data_ptr();
+  a.dlogvar = dlogvar.mutable_data_ptr();
   if (dz.has_value() && dz->defined()) {
-    TORCH_CHECK(dz->scalar_type() == mu.scalar_type(), "posterior: dz is ", dz->scalar_type(), ", mu is ", mu.scalar_type());
+    TORCH_CHECK(dz->scalar_type() == mu.scalar_type(), "posterior: dz is ", dz->scalar_type(), ", mu is ",
+                mu.scalar_type());
     a.dz = dz->const_data_ptr();
-    a.dz_sample = samples == 1 ? 0 : dz->stride(0), a.dz_row = dz->stride(-2), a.dz_col = dz->stride(-1);
+    a.dz_sample = samples == 1 ? 0 : dz->stride(0);
+    a.dz_row = dz->stride(-2);
+    a.dz_col = dz->stride(-1);
   }
   if (dkl.has_value() && dkl->defined()) {
-    TORCH_CHECK(dkl->scalar_type() == kl_type(mu), "posterior: dkl is ", dkl->scalar_type(), " instead of ", kl_type(mu));
-    a.dkl = dkl->const_data_ptr(), a.dkl_row = dkl->stride(0), a.kl_saved = kl.const_data_ptr();
+    TORCH_CHECK(dkl->scalar_type() == kl_type(mu), "posterior: dkl is ", dkl->scalar_type(), " instead of ",
+                kl_type(mu));
+    a.dkl = dkl->const_data_ptr();
+    a.dkl_row = dkl->stride(0);
+    a.kl_saved = kl.const_data_ptr();
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, mu.scalar_type(), "posterior_bwd", [&] {
     const auto rows = LMVAE_PICK(posterior_bwd_rows<scalar_t>);
@@ -106,8 +124,9 @@ struct Posterior : torch::autograd::Function<Posterior> {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> posterior_autograd(const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed,
-                                                      int64_t samples, int64_t mode, double target) {
+std::tuple<at::Tensor, at::Tensor> posterior_autograd(const at::Tensor& mu, const at::Tensor& logvar,
+                                                      const at::Tensor& seed, int64_t samples, int64_t mode,
+                                                      double target) {
   const auto out = Posterior::apply(mu, logvar, seed, samples, mode, target);
   return {out[0], out[1]};
 }
@@ -119,8 +138,6 @@ TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
   m.impl("posterior_bwd", &posterior_bwd);
 }
 
-TORCH_LIBRARY_IMPL(lmvae_fast, AutogradCPU, m) {
-  m.impl("posterior_fwd", &posterior_autograd);
-}
+TORCH_LIBRARY_IMPL(lmvae_fast, AutogradCPU, m) { m.impl("posterior_fwd", &posterior_autograd); }
 
 }  // namespace lmvae

@@ -1,5 +1,5 @@
-// posterior_sample, rows [begin, end): one pass over mu and logvar in tiles that stay in the first-level cache. A tile is
-// either some whole rows or a piece of one row; its noise is one contiguous range of Philox blocks either way.
+// posterior_sample, rows [begin, end): one pass over mu and logvar in tiles that stay in the first-level cache. A tile
+// is either some whole rows or a piece of one row; its noise is one contiguous range of Philox blocks either way.
 #include <type_traits>
 
 #include "posterior.h"
@@ -7,7 +7,7 @@
 
 namespace lmvae::LMVAE_ISA {
 
-constexpr int64_t kTile = 1024;  // elements of a tile: six float rows of it fit in 32 KB
+constexpr int64_t kTile = 1024;         // elements of a tile: six float rows of it fit in 32 KB
 constexpr int64_t kSlack = 4 * kLanes;  // what normal_fill may write beyond the tile
 
 LMVAE_INLINE int64_t pad4(int64_t n) { return (n + 3) / 4 * 4; }
@@ -30,7 +30,8 @@ LMVAE_INLINE A kl_mask(A k, A target) {
 
 template <typename A>
 struct Tile {
-  alignas(64) A mu[kTile], lv[kTile], std[kTile], em1[kTile], excess[kTile], eps[kTile + kSlack], dz[kTile], dmu[kTile], dlv[kTile];
+  alignas(64) A mu[kTile], lv[kTile], std[kTile], em1[kTile], excess[kTile];
+  alignas(64) A eps[kTile + kSlack], dz[kTile], dmu[kTile], dlv[kTile];
 };
 
 // A dense block of rows x pitch in the arithmetic type: the tensor's own memory where it is already that, else a copy.
@@ -58,8 +59,8 @@ LMVAE_INLINE acc_t<T>* output_tile(void* base, int64_t offset, int64_t row_strid
   return buffer;
 }
 template <typename T>
-LMVAE_INLINE void write_tile(const acc_t<T>* x, void* base, int64_t offset, int64_t row_stride, int64_t rows, int64_t cols,
-                             int64_t pitch) {
+LMVAE_INLINE void write_tile(const acc_t<T>* x, void* base, int64_t offset, int64_t row_stride, int64_t rows,
+                             int64_t cols, int64_t pitch) {
   T* y = static_cast<T*>(base) + offset;
   if (static_cast<const void*>(x) == static_cast<const void*>(y)) return;
   for (int64_t r = 0; r < rows; r++) store_row(x + r * pitch, y + r * row_stride, cols);
@@ -79,7 +80,8 @@ void forward(const PosteriorArgs& a, int64_t begin, int64_t end) {
     for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
       const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch;
       const A* mu = read_tile<T>(a.mu, r0 * a.mu_row + c0 * a.mu_col, a.mu_row, a.mu_col, t.mu, rows, cols, pitch);
-      const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv, rows, cols, pitch);
+      const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv,
+                                 rows, cols, pitch);
       const uint64_t block = static_cast<uint64_t>(r0 * row_blocks + c0 / 4);
       if (a.samples == 1) {  // the usual case in one loop: nothing but the noise goes through memory
         normal_fill(t.eps, a.seed, a.offset, block, n / 4);
@@ -133,7 +135,8 @@ void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
     const int64_t rows = std::min(rows_per_tile, end - r0);
     for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
       const int64_t cols = std::min(kTile, dim - c0), pitch = pad4(cols), n = rows * pitch, at = r0 * dim + c0;
-      const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv, rows, cols, pitch);
+      const A* lv = read_tile<T>(a.logvar, r0 * a.logvar_row + c0 * a.logvar_col, a.logvar_row, a.logvar_col, t.lv,
+                                 rows, cols, pitch);
       A* dmu = output_tile<T>(a.dmu, at, dim, t.dmu, rows, cols, pitch);
       A* dlv = output_tile<T>(a.dlogvar, at, dim, t.dlv, rows, cols, pitch);
       const auto kl_gradient = [&](int64_t r) {
@@ -164,13 +167,20 @@ void backward(const PosteriorArgs& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < n; i++) exp_parts(lv[i], &t.std[i], &t.em1[i], &t.excess[i]);
       for (int64_t s = 0; a.dz != nullptr && s < a.samples; s++) {
         normal_fill(t.eps, a.seed, a.offset, static_cast<uint64_t>((s * a.batch + r0) * row_blocks + c0 / 4), n / 4);
-        const A* dz = read_tile<T>(a.dz, s * a.dz_sample + r0 * a.dz_row + c0 * a.dz_col, a.dz_row, a.dz_col, t.dz, rows, cols, pitch);
+        const A* dz = read_tile<T>(a.dz, s * a.dz_sample + r0 * a.dz_row + c0 * a.dz_col, a.dz_row, a.dz_col, t.dz,
+                                   rows, cols, pitch);
         if (s == 0) {
 #pragma omp simd
-          for (int64_t i = 0; i < n; i++) dmu[i] = dz[i], dlv[i] = dz[i] * t.eps[i];
+          for (int64_t i = 0; i < n; i++) {
+            dmu[i] = dz[i];
+            dlv[i] = dz[i] * t.eps[i];
+          }
         } else {
 #pragma omp simd
-          for (int64_t i = 0; i < n; i++) dmu[i] += dz[i], dlv[i] += dz[i] * t.eps[i];
+          for (int64_t i = 0; i < n; i++) {
+            dmu[i] += dz[i];
+            dlv[i] += dz[i] * t.eps[i];
+          }
         }
       }
       if (a.dz == nullptr) {
@@ -219,7 +229,7 @@ void posterior_bwd_rows(const PosteriorArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-#define LMVAE_INSTANTIATE(T)                                                \
+#define LMVAE_INSTANTIATE(T)                                                   \
   template void posterior_fwd_rows<T>(const PosteriorArgs&, int64_t, int64_t); \
   template void posterior_bwd_rows<T>(const PosteriorArgs&, int64_t, int64_t);
 LMVAE_INSTANTIATE(float)

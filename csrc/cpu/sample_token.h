@@ -7,7 +7,8 @@
 
 namespace lmvae {
 
-// Strides are in elements; rows, steps and the outputs are dense. seen is null without a penalty, logprob without one asked.
+// Strides are in elements; rows, steps and the outputs are dense. seen is null without a penalty, logprob without one
+// asked.
 struct SampleTokenArgs {
   const void* logits;
   int64_t logits_row, logits_col, vocab;
@@ -28,5 +29,5 @@ struct SampleTokenArgs {
 // Bytes of workspace that a thread needs.
 LMVAE_DECLARE(template <typename T> int64_t sample_token_workspace(int64_t vocab))
 // Rows [begin, end), one after the other.
-LMVAE_DECLARE(template <typename T> void sample_token_rows(const ::lmvae::SampleTokenArgs& a, int64_t begin, int64_t end,
-                                                           void* workspace))
+LMVAE_DECLARE(template <typename T> void sample_token_rows(const ::lmvae::SampleTokenArgs& a, int64_t begin,
+                                                           int64_t end, void* workspace))

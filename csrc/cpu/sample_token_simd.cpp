@@ -1,6 +1,6 @@
-// sample_token, row by row. Where a filter cuts is found by bisection over the scores, on a list of candidates that shrinks
-// at every step: some three passes over the vocabulary in all, exponentials taken once, and no sort. Sums of weights are
-// exact (reference.py says why), so neither lanes nor chunks nor the order of bisection can change an id.
+// sample_token, row by row. Where a filter cuts is found by bisection over the scores, on a list of candidates that
+// shrinks at every step: some three passes over the vocabulary in all, exponentials taken once, and no sort. Sums of
+// weights are exact (reference.py says why), so neither lanes nor chunks nor the order of bisection can change an id.
 #include <limits>
 #include <type_traits>
 
@@ -41,8 +41,14 @@ Best best(const A* s, int64_t n) {
   }
   A top = -std::numeric_limits<A>::infinity();
   bool nan = false;
-  for (int l = 0; l < kWays; l++) top = std::max(top, lanes[l]), nan |= nans[l] != 0;
-  for (; i < n; i++) top = s[i] > top ? s[i] : top, nan |= s[i] != s[i];
+  for (int l = 0; l < kWays; l++) {
+    top = std::max(top, lanes[l]);
+    nan |= nans[l] != 0;
+  }
+  for (; i < n; i++) {
+    top = s[i] > top ? s[i] : top;
+    nan |= s[i] != s[i];
+  }
   for (i = 0; i < n; i++)
     if (nan ? s[i] != s[i] : s[i] == top) break;
   return {i, !nan && std::isfinite(top)};
@@ -122,12 +128,17 @@ void range(const A* x, int64_t n, A* low, A* high) {
       highs[l] = v > highs[l] ? v : highs[l];
     }
   }
-  for (; i < n; i++) lows[0] = std::min(lows[0], x[i]), highs[0] = std::max(highs[0], x[i]);
-  *low = *std::min_element(lows, lows + kWays), *high = *std::max_element(highs, highs + kWays);
+  for (; i < n; i++) {
+    lows[0] = std::min(lows[0], x[i]);
+    highs[0] = std::max(highs[0], x[i]);
+  }
+  *low = *std::min_element(lows, lows + kWays);
+  *high = *std::max_element(highs, highs + kWays);
 }
 
-// The largest candidate from which upwards they measure `need` or more, as all together do. The list of n > 0 candidates is used
-// up. Every step drops one side of the middle of their range, which is looked up anew when there are few or none was dropped.
+// The largest candidate from which upwards they measure `need` or more, as all together do. The list of n > 0
+// candidates is used up. Every step drops one side of the middle of their range, which is looked up anew when there are
+// few or none was dropped.
 template <bool by_weight, typename A>
 A select(const List<A>& list, int64_t n, double need, double magic) {
   constexpr int64_t kFew = 512;
@@ -249,8 +260,8 @@ void sample_token_rows(const SampleTokenArgs& a, int64_t begin, int64_t end, voi
   }
 }
 
-#define LMVAE_INSTANTIATE(T)                                   \
-  template int64_t sample_token_workspace<T>(int64_t);         \
+#define LMVAE_INSTANTIATE(T)                           \
+  template int64_t sample_token_workspace<T>(int64_t); \
   template void sample_token_rows<T>(const SampleTokenArgs&, int64_t, int64_t, void*);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)

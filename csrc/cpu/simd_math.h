@@ -1,5 +1,5 @@
-// Building blocks of the *_simd.cpp files: elementary functions that compilers vectorise, conversions of whole rows, and
-// the Philox stream. Everything lives in the instruction set's own namespace and is header-light on purpose.
+// Building blocks of the *_simd.cpp files: elementary functions that compilers vectorise, conversions of whole rows,
+// and the Philox stream. Everything lives in the instruction set's own namespace and is header-light on purpose.
 //
 // The functions are branch-free scalar code meant to be inlined into `#pragma omp simd` loops. Accuracy (fp32, checked
 // by tests against fp64): exp <= 1.5 ulp over the whole range incl. overflow to Inf and gradual underflow, NaN passes.
@@ -20,12 +20,24 @@
 
 namespace lmvae::LMVAE_ISA {
 
-LMVAE_INLINE float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
-LMVAE_INLINE uint32_t float_to_bits(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
+LMVAE_INLINE float bits_to_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+LMVAE_INLINE uint32_t float_to_bits(float x) {
+  uint32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
 
-// x = n * ln 2 + r: r, n, and tail = e^r - 1 - r, so that neither e^r - 1 nor e^r - 1 - r has to cancel. Range reduction by two constants, the minimax
-// polynomial of Cephes' expf. x is clamped where e^x is 0 or Inf anyway; comparisons are written so that NaN stays NaN.
-struct Reduced { float r, tail; int32_t n; };
+// x = n * ln 2 + r: r, n, and tail = e^r - 1 - r, so that neither e^r - 1 nor e^r - 1 - r has to cancel. Range
+// reduction by two constants, the minimax polynomial of Cephes' expf. x is clamped where e^x is 0 or Inf anyway;
+// comparisons are written so that NaN stays NaN.
+struct Reduced {
+  float r, tail;
+  int32_t n;
+};
 LMVAE_INLINE Reduced reduce_exp(float x) {
   float c = x > 89.0f ? 89.0f : x;
   c = c < -104.0f ? -104.0f : c;
@@ -48,16 +60,18 @@ LMVAE_INLINE Reduced reduce_exp(float x) {
 LMVAE_INLINE float exp_(float x) {
   const Reduced a = reduce_exp(x);
   const int32_t n1 = a.n >> 1, n2 = a.n - n1;
-  return (a.tail + a.r + 1.0f) * bits_to_float(static_cast<uint32_t>(n1 + 127) << 23) * bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
+  return (a.tail + a.r + 1.0f) * bits_to_float(static_cast<uint32_t>(n1 + 127) << 23) *
+         bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
 }
 
 // What a Gaussian divergence needs of x, for the price of one exponential: half = e^(x/2), minus1 = e^x - 1 and
-// excess = e^x - 1 - x, the last two without cancellation near x = 0. e^x is the square of 1 + q as a sum of two floats,
-// so that its error does not double.
+// excess = e^x - 1 - x, the last two without cancellation near x = 0. e^x is the square of 1 + q as a sum of two
+// floats, so that its error does not double.
 LMVAE_INLINE void exp_parts(float x, float* half, float* minus1, float* excess) {
   const Reduced a = reduce_exp(0.5f * x);
   const int32_t n1 = a.n >> 1, n2 = a.n - n1;
-  const float s1 = bits_to_float(static_cast<uint32_t>(n1 + 127) << 23), s2 = bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
+  const float s1 = bits_to_float(static_cast<uint32_t>(n1 + 127) << 23);
+  const float s2 = bits_to_float(static_cast<uint32_t>(n2 + 127) << 23);
   const float q = a.tail + a.r, high = q + 1.0f, low = q - (high - 1.0f);
   *half = high * s1 * s2;
   const float full = (high * high + 2.0f * high * low) * s1 * s2 * s1 * s2;
@@ -66,14 +80,20 @@ LMVAE_INLINE void exp_parts(float x, float* half, float* minus1, float* excess) 
   *excess = near ? q * q + 2.0f * a.tail : full - 1.0f - x;
 }
 LMVAE_INLINE void exp_parts(double x, double* half, double* minus1, double* excess) {
-  *half = std::exp(0.5 * x), *minus1 = std::expm1(x), *excess = *minus1 - x;
+  *half = std::exp(0.5 * x);
+  *minus1 = std::expm1(x);
+  *excess = *minus1 - x;
 }
 LMVAE_INLINE double exp_(double x) { return std::exp(x); }
 
-// ---- rows in and out -------------------------------------------------------------------------------------------------
+// ---- rows in and out ------------------------------------------------------------------------------------------------
 
-template <typename T> struct acc { using type = float; };
-template <> struct acc<double> { using type = double; };
+template <typename T> struct acc {
+  using type = float;
+};
+template <> struct acc<double> {
+  using type = double;
+};
 template <typename T> using acc_t = typename acc<T>::type;
 
 LMVAE_INLINE void load_unit(const float* x, float* y, int64_t n) { std::memcpy(y, x, n * sizeof(float)); }
@@ -114,12 +134,13 @@ LMVAE_INLINE void store_row(const float* x, c10::Half* y, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX2__)
   for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < n; i++) y[i] = static_cast<c10::Half>(x[i]);
 }
 
-// ---- the random stream (kernels/philox.py is its definition) -----------------------------------------------------------
+// ---- the random stream (kernels/philox.py is its definition) --------------------------------------------------------
 
 // One vector register of this instruction set, through the compilers' vector types (GCC and Clang).
 #if defined(__AVX512F__)
@@ -162,7 +183,10 @@ LMVAE_INLINE void store_zipped(VecF a, VecF b, float* out) {
   _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
   _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
 #else
-  for (int l = 0; l < kWidth; l++) out[2 * l] = a[l], out[2 * l + 1] = b[l];
+  for (int l = 0; l < kWidth; l++) {
+    out[2 * l] = a[l];
+    out[2 * l + 1] = b[l];
+  }
 #endif
 }
 
@@ -183,7 +207,7 @@ LMVAE_INLINE VecF log_unit(VecF x) {
   const VecI bits = (VecI)x;
   VecF e = __builtin_convertvector((bits >> 23) - 126, VecF);
   VecF m = (VecF)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
-  const VecI low = m < 0.707106781186547524f;          // -1 where true
+  const VecI low = m < 0.707106781186547524f;         // -1 where true
   e = e + __builtin_convertvector(low, VecF);
   m = m - 1.0f + (VecF)((VecI)m & low);
   const VecF z = m * m;
@@ -201,8 +225,8 @@ LMVAE_INLINE VecF log_unit(VecF x) {
   return (m + y) + e * 0.693359375f;
 }
 
-// Two standard normals from two words. u = ((a >> 8) + 1) / 2^24 in (0, 1], v = (b >> 8) / 2^24; the quarter turn nearest
-// to v is taken off in integers, so sine and cosine see an angle in [-pi/4, pi/4] without rounding.
+// Two standard normals from two words. u = ((a >> 8) + 1) / 2^24 in (0, 1], v = (b >> 8) / 2^24; the quarter turn
+// nearest to v is taken off in integers, so sine and cosine see an angle in [-pi/4, pi/4] without rounding.
 LMVAE_INLINE void box_muller(VecU a, VecU b, VecF* n0, VecF* n1) {
   const VecF u = __builtin_convertvector((VecI)((a >> 8) + 1u), VecF) * 0x1p-24f;
   const VecF radius = sqrt_(-2.0f * log_unit(u));
@@ -228,13 +252,17 @@ struct Stream {
   Stream(uint64_t seed, uint64_t offset) {
     const VecQ zero = {};
     uint32_t a = static_cast<uint32_t>(seed), b = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; round++, a += 0x9E3779B9u, b += 0xBB67AE85u) k0[round] = zero + a, k1[round] = zero + b;
+    for (int round = 0; round < 10; round++, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+      k0[round] = zero + a;
+      k1[round] = zero + b;
+    }
     c2 = zero + (offset & 0xffffffffu);
     c3 = zero + (offset >> 32);
   }
 };
 
-// Philox4x32-10 of blocks first .. first + kBlocks - 1. Lanes of `even`: [x0, x2] of each block in turn; `odd`: [x1, x3].
+// Philox4x32-10 of blocks first .. first + kBlocks - 1. Lanes of `even`: [x0, x2] of each block in turn; `odd`: [x1,
+// x3].
 LMVAE_INLINE void philox(const Stream& s, uint64_t first, VecU* even, VecU* odd) {
   VecQ block;
   for (int l = 0; l < kBlocks; l++) block[l] = first + static_cast<uint64_t>(l);
@@ -252,8 +280,9 @@ LMVAE_INLINE void philox(const Stream& s, uint64_t first, VecU* even, VecU* odd)
   *odd = (VecU)((c1 & 0xffffffffu) | (c3 << 32));
 }
 
-// Normals of `blocks` blocks from `first` on: out[4 * i + k] is word k's normal of block first + i. Writes whole registers:
-// `out` must have room for 4 * blocks + 4 * kLanes elements. Two chains at a time, since one alone waits on multipliers.
+// Normals of `blocks` blocks from `first` on: out[4 * i + k] is word k's normal of block first + i. Writes whole
+// registers: `out` must have room for 4 * blocks + 4 * kLanes elements. Two chains at a time, since one alone waits on
+// multipliers.
 LMVAE_INLINE void normal_fill(float* out, uint64_t seed, uint64_t offset, uint64_t first, int64_t blocks) {
   const Stream stream(seed, offset);
   for (int64_t b = 0; b < blocks; b += 2 * kBlocks) {

@@ -11,10 +11,11 @@ from .. import backend
 from ..registration import define, primitives, refuse_vmap
 from . import reference
 from .checks import MEMORY, check_coupling_flow
-from .spec import FlowParams, saved_columns
+from .codes import KEEP_ACTIVATIONS, KEEP_NOTHING, KEEP_OUTPUT
+from .plan import saved_columns
+from .spec import FlowParams
 
-# What the forward primitive keeps for backward (csrc/cpu/coupling_flow.cpp has the same numbers): 0 is nothing.
-_KEEP = {name: i + 1 for i, name in enumerate(MEMORY)}
+_KEEP = dict(zip(MEMORY, (KEEP_ACTIVATIONS, KEEP_OUTPUT), strict=True))
 
 # ---- primitives --------------------------------------------------------------------------------------------------------
 
@@ -27,8 +28,8 @@ def _compute_type(x: Tensor) -> torch.dtype:
 
 def _fake_fwd(x, cond, theta, constants, indices, ints, floats, inverse, keep):
     wide = _compute_type(x)
-    size = x.shape[0] * saved_columns(ints) if keep == _KEEP["save"] else 0
-    if keep == _KEEP["recompute"] and x.dtype != wide:
+    size = x.shape[0] * saved_columns(ints) if keep == KEEP_ACTIVATIONS else 0
+    if keep == KEEP_OUTPUT and x.dtype != wide:
         size = x.shape[0] * x.shape[1]
     return x.new_empty(tuple(x.shape)), x.new_empty(x.shape[0], dtype=wide), x.new_empty(size, dtype=wide)
 
@@ -55,7 +56,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     y, _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.batch = x.shape[0]
-    keep_y = keep == _KEEP["recompute"]
+    keep_y = keep == KEEP_OUTPUT
     ctx.save_for_backward(y if keep_y else None, saved, cond, theta, constants, indices)
 
 
@@ -128,6 +129,6 @@ def coupling_flow(
     )
     ints, floats = params.spec.plan
     run = primitives(choice, x).coupling_flow_fwd
-    keep = _KEEP[memory] if needs_grad else 0
+    keep = _KEEP[memory] if needs_grad else KEEP_NOTHING
     y, logdet, _ = run(x, cond, params.theta, params.constants, params.indices, ints, floats, inverse, keep)
     return y, logdet

@@ -6,15 +6,36 @@ memory="save" hands to backward); an array is named by its first column there, s
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 
-TEMPORARY, KEPT = 0, 1
-FIELDS = 16
-
-# What an instruction does to the rows of a program (a, b, c: matrices; see `Code`).
-DENSE, ACTIVATE, ACTIVATE_GRAD, COUPLE, MAP, VALUE, AFFINE_GRAD, COUPLE_GRAD = range(8)
+from .codes import (
+    ACCUMULATE,
+    ACTIVATE,
+    ACTIVATE_GRAD,
+    AFFINE_GRAD,
+    BIAS,
+    CONSTANTS,
+    COPY,
+    COUPLE,
+    COUPLE_GRAD,
+    DENSE,
+    DENSE_FLAGS,
+    FIELDS,
+    INVERSE,
+    KEPT,
+    LOGDET,
+    MAP,
+    RECTIFY,
+    RESCALE,
+    TEMPORARY,
+    TILE,
+    TRANSPOSED,
+    UNSCALE,
+    Activation,
+    Permutation,
+)
+from .plan import StageLayout, read_plan
 
 
 @dataclass(frozen=True)
@@ -47,92 +68,6 @@ class Memory:
         return Matrix(self.which, self.columns - width, width, width)
 
 
-@dataclass
-class Layer:
-    fan_in: int
-    fan_out: int
-    weight: int
-    bias: int
-
-
-@dataclass
-class Net:
-    activation: int  # 1 relu, 2 gelu, 3 silu
-    column: int
-    layers: list[Layer] = field(default_factory=list)
-
-
-@dataclass
-class StageLayout:
-    """One stage with the places of its numbers; the same reading of the plan as csrc/cpu/coupling_flow.cpp's."""
-
-    nets: list[Net] = field(default_factory=list)
-    active: int = 0
-    active_width: int = 0
-    passive: int = 0
-    passive_width: int = 0
-    squash: int = 0
-    conditional: bool = False
-    clamp: float = 0.0
-    gain: float = 0.0
-    affine: int = 0
-    scale: int = 0
-    offset: int = 0
-    prepared: int = 0
-    permutation: int = 0
-    index: int = 0
-    matrix: int = 0
-
-    @property
-    def hidden(self) -> int:
-        return sum(layer.fan_out for net in self.nets for layer in net.layers[:-1])
-
-
-@lru_cache(maxsize=64)
-def read_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> tuple[StageLayout, ...]:
-    """The stages of FlowSpec.plan, with offsets into theta, constants, indices and the prepared scales."""
-    numbers, reals = list(ints[2:]), list(floats)
-    dim, cond_dim = ints[:2]
-    theta = constants = indices = prepared = 0
-    stages: list[StageLayout] = []
-
-    def stage() -> StageLayout:
-        nonlocal theta, constants, indices, prepared
-        s = StageLayout()
-        if numbers.pop(0):
-            split, active, s.squash, conditional, nets = (numbers.pop(0) for _ in range(5))
-            s.conditional = bool(conditional)
-            halves = [(0, split), (split, dim - split)]
-            (s.active, s.active_width), (s.passive, s.passive_width) = halves[active], halves[1 - active]
-            s.clamp, s.gain = reals.pop(0), reals.pop(0)
-            for n in range(nets):
-                net = Net(numbers.pop(0), n * s.active_width)
-                inputs = s.passive_width + (cond_dim if s.conditional else 0)
-                widths = [inputs, *(numbers.pop(0) for _ in range(numbers.pop(0)))]
-                widths.append(s.active_width * (2 if nets == 1 else 1))
-                for a, b in itertools.pairwise(widths):
-                    net.layers.append(Layer(a, b, theta, theta + a * b))
-                    theta += a * b + b
-                s.nets.append(net)
-        s.affine, s.permutation = numbers.pop(0), numbers.pop(0)
-        if s.affine:
-            s.scale, s.offset, s.prepared = theta, theta + dim, prepared
-            theta, prepared = theta + 2 * dim, prepared + dim
-        if s.permutation == 1:
-            s.index, indices = indices, indices + 2 * dim
-        if s.permutation == 2:
-            s.matrix, constants = constants, constants + 2 * dim * dim + 1
-        return s
-
-    while numbers:
-        repeat, period = numbers.pop(0), numbers.pop(0)
-        unit, unit_reals = list(numbers), list(reals)
-        for _ in range(repeat):
-            numbers[:], reals[:] = unit, unit_reals
-            stages += [stage() for _ in range(period)]
-    return tuple(stages)
-
-
 class Code:
     """Instructions of FIELDS integers and two floats: opcode, a (4 words), c (4 words), width, and four of its own."""
 
@@ -152,14 +87,9 @@ class Code:
         return len(self.words) // FIELDS
 
 
-# Flags beside the number of the squash, and those of DENSE.
-INVERSE, LOGDET = 8, 16
-BIAS, ACCUMULATE, RELU, TRANSPOSED, CONSTANTS = 1, 2, 4, 8, 16
-
-
 def dense(code: Code, a: Matrix, c: Matrix, weight: int, ld: int, flags: int, bias: int = 0) -> None:
     """c = a @ W: W [a.width, c.width] at `weight`, rows `ld` apart (or its transpose lies there)."""
-    code.add(DENSE, a, c, c.width, a.width, weight, bias, ld * 32 + flags)
+    code.add(DENSE, a, c, c.width, a.width, weight, bias, ld * DENSE_FLAGS + flags)
 
 
 @dataclass
@@ -185,14 +115,14 @@ def run_nets(code: Code, s: StageLayout, at: Arrays, x: Matrix, cond: Matrix | N
         for k, layer in enumerate(net.layers):
             last = k + 1 == len(net.layers)
             out = at.raw.slice(net.column, layer.fan_out) if last else at.hidden[n, k]
-            relu = RELU if net.activation == 1 and not last else 0
+            relu = RECTIFY if net.activation == Activation.RELU and not last else 0
             split = k == 0 and s.conditional and cond is not None
             dense(code, source, out, layer.weight, layer.fan_out, BIAS | (0 if split else relu), layer.bias)
             if split:
                 weight = layer.weight + s.passive_width * layer.fan_out
                 dense(code, cond, out, weight, layer.fan_out, ACCUMULATE | relu)
             source = out
-            if not last and net.activation != 1:
+            if not last and net.activation != Activation.RELU:
                 source = Matrix(post.memory, post.start, layer.fan_out, layer.fan_out)
                 code.add(ACTIVATE, out, source, layer.fan_out, net.activation)
 
@@ -202,7 +132,7 @@ def stage_forward(code, s, at, x, y, cond, post, u, dim, logdet) -> None:
     run_nets(code, s, at, x, cond, post)
     source = x
     if s.nets:
-        code.add(MAP, x, u, dim, -1, 0, 0)  # the passive half passes
+        code.add(MAP, x, u, dim, -1, COPY, 0)  # the passive half passes
         code.add(COUPLE, x.slice(s.active, s.active_width), u.slice(s.active, s.active_width), s.active_width,
                  *_raw(at.raw), s.squash + (LOGDET if logdet else 0), reals=(s.clamp, s.gain))  # fmt: skip
         source = u
@@ -215,22 +145,22 @@ def _raw(raw: Matrix) -> tuple[int, int, int]:
 
 
 def _affine_and_permute(code, s, source, y, u, dim) -> None:
-    if s.permutation == 2:
+    if s.permutation == Permutation.SOFT:
         if s.affine:
-            code.add(MAP, source, u, dim, -1, 1, s.prepared, s.offset)
+            code.add(MAP, source, u, dim, -1, RESCALE, s.prepared, s.offset)
             source = u
         dense(code, source, y, s.matrix, dim, CONSTANTS)
         return
-    code.add(MAP, source, y, dim, s.index if s.permutation else -1, 1 if s.affine else 0, s.prepared, s.offset)
+    code.add(MAP, source, y, dim, s.index if s.permutation else -1, RESCALE if s.affine else COPY, s.prepared, s.offset)
 
 
 def stage_inverse(code, s, at, y, x, cond, post, u, dim, logdet) -> None:
     """y side `y` -> x side `x`."""
-    source, index = y, s.index + dim if s.permutation == 1 else -1
-    if s.permutation == 2:
+    source, index = y, s.index + dim if s.permutation == Permutation.HARD else -1
+    if s.permutation == Permutation.SOFT:
         dense(code, y, u, s.matrix + dim * dim, dim, CONSTANTS)
         source = u
-    code.add(MAP, source, x, dim, index, 2 if s.affine else 0, s.prepared, s.offset)
+    code.add(MAP, source, x, dim, index, UNSCALE if s.affine else COPY, s.prepared, s.offset)
     run_nets(code, s, at, x, cond, post)
     if s.nets:
         half = x.slice(s.active, s.active_width)
@@ -281,21 +211,16 @@ def forward_program(ints: tuple[int, ...], floats: tuple[float, ...], inverse: b
             target = at.state if save else there
             stage_inverse(code, s, at, here, target, cond, post, u, dim, True)
             if save and last:
-                code.add(MAP, target, y, dim, -1, 0, 0)
+                code.add(MAP, target, y, dim, -1, COPY, 0)
             here = target if save else there
         else:
             if save:
-                code.add(MAP, here, at.state, dim, -1, 0, 0)
+                code.add(MAP, here, at.state, dim, -1, COPY, 0)
             stage_forward(code, s, at, here, there, cond, post, u, dim, True)
             here = there
     if not stages:
-        code.add(MAP, x, y, dim, -1, 0, 0)
+        code.add(MAP, x, y, dim, -1, COPY, 0)
     return Program(tuple(code.words), tuple(code.reals), temporary.columns, kept.columns, places)
-
-
-# The jobs of the sums kernel: dW tile and bias, or the two sums of an affine.
-SUM_FIELDS = 14
-TILE = 64
 
 
 @cache
@@ -336,9 +261,9 @@ def backward_programs(
 
         def permute(s=s, code=code, inverse=inverse):
             nonlocal g, spare
-            if s.permutation == 1:
-                code.add(MAP, g, spare, dim, s.index if inverse else s.index + dim, 0, 0)
-            elif s.permutation == 2:
+            if s.permutation == Permutation.HARD:
+                code.add(MAP, g, spare, dim, s.index if inverse else s.index + dim, COPY, 0)
+            elif s.permutation == Permutation.SOFT:
                 dense(code, g, spare, s.matrix + (dim * dim if inverse else 0), dim, CONSTANTS | TRANSPOSED)
             if s.permutation:
                 g, spare = spare, g
@@ -355,7 +280,7 @@ def backward_programs(
             _nets_gradient(code, s, at, d_raw, d_hidden, g, d_cond, dim)
 
         if s.affine:  # the coupling's y side, for d scale
-            code.add(MAP, x, through_u, dim, -1, 0, 0)
+            code.add(MAP, x, through_u, dim, -1, COPY, 0)
             if s.nets:
                 code.add(COUPLE, x.slice(s.active, s.active_width), through_u.slice(s.active, s.active_width),
                          s.active_width, *_raw(at.raw), s.squash, reals=(s.clamp, s.gain))  # fmt: skip
@@ -409,7 +334,7 @@ def _sums(code, sums, s, at, x, cond, d_raw, d_hidden, posts, through, through_u
                     product(cond, grad, layer.weight + s.passive_width * layer.fan_out, -1)
                 continue
             source = at.hidden[n, k - 1]
-            if net.activation != 1:
+            if net.activation != Activation.RELU:
                 code.add(ACTIVATE, source, posts[n, k - 1], source.width, net.activation)
                 source = posts[n, k - 1]
             product(source, grad, layer.weight, layer.bias)

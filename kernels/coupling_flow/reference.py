@@ -1,7 +1,7 @@
 """coupling_flow in plain torch: the truth that every faster path is tested against.
 
-Algebra: SYSTEMS.md "Coupling algebra"; Kingma and Dhariwal 2018 (GLOW), Dinh et al. 2017 (RealNVP); the constants 0.1 and
-0.636 are those of FrEIA 0.2, the oracle of the tests. Differentiable through autograd in both directions.
+Algebra: Kingma and Dhariwal 2018 (GLOW, arXiv 1807.03039), Dinh et al. 2017 (RealNVP, arXiv 1605.08803); the constants 0.1
+and 0.636 are those of FrEIA 0.2, the oracle of the tests. Differentiable through autograd in both directions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from .spec import Coupling, FlowParams
 
 _ACTIVATE = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-_SQUASH = {"tanh": torch.tanh, "atan": lambda u: 0.636 * torch.atan(u), "sigmoid": lambda u: 2 * torch.sigmoid(u) - 1}
+_SQUASH = {
+    "tanh": torch.tanh,
+    "atan": lambda u: 0.636 * torch.atan(u),
+    "sigmoid": lambda u: 2 * torch.sigmoid(u) - 1,
+    "none": lambda u: u,
+}
 _SCALE = {
     "softplus": lambda raw: 0.1 * F.softplus(raw, beta=0.5),
     "sigmoid": lambda raw: 10 * torch.sigmoid(raw - 2),

@@ -19,9 +19,9 @@ from itertools import pairwise
 
 import torch
 
-ACTIVATIONS = ("relu", "gelu", "silu")
-SQUASHES = ("tanh", "atan", "sigmoid")
-SCALES = ("softplus", "exp", "sigmoid")
+from .codes import Activation, Permutation, Scale, Squash, names
+
+ACTIVATIONS, SQUASHES, SCALES, PERMUTATIONS = map(names, (Activation, Squash, Scale, Permutation))
 MAX_DIM = 1024
 
 
@@ -49,7 +49,8 @@ class Coupling:
 
         log_scale = clamp * squash(raw),   y_active = x_active * exp(log_scale) + gain * t,   logdet += sum(log_scale)
 
-    squash: "tanh"; "atan", that is 0.636 * atan (GLOW's default in FrEIA); "sigmoid", that is 2 * sigmoid - 1.
+    squash: "tanh"; "atan", that is 0.636 * atan (GLOW's default in FrEIA); "sigmoid", that is 2 * sigmoid - 1; "none", the
+    number itself, so that clamp is a factor and nothing bounds the log-scale (the coupling of arXiv 2305.01713, clamp 1).
     AllInOne has gain 0.1 and tanh, GLOW and RNVP gain 1.
     """
 
@@ -90,7 +91,7 @@ class Stage:
     def __post_init__(self) -> None:
         if self.affine not in (None, *SCALES):
             raise ValueError(f"affine must be None or one of {SCALES}, got {self.affine!r}")
-        if self.permutation not in (None, "hard", "soft"):
+        if self.permutation not in (None, *PERMUTATIONS):
             raise ValueError(f"permutation must be None, 'hard' or 'soft', got {self.permutation!r}")
 
 
@@ -193,7 +194,7 @@ class FlowSpec:
         Runs of equal blocks are written once with a count: a call should not pay for parsing ten equal blocks.
         ints: dim, cond_dim, then groups (repeat, stages in the group, stages); a stage is has_coupling, [split, active,
         squash, conditional, subnets, per subnet (activation, hidden layers, widths...)], affine, permutation, where the
-        names are numbered from 1 in the order of the tuples above and 0 means none. floats: clamp, gain of each coupling.
+        names are numbered as in codes.py and 0 means none. floats: clamp, gain of each coupling. plan.py reads it.
         """
         ints, floats = [self.dim, self.cond_dim], []
         i = 0
@@ -226,36 +227,12 @@ def _encode(stage: Stage) -> list[int]:
     ints = [0]
     if stage.coupling is not None:
         c = stage.coupling
-        ints = [1, c.split, c.active, SQUASHES.index(c.squash) + 1, int(c.conditional), len(c.subnets)]
+        ints = [1, c.split, c.active, int(Squash[c.squash.upper()]), int(c.conditional), len(c.subnets)]
         for subnet in c.subnets:
-            ints += [ACTIVATIONS.index(subnet.activation) + 1, len(subnet.hidden), *subnet.hidden]
-    ints.append(SCALES.index(stage.affine) + 1 if stage.affine else 0)
-    ints.append({None: 0, "hard": 1, "soft": 2}[stage.permutation])
+            ints += [int(Activation[subnet.activation.upper()]), len(subnet.hidden), *subnet.hidden]
+    ints.append(int(Scale[stage.affine.upper()]) if stage.affine else 0)
+    ints.append(int(Permutation[stage.permutation.upper()]) if stage.permutation else 0)
     return ints
-
-
-def saved_columns(ints: list[int]) -> int:
-    """Numbers per row that memory="save" keeps: of each stage its input, the subnets' output and hidden activations."""
-    dim, position, total = ints[0], 2, 0
-
-    def read() -> int:
-        nonlocal position
-        position += 1
-        return ints[position - 1]
-
-    while position < len(ints):
-        repeat, period = read(), read()
-        for _ in range(period):
-            columns = dim
-            if read():  # a coupling
-                split, active, _squash, _conditional, subnets = (read() for _ in range(5))
-                columns += 2 * (split if active == 0 else dim - split)
-                for _ in range(subnets):
-                    read()  # activation
-                    columns += sum(read() for _ in range(read()))
-            position += 2  # affine, permutation
-            total += repeat * columns
-    return total
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,16 @@ import triton.language as tl
 from .. import backend
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from . import program as P
+from .codes import FIELDS, KEEP_ACTIVATIONS, KEEP_OUTPUT, SUM_FIELDS, TILE, Permutation, Scale, names
+from .plan import read_plan
 from .reference import _SCALE
-from .spec import SCALES
 from .triton_kernels import coupling_flow_rows_kernel, coupling_flow_sums_kernel
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 # A wider BLOCK_N, or eight warps, spills in one architecture or another (the dispatch on the opcode holds registers).
-_ROWS = Config({"ROWS": 32, "BLOCK": 32, "BLOCK_N": 32, "BLOCK_K": 32, "FIELDS": P.FIELDS}, num_warps=4)
-_SUMS = Config({"TILE": P.TILE, "CHUNK": 32, "FIELDS": P.SUM_FIELDS}, num_warps=8)
+_ROWS = Config({"ROWS": 32, "BLOCK": 32, "BLOCK_N": 32, "BLOCK_K": 32, "FIELDS": FIELDS}, num_warps=4)
+_SUMS = Config({"TILE": TILE, "CHUNK": 32, "FIELDS": SUM_FIELDS}, num_warps=8)
 
 
 def _dot_type(theta: torch.Tensor):
@@ -58,8 +59,8 @@ def _tables(program: P.Program, device: torch.device) -> tuple[torch.Tensor, tor
 def _affine_places(ints: tuple, floats: tuple) -> tuple[tuple[int, ...], ...]:
     """For each kind of scale: (places of its raw parameters in theta, their places among the prepared scales)."""
     dim, found = ints[0], []
-    for kind in range(1, len(SCALES) + 1):
-        stages = [s for s in P.read_plan(ints, floats) if s.affine == kind]
+    for kind in Scale:
+        stages = [s for s in read_plan(ints, floats) if s.affine == kind]
         found.append(tuple(s.scale + c for s in stages for c in range(dim)))
         found.append(tuple(s.prepared + c for s in stages for c in range(dim)))
     return tuple(found)
@@ -68,11 +69,11 @@ def _affine_places(ints: tuple, floats: tuple) -> tuple[tuple[int, ...], ...]:
 def _scales(ints: tuple, floats: tuple, theta: torch.Tensor, constants: torch.Tensor):
     """(scales, d scale / d raw, places in theta, the part of the log-determinant that is every row's)."""
     places = _affine_places(ints, floats)
-    stages = P.read_plan(ints, floats)
+    stages = read_plan(ints, floats)
     size = sum(ints[0] for s in stages if s.affine)
     scales = torch.empty(max(1, size), dtype=torch.float32, device=theta.device)
     slopes, where = torch.empty_like(scales), torch.empty(max(1, size), dtype=torch.int64, device=theta.device)
-    for kind, name in enumerate(SCALES):
+    for kind, name in enumerate(names(Scale)):
         raw_at, at = places[2 * kind], places[2 * kind + 1]
         if not at:
             continue
@@ -85,7 +86,7 @@ def _scales(ints: tuple, floats: tuple, theta: torch.Tensor, constants: torch.Te
         where.index_copy_(0, at, raw_at)
     offset = scales[:size].log().sum()
     dim = ints[0]
-    soft = tuple(s.matrix + 2 * dim * dim for s in stages if s.permutation == 2)
+    soft = tuple(s.matrix + 2 * dim * dim for s in stages if s.permutation == Permutation.SOFT)
     if soft:
         offset = offset + constants.index_select(0, _table(soft, torch.int64, theta.device)).float().sum()
     return scales, slopes[:size], where[:size], offset
@@ -100,7 +101,7 @@ def _run_rows(program: P.Program, temporary, kept, theta, constants, indices, sc
     words, reals, _ = _tables(program, device)
     launch(
         coupling_flow_rows_kernel, (triton.cdiv(batch, _ROWS.constants["ROWS"]),), device, _ROWS,
-        words, reals, len(program.words) // P.FIELDS, temporary, kept,
+        words, reals, len(program.words) // FIELDS, temporary, kept,
         theta, constants if constants.numel() else theta, indices, scales, logdet, batch, DOT=_dot_type(theta),
     )  # fmt: skip
 
@@ -108,7 +109,7 @@ def _run_rows(program: P.Program, temporary, kept, theta, constants, indices, sc
 def coupling_flow_fwd(x, cond, theta, constants, indices, ints, floats, inverse, keep):
     """The Triton form of lmvae_fast::coupling_flow_fwd."""
     batch = x.shape[0]
-    save = keep == 1
+    save = keep == KEEP_ACTIVATIONS
     ints, floats = tuple(ints), tuple(floats)
     program = P.forward_program(ints, floats, inverse, save)
     theta, constants = theta.contiguous(), constants.contiguous()
@@ -124,7 +125,7 @@ def coupling_flow_fwd(x, cond, theta, constants, indices, ints, floats, inverse,
         kept = saved if saved.numel() else temporary
         _run_rows(program, temporary, kept, theta, constants, indices, scales, logdet, batch)
     y = _place(temporary, program.places["y"], batch)
-    if keep == 2 and x.dtype != torch.float32:
+    if keep == KEEP_OUTPUT and x.dtype != torch.float32:
         saved = y.reshape(-1).clone()
     return y.to(x.dtype, copy=True), logdet, saved
 
@@ -160,7 +161,7 @@ def coupling_flow_bwd(dy, dlogdet, y, saved, cond, theta, constants, indices, in
             _run_rows(program, temporary, kept, theta, constants, indices, scales, d_logdet, batch)
             if program.sums:
                 launch(
-                    coupling_flow_sums_kernel, (len(program.sums) // P.SUM_FIELDS,), device, _SUMS,
+                    coupling_flow_sums_kernel, (len(program.sums) // SUM_FIELDS,), device, _SUMS,
                     _tables(program, device)[2], temporary, kept, grad_theta, batch, DOT=_dot_type(theta),
                 )  # fmt: skip
     if where.numel():

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backend
 from ..registration import define, primitives, refuse_vmap
 from . import reference
+from .checks import check_hidden, check_weight
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -44,10 +45,7 @@ def pack_head(weight: Tensor) -> GreedyHead:
 
     Raises ValueError or TypeError for anything but a fp32 matrix with rows and columns.
     """
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must be [V, K], neither of them 0, got {list(weight.shape)}")
-    if weight.dtype != torch.float32:
-        raise TypeError(f"weight is {weight.dtype}, it must be torch.float32")
+    check_weight(weight)
     weight = weight.detach().contiguous()
     return GreedyHead(weight, *reference.pack_panels(weight))
 
@@ -67,12 +65,7 @@ def greedy_head(hidden: Tensor, head: GreedyHead) -> Tensor:
     backend cannot run.
     """
     refuse_vmap("greedy_head", hidden)
-    if hidden.dim() < 1 or hidden.shape[-1] != head.weight.shape[1]:
-        raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(head.weight.shape)}: they must end alike")
-    if hidden.dtype != torch.float32 or hidden.device != head.weight.device:
-        raise TypeError(f"hidden is {hidden.dtype} on {hidden.device}, weight torch.float32 on {head.weight.device}")
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise ValueError("greedy_head has no gradient: hidden must not require one")
+    check_hidden(hidden, head.weight)
     rows = hidden.reshape(-1, hidden.shape[-1])
     choice = backend.choose("greedy_head", hidden)
     if choice == "reference":

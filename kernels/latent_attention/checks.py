@@ -158,6 +158,7 @@ def check_decode(
         raise ValueError(f"head_dim of q must be 1 to 256, got {head_dim}")
     _check_integer("lengths", lengths, (torch.int32, torch.int64), batch, q.device)
 
+
 def check_new_token(k: Tensor, v: Tensor, k_cache: Tensor, positions: Tensor) -> None:
     """What a step writes into a cache, as far as it can be checked without reading device memory."""
     batch, kv_heads, _, head_dim = k_cache.shape

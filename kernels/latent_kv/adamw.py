@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend, philox
+from .. import backend
 from ..registration import define, primitives
 from . import reference
-from .op import check_operands, latent_kv, stream_tensor
+from .checks import check_gradients, check_step
+from .op import latent_kv, stream_tensor
 
-Factors = tuple[Tensor, Tensor, "Tensor | None"]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2] or [5]
+Factors = tuple[
+    Tensor, Tensor, "Tensor | None"
+]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2] or [5]
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -60,26 +63,6 @@ define(
 # ---- functions -------------------------------------------------------------------------------------------------------
 
 
-def _check_gradients(
-    weight: Tensor, grads: Sequence[Tensor], zs: Sequence[Tensor], seeds: Sequence[Tensor], dropout: float
-) -> None:
-    if not len(grads) == len(zs) > 0:
-        raise ValueError(f"grads and zs must be as many, and at least one, got {len(grads)} and {len(zs)}")
-    philox.dropout_threshold(dropout)
-    if dropout > 0.0 and len(seeds) != len(zs):
-        raise ValueError(f"seeds must be as many as zs when dropout > 0, got {len(seeds)} and {len(zs)}")
-    for grad, z in zip(grads, zs, strict=True):
-        check_operands(z, weight, None)
-        layers, two, heads, slots, dim, _ = weight.shape
-        want = [layers, two, z.shape[0], heads, slots, dim]
-        if list(grad.shape) != want:
-            raise ValueError(f"grads must be {want} ([L, 2, B, Hkv, M, D] of its z), got {list(grad.shape)}")
-        if grad.device != weight.device:
-            raise ValueError(f"grads are on {grad.device} and weight on {weight.device}")
-        if grad.dtype not in backend.FLOATS_AND_DOUBLE:
-            raise TypeError(f"grads are {grad.dtype}, they must be floating")
-
-
 @torch.no_grad()
 def latent_kv_norm(
     weight: Tensor, grads: Sequence[Tensor], zs: Sequence[Tensor], *, dropout: float = 0.0, seeds: Sequence[Tensor] = ()
@@ -94,7 +77,7 @@ def latent_kv_norm(
 
     Raises ValueError or TypeError naming the argument. No host synchronisation.
     """
-    _check_gradients(weight, grads, zs, seeds, dropout)
+    check_gradients(weight, grads, zs, seeds, dropout)
     choice = backend.choose("latent_kv", weight)
     if choice == "reference":
         return reference.weight_gradient(weight, grads, zs, dropout, seeds).square().sum()
@@ -129,21 +112,8 @@ def latent_kv_adamw(
 
     Raises ValueError or TypeError naming the argument. No host synchronisation on CUDA.
     """
-    _check_gradients(weight, grads, zs, seeds, dropout)
-    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if moment.shape != weight.shape:
-            raise ValueError(f"{name} must be {list(weight.shape)} like weight, got {list(moment.shape)}")
-        if moment.dtype != exp_avg.dtype or moment.dtype not in (*backend.FLOATS, weight.dtype):
-            raise TypeError(f"{name} is {moment.dtype}: moments must have one dtype, fp32, fp16, bf16 or weight's")
-        if moment.device != weight.device:
-            raise ValueError(f"{name} is on {moment.device} and weight on {weight.device}")
-    for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} is updated in place: its last dim must have stride 1, got {tensor.stride(-1)}")
-    for name, scalar in (("step", step), ("lr", lr), ("clip", clip)):
-        if scalar.numel() != 1 or scalar.device != weight.device:
-            have = f"{list(scalar.shape)} on {scalar.device}"
-            raise ValueError(f"{name} must be a scalar tensor on {weight.device}, got {have}")
+    check_gradients(weight, grads, zs, seeds, dropout)
+    check_step(weight, exp_avg, exp_avg_sq, step, lr, clip)
     choice = backend.choose("latent_kv", weight)
     if choice == "reference":
         grad = reference.weight_gradient(weight, grads, zs, dropout, seeds)

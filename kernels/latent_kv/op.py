@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backend, philox
 from ..registration import define, primitives, refuse_vmap
 from . import reference
+from .checks import check_latent_kv
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ def latent_kv(
     Source: the projector of LangVAE (arXiv 2505.00004, section 3; one linear map with dropout per layer), of which the
     memory of Optimus (arXiv 2004.04092, section 3.2) and LlaMaVAE (arXiv 2312.13208) are cases.
     """
-    dtype = _check(z, weight, bias, out, dtype)
+    dtype = check_latent_kv(z, weight, bias, out, dtype)
     refuse_vmap("latent_kv", z, weight, bias, out)
     philox.dropout_threshold(dropout)  # raises outside [0, 1)
     z = z.to(weight.dtype)
@@ -159,56 +160,3 @@ def stream_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return philox.seed_tensor(seed, device)
     philox.seed_tensor(seed[:2], device)  # raises for another dtype or device
     return seed.detach().contiguous()
-
-
-def check_operands(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError or TypeError naming the argument and both sizes unless z, weight and bias belong together."""
-    if z.dim() != 2:
-        raise ValueError(f"z must be [B, nz], got {list(z.shape)}")
-    if weight.dim() != 6 or weight.shape[1] != 2:
-        raise ValueError(f"weight must be [L, 2, Hkv, M, D, nz], got {list(weight.shape)}")
-    if weight.shape[-1] != z.shape[1]:
-        raise ValueError(f"weight takes nz = {weight.shape[-1]} (its last dim), z has nz = {z.shape[1]}")
-    if weight.shape[-1] == 0:
-        raise ValueError("weight and z have nz = 0: a latent needs at least one dimension")
-    if weight.dtype not in backend.FLOATS_AND_DOUBLE or z.dtype not in backend.FLOATS_AND_DOUBLE:
-        raise TypeError(f"z is {z.dtype} and weight {weight.dtype}: both must be floating")
-    if z.dtype != weight.dtype and not torch.is_autocast_enabled(z.device.type):
-        raise TypeError(f"z is {z.dtype} and weight {weight.dtype}: they must have one dtype outside autocast")
-    if z.device != weight.device:
-        raise ValueError(f"z is on {z.device} and weight on {weight.device}")
-    if bias is None:
-        return
-    if bias.shape != weight.shape[:-1]:
-        raise ValueError(f"bias must be {list(weight.shape[:-1])} (weight's dims but the last), got {list(bias.shape)}")
-    if bias.dtype != weight.dtype:
-        raise TypeError(f"bias is {bias.dtype} and weight {weight.dtype}: they must have one dtype")
-    if bias.device != weight.device:
-        raise ValueError(f"bias is on {bias.device} and weight on {weight.device}")
-
-
-def _check(
-    z: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, dtype: torch.dtype | None
-) -> torch.dtype:
-    """Raise on bad input; return the memory's dtype."""
-    check_operands(z, weight, bias)
-    if dtype is not None and dtype not in backend.FLOATS_AND_DOUBLE:
-        raise TypeError(f"dtype={dtype} is not a floating dtype that latent_kv writes")
-    if out is None:
-        if dtype is not None:
-            return dtype
-        autocast = torch.is_autocast_enabled(z.device.type) and weight.dtype != torch.float64
-        return torch.get_autocast_dtype(z.device.type) if autocast else weight.dtype
-    layers, two, heads, slots, dim, _ = weight.shape
-    want = [layers, two, z.shape[0], heads, slots, dim]
-    if list(out.shape) != want:
-        raise ValueError(f"out must be {want} ([L, 2, B, Hkv, M, D] for this z and weight), got {list(out.shape)}")
-    if dim > 1 and out.stride(-1) != 1:
-        raise ValueError(f"out must have a contiguous last dim (stride 1), got stride {out.stride(-1)}")
-    if out.device != z.device:
-        raise ValueError(f"out is on {out.device} and z on {z.device}")
-    if out.dtype not in backend.FLOATS_AND_DOUBLE or (dtype is not None and dtype != out.dtype):
-        raise TypeError(f"out is {out.dtype}, the memory asked for is {dtype or 'floating'}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, weight, bias, out)):
-        raise ValueError("out= has no gradient, but z, weight, bias or out requires one: use torch.no_grad()")
-    return out.dtype

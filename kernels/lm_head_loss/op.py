@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,10 +9,8 @@ from torch import Tensor
 
 from .. import backend
 from ..registration import autocast, define, primitives, refuse_vmap
+from .checks import check_labels, check_lm_head_loss
 from .chunked import Chunked, final, token_scale
-from .reference import IGNORE_INDEX
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # ---- primitive -----------------------------------------------------------------------------------------------------
 
@@ -85,57 +82,6 @@ backend.register(
 # ---- the public function -------------------------------------------------------------------------------------------
 
 
-def _check_labels(labels: Tensor, vocabulary: int) -> None:
-    bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocabulary)
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise ValueError(
-            f"lm_head_loss: labels[{at}] is {int(labels[at])}, outside the vocabulary [0, {vocabulary}) "
-            f"(weight has {vocabulary} rows; only {IGNORE_INDEX} is ignored)"
-        )
-
-
-def _check(hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk) -> None:
-    if hidden.dim() != 2:
-        raise ValueError(f"lm_head_loss: hidden must be [tokens, width], got shape {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"lm_head_loss: weight must be [vocabulary, {hidden.shape[1]}] as hidden is {tuple(hidden.shape)}, "
-            f"got {tuple(weight.shape)}"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError("lm_head_loss: weight has an empty vocabulary (0 rows)")
-    if hidden.dtype not in _FLOATS:
-        raise TypeError(f"lm_head_loss: hidden must be fp32, fp16, bf16 or fp64, got {hidden.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"lm_head_loss: labels must be int64, got {labels.dtype}")
-    for name, value, shape in (
-        ("labels", labels, (hidden.shape[0],)),
-        ("bias", bias, (weight.shape[0],)),
-        ("token_weights", token_weights, (hidden.shape[0],)),
-    ):
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(
-                f"lm_head_loss: {name} must have shape {shape} (hidden {tuple(hidden.shape)}, weight "
-                f"{tuple(weight.shape)}), got {tuple(value.shape)}"
-            )
-    for name, value in (("weight", weight), ("labels", labels), ("bias", bias), ("token_weights", token_weights)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise ValueError(f"lm_head_loss: {name} is on {value.device}, hidden on {hidden.device}")
-        if name in ("weight", "bias") and value.dtype != hidden.dtype:
-            raise TypeError(f"lm_head_loss: {name} is {value.dtype}, hidden is {hidden.dtype}")
-        if name == "token_weights" and not value.dtype.is_floating_point:
-            raise TypeError(f"lm_head_loss: token_weights must be floating, got {value.dtype}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"lm_head_loss: softcap must be > 0 and finite, or None, got {softcap}")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"lm_head_loss: logit_scale must be finite, got {logit_scale}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"lm_head_loss: chunk must be >= 1 token, got {chunk}")
-
-
 def lm_head_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -176,7 +122,7 @@ def lm_head_loss(
             On CUDA there is no host synchronisation: such a label is caught on the device.
     """
     hidden, weight, bias = autocast(hidden.device.type, hidden, weight, bias)
-    _check(hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk)
+    check_lm_head_loss(hidden, weight, labels, bias, token_weights, softcap, logit_scale, chunk)
     refuse_vmap("lm_head_loss", hidden, weight, labels, bias, token_weights)
     if token_weights is not None:
         token_weights = token_weights.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -186,7 +132,7 @@ def lm_head_loss(
     choice = backend.choose("lm_head_loss", hidden)
     if choice == "reference":
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_labels(labels, weight.shape[0])
+            check_labels(labels, weight.shape[0])
         options = (cap, float(logit_scale), chunk or (32 if hidden.device.type == "cpu" else 512))
         return Chunked.apply(hidden, weight, labels, bias, token_weights, options, want)
     run = primitives(choice, hidden).lm_head_loss_fwd

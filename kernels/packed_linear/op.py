@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import backend
 from ..registration import define, primitives, refuse_vmap
 from . import reference
-from .reference import ACTIVATIONS, PANEL
+from .checks import check_gated, check_packed_linear, check_weight
+from .reference import ACTIVATIONS
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -48,25 +49,15 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     Raises ValueError or TypeError for anything but a floating matrix with rows and columns.
     """
-    _check_weight("weight", weight)
+    check_weight("weight", weight)
     return reference.pack_weight(weight.detach())
 
 
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
     """Weights ``[N, K]`` of a gated layer in the layout of `packed_linear` with ``activation="swiglu"``, a copy:
     ``[ceil(N / 16), K, 32]``, contiguous. Raises as `pack_weight`, and ValueError for two different shapes."""
-    _check_weight("gate", gate)
-    _check_weight("up", up)
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, up {up.dtype} {list(up.shape)}: they must be alike")
+    check_gated(gate, up)
     return reference.pack_gated(gate.detach(), up.detach())
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"{name} must be [N, K], neither of them 0, got {list(weight.shape)}")
-    if not weight.is_floating_point():
-        raise TypeError(f"{name} is {weight.dtype}, it must be floating")
 
 
 def packed_linear(
@@ -97,25 +88,7 @@ def packed_linear(
         BackendError: when a forced backend cannot run.
     """
     refuse_vmap("packed_linear", x, packed, bias, residual)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    gated = activation == "swiglu"
-    if x.dim() < 1 or packed.dim() != 3 or packed.shape[1] != x.shape[-1] or packed.shape[2] != PANEL:
-        have = f"x is {list(x.shape)} and packed {list(packed.shape)}"
-        raise ValueError(f"{have}: they must be [..., K] and [panels, K, {PANEL}]")
-    width = PANEL // 2 if gated else PANEL
-    if packed.shape[0] != -(-out_features // width):
-        raise ValueError(f"out_features={out_features} does not fit the {packed.shape[0]} panels of {width} of packed")
-    if bias is not None and (gated or list(bias.shape) != [out_features]):
-        raise ValueError(f"bias is {list(bias.shape)}, it must be {'None with swiglu' if gated else [out_features]}")
-    if residual is not None and list(residual.shape) != [*x.shape[:-1], out_features]:
-        raise ValueError(f"residual is {list(residual.shape)}, it must be {[*x.shape[:-1], out_features]}")
-    others = {"packed": packed, "bias": bias, "residual": residual}
-    for name, other in others.items():
-        if other is not None and (other.dtype != x.dtype or other.device != x.device):
-            raise TypeError(f"{name} is {other.dtype} on {other.device}, x {x.dtype} on {x.device}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others.values())):
-        raise ValueError("packed_linear has no gradient: x, packed, bias and residual must not require one")
+    check_packed_linear(x, packed, bias, residual, out_features, activation)
     rows, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, out_features)
     choice = backend.choose("packed_linear", x)
     if choice == "reference":

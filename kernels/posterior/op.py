@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ import torch
 from .. import backend, philox
 from ..registration import define, primitives, refuse_vmap
 from . import reference
-
-KL_MODES = ("sum", "dim_threshold", "free_bits", "sample_threshold")  # csrc/cpu/posterior.h has the same order
+from .checks import check_posterior_sample
+from .modes import KL_MODES
 
 # ---- primitives --------------------------------------------------------------------------------------------------------
 
@@ -70,23 +69,6 @@ backend.register(
 # ---- the public function -----------------------------------------------------------------------------------------------
 
 
-def _check(mu: torch.Tensor, logvar: torch.Tensor, num_samples: int, kl: str, kl_target: float) -> None:
-    if mu.shape != logvar.shape:
-        raise ValueError(f"mu is {list(mu.shape)} and logvar {list(logvar.shape)}: they must have one shape")
-    if mu.dim() < 1 or mu.shape[-1] < 1:
-        raise ValueError(f"mu is {list(mu.shape)}: it needs a last dimension of at least 1")
-    if mu.dtype != logvar.dtype or not mu.is_floating_point():
-        raise TypeError(f"mu is {mu.dtype} and logvar {logvar.dtype}: they must have one floating dtype")
-    if mu.device != logvar.device:
-        raise ValueError(f"mu is on {mu.device} and logvar on {logvar.device}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1")
-    if kl not in KL_MODES:
-        raise ValueError(f"kl={kl!r} is not one of {', '.join(KL_MODES)}")
-    if not (kl_target >= 0.0 and math.isfinite(kl_target)):
-        raise ValueError(f"kl_target={kl_target} must be finite and not negative: a divergence is")
-
-
 def posterior_sample(
     mu: torch.Tensor,
     logvar: torch.Tensor,
@@ -117,7 +99,7 @@ def posterior_sample(
     Inf and NaN pass through as in the reference. Raises ValueError or TypeError naming the argument, BackendError when a
     forced backend cannot run. Source: Kingma & Welling 2014, equation 10 and appendix B.
     """
-    _check(mu, logvar, num_samples, kl, kl_target)
+    check_posterior_sample(mu, logvar, num_samples, kl, kl_target)
     refuse_vmap("posterior_sample", mu, logvar)
     pair = philox.seed_tensor(seed, mu.device)
     lead = mu.shape[:-1]

@@ -8,9 +8,14 @@ import triton.language as tl
 
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from ..triton_math import cast, exp_parts, normal_tile
+from . import modes
 
 # ---- device code -----------------------------------------------------------------------------------------------------
-# MODE: index into op.py's KL_MODES (0 sum, 1 dim_threshold, 2 free_bits, 3 sample_threshold).
+# MODE: a number of modes.py.
+
+_DIM_THRESHOLD = tl.constexpr(modes.DIM_THRESHOLD)
+_FREE_BITS = tl.constexpr(modes.FREE_BITS)
+_SAMPLE_THRESHOLD = tl.constexpr(modes.SAMPLE_THRESHOLD)
 
 
 @triton.jit
@@ -33,9 +38,9 @@ def posterior_fwd_kernel(
         )
         std, _, excess = exp_parts(lv)
         k = 0.5 * (m * m + excess)
-        if MODE == 1:
+        if MODE == _DIM_THRESHOLD:
             k = k * (k > target).to(tl.float32)  # a product, so that Inf and NaN show as in torch
-        if MODE == 2:
+        if MODE == _FREE_BITS:
             k = tl.where(k < target, target, k)
         total += tl.sum(tl.where(ok, k, 0.0), axis=1)
         sample_row = row  # of [samples * batch]: 64-bit, and so is what it is carried into
@@ -44,7 +49,7 @@ def posterior_fwd_kernel(
             value = m + std * eps
             tl.store(z + sample_row[:, None] * dim + col[None, :], cast(value, z.dtype.element_ty), mask=ok)
             sample_row += batch
-    if MODE == 3:
+    if MODE == _SAMPLE_THRESHOLD:
         total = total * (total > target).to(tl.float32)
     tl.store(kl + row, total, mask=row_ok)
 
@@ -83,12 +88,12 @@ def posterior_bwd_kernel(
         if HAS_DKL:
             m = tl.load(mu + row[:, None] * stride_mu_b + col[None, :] * stride_mu_d, mask=ok, other=0.0).to(tl.float32)
             g = tl.load(dkl + row * stride_dkl, mask=row_ok, other=0.0)
-            if MODE == 3:
+            if MODE == _SAMPLE_THRESHOLD:
                 g = g * (tl.load(kl + row, mask=row_ok, other=0.0) > target).to(tl.float32)
             gk = g[:, None] + tl.zeros_like(m)
-            if MODE == 1:
+            if MODE == _DIM_THRESHOLD:
                 gk = gk * (0.5 * (m * m + excess) > target).to(tl.float32)
-            if MODE == 2:
+            if MODE == _FREE_BITS:
                 gk = gk * (0.5 * (m * m + excess) >= target).to(tl.float32)
             dm += gk * m
             dl += 0.5 * gk * minus1
@@ -156,7 +161,7 @@ def _cases() -> list[CompileCase]:
     for dtype in TRITON_TYPES.values():
         io = {"mu": f"*{dtype}", "logvar": f"*{dtype}", "seed": "*i64", "kl": "*fp32", **sizes, **strides}
         for block, config in _CONFIGS.items():
-            for mode in (0, 1, 2, 3) if block == 128 and dtype == "fp32" else (0,):
+            for mode in range(len(modes.KL_MODES)) if block == 128 and dtype == "fp32" else (modes.SUM,):
                 tag = f"{dtype}-{block}-mode{mode}"
                 fwd = {**io, "z": f"*{dtype}"}
                 cases.append(CompileCase(f"fwd-{tag}", posterior_fwd_kernel, fwd, config, {"MODE": mode}))

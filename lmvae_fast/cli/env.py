@@ -10,7 +10,6 @@ import platform
 
 from rich.table import Table
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import Json, console, print_json
 
 LIBRARIES = (
@@ -54,7 +53,6 @@ def collect() -> dict:
     }
 
 
-@app.command("env")
 def env(as_json: Json = False) -> None:
     """Show versions, the C++ extension's state, and which backend runs each op here, with the reason."""
     found = collect()

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lmvae_fast.errors import DataError, LatentError, OutputError
+from lmvae_fast.errors import DataError, LatentError
+from lmvae_fast.files import fsync_file, replacing, write_tensors
 
 FORMATS = (".safetensors", ".npy", ".jsonl")
 
@@ -28,7 +28,9 @@ def check_latents(path: str | os.PathLike[str], *, latent_dim: int, name: str = 
         bad = (~torch.isfinite(block)).any(1)
         if bool(bad.any()):
             row = rows + int(bad.nonzero()[0])
-            raise LatentError(f"{path} contains NaN or Inf", value=f"row {row}, counted from 0", remedy="drop or mend that row")
+            raise LatentError(
+                f"{path} contains NaN or Inf", value=f"row {row}, counted from 0", remedy="drop or mend that row"
+            )
         rows += block.shape[0]
     return rows
 
@@ -65,19 +67,17 @@ def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tenso
     """
     path = Path(path)
     z = (latents if isinstance(latents, Tensor) else torch.cat(list(latents))).detach().cpu().float().contiguous()
-    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
     if path.suffix not in FORMATS:
         raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(FORMATS))
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file({"z": z}, temporary)
+            write_tensors(temporary, {"z": z})
         elif path.suffix == ".npy":
-            np.save(temporary, z.numpy())
+            with temporary.open("wb") as file:  # np.save puts .npy behind a name that lacks it
+                np.save(file, z.numpy())
         else:
             temporary.write_text("".join(json.dumps({"z": row}) + "\n" for row in z.tolist()))
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}", remedy="free space or choose another place") from error
+        fsync_file(temporary)
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
@@ -103,9 +103,10 @@ def _open_array(path: Path, name: str):
             names = list(file.keys())
             if name not in names and len(names) != 1:
                 raise DataError(
-                    f"{path} holds several tensors and none is named {name}", value=", ".join(names[:5]),
+                    f"{path} holds several tensors and none is named {name}",
+                    value=", ".join(names[:5]),
                     remedy=f"name it {name}",
-                )  # fmt: skip
+                )
             stored = name if name in names else names[0]
             shape = tuple(file.get_slice(stored).get_shape())
 
@@ -136,16 +137,18 @@ def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -
                 row = [float(value) for value in values]
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
-                    f"{path} line {number} is no row: {error}", value=line[:60].strip(),
-                    limit=f'{{"{name}": [numbers]}}', remedy="mend that line",
-                ) from error  # fmt: skip
+                    f"{path} line {number} is no row: {error}",
+                    value=line[:60].strip(),
+                    limit=f'{{"{name}": [numbers]}}',
+                    remedy="mend that line",
+                ) from error
             if len(row) != latent_dim:
                 raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
             rows.append(row)
             if len(rows) == block:
-                yield torch.tensor(rows)
+                yield torch.tensor(rows, dtype=torch.float32)
                 rows = []
     if rows:
-        yield torch.tensor(rows)
+        yield torch.tensor(rows, dtype=torch.float32)
     if not seen:
         raise DataError(f"{path} holds no rows", remedy="check what wrote it")

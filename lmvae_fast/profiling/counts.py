@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmvae_fast.kernels.latent_attention.visibility import visibility_code
-from lmvae_fast.models.activations import fuse_activations
-from lmvae_fast.models.attention import ATTENTION, without_attention_dropout
+from lmvae_fast.models.decoder.activations import fuse_activations
+from lmvae_fast.models.decoder.attention import ATTENTION, without_attention_dropout
 from lmvae_fast.profiling.cost import Cost
 
 META = torch.device("meta")
@@ -60,7 +60,7 @@ class StepShape:
 
 class _MetaAttention:
     """An attention context that calls latent_attention's primitive, which has shapes on every device; the public op would
-    choose plain torch here. Fields as in ``models.attention.PackedAttention``."""
+    choose plain torch here. Fields as in ``models.decoder.attention.PackedAttention``."""
 
     def __init__(self, memory: Tensor, visibility: str, cu_seqlens: Tensor, max_seqlen: int) -> None:
         self._layers = [layer.unbind(0) for layer in memory.unbind(0)]

@@ -17,11 +17,11 @@ from lmvae_fast.errors import ConfigError
 from lmvae_fast.generation.engine import generate, token_limit
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend
+from lmvae_fast.models.decoder.prepared_weights import Linear
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.packed import Linear
-from lmvae_fast.profiling.measure import interleave, machine, machine_limits
+from lmvae_fast.profiling.breakdown import Side, break_down
+from lmvae_fast.profiling.measure import interleave, machine, machine_limits, speedup
 from lmvae_fast.profiling.parts import DECODING_PARTS, watching_decoding
-from lmvae_fast.profiling.sides import Side, measure
 
 EAGER = "the same loop with every op in plain torch"
 
@@ -100,12 +100,12 @@ def _one_batch(
         apart = functools.partial(run, tokens, cuda_graphs=False)
         side = Side(names[name], apart, model.device, watch, lambda: held)
         trace = folder / f"trace-{name}-{batch}.json"
-        found = measure(side, times[name], DECODING_PARTS, record["limits"], record["matrix_dtype"], trace)
+        found = break_down(side, times[name], DECODING_PARTS, record["limits"], record["matrix_dtype"], trace)
         out["sides"][name] = found | _per_step(found, model, batch, tokens, record) | {
             "first_token_seconds": statistics.median(first[name])
         }  # fmt: skip
     if reference:
-        out["speedup"] = statistics.median(b / a for a, b in zip(times["fast"], times["reference"], strict=True))
+        out["speedup"] = speedup(times, "fast", "reference")
     return out
 
 

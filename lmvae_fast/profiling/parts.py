@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmvae_fast.generation import rows
+from lmvae_fast.generation import decode_rows
 from lmvae_fast.kernels.packed_linear import PackedLinear
-from lmvae_fast.models import decoders
-from lmvae_fast.models.cache import LatentCache
+from lmvae_fast.models.decoder.cache import LatentCache
+from lmvae_fast.models.decoder.prepared_weights import Linear
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.packed import Linear
 from lmvae_fast.reference.langvae import ReferenceLangVAE
 from lmvae_fast.reference.optimus import ReferenceOptimus
 from lmvae_fast.reference.stepwise import StepwiseDecoder
@@ -125,8 +124,8 @@ def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
                 on.module(module, "products", "layers")
         on.function(PackedLinear, "__call__", "products", "layers")
         on.function(LatentCache, "attend", "attention", "layers")
-        on.function(decoders, "greedy_tokens", "head", "other")
-        on.function(rows, "sample_token", "choosing", "other")
+        on.function(model.decoder, "greedy_tokens", "head", "other")
+        on.function(decode_rows, "sample_token", "choosing", "other")
         yield
 
 

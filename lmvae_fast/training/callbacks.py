@@ -10,14 +10,10 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from lmvae_fast.training.storage import output_errors, replacing
-
-if TYPE_CHECKING:
-    from lmvae_fast.training.progress import TrainResult
-
-Record = dict[str, Any]
+from lmvae_fast.files import output_errors, replacing
+from lmvae_fast.training.records import Record, TrainResult
 
 
 class Run(Protocol):

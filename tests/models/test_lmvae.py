@@ -21,11 +21,10 @@ from lmvae_fast.errors import (
     TokenizerError,
     UnsupportedDecoderError,
 )
-from lmvae_fast.models.decoders import Decoder
-from lmvae_fast.models.encoders import Encoder, pool
-from lmvae_fast.models.tokenization import SentenceTokenizer
-from tests.models.tiny import make_decoder, make_model
-from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.encoder import Encoder, pool
+from lmvae_fast.testing import make_decoder, make_model, tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.text.tokenizer import SentenceTokenizer
 
 TEXTS = ["a cat is a kind of animal", "dogs eat meat", "water boils", "the sun is a star"]
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lmvae_fast.errors import LMVAEError
-from lmvae_fast.models.serialization import in_pieces, whole
+from lmvae_fast.models.sharded_tensors import in_pieces, whole
+from lmvae_fast.testing import make_model
 from lmvae_fast.training import train
-from tests.models.tiny import make_model
 from tests.training.helpers import StopAt, plain_sentences, settings
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from lmvae_fast.config import TrainConfig
+from lmvae_fast.testing import SENTENCES
 from lmvae_fast.training import Callback, train
 from lmvae_fast.training.callbacks import read_records
-from tests.reference.tiny import SENTENCES
 from tests.training.fake_model import FakeModel, sentences
 
 TIMING = ("seconds", "tokens_per_second")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lmvae_fast.training import checkpoint
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.training.helpers import assert_same_checkpoint, assert_same_history, run
 
 
@@ -29,7 +29,7 @@ def build(kind: str):
         from tests.training.fake_model import FakeModel
 
         return FakeModel()
-    from tests.models.tiny import make_model
+    from lmvae_fast.testing import make_model
 
     return make_model(max_len=12, projector_dropout=0.1)
 

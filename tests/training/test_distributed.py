@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from lmvae_fast.errors import CheckpointError
-from lmvae_fast.models.batch import Share
-from lmvae_fast.training import checkpoint
+from lmvae_fast.testing import make_model
+from lmvae_fast.text.batch import Share
+from lmvae_fast.training.checkpoints import folder as checkpoint
+from lmvae_fast.training.checkpoints.shards import joined
 from lmvae_fast.training.distributed import Ranks, _buckets
-from lmvae_fast.training.pieces import joined
 from lmvae_fast.training.validation import validate
-from tests.models.tiny import make_model
 from tests.training.helpers import plain_sentences
 
 ROOT = Path(__file__).resolve().parents[2]

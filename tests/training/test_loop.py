@@ -9,8 +9,9 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, MemoryLimitError, NumericalError, OutputError
-from lmvae_fast.training import Callback, checkpoint, train
+from lmvae_fast.training import Callback, train
 from lmvae_fast.training.callbacks import read_records
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.loop import Trainer
 from lmvae_fast.training.schedule import beta_at, learning_rate_factor
 from lmvae_fast.training.validation import validate
@@ -91,10 +92,10 @@ def test_fp16_skips_steps_while_it_finds_its_scale(tmp_path):
     """An infinite scaled gradient is the scaler's business and no reason to stop."""
     model = FakeModel(train_encoder=True)
     trainer = Trainer(model, sentences(60), None, settings(tmp_path, precision="fp16"), ())
-    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    trainer.state.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     result = trainer.run()
     assert result.stop_reason == "completed"
-    assert trainer.update.scaler.get_scale() < 2.0**60
+    assert trainer.state.optimizer.scaler.get_scale() < 2.0**60
     assert all(torch.isfinite(value).all() for value in model.parameters())
 
 
@@ -395,12 +396,12 @@ def test_unwritable_output_is_refused_before_any_work(tmp_path):
 
 
 def test_a_disk_that_fills_up_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    from lmvae_fast.training import storage
+    from lmvae_fast import files
 
     class Fill(Callback):
         def on_step(self, run):
             if run.step == 10:
-                monkeypatch.setattr(storage, "save_file", self.full)
+                monkeypatch.setattr(files, "save_file", self.full)
 
         @staticmethod
         def full(*args):
