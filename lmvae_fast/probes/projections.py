@@ -76,9 +76,9 @@ def project(x: Any, method: str = "pca", *, seed: int = 0, neighbours: int = 5, 
     ]
     for name in options:
         checks.one_of(f"option of {method}", name, tuple(sorted(known)))
-    maker: Callable[..., tuple[Array, dict[str, Any], dict[str, Any]]]
-    maker = {"pca": _pca, "tsne": _tsne, "umap": _umap}[method]
-    points, choices, details = maker(x, seed, **options)
+    makers: dict[str, Callable[..., tuple[Array, dict[str, Any], dict[str, Any]]]]
+    makers = {"pca": _pca, "tsne": _tsne, "umap": _umap}
+    points, choices, details = makers[method](x, seed, **options)
     k = checks.whole("neighbours", min(neighbours, (len(x) - 1) // 2), 1)
     trust = require("sklearn.manifold", "trustworthiness").trustworthiness(x, points, n_neighbors=k)
     return Projection(
