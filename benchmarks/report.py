@@ -1,7 +1,7 @@
 """Tables of README.md and docs, and README's picture, made from the JSON files under benchmarks/results/ and nothing else.
 
-    python -m benchmarks.report            # rewrite what stands between <!-- begin:NAME --> and <!-- end:NAME -->
-    python -m benchmarks.report --check    # exit 1 if a file does not say what the results say
+python -m benchmarks.report            # rewrite what stands between <!-- begin:NAME --> and <!-- end:NAME -->
+python -m benchmarks.report --check    # exit 1 if a file does not say what the results say
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    found = stale()
-    for path, text in found.items():
+    outdated = stale()
+    for path, text in outdated.items():
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         print(f"{'stale' if check else 'updated'}: {path.relative_to(ROOT)}")
-    return int(check and bool(found))
+    return int(check and bool(outdated))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def key_of(op: str, case, capability: int, aligned: bool) -> str:
 
 
 def compile_case(job: tuple[str, int, int, bool]) -> tuple[str, dict]:
-    """(op, index of the case, compute capability, aligned) -> its key in the table and what the compiler made of it."""
+    """Compile one case: (op, its index, compute capability, aligned) -> its key in the table, and the compiler's figures."""
     op, index, capability, aligned = job
     import triton
     from triton.backends.compiler import GPUTarget

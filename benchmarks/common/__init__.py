@@ -1,1 +1,1 @@
-"""What several benchmarks share: cases, processes of their own, timing in turn, records, and LangVAE's environment."""
+"""Parts that several benchmarks share: cases, processes of their own, timing in turn, records, and LangVAE's environment."""

@@ -1,4 +1,4 @@
-"""What the comparisons of training steps run on: random models of published shapes, sentences, noise; one folder a case.
+"""Cases that both sides of a comparison run on: random models of published shapes, sentences, noise; one folder a case.
 
 Random weights: the speed of a step does not depend on them, and equality of gradients is no weaker with them.
 """

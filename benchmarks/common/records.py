@@ -1,4 +1,4 @@
-"""What benchmarks record, written and read: one JSON file each below benchmarks/results."""
+"""Records of benchmarks, written and read: one JSON file each below benchmarks/results."""
 
 from __future__ import annotations
 

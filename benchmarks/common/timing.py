@@ -15,7 +15,7 @@ Times = dict[str, list[float]]
 def time_request(
     sides: dict[str, Worker], request: str, rounds: int, *, keys: tuple[str, ...] = ("seconds",), **arguments: Any
 ) -> list[Times]:
-    """What ``rounds`` answers of every side say of themselves, one dictionary per key, after one that is not counted."""
+    """Figures of ``rounds`` answers of every side, one dictionary per key of an answer; a first answer is not counted."""
     asked = {name: functools.partial(side.ask, request, **arguments) for name, side in sides.items()}
     answers = take_turns(asked, rounds, discarded=1)
     return [{name: [answer[key] for answer in found] for name, found in answers.items()} for key in keys]
@@ -27,5 +27,5 @@ def medians(times: Times, digits: int = 4) -> dict[str, float]:
 
 
 def speedups(times: Times, baselines: dict[str, str], digits: int = 3) -> dict[str, float]:
-    """How many times faster each side is than its own baseline."""
+    """Speed-up of each side over its own baseline."""
     return {name: round(speedup(times, name, baseline), digits) for name, baseline in baselines.items()}

@@ -74,14 +74,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0, help="per batch size, both systems together")
     options = parser.parse_args()
-    found = {
+    record = {
         "command": "python -m benchmarks.compute.steps",
         "machine": machine("cpu"),
         "limits": machine_limits("cpu"),
         "rows": [measure(options.encoder, options.decoder, b, options.tokens, options.seconds) for b in options.batch],
     }
-    write(found, RESULTS / "compute" / "steps.json")
-    for row in found["rows"]:
+    write(record, RESULTS / "compute" / "steps.json")
+    for row in record["rows"]:
         print(f"batch {row['batch']}: langvae {row['langvae']['seconds'] * 1e3:.0f} ms, optimus "
               f"{row['optimus']['seconds'] * 1e3:.0f} ms, {row['optimus_over_langvae']:.2f}x")  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""What beginning a batch of sentences costs: its memory written into the cache, and a prompt read in one pass.
+"""Cost of beginning a batch of sentences: its memory written into the cache, and a prompt read in one pass.
 
     python -m benchmarks.generation.beginnings [--batch 32] [--prompt 16] [--rounds 5]
 
-Beside each, what it stands for: memory projected into a tensor of its own and copied, and the prompt read token by token,
+Each is compared with the plain way: memory projected into a tensor of its own and copied, and the prompt read token by token,
 each step with its logits.
 Both sides are compared before anything is timed, then timed in turns.
 """

@@ -101,10 +101,10 @@ def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> 
             )
     elapsed, processor = time_request(sides, "decode", rounds, keys=("seconds", "cpu_seconds"), batch=batch)
     # LangVAE has no such option, and a compilation for one token would be another than the one that is measured
-    unasked = ("LangVAE", "compiled")
+    without_first = ("LangVAE", "compiled")
     first = {
         name: round(min(sides[name].ask("decode", batch=batch, tokens=1)["seconds"] for _ in range(3)), 4)
-        for name in sides if not name.startswith(unasked)
+        for name in sides if not name.startswith(without_first)
     }  # fmt: skip
     rates = {name: batch / statistics.median(values) for name, values in elapsed.items()}
     return {
@@ -118,7 +118,7 @@ def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> 
 
 
 def limit_share(row: dict[str, Any], weights: int, head: int, limits: dict[str, float]) -> dict[str, float]:
-    """What reading the weights once a step, or multiplying by them, takes at least, over what each side of ours took.
+    """Share of the limit: the least time of reading the weights once a step, or of multiplying by them, over the time taken.
 
     The head of the engine's greedy steps is read, and multiplied, in bf16 (kernels/greedy_head).
     """

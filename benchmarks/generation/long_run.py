@@ -34,7 +34,7 @@ RESULTS = records.RESULTS / "generation"
 
 
 class Run:
-    """The command in a process group of its own, and what was seen of it: seconds, bytes written, resident bytes."""
+    """The command in a process group of its own, with samples of it: seconds, bytes written, resident bytes."""
 
     def __init__(self, model: Path, output: Path, options: argparse.Namespace) -> None:
         command = [
@@ -106,13 +106,20 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def killed_and_continued(model: Path, output: Path, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Runs under SIGKILL at random moments until the file is whole; ``seconds``: what an undisturbed run takes."""
+    """Runs under SIGKILL at random moments until the file is whole; ``seconds``: what an undisturbed run takes.
+
+    Where one ends before it has been killed as often as asked (the machine is less busy than it was), the file is begun
+    anew with half the seconds.
+    """
     moments, kills, in_mid_file = random.Random(options.seed), [], 0
-    for _ in range(options.kills):
+    while len(kills) < options.kills:
         # cut short on average by its share of the whole: some die while they load, some in mid-file
         run = Run(model, output, options)
         if run.wait(moments.uniform(0.0, 2 * seconds / (options.kills + 1))):
-            return {"kills_after_seconds": kills, "kills_in_mid_file": in_mid_file}
+            output.unlink()
+            output.with_name(output.name + ".meta.json").unlink()
+            seconds, kills, in_mid_file = seconds / 2, [], 0
+            continue
         kills.append(round(run.samples[-1][0], 1) if run.samples else 0.0)
         in_mid_file += output.exists() and output.stat().st_size > 0
     Run(model, output, options).wait()
@@ -120,7 +127,7 @@ def killed_and_continued(model: Path, output: Path, options: argparse.Namespace,
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Both runs and their comparison."""
+    """Run both and compare their files."""
     model = make_model(folder, options)
     whole = Run(model, folder / "whole.jsonl", options)
     whole.wait()

@@ -1,4 +1,4 @@
-"""Where the time of ops goes that stand near or below their goal: what a whole call takes, and what its pieces take alone.
+"""Time of ops that stand near or below their goal, broken down: a whole call, and its pieces alone.
 
     python -m benchmarks.kernels.breakdown [--threads 2]
 
@@ -48,16 +48,16 @@ def attention(sentences: int, tokens: int = 13) -> dict[str, Callable[[], Any]]:
 def latent_attention() -> dict[str, Any]:
     """Per (sentence, head) and thread: with data in the cache and not, with one thread and several; and the whole call."""
     threads, pairs = torch.get_num_threads(), bench_latent_attention.HEADS
-    found: dict[str, Any] = {}
+    medians: dict[str, Any] = {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
         for name, sentences in (("in cache", 2), ("not in cache", 32)):
             # Alone, so that nothing else takes the cache.
             for piece, function in attention(sentences).items():
                 microseconds = timed({piece: function})[piece]
-                found[f"{piece}, {name}, {count} threads, per pair"] = round(microseconds * count / sentences / pairs, 2)
+                medians[f"{piece}, {name}, {count} threads, per pair"] = round(microseconds * count / sentences / pairs, 2)
     whole = bench_latent_attention._packed("prefix", "cpu", torch.float32, None)
-    return {**found, **timed({"whole call, prefix": whole.ours, "padded, masked SDPA": whole.baseline})}
+    return {**medians, **timed({"whole call, prefix": whole.ours, "padded, masked SDPA": whole.baseline})}
 
 
 def posterior() -> dict[str, Any]:
@@ -85,7 +85,7 @@ def posterior() -> dict[str, Any]:
 
 def coupling_flow() -> dict[str, Any]:
     """The whole training step, and its matrix products alone by torch's BLAS at the same shapes (dim 128, hidden 512)."""
-    found: dict[str, Any] = {}
+    medians: dict[str, Any] = {}
     for batch in (64, 512):
         half, hidden, raw = (torch.randn(batch, n) for n in (64, 512, 128))
         first, second = torch.randn(64, 512), torch.randn(512, 128)
@@ -106,8 +106,8 @@ def coupling_flow() -> dict[str, Any]:
                 f"forward, batch {batch}", f"training step, batch {batch}, memory='save'"
             ):  # fmt: skip
                 pieces |= {f"{short}: ours": case.ours, f"{short}: {case.baseline_name}": case.baseline}
-        found |= timed(pieces, rounds=30)
-    return found
+        medians |= timed(pieces, rounds=30)
+    return medians
 
 
 def main() -> None:

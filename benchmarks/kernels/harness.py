@@ -36,7 +36,7 @@ class Case:
 
 
 def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` under torch.compile, already compiled. A backward inside runs as the compiled graph's own."""
+    """The function under torch.compile, already compiled. A backward inside runs as the compiled graph's own."""
     torch._dynamo.reset()
     fast = torch.compile(function, dynamic=False)
     for _ in range(3):
@@ -86,7 +86,7 @@ def run_case(
 
 
 def _others(row: dict[str, Any], base: str) -> str:
-    """What ours was compared with: the judged baseline first, then the sides that are only shown."""
+    """Sides that ours was compared with: the judged baseline first, then the sides that are only shown."""
     names = [base, *(name for name in row["microseconds"] if name not in ("ours", base))]
     return ", ".join(f"{row['microseconds'][name]:.1f} ({name})" for name in names)
 

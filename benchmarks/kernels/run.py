@@ -9,6 +9,7 @@ nothing was tested. Exit code 1 when tests are red or a floor is missed; floors 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -38,8 +39,16 @@ def tests_of(op: str, device: str) -> str:
     return f"tests/kernels/test_{op}.py" if device == "cpu" else f"tests/gpu/test_cuda_{op}.py"
 
 
+def devices_of(op: str) -> tuple[str, ...]:
+    """The devices that an op is for: DEVICES of its bench_<op>.py, read without importing it and its baseline."""
+    for node in ast.parse((HERE / f"bench_{op}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["DEVICES"]:
+            return tuple(ast.literal_eval(node.value))
+    return ("cpu", "cuda")
+
+
 def recorded_green(path: str, junit: Path) -> bool:
-    """Whether a JUnit file that pytest wrote has passed tests of this file and no failed one."""
+    """True if a JUnit file that pytest wrote has passed tests of this file and no failed one."""
     module = path.removesuffix(".py").replace("/", ".")
     passed = False
     for case in ElementTree.parse(junit).iter("testcase"):
@@ -51,7 +60,7 @@ def recorded_green(path: str, junit: Path) -> bool:
 
 
 def tests_are_green(op: str, device: str) -> bool:
-    """Runs the op's tests in a process of their own."""
+    """Run the op's tests in a process of their own; True if they pass."""
     path = tests_of(op, device)
     if not (ROOT / path).exists():
         print(f"{op}: there is no {path}", file=sys.stderr)
@@ -85,6 +94,9 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     failed = False
     for op in options.ops or available():
+        if options.device not in devices_of(op):
+            print(f"{op}: not measured, it is not for {options.device}")
+            continue
         tested = (ROOT / "tests").is_dir() or options.junit is not None
         if tested:
             path = tests_of(op, options.device)

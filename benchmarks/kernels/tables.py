@@ -24,8 +24,14 @@ def kernels() -> str:
         machines[where(record["machine"])] = None
         for case in record["cases"]:
             if case.get("floor"):
-                lines.append(f"| {op} | {case['name']} | {case['baseline']} | {case['speedup']:.2f} | {case['floor']} |")
-    lines += ["", *(f"Machine: {name}." for name in machines), "CUDA: not measured." if not load("gpu/summary.json") else ""]
+                lines.append(
+                    f"| {op} | {case['name']} | {case['baseline']} | {case['speedup']:.2f} | {case['floor']} |"
+                )
+    lines += [
+        "",
+        *(f"Machine: {name}." for name in machines),
+        "CUDA: not measured." if not load("gpu/summary.json") else "",
+    ]
     return "\n".join(lines).rstrip()
 
 

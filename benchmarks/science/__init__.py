@@ -1,1 +1,1 @@
-"""What models learn, rather than how fast: runs whose figures are recorded."""
+"""Runs whose quality is recorded, not their speed."""

@@ -1,4 +1,4 @@
-"""Run the demonstration and record what it reached.
+"""Run the demonstration and record the figures that it reached.
 
     python -m benchmarks.science.demo
 

@@ -1,4 +1,4 @@
-"""Tables of what was learnt: the demonstration, and the recorded training runs."""
+"""Tables of quality: the demonstration, and the recorded training runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.common.records import RESULTS, load, where
 
 
 def demo() -> str:
-    """What the demonstration reached and how long it took."""
+    """Table of the figures that the demonstration reached."""
     record = load("demo.json")
     if record is None:
         return "Not measured."
@@ -31,7 +31,7 @@ def demo() -> str:
 
 
 def interpolation() -> str:
-    """The interpolation the recorded demonstration printed."""
+    """Text that the recorded demonstration printed for an interpolation."""
     record = load("demo.json")
     if record is None:
         return "Not measured."
@@ -40,7 +40,7 @@ def interpolation() -> str:
 
 
 def training() -> str:
-    """The recorded training runs."""
+    """Table of the recorded training runs."""
     lines = ["| data | sentences | BLEU-4 | exact | KL | active units | reconstruction per token | training |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     notes = []

@@ -1,4 +1,4 @@
-"""How a training step grows: with batch, sentence length, latent and layers; and how it spreads over processes.
+"""Growth of a training step with batch, sentence length, latent and layers, and its spread over processes.
 
     python -m benchmarks.training.bench_scaling        # writes benchmarks/results/training/scaling.json
 
@@ -40,7 +40,7 @@ TRAIN = TrainConfig(learning_rate=1e-5, beta_schedule="constant", max_steps=10**
 
 
 def build(size: dict[str, int]) -> tuple[Any, list[str]]:
-    """(model, exactly one batch of sentences, each cut to the length asked for)."""
+    """A model, and exactly one batch of sentences, each cut to the length asked for."""
     words = " ".join(generate_corpus(3000, seed=0).texts).split()
     length = size["length"]
     starts = [(i * length) % (len(words) - length) for i in range(size["batch"])]
@@ -93,9 +93,9 @@ def processes(world: int, rounds: int) -> dict[str, Any]:
     """Tokens per second of ``world`` processes that share the base batch."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, (world, folder, rounds), world)
-        found = json.loads((Path(folder) / "times.json").read_text())
-    median = statistics.median(found["times"])
-    rate = found["tokens"] / median
+        measured = json.loads((Path(folder) / "times.json").read_text())
+    median = statistics.median(measured["times"])
+    rate = measured["tokens"] / median
     return {"processes": world, "seconds": median, "tokens_per_s": rate, "tokens_per_s_per_process": rate / world}
 
 

@@ -1,4 +1,4 @@
-"""What LangVAE 0.6.13 and ours have learnt after the same CPU time.
+"""Held-out figures of LangVAE 0.6.13 and of ours after the same CPU time.
 
     python -m benchmarks.training.learning --data ../shared/data/worldtree_srl_train.txt [--minutes 6]
 
@@ -62,7 +62,7 @@ class OurLearning:
         self.model.train()
 
     def learn(self, cpu_seconds: float, file: str) -> dict:
-        """Train until this much CPU time has gone in all, then write what trains, by LangVAE's names."""
+        """Train until this much CPU time has gone in all, then write the trained weights, by LangVAE's names."""
         trainer = self.trainer
         with trainer.prepared():
             while time.process_time() - self.started < cpu_seconds:
@@ -73,7 +73,7 @@ class OurLearning:
 
 
 def weights(model: lf.LMVAE) -> dict[str, torch.Tensor]:
-    """What trains, by LangVAE's names."""
+    """Trained weights by LangVAE's names."""
     projector, named = model.projector, {"encoder.linear.weight": model.posterior_head.weight.detach()}
     for layer in range(projector.weight.shape[0]):
         named[f"decoder.context_hidden.{layer}.weight"] = projector.weight.detach()[layer].contiguous()
@@ -81,8 +81,8 @@ def weights(model: lf.LMVAE) -> dict[str, torch.Tensor]:
     return named
 
 
-def take(model: lf.LMVAE, file: Path) -> None:
-    """Weights by LangVAE's names into a model of ours."""
+def load_weights(model: lf.LMVAE, file: Path) -> None:
+    """Copy weights by LangVAE's names into a model of ours."""
     named = load_file(file)
     with torch.no_grad():
         model.posterior_head.weight.copy_(named["encoder.linear.weight"])
@@ -141,9 +141,9 @@ def main() -> int:
         sentences = held_out.texts[: options.held_out]
         for rows in points.values():
             for row in rows:
-                take(model, Path(row.pop("file")))
-                found = lf.evaluate(model, sentences, metrics=("elbo", "active_units", "bleu"), seed=options.seed)
-                row |= {name: getattr(found, name) for name in (*FIGURES, "elbo")}
+                load_weights(model, Path(row.pop("file")))
+                figures = lf.evaluate(model, sentences, metrics=("elbo", "active_units", "bleu"), seed=options.seed)
+                row |= {name: getattr(figures, name) for name in (*FIGURES, "elbo")}
     record = {
         "command": "python -m benchmarks.training.learning " + " ".join(sys.argv[1:]), "machine": machine("cpu"),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},

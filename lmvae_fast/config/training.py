@@ -11,6 +11,7 @@ BETA_SCHEDULES = ("constant", "linear", "cyclical")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine", "plateau")
 PRECISIONS = ("fp32", "bf16", "fp16")
 MONITORS = ("elbo", "reconstruction", "loss")
+FINAL_MODELS = ("last", "best")
 ON_LONG = ("truncate", "drop", "error")
 
 
@@ -47,6 +48,8 @@ class TrainConfig(ConfigBase):
         monitor: the evaluation figure that plateau, early_stop and the best checkpoint go by: ``elbo`` (at beta 1),
             ``reconstruction`` or ``loss`` (at the step's beta).
         keep_checkpoints: how many of the newest to keep.
+        keep_best: also write and keep a checkpoint whenever an evaluation is the best so far.
+        final_model: what the command line saves as the run's model: the ``last`` weights, or those of the ``best`` evaluation.
         on_long: what happens to sentences longer than the model's max_len: ``truncate``, ``drop`` or ``error``.
         cache_dir: where tokenised data and pooled encoder features are cached; None for ``output_dir/cache``.
         resume: continue from output_dir's newest complete checkpoint (True) or from the checkpoint folder named.
@@ -86,6 +89,8 @@ class TrainConfig(ConfigBase):
     early_stop: int | None = None
     monitor: str = "elbo"
     keep_checkpoints: int = 2
+    keep_best: bool = True
+    final_model: str = "last"
     on_long: str = "truncate"
     cache_dir: str | None = None
     resume: bool | str = False
@@ -100,6 +105,7 @@ class TrainConfig(ConfigBase):
         self._choice("precision", PRECISIONS)
         self._choice("on_long", ON_LONG)
         self._choice("monitor", MONITORS)
+        self._choice("final_model", FINAL_MODELS)
         for name in ("epochs", "batch_size", "accumulation", "beta_cycles", "log_every", "keep_checkpoints"):
             self._number(name, 1, integer=True)
         for name in ("max_steps", "eval_every", "save_every", "eval_batch_size", "early_stop"):

@@ -9,17 +9,27 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
+from lmvae_fast.data.frames import is_table, read_json, read_parquet, table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
 from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.errors import DataError
 
 #: File ending -> format. ``.txt`` is checked for SRL labels on its first line.
-FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".srl": "srl"}
+FORMATS = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".srl": "srl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 
 # What one SRL label looks like (V, O, ARG0, R-ARG1, ARGM-TMP, B-ARG1 ...), and one that makes a line SRL beyond doubt.
 _LABEL = re.compile(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+)*")
@@ -27,7 +37,7 @@ _ROLE = re.compile(r"([BI]-)?V|.*\bARG.*")
 
 
 def read(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Any,
     *,
     format: str | None = None,
     column: str | int | None = None,
@@ -38,12 +48,14 @@ def read(
     limit: int | None = None,
     on_empty: str = "drop",
 ) -> SentenceDataset:
-    """Read a file of sentences.
+    """Read a file of sentences, or a table of them.
 
     Args:
-        path: the file; a name ending in ``.gz`` is decompressed on the way.
+        path: the file; a name ending in ``.gz`` is decompressed on the way. Or a table in memory, read like jsonl records: a
+            DataFrame, a ``datasets.Dataset``, a mapping of columns.
         format: ``"txt"`` (a sentence a line), ``"srl"`` (``sentence & one label per word``), ``"jsonl"`` (an object or
-            a string a line), ``"csv"`` or ``"tsv"``. None goes by the file's ending; a ``.txt`` whose first line is in
+            a string a line), ``"json"`` (a list of them, or a mapping of columns), ``"parquet"``, ``"csv"`` or ``"tsv"``.
+            None goes by the file's ending; a ``.txt`` whose first line is in
             SRL form (as many labels as words, a verb or argument among them) is read as SRL. The dataset's report names
             the format read.
         column: the column or JSON field with the sentence: a name, or an index from 0 (csv/tsv). Default: the field
@@ -65,8 +77,13 @@ def read(
         DataError: the file is missing, unreadable, empty, not UTF-8, cut off (gzip) or malformed (the message names the
             line); a column does not exist; labels and words differ in number; an option contradicts the format.
     """
-    path = Path(path)
     check_options(on_empty, limit)
+    if is_table(path):
+        named = f"the {type(path).__name__}"
+        records = enumerate(table_records(path, named))
+        options = (column, label_column, _factor_names(factor_columns))
+        return _collected(_record_rows(records, named, *options), DataReport(named, "table"), on_empty, limit, "row")
+    path = Path(path)
     if format is not None and format not in FORMATS.values():
         raise DataError("unknown file format", value=repr(format), limit=", ".join(dict.fromkeys(FORMATS.values())))
     chosen = format or _format_of(path)
@@ -78,7 +95,11 @@ def read(
         )
     factors = _factor_names(factor_columns)
     report = DataReport(str(path), chosen)
-    columns = _Columns()
+    if chosen in ("json", "parquet"):
+        records = enumerate(read_json(path) if chosen == "json" else table_records(read_parquet(path), str(path)))
+        return _collected(
+            _record_rows(records, str(path), column, label_column, factors), report, on_empty, limit, "record"
+        )
     with open_file(path) as file:
         lines = decoded_lines(file, path)
         if chosen == "txt" and format is None:
@@ -93,12 +114,20 @@ def read(
             rows = _json_rows(lines, path, column, label_column, factors)
         else:
             rows = table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
-        for number, row in rows:
-            report.read += 1
-            columns.add(row, f"{path}, line {number}", on_empty, report)
-            if columns.count == limit:
-                report.stopped_at_limit = True
-                break
+        return _collected(rows, report, on_empty, limit, "line")
+
+
+def _collected(
+    rows: Iterator[tuple[int, Any]], report: DataReport, on_empty: str, limit: int | None, unit: str
+) -> SentenceDataset:
+    """The dataset of the rows up to the limit; ``unit``: what their numbers count."""
+    columns = _Columns()
+    for number, row in rows:
+        report.read += 1
+        columns.add(row, f"{report.source}, {unit} {number}", on_empty, report)
+        if columns.count == limit:
+            report.stopped_at_limit = True
+            break
     return columns.finish(report)
 
 
@@ -169,28 +198,44 @@ def _json_rows(
     label_column: str | int | None,
     factors: dict[str, str | int],
 ) -> Iterator[tuple[int, Any]]:
-    for wanted in (column, label_column, *factors.values()):
-        if wanted is not None and not isinstance(wanted, str):
-            raise DataError(f"{path}: a jsonl field goes by its name", value=repr(wanted), remedy="give its name")
+    return _record_rows(_json_records(lines, path), str(path), column, label_column, factors, "line")
+
+
+def _json_records(lines: Iterator[Line], path: Path) -> Iterator[tuple[int, Any]]:
+    """What each line holds; an empty line is an empty sentence."""
     for number, line in lines:
-        if not line.strip():
-            yield number, ""
-            continue
-        place = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            yield number, json.loads(line) if line.strip() else ""
         except (json.JSONDecodeError, RecursionError) as error:
             where = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(
-                f"{place}: malformed JSON{where}", value=shorten(line), remedy="one JSON object or string per line"
+                f"{path}, line {number}: malformed JSON{where}",
+                value=shorten(line),
+                remedy="one JSON object or string per line",
             ) from None
-        if isinstance(record, str) and column is None:
+
+
+def _record_rows(
+    records: Iterable[tuple[int, Any]],
+    source: str,
+    column: str | int | None,
+    label_column: str | int | None,
+    factors: dict[str, str | int],
+    unit: str = "record",
+) -> Iterator[tuple[int, Any]]:
+    """What is kept of each numbered record, an object or a string."""
+    for wanted in (column, label_column, *factors.values()):
+        if wanted is not None and not isinstance(wanted, str):
+            raise DataError(f"{source}: a field goes by its name", value=repr(wanted), remedy="give its name")
+    for number, record in records:
+        place = f"{source}, {unit} {number}"
+        if isinstance(record, str) and (column is None or not record):
             yield number, record
             continue
         if not isinstance(record, dict):
             raise DataError(
                 f"{place}: not a JSON object",
-                value=f"{shorten(line)} ({type(record).__name__})",
+                value=f"{shorten(json.dumps(record))} ({type(record).__name__})",
                 limit="an object with the sentence in a field, or a string",
             )
         name = column if column is not None else next((name for name in TEXT_COLUMNS if name in record), None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +20,8 @@ from lmvae_fast.evaluation import text as text_figures
 from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.evaluation.elbo import require_finite, without_padding
 from lmvae_fast.models.modes import evaluating
+
+logger = logging.getLogger(__name__)
 
 #: What ``evaluate`` can compute, in its order. ``perplexity`` costs ``num_importance_samples`` passes over the data.
 METRICS = ("elbo", "active_units", "mutual_information", "perplexity", "bleu", "exact_match", "token_accuracy")
@@ -132,6 +136,10 @@ def evaluate(
                 _evaluate_batch(model, batch, rows, table, metrics, samples, seed, max_new_tokens, bar)
     count_start = bool(getattr(model.config, "count_start_token", False))
     result = _summary(table, metrics, sentences, samples, seed, count_start)
+    for name in ("perplexity", "elbo_perplexity"):
+        if result.get(name) == math.inf and math.isfinite(result["elbo" if name == "elbo_perplexity" else "log_likelihood"]):
+            logger.warning("%s is too large for a number and is left out", name)
+            del result[name]
     require_finite(result, "check the model's weights; a training run's last good checkpoint is in its folder")
     if "kl" in result or "active_units" in result:
         kl = result.get("kl", float(figures.kl_divergence(table["mu"], table["logvar"]).mean()))

@@ -31,7 +31,8 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], tokenize: str | N
     chosen = script_tokenizer(references) if tokenize is None else tokenize
     if tokenize is None and chosen != "13a":
         logger.warning("the references are not written in words between spaces: BLEU is taken over tokens %r", chosen)
-    return sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=chosen).score / 100.0
+    score = sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=chosen).score
+    return min(score / 100.0, 1.0)  # rounding may leave it a little above
 
 
 def script_tokenizer(texts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the latent operations look like: one figure and one table each, as a page or as a picture."""
+"""Drawings of the latent operations: one figure and one table each, as a page or as a picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Drawing:
     rows: Sequence[Sequence[Any]]
 
     def save(self, path: Path) -> Path:
-        """As ``.html`` (figure and table) or ``.png`` (figure)."""
+        """Write it as ``.html`` (figure and table) or ``.png`` (figure)."""
         if path.suffix == ".html":
             report = Report(self.title, self.lead)
             report.figure(self.figure, self.title)
@@ -58,7 +58,7 @@ def overlap(a: str, b: str) -> float:
 
 
 def interpolation(out: Interpolation) -> Drawing:
-    """How much each text shares with both ends, and the texts."""
+    """Share of words that each text has in common with both ends, and the texts."""
     import matplotlib.pyplot as plt
 
     ends = (out.texts[0], out.texts[-1])

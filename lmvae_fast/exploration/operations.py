@@ -23,7 +23,10 @@ from lmvae_fast.models.posterior import Posterior
 
 @dataclass(frozen=True)
 class Interpolation:
-    """``texts[i]`` is decoded from ``latents[i]`` ``[steps, latent_dim]``, at ``weights[i]`` of the way from a to b."""
+    """Texts between two sentences: ``texts[i]`` is decoded from ``latents[i]``, at ``weights[i]`` of the way from a to b.
+
+    ``latents`` is ``[steps, latent_dim]``.
+    """
 
     weights: list[float]
     latents: Tensor
@@ -32,7 +35,7 @@ class Interpolation:
 
 @dataclass(frozen=True)
 class Traversal:
-    """``texts[i][j]`` is decoded from the start with dimension ``dims[i]`` set to ``values[i][j]``.
+    """Texts along dimensions: ``texts[i][j]`` is decoded from the start with dimension ``dims[i]`` set to ``values[i][j]``.
 
     ``latents`` is ``[len(dims), steps, latent_dim]``; ``probabilities`` those of the quantiles that the values are, or None
     where they are evenly spaced; ``start`` is the text of the latent that is moved.
@@ -48,7 +51,7 @@ class Traversal:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """``text`` is decoded from ``latent`` ``[latent_dim]``, the sum of ``terms``: (factor, sentence).
+    """Text of a sum: ``text`` is decoded from ``latent`` ``[latent_dim]``, the sum of ``terms``: (factor, sentence).
 
     ``latents`` ``[terms, latent_dim]`` are the sentences' own.
     """
@@ -61,9 +64,10 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """``texts[i]`` is decoded from ``latents[i]`` ``[samples, latent_dim]``, drawn around ``center`` ``[latent_dim]``.
+    """Texts around a sentence: ``texts[i]`` is decoded from ``latents[i]``, drawn around ``center``.
 
-    ``text`` is that of the center; ``distances[i]`` is Euclidean. Nearest first.
+    ``latents`` is ``[samples, latent_dim]``, ``center`` ``[latent_dim]``; ``text`` is that of the center; ``distances[i]`` is
+    Euclidean. Nearest first.
     """
 
     center: Tensor
@@ -75,7 +79,7 @@ class Neighbourhood:
 
 @dataclass(frozen=True)
 class Average:
-    """``text`` is decoded from ``latent`` ``[latent_dim]``, the mean of ``latents`` ``[N, latent_dim]``.
+    """Text of a mean: ``text`` is decoded from ``latent`` ``[latent_dim]``, the mean of ``latents`` ``[N, latent_dim]``.
 
     ``texts[i]`` is decoded from ``latents[i]``; ``distances[i]`` is its distance to the mean.
     """
@@ -291,7 +295,7 @@ _TERM = re.compile(r"""\s*(?P<sign>[+-](?=\s|["'\d]))?\s*(?:(?P<factor>\d+(?:\.\
 
 
 def parse_terms(expression: str) -> list[tuple[float, str]]:
-    """``"a - 2 * b"`` -> ``[(1.0, "a"), (-2.0, "b")]``; raises DataError for what is no sum of sentences."""
+    """Terms of a sum: ``"a - 2 * b"`` -> ``[(1.0, "a"), (-2.0, "b")]``; raises DataError for what is no sum of sentences."""
     terms, place = [], 0
     while place < len(expression.rstrip()):
         match = _TERM.match(expression, place)

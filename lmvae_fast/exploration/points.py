@@ -22,8 +22,11 @@ _CHUNK = 2**22  # elements of one pass over (posteriors, dimensions, probabiliti
 
 @dataclass(frozen=True)
 class Points:
-    """``z`` ``[N, latent_dim]`` (posterior means of sentences), the pooled labels ``[N, labels]`` of a conditional decoder
-    or None, and the posterior they come from, where all of them are sentences."""
+    """Latents to start from.
+
+    ``z`` is ``[N, latent_dim]`` (posterior means of sentences); ``labels`` the pooled labels ``[N, labels]`` of a conditional
+    decoder, or None; ``posterior`` what they come from, where all of them are sentences.
+    """
 
     z: Tensor
     labels: Tensor | None
@@ -112,7 +115,7 @@ def aggregate_quantiles(
 
 
 def _mixture_quantiles(mu: Tensor, sigma: Tensor, p: Tensor) -> Tensor:
-    """``[dims, probabilities]`` for ``mu``, ``sigma`` ``[N, dims]``."""
+    """Quantiles ``[dims, probabilities]`` for ``mu``, ``sigma`` ``[N, dims]``."""
     own = mu[..., None] + sigma[..., None] * torch.special.ndtri(p)
     low, high = own.amin(0), own.amax(0)  # the mixture's quantile lies among those of its components
     for _ in range(_HALVINGS):

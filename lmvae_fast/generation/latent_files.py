@@ -1,4 +1,4 @@
-"""Latents in files: safetensors, npy or jsonl, read block by block and checked."""
+"""Latents in files: safetensors, npy, pt, csv or jsonl, read block by block and checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from lmvae_fast.errors import DataError, LatentError
 from lmvae_fast.files import fsync_file, replacing, write_tensors
 
-FORMATS = (".safetensors", ".npy", ".jsonl")
+FORMATS = (".safetensors", ".npy", ".pt", ".csv", ".jsonl")
+_WRITTEN = (".safetensors", ".npy", ".jsonl")
 
 
 def check_latents(path: str | os.PathLike[str], *, latent_dim: int, name: str = "z") -> int:
@@ -40,8 +41,9 @@ def read_latents(
 ) -> Iterator[Tensor]:
     """Blocks of latents, float32 ``[n <= block, latent_dim]``, beginning at row ``skip``.
 
-    ``.safetensors``: the tensor ``name``, or the only one; ``.npy``: an array (memory-mapped); ``.jsonl``: one
-    ``{"<name>": [...]}`` or bare list per line.
+    ``.safetensors`` and ``.pt`` (nothing but tensors is unpickled): the tensor ``name``, or the only one; ``.npy``: an array
+    (memory-mapped); ``.csv``: numbers, a row a latent, a header or none; ``.jsonl``: one ``{"<name>": [...]}`` or bare list
+    per line.
 
     Raises:
         DataError: missing, empty or unreadable file (with the line number for jsonl).
@@ -67,8 +69,8 @@ def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tenso
     """
     path = Path(path)
     z = (latents if isinstance(latents, Tensor) else torch.cat(list(latents))).detach().cpu().float().contiguous()
-    if path.suffix not in FORMATS:
-        raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(FORMATS))
+    if path.suffix not in _WRITTEN:
+        raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(_WRITTEN))
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":
             write_tensors(temporary, {"z": z})
@@ -99,6 +101,9 @@ def _open_array(path: Path, name: str):
             if array.dtype.kind not in "fiu":
                 raise DataError(f"{path} holds no real numbers", value=array.dtype, limit="floats or integers")
             return lambda start, stop: torch.from_numpy(np.array(array[start:stop])), array.shape
+        if path.suffix in (".pt", ".csv"):
+            whole = _read_pt(path, name) if path.suffix == ".pt" else _read_csv(path)
+            return lambda start, stop: whole[start:stop], tuple(whole.shape)
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             if name not in names and len(names) != 1:
@@ -119,6 +124,38 @@ def _open_array(path: Path, name: str):
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is truncated or corrupt: {error}", remedy="write it again") from error
+
+
+def _read_pt(path: Path, name: str) -> Tensor:
+    """The tensor of a file that torch.save wrote; unpickles tensors and containers of them only."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch have errors of many kinds
+        raise DataError(
+            f"{path} is no file of tensors: {str(error).strip().splitlines()[0][:200]}", remedy="save it as safetensors"
+        ) from error
+    if isinstance(value, dict):
+        value = value.get(name, next(iter(value.values())) if len(value) == 1 else None)
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_complex():
+        raise DataError(
+            f"{path} holds no plain tensor",
+            value=type(value).__name__,
+            limit=f"a dense real tensor, or one named {name}",
+        )
+    return value.detach()
+
+
+def _read_csv(path: Path) -> Tensor:
+    """Rows of numbers, commas between them."""
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    try:
+        list(map(float, first.split(",")))
+        header = 0
+    except ValueError:
+        header = 1
+    return torch.from_numpy(
+        np.loadtxt(path, delimiter=",", skiprows=header, ndmin=2, dtype=np.float32, encoding="utf-8")
+    )
 
 
 def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -> Iterator[Tensor]:

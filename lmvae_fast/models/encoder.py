@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         self._vocabulary: int = embedding.weight.shape[0]
         check_size(tokenizer, self._vocabulary, "encoder")
         self.trains, self.source = train, source
-        self.max_tokens, self.lower = max_tokens, lower
+        self.stated_tokens, self.lower = max_tokens, lower
         wide = next(model.parameters())
         self.dense = None
         if dense is not None:
@@ -85,6 +85,9 @@ class Encoder(nn.Module):
         if pooling != "pooler" and getattr(model, "pooler", None) is not None:
             model.pooler.requires_grad_(False)  # unused: an optimiser would only decay it
         self.train(False)
+        limits = [limit for limit in (longest_input(model), max_tokens) if limit is not None]
+        self.max_tokens = min(limits, default=None)
+        self.width = self._examine()
 
     @classmethod
     def load(
@@ -114,12 +117,6 @@ class Encoder(nn.Module):
         return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=source, **extra)
 
     @property
-    def width(self) -> int:
-        """Width of the pooled vector."""
-        last = [module for module in self.dense or () if isinstance(module, nn.Linear)][-1:]
-        return last[0].out_features if last else self.model.config.hidden_size
-
-    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.model.parameters()).device
@@ -129,13 +126,37 @@ class Encoder(nn.Module):
         super().train(mode and self.trains)
         return self
 
+    @torch.no_grad()
+    def _examine(self) -> int:
+        """Width of the pooled vector; raises ConfigError where a sentence's vector depends on what it is padded with."""
+        if self.device.type == "meta":
+            return self.model.config.hidden_size
+        name = type(self.model).__name__
+        texts = ["a cat", "a cat is a kind of animal that lives with people"]
+        try:
+            alone = self(*(part.to(self.device) for part in self.tokenize(texts[:1])))
+            padded = self(*(part.to(self.device) for part in self.tokenize(texts)))[:1]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError, KeyError) as error:
+            raise ConfigError(
+                f"{name} cannot be run as a text encoder: {str(error).strip().splitlines()[0][:200]}",
+                remedy="use a text encoder that takes input_ids and attention_mask (BERT, MiniLM, T5, RoBERTa, Qwen ...)",
+            ) from error
+        difference = ((alone - padded).norm() / alone.norm().clamp_min(1e-9)).item()
+        dtype = next(self.model.parameters()).dtype
+        if not difference <= (0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3):
+            raise ConfigError(
+                f"{name} gives a sentence other features beside a longer one: it does not leave its padding out",
+                value=f"off by {difference:.1e} of their norm",
+                remedy="use another encoder" if self.pooling != "last" else "use pooling='mean', or another encoder",
+            )
+        return alone.shape[1]
+
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit.
 
         Raises DataError when the tokenizer makes ids that the encoder has no embedding for.
         """
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        limit = min(self.tokenizer.model_max_length, longest or 10**9, self.max_tokens or 10**9)
+        limit = min(self.tokenizer.model_max_length, self.max_tokens or 10**9)
         texts = [text.lower() for text in texts] if self.lower else list(texts)
         encoded = self.tokenizer(
             texts, padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
@@ -199,23 +220,36 @@ class Encoder(nn.Module):
 
     def write_modules(self, folder: Path) -> None:
         """Write beside the saved transformer what it takes besides: dense layers and limits, as sentence-transformers does."""
-        if self.dense is not None or self.max_tokens is not None or self.lower:
+        if self.dense is not None or self.stated_tokens is not None or self.lower:
             write_modules(
                 folder, pooling=self.pooling, normalize=self.normalize, width=self.model.config.hidden_size,
-                dense=self.dense, max_tokens=self.max_tokens, lower=self.lower,
+                dense=self.dense, max_tokens=self.stated_tokens, lower=self.lower,
             )  # fmt: skip
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights and the pooling: features cached under it are this encoder's, hexadecimal."""
         digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
         state = self.model.state_dict()
-        if self.dense is not None or self.max_tokens is not None or self.lower:
-            digest.update(f" {self.max_tokens} {self.lower} {self.dense}".encode())
+        if self.dense is not None or self.stated_tokens is not None or self.lower:
+            digest.update(f" {self.stated_tokens} {self.lower} {self.dense}".encode())
             state |= {} if self.dense is None else {f"dense.{name}": value for name, value in self.dense.state_dict().items()}
         for name, parameter in sorted(state.items()):
             digest.update(name.encode())
             digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """The most tokens that an encoder has positions for; None for any number (relative positions)."""
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None or longest < 1:  # XLNet says -1
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa's positions begin behind the padding token's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest
 
 
 def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:

@@ -36,6 +36,7 @@ def tokenize(
             group_size=config.group_size,
             **options,
         )
+    tokenizer.refuse_table(examples)
     examples = list(examples)
     if prompts.are_prompts(examples):
         raise DataError(

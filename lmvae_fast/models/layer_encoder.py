@@ -63,8 +63,8 @@ class LayerEncoder(nn.Module):
         decoder: whose layers are copied; they train, in float32 at least.
         layers: how many.
         queries: Q.
-        own_embedding: train a copy of the token embedding, too; otherwise the decoder's own is read, and frozen. The end
-            token's row of a copy does not train, as in the public code.
+        own_embedding: train a copy of the token embedding, too; otherwise the decoder's own is read, and frozen.
+        end_trains: whether the end token's row of such a copy trains: in the public code's Llama form it does not.
         padding: ``masked``, or ``released``: padding that a batch brings is read, with 1/e of a token's weight.
         causal: whether a token sees only those before it.
         positions: whether tokens have positions, where the decoder's are learned (GPT-2's word embedding alone is used).
@@ -90,6 +90,7 @@ class LayerEncoder(nn.Module):
         layers: int = 2,
         queries: int = 4,
         own_embedding: bool = False,
+        end_trains: bool = False,
         padding: str = "masked",
         causal: bool = True,
         positions: bool = True,
@@ -111,7 +112,7 @@ class LayerEncoder(nn.Module):
         self.embedding: Any = None
         if own_embedding:
             self.embedding = copy.deepcopy(table).requires_grad_(True)
-            self.embedding.padding_idx = decoder.tokenizer.eos_token_id
+            self.embedding.padding_idx = None if end_trains else decoder.tokenizer.eos_token_id
         self._tables: list[Any] = [table]  # in a list: it is the decoder's and no part of this module
         self.norm_weight = nn.Parameter(torch.ones(hidden))
         self.norm_bias = nn.Parameter(torch.zeros(hidden)) if norm == "layer" else None

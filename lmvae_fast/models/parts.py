@@ -55,6 +55,7 @@ def load_encoder(config: LMVAEConfig, decoder: Decoder) -> AnyEncoder:
             layers=config.encoder_layers,
             queries=config.queries,
             own_embedding=config.stage != 2,
+            end_trains=form.older,
             padding=config.encoder_padding,
             causal=not form.older,
             positions=not form.older,

@@ -108,18 +108,18 @@ def _traced_shares(
 
 def _owner(event: Any, parts: Parts, known: dict[int, str]) -> str:
     """The part of an event: the nearest range or backward node it stands in."""
-    path, found = [], "other"
+    path, part = [], "other"
     while event is not None:
         if event.id in known:
-            found = known[event.id]
+            part = known[event.id]
             break
         path.append(event.id)
         if event.name.startswith(_BACKWARD):
-            found = parts.of_node(event.sequence_nr)
+            part = parts.of_node(event.sequence_nr)
             break
         if event.name.startswith(RANGE):
-            found = event.name[len(RANGE) :]
+            part = event.name[len(RANGE) :]
             break
         event = event.cpu_parent
-    known.update(dict.fromkeys(path, found))
-    return found
+    known.update(dict.fromkeys(path, part))
+    return part

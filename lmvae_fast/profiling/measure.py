@@ -1,4 +1,4 @@
-"""Timing in turn, peak memory, the machine's own limits, and what a figure cannot be read without."""
+"""Timing in turn, peak memory, the machine's own limits, and the facts that belong to a figure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def wait(device: str) -> None:
-    """Until a CUDA device has done what it was given; nothing on a CPU."""
+    """Wait until a CUDA device has done its work; returns at once on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -40,7 +40,7 @@ def call_seconds(function: Callable[[], Any], device: str = "cpu", repeats: int 
 def take_turns(
     sides: Mapping[str, Callable[[], Result]], rounds: int, *, seconds: float = 0.0, discarded: int = 0
 ) -> dict[str, list[Result]]:
-    """What each side returns, called once a round and in random order within each round.
+    """Results of each side, called once a round and in random order within each round.
 
     A machine's speed drifts. Sides that take turns meet the same drift, so a ratio within a round does not see it:
     :func:`speedup` is the median of these.
@@ -50,7 +50,7 @@ def take_turns(
         rounds: at least; they go on until ``seconds`` have passed (2,000 at most).
         discarded: rounds before these, whose results are dropped: a first call allocates and compiles.
     """
-    found: dict[str, list[Result]] = {name: [] for name in sides}
+    results: dict[str, list[Result]] = {name: [] for name in sides}
     order, shuffle = list(sides), random.Random(0)
     for _ in range(discarded):
         for name in order:
@@ -59,9 +59,9 @@ def take_turns(
     while done < rounds or (seconds and time.perf_counter() - start < seconds and done < 2000):
         shuffle.shuffle(order)
         for name in order:
-            found[name].append(sides[name]())
+            results[name].append(sides[name]())
         done += 1
-    return found
+    return results
 
 
 def interleave(
@@ -84,7 +84,7 @@ def interleave(
 
 
 def speedup(times: Mapping[str, Sequence[float]], side: str, baseline: str) -> float:
-    """How many times faster ``side`` is than ``baseline``: the median over rounds of the ratio within a round."""
+    """Speed-up of ``side`` over ``baseline``: the median over rounds of the ratio within a round."""
     return statistics.median(slow / fast for fast, slow in zip(times[side], times[baseline], strict=True))
 
 
@@ -109,7 +109,7 @@ def peak_memory(function: Callable[[], Any], device: str, *, warm: bool = False)
 
 
 def machine_limits(device: str, seconds: float = 1.0) -> dict[str, float]:
-    """What this machine can do at most, measured now: bytes/s of a copy, FLOP/s of a matrix product."""
+    """Limits of this machine, measured now: bytes/s of a copy, FLOP/s of a matrix product."""
     big = torch.empty(2**26, dtype=torch.float32, device=device)
     target = torch.empty_like(big)
     big.fill_(1.0)
@@ -135,14 +135,14 @@ def _git(*arguments: str) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a number cannot be read without: machine, versions, threads, commit."""
+    """Facts without which no figure can be read: machine, versions, threads, commit."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        found = [
+        names = [
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
-        cpu = found[0] if found else cpu
+        cpu = names[0] if names else cpu
     record = ROOT / "lmvae_fast" / "_build_info.json"
     build = json.loads(record.read_text()) if record.exists() else {}
     return {

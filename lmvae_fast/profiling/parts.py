@@ -1,4 +1,4 @@
-"""Which part of a training step, or of decoding, runs now: forward by hooks, backward by autograd's sequence numbers.
+"""The part of a training step, or of decoding, that runs now: forward by hooks, backward by autograd's sequence numbers.
 
 Every node of the graph carries the number it was made with, and the numbers of a forward pass only grow. So where the
 forward pass changed from one part to the next divides the backward pass too, and no kernel needs to know of it.
@@ -76,7 +76,7 @@ class Parts:
 
 @contextlib.contextmanager
 def watching(parts: Parts, model: nn.Module) -> Iterator[None]:
-    """Within this block, forward passes of ``model`` (an LMVAE or an eager reference) switch the parts."""
+    """Let forward passes of ``model`` (an LMVAE or an eager reference) switch the parts, within this block."""
     with _Switches(parts) as on:
         if isinstance(model, LMVAE):
             on.module(model, "posterior", "other")
@@ -104,7 +104,7 @@ def watching(parts: Parts, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_part(parts: Parts, part: str, owner: Any, *names: str) -> Iterator[None]:
-    """Within this block, the named methods of ``owner`` (an instance) run as ``part``."""
+    """Let the named methods of ``owner`` (an instance) run as ``part``, within this block."""
     with _Switches(parts) as on:
         for name in names:
             on.function(owner, name, part, "other")
@@ -113,7 +113,7 @@ def as_part(parts: Parts, part: str, owner: Any, *names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
-    """Within this block, ``generate`` with this model switches the parts of DECODING_PARTS."""
+    """Let ``generate`` with this model switch the parts of DECODING_PARTS, within this block."""
     body = model.decoder.body
     with _Switches(parts) as on:
         on.function(model, "inject", "latent_kv", "other")
@@ -138,7 +138,7 @@ class _Switches(contextlib.ExitStack):
         self.callback(parts.close)
 
     def module(self, module: nn.Module | None, before: str, after: str | None = None) -> None:
-        """``after`` None: what follows the module stays its part."""
+        """Switch to ``before`` where the module begins, to ``after`` where it ends; None: the part goes on behind it."""
         if module is None:
             return
         switch = self.parts.switch
@@ -147,7 +147,7 @@ class _Switches(contextlib.ExitStack):
             self.callback(module.register_forward_hook(lambda *_: switch(after)).remove)
 
     def function(self, owner: Any, name: str, part: str, after: str) -> None:
-        """``owner`` is a class, a module or an instance."""
+        """Run ``owner.name`` as ``part``, and ``after`` behind it; ``owner`` is a class, a module or an instance."""
         function, own = getattr(owner, name), name in vars(owner)
         self.callback(setattr, owner, name, function) if own else self.callback(delattr, owner, name)
 

@@ -67,8 +67,8 @@ def profile_train(
             # short steps are traced thrice: one alone would show every hiccup of the machine
             traced = 3 if statistics.median(times[name]) < 1.0 else 1
             trace = folder / f"trace-{name}.json"
-            found = break_down(side, times[name], PARTS, limits, dtype, trace, traced=traced)
-            record["sides"][name] = {**found, "tokens_per_s": batch.num_tokens / found["seconds"]}
+            figures = break_down(side, times[name], PARTS, limits, dtype, trace, traced=traced)
+            record["sides"][name] = {**figures, "tokens_per_s": batch.num_tokens / figures["seconds"]}
     record["encoder_pass_seconds"] = None if model.encoder.trains else _encoder_seconds(model, batch.texts)
     if reference:
         record["speedup"] = speedup(times, "fast", "reference")
@@ -76,7 +76,7 @@ def profile_train(
 
 
 def _encoder_seconds(model: LMVAE, texts: Sequence[str]) -> float:
-    """Of the one pass over a frozen encoder that a batch needs before its first epoch."""
+    """Seconds of the one pass over a frozen encoder that a batch needs before its first epoch."""
     sentences = model.tokenize(texts)
     run = interleave({"encoder": lambda: model.pool(sentences)}, 0.2, model.device.type, rounds=3)
     return statistics.median(run["encoder"])
@@ -84,6 +84,6 @@ def _encoder_seconds(model: LMVAE, texts: Sequence[str]) -> float:
 
 @contextlib.contextmanager
 def _watching_step(parts: Parts, model: torch.nn.Module, owner: Any, methods: tuple[str, ...]) -> Iterator[None]:
-    """``watching``, and these methods of ``owner`` as the optimizer's part."""
+    """Like ``watching``, with these methods of ``owner`` as the optimizer's part."""
     with watching(parts, model), as_part(parts, "optimizer", owner, *methods):
         yield

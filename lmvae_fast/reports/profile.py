@@ -8,14 +8,14 @@ from typing import Any
 from lmvae_fast.reports.page import Report, style
 
 
-def write_train(found: dict[str, Any], path: Path) -> Path:
+def write_train(record: dict[str, Any], path: Path) -> Path:
     """Write the report of a profiled training step (``profiling.train.profile_train``)."""
     style()
-    sides = found["sides"]
+    sides = record["sides"]
     fast = sides["fast"]
     report = Report(
         "Where a training step goes",
-        f"{found['sentences']} sentences, {found['tokens']} tokens, {found['precision']}, {_machine(found)}.",
+        f"{record['sentences']} sentences, {record['tokens']} tokens, {record['precision']}, {_machine(record)}.",
     )
     cards = [
         (f"{fast['seconds'] * 1e3:,.1f} ms", "a step of the fast path"),
@@ -23,8 +23,8 @@ def write_train(found: dict[str, Any], path: Path) -> Path:
         (f"{fast['share_of_matrix_rate']:.0%}", "of the machine's measured matrix rate"),
         (_mib(fast["held_bytes"] + fast["peak_extra_bytes"]), "held at most"),
     ]
-    if "speedup" in found:
-        cards.insert(0, (f"{found['speedup']:.2f}x", "the eager reference's step"))
+    if "speedup" in record:
+        cards.insert(0, (f"{record['speedup']:.2f}x", "the eager reference's step"))
     if fast["joules"] is not None:
         cards.append((f"{fast['joules']:,.2f} J", "a step, by the GPU's counter"))
     report.cards(cards)
@@ -46,22 +46,22 @@ def write_train(found: dict[str, Any], path: Path) -> Path:
             for side in sides.values()
         ],
     )  # fmt: skip
-    _limits_table(report, found)
-    if found["encoder_pass_seconds"] is not None:
-        milliseconds = found["encoder_pass_seconds"] * 1e3
+    _limits_table(report, record)
+    if record["encoder_pass_seconds"] is not None:
+        milliseconds = record["encoder_pass_seconds"] * 1e3
         report.table(("beside the step", "ms"), [("one pass over the frozen encoder, kept afterwards", milliseconds)])
     return report.write(path)
 
 
-def write_generate(found: dict[str, Any], path: Path) -> Path:
+def write_generate(record: dict[str, Any], path: Path) -> Path:
     """Write the report of profiled decoding (``profiling.generate.profile_generate``)."""
     style()
-    rows = found["batches"]
+    rows = record["batches"]
     best = max((row["sides"]["fast"] for row in rows), key=lambda side: side["sentences_per_s"])
     alone = rows[0]["sides"]["fast"]
     report = Report(
         "Where decoding goes",
-        f"{found['tokens']} tokens a sentence, none ends early; weights in {found['matrix_dtype']}, {_machine(found)}.",
+        f"{record['tokens']} tokens a sentence, none ends early; weights in {record['matrix_dtype']}, {_machine(record)}.",
     )
     cards = [
         (f"{best['sentences_per_s']:,.1f}", "sentences per second at the best batch size"),
@@ -93,14 +93,14 @@ def write_generate(found: dict[str, Any], path: Path) -> Path:
         for side in row["sides"].values():
             _parts_table(report, side, side["name"])
     report.heading("The machine")
-    _limits_table(report, found)
-    weights = found["weight_bytes"] / 1e6
+    _limits_table(report, record)
+    weights = record["weight_bytes"] / 1e6
     report.table(("beside it", "value"), [("weights that every step multiplies by, MB", weights)])
     return report.write(path)
 
 
-def _machine(found: dict[str, Any]) -> str:
-    machine = found["machine"]
+def _machine(record: dict[str, Any]) -> str:
+    machine = record["machine"]
     return f"on {machine['cpu']} ({machine['device']}, {machine['threads']} threads), torch {machine['torch']}"
 
 
@@ -118,8 +118,8 @@ def _parts_table(report: Report, side: dict[str, Any], title: str = "part") -> N
     )  # fmt: skip
 
 
-def _limits_table(report: Report, found: dict[str, Any]) -> None:
-    limits = found["limits"]
+def _limits_table(report: Report, record: dict[str, Any]) -> None:
+    limits = record["limits"]
     report.table(
         ("limit of this machine, measured in the same run", "value"),
         [

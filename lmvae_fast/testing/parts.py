@@ -96,7 +96,7 @@ def tiny_encoder(family: str = "bert", *, vocab_size: int = VOCABULARY, seed: in
 
 
 def perturbed(build: Callable[[], hf.PreTrainedModel], seed: int) -> hf.PreTrainedModel:
-    """``build()`` under a seed of its own, weights drawn anew: matrices N(0, 0.3^2), vectors moved by N(0, 0.1^2)."""
+    """Result of ``build()`` under a seed of its own, weights drawn anew: matrices N(0, 0.3^2), vectors moved by N(0, 0.1^2)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build().eval().float()
@@ -110,7 +110,7 @@ def perturbed(build: Callable[[], hf.PreTrainedModel], seed: int) -> hf.PreTrain
 
 
 def memory_shape(model: hf.PreTrainedModel, batch: int, slots: int) -> tuple[int, ...]:
-    """``(layers, 2, batch, kv_heads, slots, head_dim)`` of a decoder's memory."""
+    """Shape of a decoder's memory: ``(layers, 2, batch, kv_heads, slots, head_dim)``."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -285,11 +285,8 @@ def tokenize(
     return TokenizedSentences(texts, spelled, ids, torch.stack(features) if features else None, kept, report)
 
 
-def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | None]]:
-    """Text and labels of each sentence, given as a string or as an object with ``text`` and ``labels``.
-
-    Raises DataError for a row that is neither.
-    """
+def refuse_table(examples: Any) -> None:
+    """Raises DataError for a mapping, a DataFrame or a dataset of columns: iterated, it gives its keys, not its sentences."""
     if isinstance(examples, Mapping) or hasattr(examples, "columns") or hasattr(examples, "column_names"):
         raise DataError(
             "sentences must come one by one, and this is a table or a mapping",
@@ -297,6 +294,14 @@ def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | 
             limit="an iterable of strings or examples",
             remedy="lf.read(table, column='text') takes DataFrames, datasets and mappings of columns",
         )
+
+
+def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | None]]:
+    """Text and labels of each sentence, given as a string or as an object with ``text`` and ``labels``.
+
+    Raises DataError for a row that is neither.
+    """
+    refuse_table(examples)
     rows: list[tuple[str, Sequence[str] | None]] = []
     for row, item in enumerate(examples):
         text = item if isinstance(item, str) else getattr(item, "text", None)

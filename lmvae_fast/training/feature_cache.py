@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmvae_fast.errors import OutputError
 from lmvae_fast.files import fingerprint_tensors, replacing, write_tensors
-from lmvae_fast.text.tokenizer import TokenizedSentences, text_and_labels
+from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels
 
 
 def content_key(**parts: Any) -> str:
@@ -87,6 +87,7 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
     """`model.tokenize(data, on_long=...)`, from the cache where the same sentences were tokenised so before."""
     if isinstance(data, TokenizedSentences):
         return data
+    refuse_table(data)
     data = data if isinstance(data, Sequence) else list(data)  # read an iterator once
     if isinstance(data, str) or not data:
         return model.tokenize(data, on_long=on_long)  # raises, and says what is wrong with it

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lmvae_fast.config import TrainConfig
-from lmvae_fast.errors import ConfigError, NumericalError
+from lmvae_fast.errors import NumericalError
 from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
@@ -29,9 +29,10 @@ from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
 from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.optimizer import Optimizer
 from lmvae_fast.training.records import Progress, Record, TrainResult
+from lmvae_fast.training.run_checks import check_run
 from lmvae_fast.training.running_means import RunningMeans
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
-from lmvae_fast.training.sharding import check_shardable, shard_decoder
+from lmvae_fast.training.sharding import shard_decoder
 from lmvae_fast.training.step_setup import compiling, frozen_in, keeping_freed_memory, recomputing
 from lmvae_fast.training.stopping import FiniteWatch, StopSignals, memory_guard
 from lmvae_fast.training.validation import validate
@@ -75,7 +76,7 @@ class Trainer:
         self.folder = self.output_dir / "checkpoints"
         self.parameters = trainable_parameters(model)
         self.ranks = Ranks()
-        self._check(eval_data)
+        check_run(model, self.parameters, config, self.ranks, eval_data)
         if self.ranks.first:
             checkpoint.check_space(self.folder, model.trainable_state_dict(), config.keep_checkpoints)
         found = identity.find(config, self.folder)
@@ -133,33 +134,6 @@ class Trainer:
         if found is not None:
             run_state.restore(self.state, found, self.folder)
             self.last_checkpoint = found.path
-
-    def _check(self, eval_data: Any) -> None:
-        """Refuse, before any work, what could only fail later."""
-        if not self.parameters:
-            raise ConfigError("the model has no trainable parameter", remedy="unfreeze a part of it")
-        half = [name for name, p in self.parameters.items() if p.dtype in AUTOCAST.values()]
-        if half:
-            raise ConfigError(
-                "trained parameters must keep float32 master weights",
-                value=f"{half[0]} is {self.parameters[half[0]].dtype}",
-                remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
-            )
-        if self.config.shard:
-            check_shardable(self.model, self.config, self.ranks)
-        if not self.ranks.alone and self.model.config.objective == "langvae-0.6":
-            raise ConfigError(
-                "objective='langvae-0.6' multiplies sums of a whole batch, so processes cannot share one",
-                value=f"{self.ranks.world} processes",
-                limit=1,
-                remedy="use objective='elbo', or one process",
-            )
-        if eval_data is None and (self.config.schedule == "plateau" or self.config.early_stop is not None):
-            raise ConfigError(
-                "schedule='plateau' and early_stop go by an evaluation figure",
-                value="eval_data=None",
-                remedy="give eval_data, for instance dataset.split(held_out=0.1, seed=0)",
-            )
 
     # -- what callbacks may read -------------------------------------------------------------------------------------
 
@@ -234,7 +208,9 @@ class Trainer:
         stop = self.ranks.any_stop(self.stop_reason or signals.received)
         if stop is not None and not last:
             self.request_stop(stop)
-        if due(config.save_every) or self.stop_reason is not None:
+        best = self.state.progress.best
+        improved = config.keep_best and best is not None and best["step"] == self.step
+        if due(config.save_every) or improved or self.stop_reason is not None:
             self._stop_if_not_finite()
             self.last_checkpoint = run_state.save(self.state, self.folder, keep=config.keep_checkpoints)
             self.tell("on_checkpoint", self.last_checkpoint)

@@ -7,7 +7,7 @@ import pytest
 from lmvae_fast.data import cut_texts, read_texts
 from lmvae_fast.data.prompt_readers import LabelledText
 from lmvae_fast.errors import DataError
-from tests.reference.tiny import tiny_tokenizer
+from lmvae_fast.testing import tiny_tokenizer
 
 
 class WithStart:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from lmvae_fast.generation.workers import Workers
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.testing import make_model
 from lmvae_fast.text.tokenizer import label_features
+from tests.processes import wait_until_gone
 
 N = 50
 
@@ -295,18 +295,7 @@ def test_workers_end_when_their_parent_is_killed(model, tmp_path):
         workers = [int(number) for number in parent.stdout.readline().split()]
         parent.kill()
     assert workers
-    deadline = time.monotonic() + 30
-    while any(is_running(number) for number in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(is_running(number) for number in workers)
-
-
-def is_running(number):
-    """A process that is neither gone nor a zombie that nobody has asked about yet."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until_gone(*workers)
 
 
 def from_folder(source, device):

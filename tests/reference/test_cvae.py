@@ -14,7 +14,7 @@ from lmvae_fast.reference.cvae import CVAENoise, ReferenceCVAE, load_checkpoint
 from lmvae_fast.reference.cvae_parts import CVAESettings
 from lmvae_fast.reference.cvae_text import CVAEBatch, collate, left_padded
 from lmvae_fast.reference.stepwise import stepwise_greedy, stepwise_logits
-from tests.reference.tiny import perturbed, tiny_decoder, tiny_tokenizer
+from lmvae_fast.testing import perturbed, tiny_decoder, tiny_tokenizer
 
 
 class Item(NamedTuple):

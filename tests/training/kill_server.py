@@ -1,6 +1,8 @@
 """Kill training at random points until it has happened often enough, resuming each time; then compare.
 
-    python -m tests.training.kill_server FOLDER KILLS SEED MODEL
+    python -m tests.training.kill_server FOLDER KILLS SEED MODEL [PLACE ...]
+
+PLACE: "while saving", "between checkpoints": goes on until a kill has hit each of them.
 
 A process of its own, with one thread: it imports everything once and forks a child per attempt, so that twenty attempts
 cost twenty forks and not twenty imports of torch. Prints one line of JSON: kills, by where they hit, and the runs that
@@ -78,21 +80,30 @@ def where(folder: Path) -> str:
     return "while saving" if len(list(found.iterdir())) > len(checkpoint.complete(found)) else "between checkpoints"
 
 
-def main(folder: Path, kills: int, seed: int, kind: str) -> None:
+def main(folder: Path, kills: int, seed: int, kind: str, places: list[str]) -> None:
     train_once(folder / "warm", kind)  # in this process: children inherit what libraries load on first use
     started = time.monotonic()
     attempt(folder / "unbroken", kind, None)
-    seconds = time.monotonic() - started
+    longest = 0.3 * (time.monotonic() - started)
     delays = random.Random(seed)
     hits: dict[str, int] = {}
     runs = 0
-    while sum(hits.values()) < kills:
+
+    def enough() -> bool:
+        return sum(hits.values()) >= kills and all(place in hits for place in places)
+
+    while not enough():
         # A run may end before all kills are spent: then another one takes the rest. The last is left alone to its end.
         runs += 1
         target = folder / f"killed-{runs}"
-        while attempt(target, kind, delays.uniform(0, 0.3 * seconds) if sum(hits.values()) < kills else None):
+        before = sum(hits.values())
+        while attempt(target, kind, None if enough() else delays.uniform(0, longest)):
             place = where(target)
             hits[place] = hits.get(place, 0) + 1
+            if place == "before the first checkpoint":
+                longest *= 1.1  # the machine is busier than it was: let runs get somewhere
+        if sum(hits.values()) == before and not enough():
+            longest *= 0.5  # it is less busy: kill before the end
         one, two = (checkpoint.complete(path / "checkpoints")[0] for path in (target, folder / "unbroken"))
         assert_same_checkpoint(one, two)
         assert_same_history(target, folder / "unbroken")
@@ -101,4 +112,4 @@ def main(folder: Path, kills: int, seed: int, kind: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -20,6 +20,7 @@ from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints.shards import joined
 from lmvae_fast.training.distributed import Ranks, _buckets
 from lmvae_fast.training.validation import validate
+from tests.processes import PATIENCE
 from tests.training.helpers import plain_sentences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,7 +271,7 @@ def test_torchrun_trains_through_the_command_line(tmp_path, system):
         "--decoder", str(tmp_path / "parts" / "decoder"), "--latent-dim", "4", "--max-len", "10", "--max-steps", "3",
         "--batch-size", "8", "--output", str(tmp_path / "run"), "--shard", "--json", "--system", system,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = json.loads(done.stdout)  # one document, from rank 0 alone
     assert printed["processes"] == 2

@@ -11,6 +11,7 @@ from lmvae_fast.errors import ConfigError
 from lmvae_fast.testing import make_model
 from lmvae_fast.training import Callback
 from lmvae_fast.training.step_setup import frozen_in, recomputing
+from tests.processes import PATIENCE
 from tests.training.helpers import run
 
 
@@ -124,5 +125,5 @@ with keeping_freed_memory(torch.device("cpu")):
     assert resident() - before > 200 * 2**20, "freed memory was not kept"
 assert resident() - before < 50 * 2**20, "kept memory was not given back"
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

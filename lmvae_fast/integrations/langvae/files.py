@@ -324,7 +324,7 @@ def _projector(path: Path, latent_dim: int, max_len: int, conditional: bool) -> 
 
 
 def _place_part(path: str, name: str, temporary: Path, target: Path) -> str:
-    """Where LangVAE shall find an encoder or decoder: as given, or as a legacy copy inside the checkpoint."""
+    """Place where LangVAE finds an encoder or decoder: as given, or as a legacy copy inside the checkpoint."""
     if not (Path(path).is_dir() and needs_legacy_copy(Path(path))):
         return path
     write_legacy_copy(Path(path), temporary / name)
@@ -332,7 +332,7 @@ def _place_part(path: str, name: str, temporary: Path, target: Path) -> str:
 
 
 def _recorded(cfg: dict[str, Any], root: Path, part: str) -> str:
-    """``model_path`` as recorded; a copy inside the checkpoint is found also when the checkpoint was moved."""
+    """Recorded ``model_path``; a copy inside the checkpoint is found also when the checkpoint was moved."""
     path = _entry(cfg, root / f"{part}_cfg.json", "model_path", str)
     inside = root / f"{part}_model"
     return str(inside) if Path(path).name == inside.name and inside.is_dir() else path

@@ -20,7 +20,7 @@ _COMMON_NAMES = ("rope_theta", "partial_rotary_factor")
 
 
 def needs_legacy_copy(folder: Path) -> bool:
-    """Whether transformers 4.48 would fail on this model folder or misread it."""
+    """True if transformers 4.48 would fail on this model folder or misread it."""
     config, tokenizer = _read(folder / "config.json"), _read(folder / "tokenizer_config.json")
     return "rope_parameters" in config or "dtype" in config or tokenizer.get("tokenizer_class") == "TokenizersBackend"
 

@@ -22,6 +22,8 @@ FREE = {
     "keep_checkpoints",
     "cache_dir",
     "tensorboard",
+    "keep_best",
+    "final_model",
     "progress",
     "shard",
 }
