@@ -21,12 +21,16 @@ _PUBLIC = {
     "LMVAEConfig": "lmvae_fast.config",
     "TrainConfig": "lmvae_fast.config",
     "GenerationConfig": "lmvae_fast.config",
+    "FlowConfig": "lmvae_fast.config",
+    "FlowTrainConfig": "lmvae_fast.config",
     "Batch": "lmvae_fast.text.batch",
     "Encoder": "lmvae_fast.models.encoder",
     "Decoder": "lmvae_fast.models.decoder.decoder",
     "Posterior": "lmvae_fast.models.posterior",
     "Injection": "lmvae_fast.models.injection",
     "CouplingFlow": "lmvae_fast.models.flow",
+    "InvertibleCVAE": "lmvae_fast.models.systems.invertible_cvae",
+    "FlowResult": "lmvae_fast.training.records",
     "train": "lmvae_fast.training.loop",
     "TrainResult": "lmvae_fast.training.records",
     "Callback": "lmvae_fast.training.callbacks",
@@ -79,9 +83,13 @@ __all__ = [
     "DefinitionDataset",
     "Encoder",
     "Example",
+    "FlowConfig",
+    "FlowResult",
+    "FlowTrainConfig",
     "Generated",
     "GenerationConfig",
     "Injection",
+    "InvertibleCVAE",
     "LMVAEConfig",
     "LMVAEError",
     "LMVAEOutput",
@@ -124,7 +132,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lmvae_fast import integrations, kernels, reference, testing
-    from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
+    from lmvae_fast.config import FlowConfig, FlowTrainConfig, GenerationConfig, LMVAEConfig, TrainConfig
     from lmvae_fast.data import (
         Definition,
         DefinitionDataset,
@@ -164,10 +172,11 @@ if TYPE_CHECKING:
     from lmvae_fast.models.injection import Injection
     from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
     from lmvae_fast.models.posterior import Posterior
+    from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
     from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
     from lmvae_fast.training.loop import train
-    from lmvae_fast.training.records import TrainResult
+    from lmvae_fast.training.records import FlowResult, TrainResult
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@
 Stages, each in processes of its own with a time limit; a stage that fails does not keep the later ones from running:
 
     environment  device, driver, versions, commit
-    build        installs this tree with its C++ extension (pip -e; else setup.py build_ext and a path of links)
+    build        installs this tree with its C++ extension (pip -e; else setup.py build_ext and a folder of links)
     tests        pytest -m gpu tests/gpu, in several processes where pytest-xdist is installed
     large        the tests that need tens of GiB of device memory, one at a time
     benchmarks   benchmarks/kernels on CUDA: eager, torch.compile, share of the limits measured in the same run
@@ -58,7 +58,7 @@ class Done:
 
 @dataclass
 class Context:
-    """Everything that stages share: the options, where files go, and the environment that the build made."""
+    """What stages share: the options, where files go, and the environment and folder of commands, which the build chooses."""
 
     output: Path
     scratch: Path
@@ -68,12 +68,13 @@ class Context:
     commit: str = "unknown"
     started: float = field(default_factory=time.monotonic)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    folder: Path = ROOT
 
     def left(self) -> float:
         return self.budget - (time.monotonic() - self.started)
 
     def run(self, command: Sequence[str], seconds: float, **environment: str) -> Done:
-        """Run a command at the root of the repository; its output goes to log.txt.
+        """Run a command in `folder`, the root of the repository or links to it; its output goes to log.txt.
 
         When its time is up it gets SIGINT (pytest then still writes its report), 15 seconds later it is killed with all
         that it started.
@@ -86,7 +87,7 @@ class Context:
         with log.open("wb") as file:
             try:
                 process = subprocess.Popen(
-                    [str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file,
+                    [str(part) for part in command], cwd=self.folder, stdin=subprocess.DEVNULL, stdout=file,
                     stderr=subprocess.STDOUT, env={**self.environment, **environment}, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
@@ -192,14 +193,27 @@ def _find(program: str) -> str | None:
 
 
 def link_package(folder: Path) -> Path:
-    """A folder to put on PYTHONPATH in which lmvae_fast is this tree's, with kernels/ as lmvae_fast.kernels."""
+    """A folder like the root of the repository in which lmvae_fast has kernels/ as lmvae_fast.kernels.
+
+    Commands run in it: `python -c` and `python -m` look where they run before they look at PYTHONPATH, and at the root
+    they would find an lmvae_fast without kernels.
+    """
     package = folder / "site" / "lmvae_fast"
     package.mkdir(parents=True, exist_ok=True)
-    for source in (*sorted((ROOT / "lmvae_fast").iterdir()), ROOT / "kernels"):
-        link = package / source.name
+    parts = [(package, source) for source in (*sorted((ROOT / "lmvae_fast").iterdir()), ROOT / "kernels")]
+    parts += [(package.parent, ROOT / name) for name in ("benchmarks", "tests", "tools", "pyproject.toml")]
+    for where, source in parts:
+        link = where / source.name
         if source.name != "__pycache__" and not link.is_symlink():
             link.symlink_to(source)
     return package.parent
+
+
+def use_links(context: Context) -> None:
+    """From here on commands run with, and import, the linked package."""
+    context.folder = link_package(context.scratch)
+    path = [str(context.folder), context.environment.get("PYTHONPATH", "")]
+    context.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
 
 
 _IMPORT = """
@@ -227,10 +241,10 @@ def build(context: Context, seconds: float) -> dict[str, Any]:
     for name, command in ways:
         done = Done(0, 0.0, "")
         if command is not None:
+            context.folder = ROOT
             done = context.run(command, finish - time.monotonic(), LMVAE_BUILD_CSRC="1")
         if name in ("build_ext", "links only"):
-            path = [str(link_package(context.scratch)), context.environment.get("PYTHONPATH", "")]
-            context.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+            use_links(context)
         imported = context.run([sys.executable, "-c", _IMPORT], 60)
         told = next((x for x in imported.tail.splitlines() if x.startswith("EXTENSION")), imported.tail[-1500:])
         tried.append({"way": name, "status": verdict(done), "seconds": done.seconds, "import": told})

@@ -9,6 +9,7 @@ nothing was tested. Exit code 1 when tests are red or a floor is missed; floors 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -36,6 +37,14 @@ def available() -> list[str]:
 def tests_of(op: str, device: str) -> str:
     """The file of an op's tests on a device."""
     return f"tests/kernels/test_{op}.py" if device == "cpu" else f"tests/gpu/test_cuda_{op}.py"
+
+
+def devices_of(op: str) -> tuple[str, ...]:
+    """The devices that an op is for: DEVICES of its bench_<op>.py, read without importing it and its baseline."""
+    for node in ast.parse((HERE / f"bench_{op}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["DEVICES"]:
+            return tuple(ast.literal_eval(node.value))
+    return ("cpu", "cuda")
 
 
 def recorded_green(path: str, junit: Path) -> bool:
@@ -85,6 +94,9 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     failed = False
     for op in options.ops or available():
+        if options.device not in devices_of(op):
+            print(f"{op}: not measured, it is not for {options.device}")
+            continue
         tested = (ROOT / "tests").is_dir() or options.junit is not None
         if tested:
             path = tests_of(op, options.device)

@@ -4,16 +4,19 @@
 
 Random weights (speed does not depend on them), the same on both sides; sentences of 4 to 22 tokens, batch 32, 33 slots,
 z of 128. Before anything is timed, both sides must give the same loss. The reference reads one token at a time, as LangVAE
-does; it too is given the sentence's own tokens (teacher forcing), so both sides do the same work.
+does; it too is given the sentence's own tokens (teacher forcing), so both sides do the same work. Training in bf16 is
+autocast over float32 weights, decoding in bf16 has bf16 weights; rows say whether ours ran what it runs by itself, the
+projector's fused AdamW and (on CUDA) recorded decode steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ import torch
 import transformers as hf
 
 from benchmarks.common.records import RESULTS, write
-from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.config import LMVAEConfig, TrainConfig
+from lmvae_fast.generation.cuda_graphs import capture_for
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.lmvae import LMVAE
@@ -29,6 +33,7 @@ from lmvae_fast.profiling.measure import interleave, machine, peak_memory, speed
 from lmvae_fast.reference.langvae import ReferenceLangVAE
 from lmvae_fast.testing import SENTENCES, tiny_encoder, tiny_tokenizer
 from lmvae_fast.text.tokenizer import SentenceTokenizer
+from lmvae_fast.training.optimizer import Optimizer
 
 MAX_LEN, LATENT = 32, 128
 SHAPE = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50_257}
@@ -68,7 +73,8 @@ def build(device: str, shape: dict[str, int]) -> tuple[LMVAE, ReferenceLangVAE]:
 
 
 def training_steps(ours: LMVAE, reference: ReferenceLangVAE, batch: int, device: str, dtype: torch.dtype | None):
-    """A step of each side: forward, backward, AdamW. Also the two losses for one noise, to be compared."""
+    """A step of each side: forward, backward, AdamW. Also the two losses for one noise, to be compared, and whether the
+    projector's weight was updated by the fused AdamW."""
     texts = sentences(batch)
     tokens = ours.tokenize(texts)
     packed = ours.make_batch(tokens, pooled=ours.pool(tokens)).to(device)
@@ -79,18 +85,20 @@ def training_steps(ours: LMVAE, reference: ReferenceLangVAE, batch: int, device:
     def autocast():
         return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def optimizer(model):
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-
-    ours_optimizer, reference_optimizer = optimizer(ours), optimizer(reference)
+    trains = {name: value for name, value in ours.named_parameters() if value.requires_grad}
+    settings = TrainConfig(learning_rate=1e-5, grad_clip=None, precision="fp32" if dtype is None else "bf16")
+    update = Optimizer(ours, trains, settings)
+    reference_optimizer = torch.optim.AdamW(
+        [value for value in reference.parameters() if value.requires_grad], lr=settings.learning_rate,
+        betas=settings.adam_betas, eps=settings.adam_eps, weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
 
     def ours_step():
-        with autocast():
-            loss = ours(packed, beta=1.0).loss
-        loss.backward()
-        ours_optimizer.step()
-        ours_optimizer.zero_grad()
+        with update.attached():
+            with autocast():
+                loss = ours(packed, beta=1.0).loss
+            loss.backward()
+            update.step(loss)  # without clipping no norm is looked at
 
     def reference_step():
         with autocast():
@@ -106,7 +114,17 @@ def training_steps(ours: LMVAE, reference: ReferenceLangVAE, batch: int, device:
         words = packed.labels != 2
         own = torch.zeros(batch, device=device).index_add_(0, packed.rows, (out.nll * words).float()).mean()
         theirs = reference.loss(padded, beta=1.0, objective="elbo", teacher_forcing=True, eps=eps).reconstruction
-    return ours_step, reference_step, (own.item(), theirs.item()), int(packed.num_tokens)
+    return ours_step, reference_step, (own.item(), theirs.item()), int(packed.num_tokens), update.fused is not None
+
+
+def decoders(ours: LMVAE, reference: ReferenceLangVAE, dtype: torch.dtype | None) -> tuple[LMVAE, ReferenceLangVAE]:
+    """Both sides to decode with, in half precision by their weights: what autocast makes anew at every step cannot be
+    recorded in a CUDA graph."""
+    if dtype is None:
+        return ours.eval(), reference.eval()
+    ours, reference = copy.deepcopy(ours).eval(), copy.deepcopy(reference).eval()
+    ours.decoder.to(dtype)
+    return ours, reference.to(dtype)
 
 
 def compare(sides: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, Any]:
@@ -120,7 +138,7 @@ def compare(sides: dict[str, Callable[[], Any]], seconds: float, device: str) ->
     }  # fmt: skip
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
@@ -128,38 +146,43 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="two narrow layers: to try the program, not to measure")
     parser.add_argument("--output", type=Path, default=RESULTS / "end_to_end.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 400} if options.tiny else SHAPE
+    command = " ".join(sys.argv[1:] if arguments is None else arguments)
     record: dict[str, Any] = {
-        "command": "python -m benchmarks.training.end_to_end " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.training.end_to_end {command}",
         "machine": machine(options.device), "shape": shape, "rows": [],
     }  # fmt: skip
     ours, reference = build(options.device, shape)
     for precision in options.precision:
         dtype = torch.bfloat16 if precision == "bf16" else None
-        ours_step, reference_step, losses, tokens = training_steps(
-            ours, reference, options.batch, options.device, dtype
+        ours_step, reference_step, losses, tokens, fused = training_steps(
+            ours.train(), reference.train(), options.batch, options.device, dtype
         )
         if abs(losses[0] - losses[1]) > (1e-3 if dtype is None else 2e-2) * abs(losses[1]):
             print(f"{precision}: the two sides disagree, nothing is timed: {losses}", file=sys.stderr)
             return 1
         row = {"what": "training step", "precision": precision, "batch": options.batch, "tokens": tokens}
-        row |= {"losses": losses}
+        row |= {"losses": losses, "fused_projector_update": fused}
         record["rows"].append(
             row | compare({"ours": ours_step, "reference": reference_step}, options.seconds, options.device)
         )
         write(record, options.output)
         z = torch.randn(options.batch, LATENT, device=options.device)
+        our_decoder, reference_decoder = decoders(ours, reference, dtype)
 
-        def decode(function: Callable[[torch.Tensor], Any], dtype=dtype, z=z) -> Callable[[], None]:
+        def decode(function: Callable[[torch.Tensor], Any], z: torch.Tensor) -> Callable[[], None]:
             def run() -> None:
-                with torch.no_grad(), torch.autocast(z.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                with torch.no_grad():
                     function(z)
 
             return run
 
-        sides = {"ours": decode(ours.decode), "reference": decode(reference.decode)}
+        sides = {
+            "ours": decode(our_decoder.decode, z), "reference": decode(reference_decoder.decode, z.to(dtype or z.dtype))
+        }  # fmt: skip
         row = {"what": f"greedy decoding of {MAX_LEN} tokens at most", "precision": precision, "batch": options.batch}
+        row |= {"cuda_graphs": capture_for(our_decoder.decoder, z.device, None) is not None}
         record["rows"].append(row | compare(sides, options.seconds, options.device))
         write(record, options.output)
     for row in record["rows"]:

@@ -4,8 +4,18 @@ Unknown fields, values out of range and contradictions raise :class:`~lmvae_fast
 made, so that a run never starts on a configuration it would not survive.
 """
 
+from lmvae_fast.config.flow import FlowConfig, FlowTrainConfig
 from lmvae_fast.config.generation import GenerationConfig
 from lmvae_fast.config.model import DTYPES, KL_MODES, OBJECTIVES, LMVAEConfig
 from lmvae_fast.config.training import TrainConfig
 
-__all__ = ["DTYPES", "KL_MODES", "OBJECTIVES", "GenerationConfig", "LMVAEConfig", "TrainConfig"]
+__all__ = [
+    "DTYPES",
+    "KL_MODES",
+    "OBJECTIVES",
+    "FlowConfig",
+    "FlowTrainConfig",
+    "GenerationConfig",
+    "LMVAEConfig",
+    "TrainConfig",
+]

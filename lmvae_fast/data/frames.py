@@ -23,7 +23,8 @@ def table_columns(table: Any) -> dict[str, Sequence[Any]]:
         raise DataError("this is no table", value=type(table).__name__, limit="columns by name")
     names = table if isinstance(table, Mapping) else getattr(table, "column_names", None)
     names = list(table.columns if names is None else names)
-    columns = {str(name): list(table[name]) for name in names if not isinstance(table[name], str)}
+    values = {str(name): table[name] for name in names}
+    columns = {n: list(v) for n, v in values.items() if hasattr(v, "__iter__") and not isinstance(v, (str, Mapping))}
     lengths = {name: len(column) for name, column in columns.items()}
     if len(columns) != len(names) or len(set(lengths.values())) > 1:
         raise DataError(

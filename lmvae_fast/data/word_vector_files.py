@@ -6,7 +6,6 @@ Formats: word2vec's and fastText's text begins with a line `words dim`, GloVe's 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +17,8 @@ import numpy as np
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
 from lmvae_fast.data.lines import decoded_lines, open_file
 from lmvae_fast.data.word_vectors import WordVectors
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.errors import DataError
+from lmvae_fast.optional import require
 
 #: File ending -> format.
 FORMATS = {
@@ -61,7 +61,7 @@ def read_word_vectors(
 
     Raises:
         DataError: the file is missing, unreadable, empty or malformed (with its line), vectors of mixed widths, a word
-            twice, NaN or infinity, another number of words than the header or the vocabulary says. ConfigError: the
+            twice, NaN or infinity, another number of words than the header or the vocabulary says. MissingPackageError: the
             package is not installed.
     """
     check_options("drop", limit)
@@ -356,21 +356,11 @@ def _read_codwoe(path: Path, field: str | None) -> _Table:
 
 
 def _packaged(name: str) -> _Table:
-    module = PACKAGED[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"the word vectors {name!r} come with the package {module.replace('_', '-')}", value="it is not installed",
-            remedy="pip install 'lmvae_fast[definitions]', or name a file of vectors",
-        )  # fmt: skip
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(
-            f"the word vectors {name!r} are indexed in a parquet file", value="pyarrow is not installed",
-            remedy="pip install 'lmvae_fast[definitions]'",
-        ) from error  # fmt: skip
-    folder = Path(spec.origin).parent / "data"
+    """GloVe 6B of 50 dimensions, memory-mapped; raises MissingPackageError."""
+    purpose = f"the word vectors {name!r}"
+    package = require(PACKAGED[name], purpose=purpose, extra="definitions")
+    parquet = require("pyarrow.parquet", purpose=purpose, extra="definitions")
+    folder = Path(package.ROOT)
     words = parquet.read_table(folder / "glove_6B_index.parquet").column("index").to_pylist()
     vectors = np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r", allow_pickle=False)
     return _Table(words, vectors, lowercase=True)

@@ -46,6 +46,33 @@ class TrainResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+@dataclass(frozen=True)
+class FlowResult:
+    """How a fit ended.
+
+    Attributes:
+        stop_reason: "completed", "early_stop", the name of a signal, or a callback's reason.
+        history: every record of `metrics.jsonl`. best: the best evaluation's record, or None without validation pairs.
+        checkpoint: the last checkpoint's folder. step, epoch: where the run stands. seconds, pairs: of all of it.
+        skipped: definitions of the training part whose word has no vector.
+    """
+
+    stop_reason: str
+    history: list[Record]
+    best: Record | None
+    checkpoint: Path | None
+    step: int
+    epoch: float
+    seconds: float
+    pairs: int
+    skipped: int = 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run; `resume=True` continues it."""
+        return self.stop_reason in [number.name for number in StopSignals.SIGNALS]
+
+
 @dataclass
 class Progress:
     """The part of a run's state that is plain numbers; saved as JSON."""

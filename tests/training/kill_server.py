@@ -11,6 +11,7 @@ were compared.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -26,14 +27,27 @@ from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.training.helpers import assert_same_checkpoint, assert_same_history, run
 
 
-def build(kind: str):
-    if kind == "fake":
-        from tests.training.fake_model import FakeModel
-
-        return FakeModel()
+@functools.cache  # children inherit it
+def frozen_vae():
     from lmvae_fast.testing import make_model
 
-    return make_model(max_len=12, projector_dropout=0.1)
+    return make_model(max_len=12).eval()
+
+
+def train_once(folder: Path, kind: str, **changes) -> None:
+    """A run of a kind of model to its end; `changes`: of its settings."""
+    if kind == "flow":
+        from tests.training.test_flow_loop import run as run_flow
+
+        run_flow(folder, frozen_vae(), epochs=5, **changes)
+    elif kind == "fake":
+        from tests.training.fake_model import FakeModel
+
+        run(folder, model=FakeModel(), **changes)
+    else:
+        from lmvae_fast.testing import make_model
+
+        run(folder, model=make_model(max_len=12, projector_dropout=0.1), **changes)
 
 
 def attempt(folder: Path, kind: str, wait: float | None) -> bool:
@@ -42,7 +56,7 @@ def attempt(folder: Path, kind: str, wait: float | None) -> bool:
     if child == 0:
         try:
             # saves every 2 steps: with its fsyncs saving takes most of the time, so most kills hit a save
-            run(folder, model=build(kind), resume=True, save_every=2, eval_every=5)
+            train_once(folder, kind, resume=True, save_every=2, eval_every=5)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -67,7 +81,7 @@ def where(folder: Path) -> str:
 
 
 def main(folder: Path, kills: int, seed: int, kind: str, places: list[str]) -> None:
-    run(folder / "warm", model=build(kind))  # in this process: children inherit what libraries load on first use
+    train_once(folder / "warm", kind)  # in this process: children inherit what libraries load on first use
     started = time.monotonic()
     attempt(folder / "unbroken", kind, None)
     longest = 0.3 * (time.monotonic() - started)

@@ -13,7 +13,7 @@ from tests.processes import PATIENCE
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("model", ["fake", "lmvae"])
+@pytest.mark.parametrize("model", ["fake", "lmvae", "flow"])
 def test_twenty_kills(tmp_path, model):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     # the fake model's time is mostly saving: kills of both kinds are had for the asking

