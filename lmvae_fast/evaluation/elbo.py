@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmvae_fast.errors import NumericalError
 from lmvae_fast.models.objective import kl_per_dim
-from lmvae_fast.text.batch import Batch
+from lmvae_fast.text.batch import IGNORED, Batch
 
 
 def elbo_terms(out: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -27,13 +27,15 @@ def elbo_terms(out: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def own_tokens(batch: Batch) -> Tensor:
-    """Which of a batch's targets ``[T]`` are its sentences' own and not padding."""
+    """Which of a batch's targets ``[T]`` are its sentences' own and neither padding nor a prompt's."""
+    if batch.targets is not None:
+        return batch.labels != IGNORED
     return batch.token_index < batch.tokens[batch.rows]
 
 
 def without_padding(batch: Batch) -> Batch:
     """The batch with the targets that are padding left out of every likelihood."""
-    return replace(batch, labels=torch.where(own_tokens(batch), batch.labels, -100))
+    return replace(batch, labels=torch.where(own_tokens(batch), batch.labels, IGNORED))
 
 
 def require_finite(figures: Mapping[str, Any], remedy: str) -> None:

@@ -199,6 +199,8 @@ def _evaluate_batch(
         options: dict[str, Any] = {"batch_size": len(rows), "max_new_tokens": max_new_tokens}
         if model.config.conditional_decoder:
             options["annotations"] = batch.annotations
+        if batch.prompt_ids is not None:
+            options["prompts"] = batch.prompt_ids
         table.decoded += [text.strip() for text in model.decode(mu, **options)]
         bar.update(len(rows))
 

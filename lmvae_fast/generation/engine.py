@@ -18,7 +18,7 @@ from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.generation.beams import search
 from lmvae_fast.generation.cuda_graphs import capture_for
 from lmvae_fast.generation.decode_rows import Ended, Rows
-from lmvae_fast.generation.queue import Block, Prompt, Waiting, blocks_of
+from lmvae_fast.generation.queue import Block, Prompt, Prompts, Waiting, blocks_of
 from lmvae_fast.models.decoder.prepared_weights import packed_weights
 from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
@@ -53,7 +53,7 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     annotations: Tensor | None = None,
-    prompts: str | Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     first_index: int = 0,
     numbers: Sequence[int] | None = None,
     beside: Mapping[str, Tensor] | None = None,
@@ -66,7 +66,8 @@ def generate(
             fill a batch.
         config: how; greedy by default.
         annotations: pooled labels ``[N, labels]`` of a conditional decoder (``latents`` must then be one tensor).
-        prompts: text that every sentence, or the sentence of each latent, begins with.
+        prompts: text that every sentence, or the sentence of each latent, begins with (of a model of prompts: which it
+            answers); or, one per latent, the ids that are read before it, start token included.
         first_index: index of the first latent: what a resumed stream continues from.
         numbers: of each latent (``latents`` must then be one tensor), where its draw is to go by another number than its
             index: the rows of a dataset that comes in pieces of any order.
@@ -114,7 +115,7 @@ def decode(
     config: GenerationConfig,
     *,
     annotations: Tensor | None = None,
-    prompts: str | Sequence[str] | None = None,
+    prompts: Prompts | None = None,
 ) -> list[str]:
     """Text of latents ``[batch, latent_dim]``, or of one ``[latent_dim]``; raises what :func:`generate` raises."""
     if isinstance(z, Tensor) and z.dim() == 1:
@@ -150,7 +151,7 @@ def token_limit(model: LMVAE, config: GenerationConfig, prompt_tokens: int = 0) 
     return limit
 
 
-def _prompts(model: LMVAE, latents: Tensor | Iterable[Tensor], prompts: str | Sequence[str] | None) -> list[Prompt]:
+def _prompts(model: LMVAE, latents: Tensor | Iterable[Tensor], prompts: Prompts | None) -> list[Prompt]:
     """The prompts: none, one for all, or one per latent. A sentence begins with its prompt; a response does not."""
     if prompts is None and not model.config.prompted:
         return []
@@ -164,7 +165,8 @@ def _prompts(model: LMVAE, latents: Tensor | Iterable[Tensor], prompts: str | Se
             limit=len(prompts),
             remedy="or give one string for all",
         )
-    read = beginnings(prompts, model.config, model.decoder)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    read = beginnings(texts, model.config, model.decoder) if texts else [tuple(ids) for ids in prompts]  # type: ignore[arg-type]
     return [Prompt(ids, () if model.config.prompted else ids[1:]) for ids in read]
 
 

@@ -18,6 +18,10 @@ from lmvae_fast.models.lmvae import LMVAE
 Block = tuple[Tensor, dict[str, Tensor]]
 
 
+#: One prompt for all latents, or one for each: as text, or as the ids that are read before a sentence is written.
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]
+
+
 class Prompt(NamedTuple):
     """What is read before a sentence is written, one id at least, and the ids of it that its text begins with."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import LMVAEConfig
-from lmvae_fast.errors import LatentError
+from lmvae_fast.errors import ConfigError, LatentError
 from lmvae_fast.models.objective import kl_mode_at
 from lmvae_fast.models.posterior import Posterior, draw, sample_with_kl
 from lmvae_fast.models.prompt_objective import density_gap
@@ -67,6 +67,11 @@ def draw_latents(
     """What a step draws from a batch's posteriors. noise: instead of drawing; seed, turn: see :func:`stream`; a later turn has
     no KL."""
     size = posterior.mu.shape[0]
+    if config.prompted and batch.share is not None and batch.share.bounds is None:
+        raise ConfigError(
+            "the responses of a prompt are split over processes", value=f"{batch.share.step} processes",
+            limit="whole groups on each", remedy="give Share the bounds of the batch's groups",
+        )  # fmt: skip
 
     def samples(name: str, count: int) -> Tensor:
         given = noise_of(noise, name, size)

@@ -332,13 +332,13 @@ class LMVAE(nn.Module):
         z: Tensor,
         *,
         annotations: Tensor | None = None,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[Any] | None = None,
         **options: Any,
     ) -> list[str]:
         """Text of latents ``[batch, latent_dim]``; options are the fields of GenerationConfig. Greedy by default.
 
-        prompts: one for all latents, or one for each: what a sentence begins with, or, in a model of prompts, what the text
-        answers. z is never drawn here: of a model of prompts, z = 0 is the prior's mean, ``torch.randn`` a draw from it.
+        prompts: one for all latents, or one for each (also as ids): what a sentence begins with, or, in a model of prompts,
+        what the text answers. z is never drawn here: z = 0 is the prior's mean, ``torch.randn`` a draw from it.
 
         Raises LatentError for latents that do not fit or are not finite, ConfigError for bad options.
         """

@@ -44,7 +44,7 @@ def make_model(
     """A whole LMVAE of tiny random parts: latent_dim 6, max_len 9.
 
     Args:
-        family: of the decoder (``FAMILIES``). encoder: "bert", "t5" or "qwen2".
+        family: of the decoder (``FAMILIES``). encoder: "bert", "t5" or "qwen2"; of no meaning for ``system="cvae"``.
         seed: of what trains (posterior head and projector).
         config: fields of LMVAEConfig, in place of the defaults.
     """
@@ -53,6 +53,11 @@ def make_model(
     short = LMVAEConfig(**fields)
     full = resolve(short)
     _, decoder = make_decoder(family, dtype=dtype, train=bool(full.train_decoder), tuning=tuning_of(full))
+    if full.prompted:
+        model = LMVAE(short, decoder=decoder)
+        with torch.no_grad():  # it begins at the prior, where nothing of a sentence shows
+            model.posterior_head.out.weight.normal_(std=0.2)
+        return model
     tokenizer = tiny_tokenizer()
     part = Encoder(
         tiny_encoder(encoder, vocab_size=len(tokenizer)).to(dtype), tokenizer, pooling=str(full.pooling),

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORED = -100  # the label of what is not predicted
+
 
 @dataclass(frozen=True)
 class Share:
@@ -68,6 +70,7 @@ class Batch:
         groups: id of the sentences that each one shares an aggregate posterior with, int64 ``[B]``, or None.
         cu_groups: where each group begins, int32 ``[G + 1]``; None where a group's sentences do not stand side by side.
         max_group: sentences of the largest group, known on the host.
+        prompt_ids: what the decoder reads of each prompt, or None.
         annotations: pooled label features, float32 ``[B, labels]``, or None.
         texts: the sentences, or None.
         share: what these sentences are of a batch that several processes share, or None: the noise of a sentence is that
@@ -91,6 +94,7 @@ class Batch:
     groups: Tensor | None = None
     cu_groups: Tensor | None = None
     max_group: int = 1
+    prompt_ids: list[tuple[int, ...]] | None = None
     annotations: Tensor | None = None
     texts: list[str] | None = None
     share: Share | None = None

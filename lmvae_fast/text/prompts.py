@@ -18,12 +18,10 @@ import numpy as np
 import torch
 
 from lmvae_fast.errors import DataError
-from lmvae_fast.text.batch import Batch, pack
+from lmvae_fast.text.batch import IGNORED, Batch, pack
 from lmvae_fast.text.tokenizer import SentenceTokenizer, TokenizedSentences
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100  # the label of what is not predicted
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class TokenizedPrompts(TokenizedSentences):
         groups: what each response shares its aggregate with: an id per group of at most ``group_size`` responses of one
             prompt, counted from 0 in the order in which prompts come first; a prompt's groups have ids that follow one another.
         prompts: id of each response's prompt.
+        group_size: the most responses of a group.
         report: counts, beside those of sentences: ``prompts_cut`` (responses whose prompt lost its left end), ``single``
             (groups of one response, whose aggregate is their posterior: a density gap is then the plain KL).
     """
@@ -42,6 +41,7 @@ class TokenizedPrompts(TokenizedSentences):
     prompt_lengths: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
+    group_size: int = 1
 
     @property
     def grouped(self) -> Sequence[int]:
@@ -161,7 +161,7 @@ def tokenize_prompts(
         logger.warning("%d prompts have one response: there a density gap is the response's plain KL", report["single"])
     answers = tokenizer.decode(row[length:] for row, length in zip(ids, lengths, strict=True))
     return TokenizedPrompts(
-        [text.strip() for text in answers], answers, ids, None, kept, report, lengths, groups, places
+        [text.strip() for text in answers], answers, ids, None, kept, report, lengths, groups, places, group_size
     )
 
 
@@ -233,6 +233,7 @@ def make_prompt_batch(
         cu_groups=_offsets(groups),
         max_group=max(Counter(groups).values(), default=1),
         texts=[sentences.texts[row] for row in rows],
+        prompt_ids=[tuple(ids[:length]) for ids, length in zip(whole, lengths, strict=True)],
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,41 @@ def permutation(count: int, *key: int) -> Rows:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Sentences that must stay in one batch: the responses of a prompt that share an aggregate.
+
+    rows: those of each group. prompts [groups]: id of each one's prompt, whose groups stand side by side. per_batch: groups
+    in a micro-batch.
+    """
+
+    rows: tuple[Rows, ...]
+    prompts: Rows
+    per_batch: int
+
+
+def groups_of(sentences: Any, batch_size: int) -> Groups | None:
+    """The groups of tokenised prompts with responses, as many to a micro-batch as there is room for whole ones, one at least;
+    None for sentences, each of which is for itself."""
+    ids = getattr(sentences, "grouped", None)
+    if ids is None:
+        return None
+    ids, prompts = np.asarray(ids, dtype=np.int64), np.asarray(sentences.prompts, dtype=np.int64)
+    order = np.argsort(ids, kind="stable")
+    starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
+    rows = tuple(np.split(order, starts[1:]))
+    return Groups(rows, prompts[order][starts], max(1, batch_size // sentences.group_size))
+
+
+def bounds_of(sentences: Any, rows: Rows) -> tuple[int, ...] | None:
+    """Where each group begins in a batch of these rows, and its end; None for sentences."""
+    ids = getattr(sentences, "grouped", None)
+    if ids is None:
+        return None
+    own = np.asarray(ids, dtype=np.int64)[rows]
+    return (*np.flatnonzero(np.diff(own, prepend=-1)).tolist(), len(own))
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """The batches of one epoch.
 
@@ -51,8 +87,10 @@ class EpochPlan:
         return len(self.steps)
 
 
-def steps_per_epoch(count: int, batch_size: int, accumulation: int = 1) -> int:
-    """Optimiser steps in an epoch of `count` sentences; the last may be smaller."""
+def steps_per_epoch(count: int, batch_size: int, accumulation: int = 1, groups: Groups | None = None) -> int:
+    """Optimiser steps in an epoch of `count` sentences, or of groups of them; the last may be smaller."""
+    if groups is not None:
+        count, batch_size = len(groups.rows), groups.per_batch
     return -(-count // (batch_size * accumulation))
 
 
@@ -64,6 +102,7 @@ def plan_epoch(
     epoch: int,
     accumulation: int = 1,
     bucket_batches: int = 16,
+    groups: Groups | None = None,
 ) -> EpochPlan:
     """Plan an epoch: shuffle, sort by length within windows, cut into steps, shuffle the steps.
 
@@ -72,12 +111,17 @@ def plan_epoch(
     batches of b is the same step as one batch of k*b. A window is bucket_batches steps wide; 1 gives plain shuffling
     with sorted micro-batches. Only one step of the epoch (the remainder, at a random place) can be smaller.
 
+    groups: plan whole groups instead of sentences, those of one prompt side by side: every response once in an epoch, and a
+    prompt's groups in one step where a step holds a multiple of them. A step is then per_batch * accumulation groups.
+
     Raises DataError if there is nothing to plan.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     count = len(lengths)
     if count == 0:
         raise DataError("no sentence left to train on", value=0, limit=">= 1", remedy="check the data and max_len")
+    if groups is not None:
+        return _plan_groups(lengths, groups, seed, epoch, accumulation, bucket_batches)
     size = batch_size * accumulation
     order = permutation(count, seed, epoch, 0)
     window = size * bucket_batches
@@ -93,7 +137,40 @@ def plan_epoch(
     return EpochPlan(tuple(steps))
 
 
-def sorted_batches(lengths: Sequence[int] | Rows, batch_size: int) -> list[Rows]:
-    """Every row once, longest sentences first: for evaluation and pooling (the first batch shows the peak memory)."""
+def _plan_groups(
+    lengths: Rows, groups: Groups, seed: int, epoch: int, accumulation: int, bucket_batches: int
+) -> EpochPlan:
+    """As `plan_epoch`; a prompt is as long as its longest row."""
+    longest = np.array([lengths[rows].max() for rows in groups.rows])
+    firsts = np.flatnonzero(np.diff(groups.prompts, prepend=-1))
+    ends = np.append(firsts[1:], len(groups.rows))
+    of_prompt = np.maximum.reduceat(longest, firsts)
+    size = groups.per_batch * accumulation
+    window = max(1, size * bucket_batches * len(firsts) // len(groups.rows))  # in prompts
+    order = permutation(len(firsts), seed, epoch, 0)
+    in_windows = []
+    for start in range(0, len(order), window):
+        prompts = order[start : start + window]
+        in_windows += list(prompts[np.argsort(of_prompt[prompts], kind="stable")])
+    sequence = [group for prompt in in_windows for group in range(firsts[prompt], ends[prompt])]
+    pieces = [sequence[i : i + size] for i in range(0, len(sequence), size)]
+    steps = []
+    for index in permutation(len(pieces), seed, epoch, 1):
+        piece = pieces[index]
+        parts = [piece[i : i + groups.per_batch] for i in range(0, len(piece), groups.per_batch)]
+        steps.append(tuple(np.concatenate([groups.rows[group] for group in part]) for part in parts))
+    return EpochPlan(tuple(steps))
+
+
+def sorted_batches(lengths: Sequence[int] | Rows, batch_size: int, groups: Groups | None = None) -> list[Rows]:
+    """Every row once, longest sentences first: for evaluation and pooling (the first batch shows the peak memory).
+
+    groups: whole ones in every batch.
+    """
+    if groups is not None:
+        sizes = np.asarray(lengths, dtype=np.int64)
+        ranked = np.argsort([-sizes[rows].max() for rows in groups.rows], kind="stable")
+        parts = [ranked[i : i + groups.per_batch] for i in range(0, len(ranked), groups.per_batch)]
+        return [np.concatenate([groups.rows[group] for group in part]) for part in parts]
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

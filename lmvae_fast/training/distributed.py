@@ -193,9 +193,12 @@ class Ranks:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def share(self, sentences: int) -> Share | None:
-        """This rank's part of a batch: every world-th sentence, so that ranks get sentences of like lengths; None alone."""
-        return None if self.alone else Share(self.rank, self.world, sentences)
+    def share(self, sentences: int, bounds: tuple[int, ...] | None = None) -> Share | None:
+        """This rank's part of a batch: every world-th sentence, so that ranks get sentences of like lengths; None alone.
+
+        bounds: where groups begin that must not be split, and the end: then every world-th group.
+        """
+        return None if self.alone else Share(self.rank, self.world, sentences, bounds)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the ranks."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmvae_fast.errors import OutputError
 from lmvae_fast.files import fingerprint_tensors, replacing, write_tensors
+from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
 from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels
 
 
@@ -91,17 +92,21 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
     data = data if isinstance(data, Sequence) else list(data)  # read an iterator once
     if isinstance(data, str) or not data:
         return model.tokenize(data, on_long=on_long)  # raises, and says what is wrong with it
-    rows = text_and_labels(data)
+    prompted = bool(getattr(model.config, "prompted", False))
+    kind = TokenizedPrompts if prompted else TokenizedSentences
+    rows: Any = prompts_and_responses(data) if prompted else text_and_labels(data)
+    own = {name: getattr(model.config, name) for name in ("max_prompt_len", "group_size") if prompted}
     key = content_key(
+        **own,
         rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         tokenizer=tokenizer_fingerprint(model.decoder.tokenizer.tokenizer),
         vocabulary=model.decoder.vocab_size,
         max_len=model.config.max_len,
         annotations=model.config.annotations,
         on_long=on_long,
-        fields=[field.name for field in dataclasses.fields(TokenizedSentences)],
+        fields=[field.name for field in dataclasses.fields(kind)],
     )
-    return _from_tensors(cache.get("tokens", key, lambda: _to_tensors(model.tokenize(data, on_long=on_long))))
+    return _from_tensors(cache.get("tokens", key, lambda: _to_tensors(model.tokenize(data, on_long=on_long))), kind)
 
 
 def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
@@ -112,9 +117,9 @@ def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
     return tensors | {"json": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
 
 
-def _from_tensors(tensors: dict[str, Tensor]) -> TokenizedSentences:
+def _from_tensors(tensors: dict[str, Tensor], kind: type[TokenizedSentences]) -> TokenizedSentences:
     values: dict[str, Any] = json.loads(tensors.pop("json").numpy().tobytes())
-    return TokenizedSentences(**(values | tensors))
+    return kind(**(values | tensors))
 
 
 def encoder_fingerprint(model: Any) -> str | None:

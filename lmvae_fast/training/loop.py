@@ -20,7 +20,7 @@ import torch
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import NumericalError
 from lmvae_fast.evaluation.collapse import warn_of_collapse
-from lmvae_fast.training.batch_plan import EpochPlan, Rows, plan_epoch, steps_per_epoch
+from lmvae_fast.training.batch_plan import EpochPlan, Rows, bounds_of, groups_of, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity, run_state
@@ -95,7 +95,8 @@ class Trainer:
             self.eval_pooled = pooled_features(model, self.eval_set, encoder, cache, batch_size=self.eval_batch)
         self.ranks.wait(until_first_is_done=False)
 
-        self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation)
+        self.groups = groups_of(self.train_set, config.batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation, self.groups)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.watch = FiniteWatch(self.device)
         # On the CPU this costs nothing and finds the weights still good; on a GPU it would stall every step, so there
@@ -226,6 +227,7 @@ class Trainer:
                 epoch=epoch,
                 accumulation=config.accumulation,
                 bucket_batches=config.bucket_batches,
+                groups=self.groups,
             )
             self._plan = (epoch, plan)
         return self._plan[1].steps[step % self.steps_per_epoch]
@@ -247,7 +249,7 @@ class Trainer:
         # Memory for the step's longest sentence and its end token: alike in all micro-batches.
         tokens = 1 + max(len(self.train_set.ids[row]) for rows in micro_batches for row in rows)
         for i, rows in enumerate(micro_batches):
-            share = self.ranks.share(len(rows))
+            share = self.ranks.share(len(rows), bounds_of(self.train_set, rows))
             own = rows if share is None else rows[share.rows]
             batch = self.model.make_batch(self.train_set, own, self.pooled).to(self.device)
             batch.share = share

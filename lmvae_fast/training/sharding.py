@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, UnsupportedDecoderError
+from lmvae_fast.models.adapter import AdapterProjector
 from lmvae_fast.training.distributed import Ranks
 from lmvae_fast.training.step_setup import castable
 
@@ -32,6 +33,9 @@ def check_shardable(model: Any, config: TrainConfig, ranks: Ranks) -> None:
     elif config.precision == "fp16" and model.decoder.trains:
         # whether a step is skipped would be decided for the pieces and for what is whole apart
         problem, remedy = "a gradient scaler must see all gradients of a step together", "use precision='bf16'"
+    elif isinstance(model.projector, AdapterProjector) and model.projector.own is None:
+        # the adapter reads the layers' weights outside of the layers' own pass
+        problem, remedy = "an adapter shares projections that sharding would hold in pieces", "use stage 0 or 1"
     if problem is not None:
         raise ConfigError(problem, value=f"shard=True in {ranks.world} process(es)", remedy=remedy)
 

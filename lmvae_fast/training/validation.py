@@ -16,7 +16,7 @@ from torch import Tensor
 from lmvae_fast.errors import DataError
 from lmvae_fast.evaluation.elbo import elbo_terms, require_finite
 from lmvae_fast.evaluation.metrics import ACTIVE_UNIT_VARIANCE
-from lmvae_fast.training.batch_plan import sorted_batches
+from lmvae_fast.training.batch_plan import bounds_of, groups_of, sorted_batches
 from lmvae_fast.training.distributed import Ranks
 
 
@@ -52,8 +52,8 @@ def validate(
     moments: Tensor | None = None
     shift: Tensor | None = None
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for i, rows in enumerate(sorted_batches(tokenized.lengths, batch_size)):
-            share = ranks.share(len(rows))
+        for i, rows in enumerate(sorted_batches(tokenized.lengths, batch_size, groups_of(tokenized, batch_size))):
+            share = ranks.share(len(rows), bounds_of(tokenized, rows))
             own = rows if share is None else rows[share.rows]
             batch = model.make_batch(tokenized, own, pooled).to(device)
             batch.share = share

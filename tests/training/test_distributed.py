@@ -97,6 +97,7 @@ def assert_same_figures(one: dict, many: dict) -> None:
 
 PART = {"train_decoder": True}
 OPTIMUS = {"system": "optimus", "encoder": "bert"}
+CVAE = {"system": "cvae", "family": "llama", "group_size": 3, "queries": 2}
 CASES = {
     # 26 sentences in steps of 6: one step of an epoch has 2, fewer than there are ranks
     "fused": {"train": {"max_steps": 6}},
@@ -109,6 +110,12 @@ CASES = {
     "optimus sharded": {"model": OPTIMUS, "train": {"max_steps": 4, "grad_clip": 0.05}, "shard": True},
     "embeddings sharded": {"model": {**PART, "decoder_part": "embeddings"}, "train": {"max_steps": 3}, "shard": True},
     "lora sharded": {"model": {**PART, "decoder_part": "lora"}, "train": {"max_steps": 3}, "shard": True},
+    # 9 prompts in steps of two groups: one step of an epoch has a single group, which one of the ranks has
+    "cvae": {"model": CVAE, "train": {"max_steps": 6, "batch_size": 6}},
+    "cvae heads": {
+        "model": {**CVAE, "output_residual": "skip", "embedding_shift": True, "bag_of_words": True, "stage": 1},
+        "train": {"max_steps": 4, "batch_size": 6},
+    },
     "recomputed": {"model": OPTIMUS, "train": {"max_steps": 2, "recompute_decoder": True}, "shard": True},
 }
 
