@@ -10,6 +10,7 @@ import torch
 
 from lmvae_fast.config import LMVAEConfig, TrainConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, OutputError
+from lmvae_fast.models.systems import resolve
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints.tensors import frozen_fingerprint
 
@@ -89,7 +90,7 @@ def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """
     # Fields that came after a checkpoint was written had the value that is their default now.
     saved = saved | {
-        "model_config": LMVAEConfig().to_dict() | saved["model_config"],
+        "model_config": _completed(saved["model_config"], current["model_config"]),
         "train_config": TrainConfig().to_dict() | saved["train_config"],
     }
     changed = _differences(saved["model_config"], current["model_config"])
@@ -124,6 +125,13 @@ def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"resumed with changes, so the run will not be bit for bit the one begun (saved -> now): {_show(noted)}",
             stacklevel=3,
         )
+
+
+def _completed(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration with the fields that it was written before, as its preset fills them."""
+    if current.keys() != LMVAEConfig().to_dict().keys() or not saved.keys() <= current.keys():
+        return saved
+    return resolve(LMVAEConfig.from_dict(saved)).to_dict()
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
