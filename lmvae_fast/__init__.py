@@ -1,13 +1,16 @@
 """lmvae_fast: a custom-kernel performance engine for language-model VAEs.
 
-Everything public is here; names are imported when first used, so that ``import lmvae_fast`` and the kernels cost no
-transformers import.
+Everything public is here; names and modules are imported when first used, so that ``import lmvae_fast`` and the kernels
+cost no transformers import. Beside the names below, every module is an attribute: ``lf.kernels.posterior``,
+``lf.reference``, ``lf.testing``, ``lf.integrations.langvae``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from lmvae_fast import lazy
 
 __version__ = "0.1.0"
 
@@ -18,35 +21,48 @@ _PUBLIC = {
     "LMVAEConfig": "lmvae_fast.config",
     "TrainConfig": "lmvae_fast.config",
     "GenerationConfig": "lmvae_fast.config",
-    "Batch": "lmvae_fast.models.batch",
-    "Encoder": "lmvae_fast.models.encoders",
-    "Decoder": "lmvae_fast.models.decoders",
-    "Posterior": "lmvae_fast.models.encoders",
+    "FlowConfig": "lmvae_fast.config",
+    "FlowTrainConfig": "lmvae_fast.config",
+    "Batch": "lmvae_fast.text.batch",
+    "Encoder": "lmvae_fast.models.encoder",
+    "Decoder": "lmvae_fast.models.decoder.decoder",
+    "Posterior": "lmvae_fast.models.posterior",
     "Injection": "lmvae_fast.models.injection",
     "CouplingFlow": "lmvae_fast.models.flow",
+    "InvertibleCVAE": "lmvae_fast.models.systems.invertible_cvae",
+    "FlowResult": "lmvae_fast.training.records",
     "train": "lmvae_fast.training.loop",
-    "TrainResult": "lmvae_fast.training.loop",
+    "TrainResult": "lmvae_fast.training.records",
     "Callback": "lmvae_fast.training.callbacks",
     "generate": "lmvae_fast.generation.engine",
     "Generated": "lmvae_fast.generation.engine",
     "score": "lmvae_fast.generation.scoring",
-    "interpolate": "lmvae_fast.generation.latent_ops",
-    "traverse": "lmvae_fast.generation.latent_ops",
-    "arithmetic": "lmvae_fast.generation.latent_ops",
-    "neighbourhood": "lmvae_fast.generation.latent_ops",
-    "average": "lmvae_fast.generation.latent_ops",
-    "aggregate_quantiles": "lmvae_fast.generation.points",
+    "interpolate": "lmvae_fast.exploration.operations",
+    "traverse": "lmvae_fast.exploration.operations",
+    "arithmetic": "lmvae_fast.exploration.operations",
+    "neighbourhood": "lmvae_fast.exploration.operations",
+    "average": "lmvae_fast.exploration.operations",
+    "aggregate_quantiles": "lmvae_fast.exploration.points",
     "evaluate": "lmvae_fast.evaluation.evaluate",
     "read": "lmvae_fast.data",
     "generate_corpus": "lmvae_fast.data",
+    "read_definitions": "lmvae_fast.data",
+    "read_word_vectors": "lmvae_fast.data",
+    "Definition": "lmvae_fast.data",
+    "DefinitionDataset": "lmvae_fast.data",
+    "WordVectors": "lmvae_fast.data",
     "SentenceDataset": "lmvae_fast.data",
     "Example": "lmvae_fast.data",
+    "PromptResponse": "lmvae_fast.data",
+    "PromptDataset": "lmvae_fast.data",
+    "read_prompts": "lmvae_fast.data",
     "backend": "lmvae_fast.kernels.backend",
     "LMVAEError": "lmvae_fast.errors",
     "ConfigError": "lmvae_fast.errors",
     "DataError": "lmvae_fast.errors",
     "LatentError": "lmvae_fast.errors",
     "MemoryLimitError": "lmvae_fast.errors",
+    "MissingPackageError": "lmvae_fast.errors",
     "UnsupportedDecoderError": "lmvae_fast.errors",
     "TokenizerError": "lmvae_fast.errors",
     "CheckpointError": "lmvae_fast.errors",
@@ -63,24 +79,34 @@ __all__ = [
     "CouplingFlow",
     "DataError",
     "Decoder",
+    "Definition",
+    "DefinitionDataset",
     "Encoder",
     "Example",
+    "FlowConfig",
+    "FlowResult",
+    "FlowTrainConfig",
     "Generated",
     "GenerationConfig",
     "Injection",
+    "InvertibleCVAE",
     "LMVAEConfig",
     "LMVAEError",
     "LMVAEOutput",
     "LatentError",
     "MemoryLimitError",
+    "MissingPackageError",
     "NumericalError",
     "OutputError",
     "Posterior",
+    "PromptDataset",
+    "PromptResponse",
     "SentenceDataset",
     "TokenizerError",
     "TrainConfig",
     "TrainResult",
     "UnsupportedDecoderError",
+    "WordVectors",
     "__version__",
     "aggregate_quantiles",
     "arithmetic",
@@ -89,17 +115,38 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_corpus",
+    "integrations",
     "interpolate",
+    "kernels",
     "neighbourhood",
     "read",
+    "read_definitions",
+    "read_prompts",
+    "read_word_vectors",
+    "reference",
     "score",
+    "testing",
     "train",
     "traverse",
 ]
 
 if TYPE_CHECKING:
-    from lmvae_fast.config import GenerationConfig, LMVAEConfig, TrainConfig
-    from lmvae_fast.data import Example, SentenceDataset, generate_corpus, read
+    from lmvae_fast import integrations, kernels, reference, testing
+    from lmvae_fast.config import FlowConfig, FlowTrainConfig, GenerationConfig, LMVAEConfig, TrainConfig
+    from lmvae_fast.data import (
+        Definition,
+        DefinitionDataset,
+        Example,
+        PromptDataset,
+        PromptResponse,
+        SentenceDataset,
+        WordVectors,
+        generate_corpus,
+        read,
+        read_definitions,
+        read_prompts,
+        read_word_vectors,
+    )
     from lmvae_fast.errors import (
         CheckpointError,
         ConfigError,
@@ -107,30 +154,34 @@ if TYPE_CHECKING:
         LatentError,
         LMVAEError,
         MemoryLimitError,
+        MissingPackageError,
         NumericalError,
         OutputError,
         TokenizerError,
         UnsupportedDecoderError,
     )
     from lmvae_fast.evaluation.evaluate import evaluate
+    from lmvae_fast.exploration.operations import arithmetic, average, interpolate, neighbourhood, traverse
+    from lmvae_fast.exploration.points import aggregate_quantiles
     from lmvae_fast.generation.engine import Generated, generate
-    from lmvae_fast.generation.latent_ops import arithmetic, average, interpolate, neighbourhood, traverse
-    from lmvae_fast.generation.points import aggregate_quantiles
     from lmvae_fast.generation.scoring import score
     from lmvae_fast.kernels.backend import backend
-    from lmvae_fast.models.batch import Batch
-    from lmvae_fast.models.decoders import Decoder
-    from lmvae_fast.models.encoders import Encoder, Posterior
+    from lmvae_fast.models.decoder.decoder import Decoder
+    from lmvae_fast.models.encoder import Encoder
     from lmvae_fast.models.flow import CouplingFlow
     from lmvae_fast.models.injection import Injection
     from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
+    from lmvae_fast.models.posterior import Posterior
+    from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
+    from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
-    from lmvae_fast.training.loop import TrainResult, train
+    from lmvae_fast.training.loop import train
+    from lmvae_fast.training.records import FlowResult, TrainResult
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'lmvae_fast' has no attribute {name!r}")
+        return lazy.submodule(__name__, name)
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

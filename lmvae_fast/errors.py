@@ -63,5 +63,13 @@ class DistributedError(LMVAEError, RuntimeError):
     """The processes of one run have lost one another."""
 
 
+class MissingPackageError(LMVAEError, ImportError):
+    """A package that this feature needs is not installed; ``name`` is the module."""
+
+    def __init__(self, problem: str, *, name: str, remedy: str):
+        super().__init__(problem, remedy=remedy)
+        self.name = name
+
+
 class MemoryLimitError(LMVAEError, MemoryError):
     """The machine or the GPU has not enough memory for what was asked."""

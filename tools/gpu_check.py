@@ -45,7 +45,7 @@ RED = ("failed", "timeout")
 
 @dataclass
 class Done:
-    """What became of a command: its exit status (None when it was stopped), seconds, and the end of its output."""
+    """Outcome of a command: its exit status (None when it was stopped), seconds, and the end of its output."""
 
     code: int | None
     seconds: float
@@ -329,7 +329,7 @@ def end_to_end(context: Context, seconds: float) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.end_to_end",
+        "benchmarks.training.end_to_end",
         "--device",
         "cuda",
         "--seconds",

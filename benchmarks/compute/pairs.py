@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.common.records import RESULTS, write
 from lmvae_fast.profiling.counts import RECIPES, PairCost, StepShape, count_encoder, count_pair, head_geometry
-from lmvae_fast.profiling.measure import ROOT, machine
+from lmvae_fast.profiling.measure import machine
 from lmvae_fast.profiling.presets import DECODERS, build_decoder, build_encoder, preset_config
 
-RESULTS = ROOT / "benchmarks" / "results" / "compute"
 LANGVAE_PAIRS = tuple(
     itertools.product(
         ("bert-base-cased", "flan-t5-base", "stella-1.5b"),
@@ -33,25 +32,25 @@ CVAE_DECODER = "llama3-8b"
 
 def rows(pairs: Iterable[tuple[str, str]], shape: StepShape, recipes: Iterable[str]) -> list[dict[str, Any]]:
     """One row per pair: the cost under each recipe."""
-    found = []
+    counted = []
     for encoder, decoder in pairs:
         row: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
         for recipe in recipes:
             # built anew: a recipe's switches (dropout, attention) stay with the model
             row[recipe] = _as_json(count_pair(build_encoder(encoder), build_decoder(decoder), shape, RECIPES[recipe]))
-        found.append(row)
-    return found
+        counted.append(row)
+    return counted
 
 
 def _as_json(cost: PairCost) -> dict[str, Any]:
     return {**dataclasses.asdict(cost), "peak_bytes": cost.peak_bytes, "fine_tuned_share": cost.fine_tuned_share}
 
 
-def published_reduction(found: list[dict[str, Any]]) -> dict[str, float]:
+def published_reduction(counted: list[dict[str, Any]]) -> dict[str, float]:
     """The arithmetic behind "over 95 % fewer parameters": the share that LangVAE trains of each pair with BERT, and the
     mean reduction over the three large decoders."""
     shares = {
-        row["decoder"]: row["langvae"]["fine_tuned_share"] for row in found if row["encoder"] == "bert-base-cased"
+        row["decoder"]: row["langvae"]["fine_tuned_share"] for row in counted if row["encoder"] == "bert-base-cased"
     }
     large = [share for decoder, share in shares.items() if decoder != "gpt2"]
     return {
@@ -119,14 +118,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16, help="of each sentence")
     options = parser.parse_args()
-    found = record(StepShape(batch=options.batch, tokens=options.tokens))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "pairs.json").write_text(json.dumps(found, indent=1) + "\n")
-    for row in found["langvae_pairs"]:
+    counted = record(StepShape(batch=options.batch, tokens=options.tokens))
+    write(counted, RESULTS / "compute" / "pairs.json")
+    for row in counted["langvae_pairs"]:
         ours, theirs = row["langvae"], row["optimus"]
         print(f"{row['encoder']} x {row['decoder']}: trains {ours['fine_tuned_share']:.2%} of the pair's parameters, "
               f"{ours['flops'] / theirs['flops']:.1%} of Optimus's FLOPs")  # fmt: skip
-    print(found["published_reduction"])
+    print(counted["published_reduction"])
 
 
 if __name__ == "__main__":

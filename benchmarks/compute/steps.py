@@ -11,16 +11,15 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import statistics
 from typing import Any
 
-from benchmarks.compute.pairs import RESULTS
+from benchmarks.common.records import RESULTS, write
 from lmvae_fast.config import LMVAEConfig, TrainConfig
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.profiling.cost import Cost
 from lmvae_fast.profiling.counts import RECIPES, StepShape, count_pair
-from lmvae_fast.profiling.measure import interleave, machine, machine_limits, peak_memory
+from lmvae_fast.profiling.measure import interleave, machine, machine_limits, peak_memory, speedup
 from lmvae_fast.profiling.presets import build_decoder, build_encoder, random_model
 from lmvae_fast.profiling.step import TrainingStep
 
@@ -62,7 +61,7 @@ def measure(encoder: str, decoder: str, batch: int, tokens: int, seconds: float)
             }  # fmt: skip
         del steps
     gc.collect()
-    ratio = statistics.median(b / a for a, b in zip(times["langvae"], times["optimus"], strict=True))
+    ratio = speedup(times, "langvae", "optimus")
     return {"encoder": encoder, "decoder": decoder, "batch": batch, "optimus_over_langvae": ratio, **rows}
 
 
@@ -75,15 +74,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0, help="per batch size, both systems together")
     options = parser.parse_args()
-    found = {
+    record = {
         "command": "python -m benchmarks.compute.steps",
         "machine": machine("cpu"),
         "limits": machine_limits("cpu"),
         "rows": [measure(options.encoder, options.decoder, b, options.tokens, options.seconds) for b in options.batch],
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "steps.json").write_text(json.dumps(found, indent=1) + "\n")
-    for row in found["rows"]:
+    write(record, RESULTS / "compute" / "steps.json")
+    for row in record["rows"]:
         print(f"batch {row['batch']}: langvae {row['langvae']['seconds'] * 1e3:.0f} ms, optimus "
               f"{row['optimus']['seconds'] * 1e3:.0f} ms, {row['optimus_over_langvae']:.2f}x")  # fmt: skip
 

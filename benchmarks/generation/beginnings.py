@@ -1,8 +1,8 @@
-"""What beginning a batch of sentences costs: its memory written into the cache, and a prompt read in one pass.
+"""Cost of beginning a batch of sentences: its memory written into the cache, and a prompt read in one pass.
 
     python -m benchmarks.generation.beginnings [--batch 32] [--prompt 16] [--rounds 5]
 
-Beside each, what it stands for: memory projected into a tensor of its own and copied, and the prompt read token by token,
+Each is compared with the plain way: memory projected into a tensor of its own and copied, and the prompt read token by token,
 each step with its logits.
 Both sides are compared before anything is timed, then timed in turns.
 """
@@ -10,7 +10,7 @@ Both sides are compared before anything is timed, then timed in turns.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import statistics
 import sys
 import tempfile
@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.records import write
 from benchmarks.generation.decode import RESULTS, prepare
 from benchmarks.generation.our_side import OurSide
-from benchmarks.kernels import harness
-from lmvae_fast.models.packed import packed_weights
-from lmvae_fast.models.prefill import read
+from lmvae_fast.models.decoder.prefill import read
+from lmvae_fast.models.decoder.prepared_weights import packed_weights
+from lmvae_fast.profiling.measure import machine, speedup, take_turns
 
 CASES = (("rolling", "fp32"), ("prefix", "fp32"), ("prefix", "bf16"))
 
@@ -76,25 +77,23 @@ def sides(case: dict, visibility: str, precision: str, batch: int, prompt: int) 
     return {name: {kind: under(run) for kind, run in pair.items()} for name, pair in work.items()}
 
 
-def measure(pair: dict[str, Callable], rounds: int) -> dict[str, Any]:
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Elapsed and processor seconds of a call."""
+    elapsed, processor = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - elapsed, time.process_time() - processor
+
+
+def measure(pair: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
     """Medians of elapsed and processor time, and of their ratios."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in pair}
-    processor: dict[str, list[float]] = {kind: [] for kind in pair}
-    for _ in range(rounds):
-        for kind, run in pair.items():
-            elapsed, cpu = time.perf_counter(), time.process_time()
-            run()
-            seconds[kind].append(time.perf_counter() - elapsed)
-            processor[kind].append(time.process_time() - cpu)
-
-    def ratio(times: dict[str, list[float]]) -> float:
-        return round(statistics.median(b / a for a, b in zip(times["ours"], times["plain"], strict=True)), 2)
-
+    samples = take_turns({kind: functools.partial(timed, run) for kind, run in pair.items()}, rounds)
+    elapsed, processor = ({kind: [both[i] for both in found] for kind, found in samples.items()} for i in (0, 1))
     return {
-        "seconds": {kind: round(statistics.median(values), 4) for kind, values in seconds.items()},
+        "seconds": {kind: round(statistics.median(values), 4) for kind, values in elapsed.items()},
         "cpu_seconds": {kind: round(statistics.median(values), 4) for kind, values in processor.items()},
-        "speedup": ratio(seconds), "cpu_speedup": ratio(processor),
-    }  # fmt: skip
+        "speedup": round(speedup(elapsed, "ours", "plain"), 2),
+        "cpu_speedup": round(speedup(processor, "ours", "plain"), 2),
+    }
 
 
 def main() -> int:
@@ -110,7 +109,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     record: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.generation.beginnings", *sys.argv[1:]]), "shape": options.shape,
-        "batch": options.batch, "prompt": options.prompt, "machine": harness.machine("cpu"), "rows": [],
+        "batch": options.batch, "prompt": options.prompt, "machine": machine("cpu"), "rows": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         _, case = prepare(Path(folder), options.shape, options.batch, options.threads)
@@ -119,7 +118,7 @@ def main() -> int:
                 row = {"what": name, "visibility": visibility, "precision": precision, **measure(pair, options.rounds)}
                 record["rows"].append(row)
                 print(row, flush=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, options.output)
     return 0
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -27,12 +26,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.kernels import harness
-from benchmarks.training.cases import LATENT, MAX_LEN, SHAPES, make_case
-from benchmarks.training.worker import Worker
+from benchmarks.common import records
+from benchmarks.common.cases import LATENT, MAX_LEN, SHAPES, make_case
+from benchmarks.common.langvae_environment import LangVAEMissing, langvae_python, langvae_worker
+from benchmarks.common.timing import medians, speedups, time_request
+from benchmarks.common.worker import Worker
 from lmvae_fast.data.corpus import generate_corpus
+from lmvae_fast.profiling.measure import machine, machine_limits
 
-RESULTS = harness.ROOT / "benchmarks" / "results" / "generation"
+RESULTS = records.RESULTS / "generation"
 OURS = ("-m", "benchmarks.generation.our_side")
 # Arguments of our_side by side; "LangVAE" is run by the Python of its own environment.
 SIDES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -83,64 +85,40 @@ def start(against: str, file: Path) -> dict[str, Worker]:
     command = [sys.executable, *OURS, str(file)]
     sides = {name: Worker([*command, *arguments], {}, name) for name, arguments in SIDES[against].items()}
     if against == "langvae":
-        from tests.peers.check_langvae_loads import langvae_python
-
-        script = Path(__file__).with_name("langvae_side.py")
-        path = {"PYTHONPATH": str(harness.ROOT / "benchmarks" / "training")}
-        sides["LangVAE"] = Worker([str(langvae_python()), str(script), str(file)], path, "LangVAE")
+        sides["LangVAE"] = langvae_worker(Path(__file__).with_name("langvae_side.py"), file, {})
     return sides
 
 
 def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> dict[str, Any]:
     """Times of one batch size; SystemExit where fp32 sides disagree about a token."""
-    pairs = BASELINES[against]
     compared = [name for name in sides if not name.endswith("bf16")] if against != "sampling" else []
-    said = {name: sides[name].ask("ids", batch=batch)["ids"] for name in compared}
+    tokens = {name: sides[name].ask("ids", batch=batch)["ids"] for name in compared}
     for name in compared[1:]:
-        if said[name] != said[compared[0]]:
-            row = next(row for row in range(batch) if said[name][row] != said[compared[0]][row])
+        if tokens[name] != tokens[compared[0]]:
+            row = next(row for row in range(batch) if tokens[name][row] != tokens[compared[0]][row])
             raise SystemExit(
-                f"batch {batch}: {name} says other tokens than {compared[0]}, first in sentence {row}: nothing is timed"
+                f"batch {batch}: {name} decodes other tokens than {compared[0]}, first in sentence {row}: nothing is timed"
             )
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    processor: dict[str, list[float]] = {name: [] for name in sides}
-    order, shuffle = list(sides), random.Random(0)
-    for name in order:
-        sides[name].ask("decode", batch=batch)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            answer = sides[name].ask("decode", batch=batch)
-            times[name].append(answer["seconds"])
-            processor[name].append(answer["cpu_seconds"])
+    elapsed, processor = time_request(sides, "decode", rounds, keys=("seconds", "cpu_seconds"), batch=batch)
     # LangVAE has no such option, and a compilation for one token would be another than the one that is measured
-    unasked = ("LangVAE", "compiled")
+    without_first = ("LangVAE", "compiled")
     first = {
         name: round(min(sides[name].ask("decode", batch=batch, tokens=1)["seconds"] for _ in range(3)), 4)
-        for name in sides if not name.startswith(unasked)
+        for name in sides if not name.startswith(without_first)
     }  # fmt: skip
+    rates = {name: batch / statistics.median(values) for name, values in elapsed.items()}
     return {
-        "batch": batch, "rounds": rounds, "same_tokens_fp32": compared,
-        "seconds": {name: round(statistics.median(values), 4) for name, values in times.items()},
-        "all_seconds": {name: [round(value, 4) for value in values] for name, values in times.items()},
-        "sentences_per_second": {name: round(batch / statistics.median(values), 2) for name, values in times.items()},
-        "tokens_per_second": {name: round(MAX_LEN * batch / statistics.median(values), 1) for name, values in times.items()},
-        "first_token_seconds": first,
-        "cpu_seconds": {name: round(statistics.median(values), 4) for name, values in processor.items()},
-        "baseline": pairs, "speedup": _ratios(times, pairs), "cpu_speedup": _ratios(processor, pairs),
+        "batch": batch, "rounds": rounds, "same_tokens_fp32": compared, "seconds": medians(elapsed),
+        "all_seconds": {name: [round(value, 4) for value in values] for name, values in elapsed.items()},
+        "sentences_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "tokens_per_second": {name: round(MAX_LEN * rate, 1) for name, rate in rates.items()},
+        "first_token_seconds": first, "cpu_seconds": medians(processor), "baseline": BASELINES[against],
+        "speedup": speedups(elapsed, BASELINES[against]), "cpu_speedup": speedups(processor, BASELINES[against]),
     }  # fmt: skip
-
-
-def _ratios(times: dict[str, list[float]], pairs: dict[str, str]) -> dict[str, float]:
-    """Median over rounds of baseline over ours."""
-    return {
-        name: round(statistics.median(b / a for a, b in zip(times[name], times[base], strict=True)), 3)
-        for name, base in pairs.items()
-    }
 
 
 def limit_share(row: dict[str, Any], weights: int, head: int, limits: dict[str, float]) -> dict[str, float]:
-    """What reading the weights once a step, or multiplying by them, takes at least, over what each side of ours took.
+    """Share of the limit: the least time of reading the weights once a step, or of multiplying by them, over the time taken.
 
     The head of the engine's greedy steps is read, and multiplied, in bf16 (kernels/greedy_head).
     """
@@ -169,13 +147,18 @@ def main() -> int:
     options = parser.parse_args()
     if options.against == "langvae" and SHAPES[options.shape].family != "gpt2":
         parser.error("the comparison with LangVAE runs GPT-2 shapes")
+    if options.against == "langvae":
+        try:
+            langvae_python()
+        except LangVAEMissing as error:
+            print(f"comparison with LangVAE 0.6.13 skipped: {error}")
+            return 0
     torch.set_num_threads(options.threads)
     name = options.against if options.shape == "gpt2-small" else f"{options.against}-{options.shape}"
     output = options.output or RESULTS / f"{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "command": "python -m benchmarks.generation.decode " + " ".join(sys.argv[1:]), "shape": options.shape,
-        "tokens": MAX_LEN, "machine": harness.machine("cpu"), "limits": harness.machine_limits("cpu", 0.5), "rows": [],
+        "tokens": MAX_LEN, "machine": machine("cpu"), "limits": machine_limits("cpu", 0.5), "rows": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         file, case = prepare(Path(folder), options.shape, max(options.batches), options.threads)
@@ -187,7 +170,7 @@ def main() -> int:
             row["peak_bytes"] = {name: side.ask("peak")["bytes"] for name, side in sides.items()}
             record["rows"].append(row)
             # after every batch: a run that is stopped leaves those it has measured
-            output.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(record, output)
             print(batch, row["sentences_per_second"], row["speedup"], "processor time:", row["cpu_speedup"], flush=True)
         for side in sides.values():
             side.close()

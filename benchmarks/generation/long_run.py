@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import harness
-from benchmarks.training.cases import make_case
+from benchmarks.common import records
+from benchmarks.common.cases import make_case
 from lmvae_fast.data.corpus import generate_corpus
+from lmvae_fast.profiling.measure import machine
 
-RESULTS = harness.ROOT / "benchmarks" / "results" / "generation"
+RESULTS = records.RESULTS / "generation"
 
 
 class Run:
-    """The command in a process group of its own, and what was seen of it: seconds, bytes written, resident bytes."""
+    """The command in a process group of its own, with samples of it: seconds, bytes written, resident bytes."""
 
     def __init__(self, model: Path, output: Path, options: argparse.Namespace) -> None:
         command = [
@@ -105,13 +106,20 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def killed_and_continued(model: Path, output: Path, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Runs under SIGKILL at random moments until the file is whole; ``seconds``: what an undisturbed run takes."""
+    """Runs under SIGKILL at random moments until the file is whole; ``seconds``: what an undisturbed run takes.
+
+    Where one ends before it has been killed as often as asked (the machine is less busy than it was), the file is begun
+    anew with half the seconds.
+    """
     moments, kills, in_mid_file = random.Random(options.seed), [], 0
-    for _ in range(options.kills):
+    while len(kills) < options.kills:
         # cut short on average by its share of the whole: some die while they load, some in mid-file
         run = Run(model, output, options)
         if run.wait(moments.uniform(0.0, 2 * seconds / (options.kills + 1))):
-            return {"kills_after_seconds": kills, "kills_in_mid_file": in_mid_file}
+            output.unlink()
+            output.with_name(output.name + ".meta.json").unlink()
+            seconds, kills, in_mid_file = seconds / 2, [], 0
+            continue
         kills.append(round(run.samples[-1][0], 1) if run.samples else 0.0)
         in_mid_file += output.exists() and output.stat().st_size > 0
     Run(model, output, options).wait()
@@ -119,7 +127,7 @@ def killed_and_continued(model: Path, output: Path, options: argparse.Namespace,
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Both runs and their comparison."""
+    """Run both and compare their files."""
     model = make_model(folder, options)
     whole = Run(model, folder / "whole.jsonl", options)
     whole.wait()
@@ -148,9 +156,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), options)
     record = {"command": " ".join(["python -m benchmarks.generation.long_run", *sys.argv[1:]]), "shape": options.shape,
-              "batch": options.batch, "workers": options.workers, "machine": harness.machine("cpu"), **result}  # fmt: skip
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "long_run.json").write_text(json.dumps(record, indent=2) + "\n")
+              "batch": options.batch, "workers": options.workers, "machine": machine("cpu"), **result}  # fmt: skip
+    records.write(record, RESULTS / "long_run.json")
     first, last = (result["memory"][name]["median_bytes"] / 1e6 for name in ("after_a_tenth", "at_the_end"))
     print(f"{first:.1f} MB after a tenth, {last:.1f} MB at the end; {len(result['kills_after_seconds'])} kills, files "
           f"{'identical' if result['identical'] else 'DIFFER'}")  # fmt: skip

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, StaticCache
 
 import lmvae_fast as lf
-from benchmarks.training.worker import serve
+from benchmarks.common.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.kernels.sample_token import sample_token
-from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.models.decoder.decoder import Decoder
 
 warnings.filterwarnings("ignore")
 

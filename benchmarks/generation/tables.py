@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.records import RESULTS, load, where
+from benchmarks.common.records import RESULTS, load, where
 
 AGAINST = {"langvae": "LangVAE 0.6.13", "transformers": "transformers.generate", "eager": "eager reference"}
 
 
 def _records(name: str) -> Iterator[dict[str, Any]]:
-    """Of GPT-2's shape first, then of other shapes."""
+    """Records of a comparison: GPT-2's shape first, then other shapes."""
     files = [f"{name}.json", *sorted(path.name for path in (RESULTS / "generation").glob(f"{name}-*.json"))]
     yield from filter(None, (load(f"generation/{file}") for file in files))
 
 
 def _pair(values: dict[str, float], ours: str, theirs: str, factor: float, digits: int) -> str:
-    """``ours / theirs``; empty where nothing was measured."""
-    found = [f"{values[name] * factor:,.{digits}f}" if name in values else "-" for name in (ours, theirs)]
-    return "" if found == ["-", "-"] else " / ".join(found)
+    """Text ``ours / theirs``; empty where nothing was measured."""
+    texts = [f"{values[name] * factor:,.{digits}f}" if name in values else "-" for name in (ours, theirs)]
+    return "" if texts == ["-", "-"] else " / ".join(texts)
 
 
 def _note(title: str, record: dict[str, Any]) -> str:
@@ -59,7 +59,7 @@ def _lines(title: str, record: dict[str, Any], row: dict[str, Any]) -> Iterator[
 
 
 def body() -> str:
-    """What the decoder's layers run as: Hugging Face's modules, these compiled, these over packed weights."""
+    """Table of the forms of the decoder's layers: Hugging Face's modules, these compiled, these over packed weights."""
     records = list(_records("body"))
     if not records:
         return "Not measured."
@@ -81,7 +81,7 @@ def body() -> str:
 
 
 def sampling() -> str:
-    """What a draw adds to a step that makes the same logits, and to a greedy one, which needs none."""
+    """Table of what a draw adds to a step that makes the same logits, and to a greedy one, which needs none."""
     steps = {"greedy": "all logits, the largest taken", "engine": "greedy decoding, which makes no logits"}
     record = load("generation/sampling.json")
     if record is None:
@@ -96,7 +96,7 @@ def sampling() -> str:
 
 
 def beginnings() -> str:
-    """What beginning a batch costs, against what it stands for."""
+    """Table of what beginning a batch costs, beside the plain way."""
     record = load("generation/beginnings.json")
     if record is None:
         return "Not measured."

@@ -66,7 +66,7 @@ def _backward(device: str, batch: int) -> Case:
 
 
 def _adamw(device: str, batch: int, floor: float | None) -> Case:
-    """From the memory's gradient to the updated weight: dz, db, dW, clipping, AdamW. The forward is not timed."""
+    """The way from the memory's gradient to the updated weight: dz, db, dW, clipping, AdamW. The forward is not timed."""
     rows = math.prod(GPT2)
     start = torch.randn(*GPT2, NZ, device=device) / NZ**0.5
     z = torch.randn(batch, NZ, device=device).requires_grad_()

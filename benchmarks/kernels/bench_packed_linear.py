@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.kernels.harness import Case
 from lmvae_fast.kernels.packed_linear import pack_weight, packed_linear
-from lmvae_fast.models.large_pages import LargePages
+from lmvae_fast.models.decoder.large_pages import LargePages
 
 DEVICES = ("cpu",)  # cuBLAS's work on CUDA
 MATRICES = 24

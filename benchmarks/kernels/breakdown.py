@@ -1,4 +1,4 @@
-"""Where the time of ops goes that stand near or below their goal: what a whole call takes, and what its pieces take alone.
+"""Time of ops that stand near or below their goal, broken down: a whole call, and its pieces alone.
 
     python -m benchmarks.kernels.breakdown [--threads 2]
 
@@ -11,29 +11,22 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.kernels import bench_coupling_flow, bench_latent_attention, bench_posterior, harness
+from benchmarks.common.records import RESULTS, write
+from benchmarks.kernels import bench_coupling_flow, bench_latent_attention, bench_posterior
 from lmvae_fast.kernels.latent_attention.visibility import visibility_code
 from lmvae_fast.kernels.posterior import posterior_sample
+from lmvae_fast.profiling.measure import interleave, machine
 
 
 def timed(pieces: dict[str, Callable[[], Any]], rounds: int = 60) -> dict[str, float]:
     """Median microseconds of each piece, all of them once a round."""
-    for function in pieces.values():
-        for _ in range(3):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in pieces}
-    for _ in range(rounds):
-        for name, function in pieces.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+    times = interleave(pieces, 0.0, "cpu", rounds=rounds)
     return {name: round(1e6 * statistics.median(values), 1) for name, values in times.items()}
 
 
@@ -55,16 +48,16 @@ def attention(sentences: int, tokens: int = 13) -> dict[str, Callable[[], Any]]:
 def latent_attention() -> dict[str, Any]:
     """Per (sentence, head) and thread: with data in the cache and not, with one thread and several; and the whole call."""
     threads, pairs = torch.get_num_threads(), bench_latent_attention.HEADS
-    found: dict[str, Any] = {}
+    medians: dict[str, Any] = {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
         for name, sentences in (("in cache", 2), ("not in cache", 32)):
             # Alone, so that nothing else takes the cache.
             for piece, function in attention(sentences).items():
                 microseconds = timed({piece: function})[piece]
-                found[f"{piece}, {name}, {count} threads, per pair"] = round(microseconds * count / sentences / pairs, 2)
+                medians[f"{piece}, {name}, {count} threads, per pair"] = round(microseconds * count / sentences / pairs, 2)
     whole = bench_latent_attention._packed("prefix", "cpu", torch.float32, None)
-    return {**found, **timed({"whole call, prefix": whole.ours, "padded, masked SDPA": whole.baseline})}
+    return {**medians, **timed({"whole call, prefix": whole.ours, "padded, masked SDPA": whole.baseline})}
 
 
 def posterior() -> dict[str, Any]:
@@ -92,7 +85,7 @@ def posterior() -> dict[str, Any]:
 
 def coupling_flow() -> dict[str, Any]:
     """The whole training step, and its matrix products alone by torch's BLAS at the same shapes (dim 128, hidden 512)."""
-    found: dict[str, Any] = {}
+    medians: dict[str, Any] = {}
     for batch in (64, 512):
         half, hidden, raw = (torch.randn(batch, n) for n in (64, 512, 128))
         first, second = torch.randn(64, 512), torch.randn(512, 128)
@@ -113,24 +106,24 @@ def coupling_flow() -> dict[str, Any]:
                 f"forward, batch {batch}", f"training step, batch {batch}, memory='save'"
             ):  # fmt: skip
                 pieces |= {f"{short}: ours": case.ours, f"{short}: {case.baseline_name}": case.baseline}
-        found |= timed(pieces, rounds=30)
-    return found
+        medians |= timed(pieces, rounds=30)
+    return medians
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=harness.ROOT / "benchmarks/results/kernels/breakdown.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels" / "breakdown.json")
     options = parser.parse_args()
     record: dict[str, Any] = {"command": "python -m benchmarks.kernels.breakdown " + " ".join(sys.argv[1:])}
-    record["machine"] = harness.machine("cpu")
+    record["machine"] = machine("cpu")
     for measure in (posterior, latent_attention, coupling_flow):
         torch.manual_seed(0)
         torch.set_num_threads(options.threads)
         record[measure.__name__] = measure()
         print(json.dumps({measure.__name__: record[measure.__name__]}, indent=1))
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, options.output)
 
 
 if __name__ == "__main__":

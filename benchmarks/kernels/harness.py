@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from lmvae_fast.profiling.measure import ROOT, interleave, machine, machine_limits, peak_memory
-
-__all__ = ["ROOT", "Case", "compiled", "interleave", "machine", "machine_limits", "markdown", "peak_memory", "run_case"]
+from lmvae_fast.profiling.measure import interleave, peak_memory, speedup
 
 
 @dataclass
@@ -38,7 +36,7 @@ class Case:
 
 
 def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` under torch.compile, already compiled. A backward inside runs as the compiled graph's own."""
+    """The function under torch.compile, already compiled. A backward inside runs as the compiled graph's own."""
     torch._dynamo.reset()
     fast = torch.compile(function, dynamic=False)
     for _ in range(3):
@@ -63,12 +61,10 @@ def run_case(
         compilation["compile_seconds"] = round(time.perf_counter() - start, 1)
     times = interleave(sides, seconds, device)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    # per-round ratios: both sides of a round saw the same machine, so their median is what noise moves least
-    ratio = statistics.median(b / a for a, b in zip(times["ours"], times[case.baseline_name], strict=True))
     row: dict[str, Any] = {
         "name": case.name,
         "baseline": case.baseline_name,
-        "speedup": round(ratio, 3),
+        "speedup": round(speedup(times, "ours", case.baseline_name), 3),
         "floor": case.floor,
         "rounds": len(times["ours"]),
         "microseconds": {name: round(value * 1e6, 2) for name, value in medians.items()},
@@ -90,7 +86,7 @@ def run_case(
 
 
 def _others(row: dict[str, Any], base: str) -> str:
-    """What ours was compared with: the judged baseline first, then the sides that are only shown."""
+    """Sides that ours was compared with: the judged baseline first, then the sides that are only shown."""
     names = [base, *(name for name in row["microseconds"] if name not in ("ours", base))]
     return ", ".join(f"{row['microseconds'][name]:.1f} ({name})" for name in names)
 
@@ -98,12 +94,13 @@ def _others(row: dict[str, Any], base: str) -> str:
 def markdown(op: str, record: dict[str, Any]) -> str:
     """The record as a table for people."""
     m = record["machine"]
+    untested = "" if record.get("tests", "passed") == "passed" else " **Not tested.**"
     lines = [
         f"# {op}",
         "",
         f"{m['cpu']} ({m['cpu_isa']}), {m['threads']} threads, device {m['device']}, torch {m['torch']}, Python {m['python']}, "
         f"commit {m['commit'][:12]}{' + uncommitted changes' if m['uncommitted'] else ''}, {m['date']}. "
-        f"Command: `{record['command']}`.",
+        f"Command: `{record['command']}`.{untested}",
         "",
         "| case | ours, us | baseline, us | speed-up | floor | peak extra memory, ours / baseline | share of the limit |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""How a training step grows: with batch, sentence length, latent and layers; and how it spreads over processes.
+"""Growth of a training step with batch, sentence length, latent and layers, and its spread over processes.
 
     python -m benchmarks.training.bench_scaling        # writes benchmarks/results/training/scaling.json
 
@@ -10,11 +10,11 @@ machine, each with one thread.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from benchmarks.records import RESULTS
+from benchmarks.common.records import RESULTS, write
 from lmvae_fast.config import LMVAEConfig, TrainConfig
 from lmvae_fast.data import generate_corpus
-from lmvae_fast.profiling.measure import machine, peak_memory
+from lmvae_fast.profiling.measure import call_seconds, interleave, machine, peak_memory, take_turns
 from lmvae_fast.profiling.presets import assembled
 from lmvae_fast.profiling.step import TrainingStep
 
@@ -40,7 +40,7 @@ TRAIN = TrainConfig(learning_rate=1e-5, beta_schedule="constant", max_steps=10**
 
 
 def build(size: dict[str, int]) -> tuple[Any, list[str]]:
-    """(model, exactly one batch of sentences, each cut to the length asked for)."""
+    """A model, and exactly one batch of sentences, each cut to the length asked for."""
     words = " ".join(generate_corpus(3000, seed=0).texts).split()
     length = size["length"]
     starts = [(i * length) % (len(words) - length) for i in range(size["batch"])]
@@ -62,22 +62,11 @@ def build(size: dict[str, int]) -> tuple[Any, list[str]]:
     return assembled(encoder.eval(), decoder.eval(), config, texts), texts
 
 
-def timed(step: TrainingStep, rounds: int) -> list[float]:
-    """Seconds of steps, after two that are not counted."""
-    times = []
-    for _ in range(rounds + 2):
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
-    return times[2:]
-
-
 def measure(size: dict[str, int], seconds: float) -> dict[str, Any]:
     """Step time and memory of one size."""
     model, texts = build(size)
     with TrainingStep(model, texts, TRAIN.replace(batch_size=size["batch"])) as step:
-        first = timed(step, 1)[0]
-        times = timed(step, max(3, min(30, int(seconds / first))))
+        times = interleave({"step": step}, seconds, "cpu", rounds=3)["step"]
         tokens = step.batch().num_tokens
         median = statistics.median(times)
         return {
@@ -92,7 +81,8 @@ def _rank(rank: int, world: int, folder: str, rounds: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model, texts = build(BASE)
     with TrainingStep(model, texts, TRAIN.replace(batch_size=BASE["batch"]), Path(folder) / "run") as step:
-        times = timed(step, rounds)
+        # a fixed number of steps: every process must take as many
+        times = take_turns({"step": functools.partial(call_seconds, step)}, rounds, discarded=2)["step"]
         tokens = step.batch().num_tokens  # of the whole batch
     if rank == 0:
         (Path(folder) / "times.json").write_text(json.dumps({"times": times, "tokens": tokens}))
@@ -103,9 +93,9 @@ def processes(world: int, rounds: int) -> dict[str, Any]:
     """Tokens per second of ``world`` processes that share the base batch."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, (world, folder, rounds), world)
-        found = json.loads((Path(folder) / "times.json").read_text())
-    median = statistics.median(found["times"])
-    rate = found["tokens"] / median
+        measured = json.loads((Path(folder) / "times.json").read_text())
+    median = statistics.median(measured["times"])
+    rate = measured["tokens"] / median
     return {"processes": world, "seconds": median, "tokens_per_s": rate, "tokens_per_s_per_process": rate / world}
 
 
@@ -137,8 +127,7 @@ def main() -> None:
     record["exchanged_bytes"] = exchanged()
     for row in record["processes"]:
         print(f"{row['processes']} processes: {row['tokens_per_s']:,.0f} tokens/s")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, options.output)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class LangVAELearning:
         self.started = time.process_time()
 
     def learn(self, cpu_seconds: float, file: str) -> dict:
-        """Train until this much CPU time has gone in all, then write what trains."""
+        """Train until this much CPU time has gone in all, then write the trained weights."""
         loss = 0.0
         while time.process_time() - self.started < cpu_seconds:
             if len(self.rows) < self.case["batch"]:

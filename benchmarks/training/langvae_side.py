@@ -1,4 +1,4 @@
-"""LangVAE 0.6.13's side of the comparison; run by the Python of its own virtual environment (see `against_langvae.py`).
+"""LangVAE 0.6.13's side of the comparison; run by the Python of its own virtual environment (see `steps.py`).
 
 usage: python langvae_side.py CASE.json
 """

@@ -1,4 +1,4 @@
-"""What LangVAE 0.6.13 and ours have learnt after the same CPU time.
+"""Held-out figures of LangVAE 0.6.13 and of ours after the same CPU time.
 
     python -m benchmarks.training.learning --data ../shared/data/worldtree_srl_train.txt [--minutes 6]
 
@@ -25,15 +25,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lmvae_fast as lf
-from benchmarks.kernels import harness
-from benchmarks.training.steps import langvae_python
-from benchmarks.training.worker import Worker, serve
-from lmvae_fast.cli.report import style
+from benchmarks.common import records
+from benchmarks.common.langvae_environment import LangVAEMissing, langvae_python, langvae_worker
+from benchmarks.common.worker import Worker, serve
 from lmvae_fast.integrations.langvae import load_checkpoint, save_checkpoint
+from lmvae_fast.profiling.measure import machine
+from lmvae_fast.reports.page import style
 from lmvae_fast.training.language_model import make_decoder, train_language_model
 from lmvae_fast.training.loop import Trainer
 
-RESULTS = harness.ROOT / "benchmarks" / "results" / "training"
+RESULTS = records.RESULTS / "training"
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "ours, same objective": {"objective": "langvae-0.6", "free_running": True},
     "ours, teacher forcing": {"objective": "elbo", "free_running": False},
@@ -61,18 +62,18 @@ class OurLearning:
         self.model.train()
 
     def learn(self, cpu_seconds: float, file: str) -> dict:
-        """Train until this much CPU time has gone in all, then write what trains, by LangVAE's names."""
+        """Train until this much CPU time has gone in all, then write the trained weights, by LangVAE's names."""
         trainer = self.trainer
         with trainer.prepared():
             while time.process_time() - self.started < cpu_seconds:
                 trainer.optimizer_step(trainer._batches(trainer.step))
-                trainer.progress.step += 1
+                trainer.state.progress.step += 1
         save_file(weights(self.model), file)
         return {"steps": trainer.step, "cpu_seconds": time.process_time() - self.started}
 
 
 def weights(model: lf.LMVAE) -> dict[str, torch.Tensor]:
-    """What trains, by LangVAE's names."""
+    """Trained weights by LangVAE's names."""
     projector, named = model.projector, {"encoder.linear.weight": model.posterior_head.weight.detach()}
     for layer in range(projector.weight.shape[0]):
         named[f"decoder.context_hidden.{layer}.weight"] = projector.weight.detach()[layer].contiguous()
@@ -80,8 +81,8 @@ def weights(model: lf.LMVAE) -> dict[str, torch.Tensor]:
     return named
 
 
-def take(model: lf.LMVAE, file: Path) -> None:
-    """Weights by LangVAE's names into a model of ours."""
+def load_weights(model: lf.LMVAE, file: Path) -> None:
+    """Copy weights by LangVAE's names into a model of ours."""
     named = load_file(file)
     with torch.no_grad():
         model.posterior_head.weight.copy_(named["encoder.linear.weight"])
@@ -108,9 +109,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "learning.json")
     options = parser.parse_args()
-    python = langvae_python()
-    if isinstance(python, str):
-        print(f"comparison with LangVAE 0.6.13 skipped: {python}")
+    try:
+        langvae_python()
+    except LangVAEMissing as error:
+        print(f"comparison with LangVAE 0.6.13 skipped: {error}")
         return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -119,11 +121,10 @@ def main() -> int:
         case = prepare(folder, train_set.texts, options)
         file = folder / "case.json"
         file.write_text(json.dumps(case))
-        workers = {"LangVAE": [str(python), str(Path(__file__).with_name("langvae_learning.py")), str(file)]}
         command = [sys.executable, "-m", "benchmarks.training.learning", "side", str(file)]
-        workers |= {side: [*command, side] for side in OBJECTIVES}
         environment = {"OMP_NUM_THREADS": str(options.threads)}
-        sides = {side: Worker(command, environment, side) for side, command in workers.items()}
+        sides = {"LangVAE": langvae_worker(Path(__file__).with_name("langvae_learning.py"), file, environment)}
+        sides |= {side: Worker([*command, side], environment, side) for side in OBJECTIVES}
         marks = [60 * options.minutes * (mark + 1) / options.marks for mark in range(options.marks)]
 
         def learn(side: str) -> list[dict[str, Any]]:
@@ -140,16 +141,15 @@ def main() -> int:
         sentences = held_out.texts[: options.held_out]
         for rows in points.values():
             for row in rows:
-                take(model, Path(row.pop("file")))
-                found = lf.evaluate(model, sentences, metrics=("elbo", "active_units", "bleu"), seed=options.seed)
-                row |= {name: getattr(found, name) for name in (*FIGURES, "elbo")}
+                load_weights(model, Path(row.pop("file")))
+                figures = lf.evaluate(model, sentences, metrics=("elbo", "active_units", "bleu"), seed=options.seed)
+                row |= {name: getattr(figures, name) for name in (*FIGURES, "elbo")}
     record = {
-        "command": "python -m benchmarks.training.learning " + " ".join(sys.argv[1:]), "machine": harness.machine("cpu"),
+        "command": "python -m benchmarks.training.learning " + " ".join(sys.argv[1:]), "machine": machine("cpu"),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "train_sentences": len(case["sentences"]), "held_out_sentences": len(sentences), "sides": points,
     }  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(record, options.output)
     draw(record, options.output.with_suffix(".svg"))
     for side, rows in points.items():
         print(side, {key: rows[-1][key] for key in ("steps", *FIGURES)})

@@ -1,4 +1,4 @@
-"""What holds the memory of a teacher-forced fp32 training step: resident bytes of a process, stage by stage.
+"""Memory of a teacher-forced fp32 training step: resident bytes of a process, stage by stage.
 
     python -m benchmarks.training.memory [--shape gpt2-small] [--batch 32] [--data FILE]
 
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.worker import peak_bytes
+from benchmarks.common.worker import peak_bytes
 
 VARIANTS: dict[str, dict[str, Any]] = {"as it is": {}, "recompute_decoder": {"recompute_decoder": True}}
 STEPS = 3
@@ -31,7 +31,7 @@ def resident() -> dict[str, int]:
     return {names[name[:-1]]: int(rest[0]) * 1024 for name, *rest in lines if name[:-1] in names}
 
 
-def child(file: str, options: dict[str, Any]) -> dict[str, Any]:
+def measure_variant(file: str, options: dict[str, Any]) -> dict[str, Any]:
     """The stages of one variant, in this process."""
     from benchmarks.training.our_side import OurSide
 
@@ -58,17 +58,18 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, metavar=("CASE", "OPTIONS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(options.child[0], json.loads(options.child[1]))))
+        print(json.dumps(measure_variant(options.child[0], json.loads(options.child[1]))))
         return 0
 
     import lmvae_fast as lf
-    from benchmarks.kernels import harness
-    from benchmarks.training.cases import make_case
+    from benchmarks.common.cases import make_case
+    from benchmarks.common.records import RESULTS, write
     from lmvae_fast.data.corpus import generate_corpus
+    from lmvae_fast.profiling.measure import machine
 
     lines = lf.read(options.data).texts if options.data else generate_corpus(4000).texts
     record: dict[str, Any] = {
-        "command": "python -m benchmarks.training.memory " + " ".join(sys.argv[1:]), "machine": harness.machine("cpu"),
+        "command": "python -m benchmarks.training.memory " + " ".join(sys.argv[1:]), "machine": machine("cpu"),
         "shape": options.shape, "batch": options.batch, "variants": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -78,9 +79,7 @@ def main() -> int:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             record["variants"][name] = json.loads(done.stdout.splitlines()[-1])
             print(name, record["variants"][name])
-    output = harness.ROOT / "benchmarks" / "results" / "training" / "memory.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, RESULTS / "training" / "memory.json")
     return 0
 
 

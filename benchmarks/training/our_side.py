@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lmvae_fast as lf
-from benchmarks.training.worker import serve
+from benchmarks.common.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.training.loop import Trainer
-from lmvae_fast.training.resources import compiling
+from lmvae_fast.training.step_setup import compiling
 
 warnings.filterwarnings("ignore")
 
@@ -65,11 +65,11 @@ class OurSide:
         out = self.model(batch, beta=self.case["beta"], eps=load_file(self.case["noise"])["eps"])
         out.loss.backward()
         projector = self.model.projector
-        found: dict[str, Any] = {"encoder.linear.weight": self.model.posterior_head.weight.grad}
+        named: dict[str, Any] = {"encoder.linear.weight": self.model.posterior_head.weight.grad}
         for layer in range(projector.weight.shape[0]):
-            found[f"decoder.context_hidden.{layer}.weight"] = projector.weight.grad[layer]
-            found[f"decoder.context_hidden.{layer}.bias"] = projector.bias.grad[layer]
-        save_file({name: gradient.contiguous() for name, gradient in found.items()}, file)
+            named[f"decoder.context_hidden.{layer}.weight"] = projector.weight.grad[layer]
+            named[f"decoder.context_hidden.{layer}.bias"] = projector.bias.grad[layer]
+        save_file({name: gradient.contiguous() for name, gradient in named.items()}, file)
         self.model.zero_grad(set_to_none=True)
         return {"loss": out.loss.item()}
 

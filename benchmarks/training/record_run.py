@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 import lmvae_fast as lf
-from benchmarks.kernels.harness import machine
-from lmvae_fast.cli.report import style
+from benchmarks.common import records
+from lmvae_fast.profiling.measure import machine
+from lmvae_fast.reports.page import style
 from lmvae_fast.training.language_model import make_decoder, train_language_model
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "training"
+RESULTS = records.RESULTS / "training"
 
 
 def main() -> None:
@@ -48,8 +49,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     record = run(options)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    records.write(record, RESULTS / f"{options.name}.json")
     draw(record, RESULTS / f"{options.name}.svg")
     print(json.dumps(record["held_out"], indent=2))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.records import load, where
+from benchmarks.common.records import load, where
 
 
 def scaling() -> str:

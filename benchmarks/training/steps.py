@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,12 +26,15 @@ import torch
 from safetensors.torch import load_file
 
 import lmvae_fast as lf
-from benchmarks.kernels import harness
-from benchmarks.training.cases import make_case
-from benchmarks.training.worker import Worker
+from benchmarks.common import records
+from benchmarks.common.cases import make_case
+from benchmarks.common.langvae_environment import LangVAEMissing, langvae_python, langvae_worker
+from benchmarks.common.timing import speedups, time_request
+from benchmarks.common.worker import Worker
 from lmvae_fast.data.corpus import generate_corpus
+from lmvae_fast.profiling.measure import machine, machine_limits
 
-RESULTS = harness.ROOT / "benchmarks" / "results" / "training" / "steps"
+RESULTS = records.RESULTS / "training" / "steps"
 GRADIENTS = 1e-5  # the most that gradients may differ, relative, before anything is timed
 OURS = ("-m", "benchmarks.training.our_side")
 SIDES = {
@@ -73,77 +74,55 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    python = None
     if options.against == "langvae":
-        python = langvae_python()
-        if isinstance(python, str):
-            print(f"comparison with LangVAE 0.6.13 skipped: {python}")
+        try:
+            langvae_python()
+        except LangVAEMissing as error:
+            print(f"comparison with LangVAE 0.6.13 skipped: {error}")
             return 0
     lines = lf.read(options.data).texts if options.data else generate_corpus(4000).texts
     record: dict[str, Any] = {
         "command": "python -m benchmarks.training.steps " + " ".join(sys.argv[1:]),
-        "machine": harness.machine("cpu"), "cases": [],
+        "machine": machine("cpu"), "cases": [],
     }  # fmt: skip
     torch.set_num_threads(options.threads)
     output = options.output or RESULTS / f"{options.against}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
             for batch in options.batches:
                 case = make_case(Path(folder), shape, lines, batch, options.threads)
-                record["cases"].append(row := compare(options.against, case, python, options.rounds))
+                record["cases"].append(row := compare(options.against, case, options.rounds))
                 show(row)
-                output.write_text(json.dumps(record, indent=1) + "\n")
+                records.write(record, output)
     return 0
 
 
-def langvae_python() -> Path | str:
-    """The interpreter of LangVAE's environment, made on first use; or why it cannot be had."""
-    from tests.peers import check_langvae_loads as peers
-
-    try:
-        return peers.langvae_python()
-    except (SystemExit, subprocess.CalledProcessError, OSError) as error:
-        return f"its virtual environment cannot be built ({error})"
-
-
-def compare(against: str, file: Path, python: Path | None, rounds: int) -> dict[str, Any]:
+def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
     """One case: differences, times in turn, peak memory of each process, our share of the machine's matrix rate."""
     case = json.loads(file.read_text())
-    limits = harness.machine_limits("cpu", seconds=0.5)
+    limits = machine_limits("cpu", seconds=0.5)
     environment = {"OMP_NUM_THREADS": str(case["threads"])}
     commands = {name: [sys.executable, *OURS, str(file), *what] for name, what in SIDES[against].items()}
-    if python is not None:
-        commands["LangVAE"] = [str(python), str(Path(__file__).with_name("langvae_side.py")), str(file)]
     workers = {name: Worker(command, environment, name) for name, command in commands.items()}
+    if against == "langvae":
+        workers["LangVAE"] = langvae_worker(Path(__file__).with_name("langvae_side.py"), file, environment)
     ours, baseline = PAIRS[against]
     try:
         differences = _differences(workers[ours], workers[baseline], file.parent)
         if differences["gradients"] > GRADIENTS:
             raise SystemExit(f"{ours} and {baseline} disagree on {file.parent.name}, nothing is timed: {differences}")
-        times: dict[str, list[float]] = {name: [] for name in workers}
-        order, shuffle = list(workers), random.Random(0)
-        for number in range(rounds + 1):
-            shuffle.shuffle(order)
-            for name in order:
-                seconds = workers[name].ask("step")["seconds"]
-                if number:  # the first allocates and compiles
-                    times[name].append(seconds)
+        (times,) = time_request(workers, "step", rounds)
         peaks = {name: worker.ask("peak")["bytes"] for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
     medians = {name: statistics.median(values) for name, values in times.items()}
+    baselines = {name: baseline for name in workers if name != baseline}
     return {
         "shape": case["shape"], "batch": case["batch"], "tokens": case["tokens"], "baseline": baseline, "rounds": rounds,
         "differences": {"sides": [ours, baseline], **differences},
         "milliseconds": {name: round(1e3 * value, 2) for name, value in medians.items()},
-        # Ratios within a round, whose sides saw the same machine.
-        "speedup": {
-            name: round(statistics.median(b / a for a, b in zip(times[name], times[baseline], strict=True)), 2)
-            for name in workers if name != baseline
-        },
-        "peak_bytes": peaks,
+        "speedup": speedups(times, baselines, 2), "peak_bytes": peaks,
         "share_of_matrix_rate": {
             name: round(case["flops"] / medians[name] / limits[f"matmul_{dtype}_flops_per_s"], 3)
             for name, dtype in (("teacher-forced fp32", "float32"), ("teacher-forced bf16", "bfloat16")) if name in medians

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.records import load, where
+from benchmarks.common.records import load, where
 
 SIDES = ("free-running fp32", "teacher-forced fp32", "teacher-forced bf16")
 
@@ -15,7 +15,7 @@ def _note(record: dict[str, Any]) -> str:
 
 
 def against_langvae() -> str:
-    """Times LangVAE 0.6.13's step, peak memory of the process, and the differences, case by case."""
+    """Table of times faster than LangVAE 0.6.13's step, peak memory of the process, and the differences, case by case."""
     record = load("training/steps/langvae.json")
     if record is None:
         return "Not measured."
@@ -24,10 +24,10 @@ def against_langvae() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["cases"]:
-        found, base = row["differences"], row["baseline"]
+        difference, base = row["differences"], row["baseline"]
         for side in (base, *SIDES):
             speedup, share = row["speedup"].get(side), row["share_of_matrix_rate"].get(side)
-            exact = f"{found['loss']:.0e}, {found['gradients']:.0e}" if side == found["sides"][0] else ""
+            exact = f"{difference['loss']:.0e}, {difference['gradients']:.0e}" if side == difference["sides"][0] else ""
             lines.append(
                 f"| {row['shape']}, {row['batch']} | {side} | {row['milliseconds'][side]:,.0f} ms | "
                 f"{f'{speedup:.1f}' if speedup else ''} | {row['peak_bytes'][side] / 1e9:.2f} GB | "
@@ -37,7 +37,7 @@ def against_langvae() -> str:
 
 
 def against_eager() -> str:
-    """Times the eager reference's step and its torch.compile."""
+    """Table of times faster than the eager reference's step, with its torch.compile beside it."""
     record = load("training/steps/eager.json")
     if record is None:
         return "Not measured."
@@ -54,7 +54,7 @@ def against_eager() -> str:
 
 
 def compiled_body() -> str:
-    """Times our step with the decoder's layers under torch.compile and without."""
+    """Table of our step with the decoder's layers under torch.compile and without."""
     record = load("training/steps/body.json")
     if record is None:
         return "Not measured."
@@ -68,22 +68,22 @@ def compiled_body() -> str:
 
 
 def memory() -> str:
-    """What holds a step's memory, stage by stage, and LangVAE's peak beside it."""
+    """Table of a step's memory, stage by stage, with LangVAE's peak beside it."""
     record, peer = load("training/memory.json"), load("training/steps/langvae.json")
     if record is None:
         return "Not measured."
     lines = ["| | " + " | ".join(record["variants"]) + " |", "|---|" + "---|" * len(record["variants"])]
-    found = list(record["variants"].values())
+    variants = list(record["variants"].values())
 
     def row(name: str, values: list[int]) -> None:
         lines.append(f"| {name} | " + " | ".join(f"{value / 1e9:.2f} GB" for value in values) + " |")
 
-    stages = [{name: sum(parts.values()) for name, parts in one["stages"].items()} for one in found]
+    stages = [{name: sum(parts.values()) for name, parts in one["stages"].items()} for one in variants]
     row("libraries", [one["libraries"] for one in stages])
-    for part in found[0]["weights_and_moments"]:
-        row(part, [one["weights_and_moments"][part] for one in found])
+    for part in variants[0]["weights_and_moments"]:
+        row(part, [one["weights_and_moments"][part] for one in variants])
     row("process after steps", [one["after steps"] for one in stages])
-    row("peak of the process", [one["peak_bytes"] for one in found])
+    row("peak of the process", [one["peak_bytes"] for one in variants])
     if peer is not None:
         case = next(c for c in peer["cases"] if (c["shape"], c["batch"]) == (record["shape"], record["batch"]))
         theirs = case["peak_bytes"]["LangVAE"]
@@ -92,7 +92,7 @@ def memory() -> str:
 
 
 def learning() -> str:
-    """What every side has learnt at each mark of CPU time."""
+    """Table of every side's held-out figures at each mark of CPU time."""
     record = load("training/learning.json")
     if record is None:
         return "Not measured."

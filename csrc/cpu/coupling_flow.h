@@ -12,7 +12,7 @@
 namespace lmvae::flow {
 
 enum Activation { kRelu = 1, kGelu = 2, kSilu = 3 };
-enum Squash { kTanh = 1, kAtan = 2, kSigmoid = 3 };
+enum Squash { kTanh = 1, kAtan = 2, kSigmoid = 3, kNoSquash = 4 };
 enum Scale { kNoAffine = 0, kSoftplus = 1, kExp = 2, kSigmoidScale = 3 };
 enum Permutation { kNoPermutation = 0, kHard = 1, kSoft = 2 };
 

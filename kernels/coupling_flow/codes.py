@@ -18,6 +18,7 @@ class Squash(IntEnum):
     TANH = 1
     ATAN = 2
     SIGMOID = 3
+    NONE = 4
 
 
 class Scale(IntEnum):

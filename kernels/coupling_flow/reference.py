@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from .spec import Coupling, FlowParams
 
 _ACTIVATE = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-_SQUASH = {"tanh": torch.tanh, "atan": lambda u: 0.636 * torch.atan(u), "sigmoid": lambda u: 2 * torch.sigmoid(u) - 1}
+_SQUASH = {
+    "tanh": torch.tanh,
+    "atan": lambda u: 0.636 * torch.atan(u),
+    "sigmoid": lambda u: 2 * torch.sigmoid(u) - 1,
+    "none": lambda u: u,
+}
 _SCALE = {
     "softplus": lambda raw: 0.1 * F.softplus(raw, beta=0.5),
     "sigmoid": lambda raw: 10 * torch.sigmoid(raw - 2),

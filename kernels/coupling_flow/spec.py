@@ -49,7 +49,8 @@ class Coupling:
 
         log_scale = clamp * squash(raw),   y_active = x_active * exp(log_scale) + gain * t,   logdet += sum(log_scale)
 
-    squash: "tanh"; "atan", that is 0.636 * atan (GLOW's default in FrEIA); "sigmoid", that is 2 * sigmoid - 1.
+    squash: "tanh"; "atan", that is 0.636 * atan (GLOW's default in FrEIA); "sigmoid", that is 2 * sigmoid - 1; "none", the
+    number itself, so that clamp is a factor and nothing bounds the log-scale (the coupling of arXiv 2305.01713, clamp 1).
     AllInOne has gain 0.1 and tanh, GLOW and RNVP gain 1.
     """
 

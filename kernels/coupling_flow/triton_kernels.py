@@ -12,6 +12,7 @@ _GELU = tl.constexpr(int(codes.Activation.GELU))
 _RELU = tl.constexpr(int(codes.Activation.RELU))
 _ATAN = tl.constexpr(int(codes.Squash.ATAN))
 _SIGMOID = tl.constexpr(int(codes.Squash.SIGMOID))
+_NONE = tl.constexpr(int(codes.Squash.NONE))
 
 _DENSE = tl.constexpr(codes.DENSE)
 _ACTIVATE = tl.constexpr(codes.ACTIVATE)
@@ -65,14 +66,14 @@ def _atan(x):
 @triton.jit
 def _squash(kind, raw):
     t = tanh_(tl.where(kind == _SIGMOID, 0.5 * raw, raw))
-    return tl.where(kind == _ATAN, 0.636 * _atan(raw), t)
+    return tl.where(kind == _NONE, raw, tl.where(kind == _ATAN, 0.636 * _atan(raw), t))
 
 
 @triton.jit
 def _squash_slope(kind, raw):
     t = tanh_(tl.where(kind == _SIGMOID, 0.5 * raw, raw))
     slope = (1.0 - t * t) * tl.where(kind == _SIGMOID, 0.5, 1.0)
-    return tl.where(kind == _ATAN, 0.636 / (1.0 + raw * raw), slope)
+    return tl.where(kind == _NONE, 1.0, tl.where(kind == _ATAN, 0.636 / (1.0 + raw * raw), slope))
 
 
 @triton.jit

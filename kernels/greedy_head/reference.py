@@ -28,7 +28,7 @@ def pack_panels(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     vocabulary, inputs = weight.shape
     count, steps = -(-vocabulary // PANEL), -(-inputs // DEPTH)
     panels = torch.zeros(count, steps, 2, PANEL // 2, DEPTH // 2, 2, dtype=torch.bfloat16, device=weight.device)
-    errors, norms = (torch.zeros(count, device=weight.device) for _ in range(2))
+    errors, norms = (torch.zeros(count, dtype=torch.float32, device=weight.device) for _ in range(2))
     for first in range(0, count, _PANELS_AT_ONCE):  # no second copy of the whole weight
         rows = weight[first * PANEL : (first + _PANELS_AT_ONCE) * PANEL]
         some = -(-rows.shape[0] // PANEL)

@@ -1,4 +1,4 @@
-"""``python -m lmvae_fast.cli``, for launchers such as torchrun."""
+"""Entry point of ``python -m lmvae_fast.cli``, for launchers such as torchrun."""
 
 from lmvae_fast.cli.app import main
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 from rich.console import Console
 
 import lmvae_fast
+from lmvae_fast.cli import convert, demo, env, evaluate, explore, generate, profile, train
+from lmvae_fast.cli.common import BACKENDS, INTERRUPTED
 from lmvae_fast.errors import ConfigError, LMVAEError, NumericalError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="lmvae-fast",
@@ -46,12 +48,27 @@ def root(
         raise typer.Exit()
 
 
+# What a command needs is imported when it runs, so that --help waits for none of it.
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo.demo,
+    "train": train.train,
+    "generate": generate.generate,
+    "interpolate": explore.interpolate,
+    "traverse": explore.traverse,
+    "arithmetic": explore.arithmetic,
+    "neighbourhood": explore.neighbourhood,
+    "average": explore.average,
+    "eval": evaluate.evaluate,
+    "env": env.env,
+    "convert": convert.convert,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+app.add_typer(profile.app, name="profile")
+
+
 def main() -> None:
     """Entry point: runs a command and turns errors into messages and exit codes."""
-    # Commands register themselves; imported here so that --help of one does not wait for the imports of all.
-    from lmvae_fast.cli import convert, demo, env, evaluate, explore, generate, profile, train  # noqa: F401
-    from lmvae_fast.cli.common import BACKENDS
-
     # The hub's own progress bars and the tokenizers' fork warning would tear ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,9 +1,13 @@
-"""What several commands share: options, configuration merging, output."""
+"""Parts that several commands share: options, configuration merging, output."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +15,16 @@ import typer
 import yaml
 from rich.console import Console
 
-from lmvae_fast.config_base import parse_yaml, read_mapping
+from lmvae_fast.config.base import parse_yaml, read_mapping
 from lmvae_fast.errors import ConfigError
 
 console = Console()
+
+#: Exit code after Ctrl-C or SIGTERM, with a usable checkpoint where there is one.
+INTERRUPTED = 130
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+
 
 def _known_backend(name: str) -> str:
     if name not in BACKENDS:
@@ -22,7 +32,6 @@ def _known_backend(name: str) -> str:
     return name
 
 
-BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Model = Annotated[Path, typer.Argument(help="Folder of a trained model (or a Hugging Face hub name).")]
 Backend = Annotated[
@@ -31,11 +40,51 @@ Backend = Annotated[
         "--backend", help=f"Kernels to use: {', '.join(BACKENDS)}.", envvar="LMVAE_BACKEND", callback=_known_backend
     ),
 ]
-Sample = Annotated[bool, typer.Option("--sample/--greedy", help="Draw tokens instead of taking the most probable.")]
-Temperature = Annotated[float, typer.Option(help="Of the draw.")]
-TopK = Annotated[int, typer.Option(help="Draw among the K most probable tokens; 0 for all.")]
-TopP = Annotated[float, typer.Option(help="Draw among the most probable tokens that reach this probability.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+Greedy = typer.Option("--sample/--greedy", help="Draw tokens instead of taking the most probable.")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options of how a command's sentences are decoded; :func:`takes_sampling` puts these fields into its options."""
+
+    sample: Annotated[bool, Greedy] = False
+    temperature: Annotated[float, typer.Option(help="Of the draw.")] = 1.0
+    top_k: Annotated[int, typer.Option(help="Draw among the K most probable tokens; 0 for all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Draw among the most probable tokens that reach this probability.")] = 1.0
+    seed: Seed = 0
+
+    def config(self, **other: Any) -> Any:
+        """The GenerationConfig; ``other`` are further fields of it."""
+        from lmvae_fast.config import GenerationConfig
+
+        return GenerationConfig(
+            do_sample=self.sample, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+            seed=self.seed if self.sample else None, **other,
+        )  # fmt: skip
+
+
+def takes_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the fields of SamplingOptions as options, in the place of its parameter ``sampling``."""
+    own = inspect.signature(command, eval_str=True).parameters
+    shared = inspect.signature(SamplingOptions, eval_str=True).parameters
+    merged_parameters: list[inspect.Parameter] = []
+    for name, parameter in own.items():
+        merged_parameters += shared.values() if name == "sampling" else [parameter]
+
+    @functools.wraps(command)
+    def run(**options: Any) -> Any:
+        sampling = SamplingOptions(**{name: options.pop(name) for name in shared})
+        return command(sampling=sampling, **options)
+
+    run.__signature__ = inspect.Signature(merged_parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in merged_parameters}
+    return run
+
+
+def column_name(column: str | int | None) -> str | int | None:
+    """A column as it is given on a command line: its number from 0, or its name."""
+    return int(column) if isinstance(column, str) and column.isdigit() else column
 
 
 def print_json(value: Any) -> None:
@@ -59,15 +108,6 @@ def load_model(source: Path | str, device: str | None = None):
         # A training run keeps its model in a subfolder.
         model = LMVAE.from_pretrained(folder / "model" if (folder / "model" / "config.json").is_file() else source)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-
-
-def generation_config(sample: bool, temperature: float, top_k: int, top_p: float, seed: int | None, **other: Any):
-    """GenerationConfig from the flags."""
-    from lmvae_fast.config import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed if sample else None, **other
-    )
 
 
 def merged(config: Path | None, sections: tuple[str, ...], flags: dict[str, dict[str, Any]], sets: list[str]):

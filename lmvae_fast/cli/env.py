@@ -1,4 +1,4 @@
-"""``lmvae-fast env``: what would run here, op by op, and why not something faster."""
+"""Command ``lmvae-fast env``: what would run here, op by op, and why not something faster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import platform
 
 from rich.table import Table
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import Json, console, print_json
 
 LIBRARIES = (
@@ -54,22 +53,21 @@ def collect() -> dict:
     }
 
 
-@app.command("env")
 def env(as_json: Json = False) -> None:
     """Show versions, the C++ extension's state, and which backend runs each op here, with the reason."""
-    found = collect()
+    facts = collect()
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
-    machine = found["machine"]
-    console.print(f"lmvae_fast {found['lmvae_fast']} on {machine['device']}, {machine['threads']} threads, "
+    machine = facts["machine"]
+    console.print(f"lmvae_fast {facts['lmvae_fast']} on {machine['device']}, {machine['threads']} threads, "
                   f"{machine['cpu_capability']}, Python {machine['python']}")  # fmt: skip
-    console.print(", ".join(f"{name} {version or '-'}" for name, version in found["versions"].items()))
-    state = "loaded" if found["extension"]["loaded"] else "not loaded"
-    console.print(f"C++ extension: {state}: {found['extension']['detail']}", markup=False)
-    console.print(f"LMVAE_BACKEND: {found['backend']}")
+    console.print(", ".join(f"{name} {version or '-'}" for name, version in facts["versions"].items()))
+    state = "loaded" if facts["extension"]["loaded"] else "not loaded"
+    console.print(f"C++ extension: {state}: {facts['extension']['detail']}", markup=False)
+    console.print(f"LMVAE_BACKEND: {facts['backend']}")
     table = Table("op", "backend", "runs", "reason")
-    for row in found["ops"]:
+    for row in facts["ops"]:
         table.add_row(row["op"], row["backend"], "yes" if row["chosen"] else "", row["reason"],
                       style="bold" if row["chosen"] else "dim")  # fmt: skip
     console.print(table)

@@ -1,4 +1,4 @@
-"""``lmvae-fast eval``."""
+"""Command ``lmvae-fast eval``: figures of a model on sentences."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lmvae_fast.cli.app import app
-from lmvae_fast.cli.common import Backend, Json, Model, console, load_model, print_json
+from lmvae_fast.cli.common import Backend, Json, Model, column_name, console, load_model, print_json
 
 
-@app.command("eval")
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Argument(help="Sentences: a file, or `corpus`.")],
@@ -38,9 +36,8 @@ def evaluate(
         sentences = generate_corpus(20000, seed=0).split(held_out=0.1, seed=0)[1]
         sentences = sentences[:limit] if limit else sentences
     else:
-        where = int(column) if column is not None and column.isdigit() else column
-        reading: dict[str, Any] = {name: value for name, value in (("column", where), ("limit", limit)) if value is not None}
-        sentences = read(data, **reading)
+        reading: dict[str, Any] = {"column": column_name(column), "limit": limit}
+        sentences = read(data, **{name: value for name, value in reading.items() if value is not None})
     chosen = METRICS if metrics == "all" else tuple(name.strip() for name in metrics.split(","))
     with use_backend(backend):
         result = run(

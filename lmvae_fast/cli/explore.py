@@ -1,4 +1,4 @@
-"""``lmvae-fast interpolate``, ``traverse``, ``arithmetic``, ``neighbourhood`` and ``average``."""
+"""Commands ``lmvae-fast interpolate``, ``traverse``, ``arithmetic``, ``neighbourhood`` and ``average``."""
 
 from __future__ import annotations
 
@@ -10,46 +10,38 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import (
     Backend,
     Json,
     Model,
-    Sample,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
+    SamplingOptions,
+    column_name,
     console,
-    generation_config,
     load_model,
     print_json,
+    takes_sampling,
 )
 from lmvae_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmvae_fast.cli.explore_report import Drawing
     from lmvae_fast.data.dataset import Example
-    from lmvae_fast.models.encoders import Posterior
+    from lmvae_fast.exploration.drawings import Drawing
     from lmvae_fast.models.lmvae import LMVAE
+    from lmvae_fast.models.posterior import Posterior
 
 Output = Annotated[Path | None, typer.Option(help="Draw it: a page (.html) or a picture (.png).")]
 
 
-@app.command("interpolate")
+@takes_sampling
 def interpolate(
     model: Model,
     a: Annotated[str, typer.Argument(help="First sentence.")],
     b: Annotated[str, typer.Argument(help="Last sentence.")],
     steps: Annotated[int, typer.Option(help="Points, both ends included.")] = 11,
     spherical: Annotated[bool, typer.Option("--spherical", help="Along the great circle.")] = False,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     output: Output = None,
     backend: Backend = "auto",
     as_json: Json = False,
@@ -60,12 +52,12 @@ def interpolate(
 
     Example: `lmvae-fast interpolate runs/first "a cat is an animal" "the sun is a star" --output way.html`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import interpolate as run
+    from lmvae_fast.exploration import drawings
+    from lmvae_fast.exploration.operations import interpolate as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
-    options = generation_config(sample, temperature, top_k, top_p, seed).to_dict()
+    drawings.check_output(output)
+    options = sampling.config().to_dict()
     with use_backend(backend):
         loaded = load_model(model)
         out = run(loaded, _sentence(loaded, a), _sentence(loaded, b), steps, spherical=spherical, **options)
@@ -73,11 +65,11 @@ def interpolate(
     table = Table("weight", "text")
     for weight, text in pairs:
         table.add_row(f"{weight:.2f}", escape(text))
-    found = [{"weight": weight, "text": text} for weight, text in pairs]
-    _show(found, table, lambda: report.interpolation(out), output, as_json)
+    document = [{"weight": weight, "text": text} for weight, text in pairs]
+    _show(document, table, lambda: drawings.interpolation(out), output, as_json)
 
 
-@app.command("traverse")
+@takes_sampling
 def traverse(
     model: Model,
     text: Annotated[str, typer.Argument(help="Where to start.")],
@@ -87,11 +79,7 @@ def traverse(
     quantiles_of: Annotated[Path | None, typer.Option(help="Go over quantiles of the aggregate posterior of these instead: a file of sentences, of latents (.npy, .safetensors), or of `mu` and `logvar` (.safetensors).")] = None,  # noqa: E501
     column: Annotated[str | None, typer.Option(help="With --quantiles-of: column or field with the sentence.")] = None,
     tail: Annotated[float, typer.Option(help="With --quantiles-of: the probability left out at either end.")] = 0.05,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     output: Output = None,
     backend: Backend = "auto",
     as_json: Json = False,
@@ -100,12 +88,12 @@ def traverse(
 
     Example: `lmvae-fast traverse runs/first "a cat is an animal" --dims 0-3 --quantiles-of sentences.txt`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import traverse as run
+    from lmvae_fast.exploration import drawings
+    from lmvae_fast.exploration.operations import traverse as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
-    options = generation_config(sample, temperature, top_k, top_p, seed).to_dict()
+    drawings.check_output(output)
+    options = sampling.config().to_dict()
     with use_backend(backend):
         loaded = load_model(model)
         chosen = parse_dims(dims) if dims else list(range(min(8, loaded.config.latent_dim)))
@@ -118,12 +106,11 @@ def traverse(
         for value, decoded in zip(values, texts, strict=True):
             table.add_row(str(dim), f"{value:+.2f}", escape(decoded))
         table.add_section()
-    found = {"dims": out.dims, "values": out.values, "texts": out.texts, "start": out.start}
-    found |= {} if out.probabilities is None else {"probabilities": out.probabilities}
-    _show(found, table, lambda: report.traversal(out), output, as_json)
+    document = {"dims": out.dims, "values": out.values, "texts": out.texts, "start": out.start}
+    document |= {} if out.probabilities is None else {"probabilities": out.probabilities}
+    _show(document, table, lambda: drawings.traversal(out), output, as_json)
 
 
-@app.command("arithmetic")
 def arithmetic(
     model: Model,
     expression: Annotated[str, typer.Argument(help='Sentences joined by " + " and " - ".')],
@@ -135,35 +122,31 @@ def arithmetic(
 
     Example: `lmvae-fast arithmetic runs/first "a cat is an animal - cats meow + dogs bark"`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import arithmetic as run
-    from lmvae_fast.generation.latent_ops import parse_terms
+    from lmvae_fast.exploration import drawings
+    from lmvae_fast.exploration.operations import arithmetic as run
+    from lmvae_fast.exploration.operations import parse_terms
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
+    drawings.check_output(output)
     with use_backend(backend):
         loaded = load_model(model)
         out = run(loaded, expression, sentences={text: _sentence(loaded, text) for _, text in parse_terms(expression)})
-    found = {"terms": out.terms, "text": out.text, "latent": out.latent.tolist()}
+    document = {"terms": out.terms, "text": out.text, "latent": out.latent.tolist()}
     table = Table("term", "sentence")
     for factor, text in out.terms:
         table.add_row(f"{factor:+g}", escape(text))
     table.add_section()
     table.add_row("=", escape(out.text))
-    _show(found, table, lambda: report.arithmetic(out), output, as_json)
+    _show(document, table, lambda: drawings.arithmetic(out), output, as_json)
 
 
-@app.command("neighbourhood")
+@takes_sampling
 def neighbourhood(
     model: Model,
     text: Annotated[str, typer.Argument(help="The sentence to draw around.")],
     samples: Annotated[int, typer.Option(help="How many latents to draw.")] = 16,
     scale: Annotated[float | None, typer.Option(help="Standard deviation of the draws, in those of the prior; default: the sentence's own posterior.")] = None,  # noqa: E501
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     output: Output = None,
     backend: Backend = "auto",
     as_json: Json = False,
@@ -172,24 +155,23 @@ def neighbourhood(
 
     Example: `lmvae-fast neighbourhood runs/first "a cat is an animal" --scale 0.5 --output around.html`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import neighbourhood as run
+    from lmvae_fast.exploration import drawings
+    from lmvae_fast.exploration.operations import neighbourhood as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
-    options = generation_config(sample, temperature, top_k, top_p, seed).to_dict()
+    drawings.check_output(output)
+    options = sampling.config().to_dict()
     with use_backend(backend):
         loaded = load_model(model)
-        out = run(loaded, _sentence(loaded, text), samples, scale=scale, noise_seed=seed, **options)
+        out = run(loaded, _sentence(loaded, text), samples, scale=scale, noise_seed=sampling.seed, **options)
     rows = [
         {"distance": distance, "text": decoded, "latent": latent}
         for distance, decoded, latent in zip(out.distances, out.texts, out.latents.tolist(), strict=True)
     ]
-    found = {"text": out.text, "center": out.center.tolist(), "neighbours": rows}
-    _show(found, _distances(out.text, out.distances, out.texts), lambda: report.neighbourhood(out), output, as_json)
+    document = {"text": out.text, "center": out.center.tolist(), "neighbours": rows}
+    _show(document, _distances(out.text, out.distances, out.texts), lambda: drawings.neighbourhood(out), output, as_json)
 
 
-@app.command("average")
 def average(
     model: Model,
     sentences: Annotated[list[str], typer.Argument(help="Sentences.")],
@@ -201,24 +183,24 @@ def average(
 
     Example: `lmvae-fast average runs/first "a cat is an animal" "a dog is an animal" "a cow is an animal"`
     """
-    from lmvae_fast.cli import explore_report as report
-    from lmvae_fast.generation.latent_ops import average as run
+    from lmvae_fast.exploration import drawings
+    from lmvae_fast.exploration.operations import average as run
     from lmvae_fast.kernels.backend import backend as use_backend
 
-    report.check_output(output)
+    drawings.check_output(output)
     with use_backend(backend):
         loaded = load_model(model)
         out = run(loaded, [_sentence(loaded, text) for text in sentences])
     rows = [{"distance": distance, "text": text} for distance, text in zip(out.distances, out.texts, strict=True)]
-    found = {"text": out.text, "latent": out.latent.tolist(), "sentences": rows}
-    _show(found, _distances(out.text, out.distances, out.texts), lambda: report.average(out), output, as_json)
+    document = {"text": out.text, "latent": out.latent.tolist(), "sentences": rows}
+    _show(document, _distances(out.text, out.distances, out.texts), lambda: drawings.average(out), output, as_json)
 
 
-def _show(found: Any, table: Table, draw: Callable[[], Drawing], output: Path | None, as_json: bool) -> None:
+def _show(document: Any, table: Table, draw: Callable[[], Drawing], output: Path | None, as_json: bool) -> None:
     """The table, the JSON document, or the file that was drawn."""
     path = None if output is None else draw().save(output)
     if as_json:
-        print_json(found)
+        print_json(document)
     elif path is not None:
         console.print(f"drawn: {path}", markup=False)
     else:
@@ -256,10 +238,10 @@ def _aggregate(model: LMVAE, path: Path, column: str | None) -> Posterior | Tens
 
     from lmvae_fast.data import read
     from lmvae_fast.generation.latent_files import read_latents
-    from lmvae_fast.models.encoders import Posterior
+    from lmvae_fast.models.posterior import Posterior
 
     if path.suffix not in (".npy", ".safetensors"):
-        return model.encode(read(path, column=int(column) if column is not None and column.isdigit() else column))
+        return model.encode(read(path, column=column_name(column)))
     if path.suffix == ".safetensors" and path.is_file():
         try:
             tensors = load_file(path)
@@ -273,7 +255,7 @@ def _aggregate(model: LMVAE, path: Path, column: str | None) -> Posterior | Tens
 
 
 def parse_dims(text: str) -> list[int]:
-    """``"0,3,5-7"`` -> ``[0, 3, 5, 6, 7]``; raises ConfigError for anything else."""
+    """Dimensions of a text: ``"0,3,5-7"`` -> ``[0, 3, 5, 6, 7]``; raises ConfigError for anything else."""
     dims: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")

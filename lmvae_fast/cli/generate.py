@@ -1,4 +1,4 @@
-"""``lmvae-fast generate``: latents to text, any number."""
+"""Command ``lmvae-fast generate``: latents to text, any number."""
 
 from __future__ import annotations
 
@@ -12,25 +12,20 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import (
     Backend,
     Json,
     Model,
-    Sample,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
+    SamplingOptions,
     console,
-    generation_config,
     load_model,
     print_json,
+    takes_sampling,
 )
 from lmvae_fast.errors import ConfigError
 
 
-@app.command("generate")
+@takes_sampling
 def generate(
     model: Model,
     latents: Annotated[Path | None, typer.Option(help="Latents to decode: safetensors, npy or jsonl.")] = None,
@@ -40,19 +35,15 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the output anew.")] = False,
     batch_size: Annotated[int, typer.Option(help="Sentences decoded at a time.")] = 64,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens per sentence; default: the model's max_len.")] = None,
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     min_p: Annotated[float, typer.Option(help="Drop tokens less than this many times as probable as the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens said before become less probable.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that came before become less probable.")] = 1.0,
     num_samples: Annotated[int, typer.Option(help="Sentences drawn per latent.")] = 1,
     prompt: Annotated[str | None, typer.Option(help="Text that every sentence begins with.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of one prompt per latent: lines of txt, or jsonl.")] = None,
     annotations: Annotated[Path | None, typer.Option(help="For conditional decoders, per latent: its words' labels (lines of txt), or pooled labels (npy, safetensors, jsonl).")] = None,  # noqa: E501
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Write each token's log-probability too.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that decode (with --output); one GPU each where there are any.")] = 1,
-    seed: Seed = 0,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -67,20 +58,20 @@ def generate(
         raise ConfigError("one source of latents", limit="--latents FILE, --prior N or --texts FILE", remedy="give one")
     if prompt is not None and prompts is not None:
         raise ConfigError("one source of prompts", limit="--prompt TEXT or --prompts FILE", remedy="give one")
-    config = generation_config(
-        sample, temperature, top_k, top_p, seed, batch_size=batch_size, max_new_tokens=max_new_tokens, min_p=min_p,
-        repetition_penalty=repetition_penalty, num_samples=num_samples, logprobs=logprobs,
+    config = sampling.config(
+        batch_size=batch_size, max_new_tokens=max_new_tokens, min_p=min_p, repetition_penalty=repetition_penalty,
+        num_samples=num_samples, logprobs=logprobs,
     )  # fmt: skip
     if workers > 1 and output is None:
         raise ConfigError("workers write to a file", value=f"--workers {workers}", remedy="give --output")
-    from lmvae_fast.generation import sources
-    from lmvae_fast.generation.stream import generate_all, generate_file
+    from lmvae_fast.generation import latent_sources as sources
+    from lmvae_fast.generation.text_files import generate_all, generate_file
     from lmvae_fast.generation.workers import Workers
     from lmvae_fast.kernels.backend import backend as use_backend
 
     loaded = load_model(model)
     width = loaded.config.latent_dim
-    begins = prompt if prompts is None else sources.read_prompts(prompts)
+    beginnings = prompt if prompts is None else sources.read_prompts(prompts)
     labels = None
     if annotations is not None:
         labels = sources.read_annotations(annotations, loaded.config.annotations, loaded.config.max_len)
@@ -88,7 +79,7 @@ def generate(
         if latents is not None:
             source = sources.latents_of_file(latents, width)
         elif prior is not None:
-            source = sources.latents_of_prior(prior, width, seed or 0)
+            source = sources.latents_of_prior(prior, width, sampling.seed or 0)
         else:
             assert texts is not None
             source = sources.latents_of_texts(loaded, texts)
@@ -107,7 +98,7 @@ def generate(
 
         if output is None:
             rows = []
-            for out in generate_all(loaded, source, config, prompts=begins, annotations=labels):
+            for out in generate_all(loaded, source, config, prompts=beginnings, annotations=labels):
                 progress(1, len(out.ids))
                 if as_json:
                     rows.append({"index": out.index, "text": out.text})
@@ -117,7 +108,7 @@ def generate(
                 print_json(rows)
             return
         lines = generate_file(
-            loaded, source, output, config, prompts=begins, annotations=labels, text_only=output.suffix == ".txt",
+            loaded, source, output, config, prompts=beginnings, annotations=labels, text_only=output.suffix == ".txt",
             overwrite=overwrite, workers=several, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -1,4 +1,4 @@
-"""``lmvae-fast profile``: where time goes in training and decoding, beside the eager reference and the machine's limits."""
+"""Commands ``lmvae-fast profile``: time of training and decoding, beside the eager reference and the machine's limits."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lmvae_fast.cli.app import app
 from lmvae_fast.cli.common import (
     Backend,
     Json,
-    Sample,
-    Temperature,
-    TopK,
-    TopP,
+    SamplingOptions,
+    column_name,
     console,
-    generation_config,
     load_model,
     print_json,
+    takes_sampling,
 )
 from lmvae_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE
 
-profile = typer.Typer(no_args_is_help=True, help="Where time, bytes and FLOPs go: the fast path beside the eager reference.")
-app.add_typer(profile, name="profile")
+app = typer.Typer(no_args_is_help=True, help="Where time, bytes and FLOPs go: the fast path beside the eager reference.")
 
 
 Source = Annotated[str | None, typer.Argument(help="Folder of a trained model, or a hub name; none with --tiny or --preset.")]
@@ -41,7 +37,7 @@ MaxLen = Annotated[int, typer.Option(help="With --tiny and --preset: most tokens
 Output = Annotated[Path, typer.Option(help="Folder of report, record and traces.")]
 
 
-@profile.command("train")
+@app.command("train")
 def train(
     model: Source = None,
     tiny: Tiny = False,
@@ -65,25 +61,28 @@ def train(
 
     Example: `lmvae-fast profile train runs/first/model --data sentences.txt --batch-size 64`
     """
-    from lmvae_fast.cli.profile_report import write_train
     from lmvae_fast.config import TrainConfig
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.train import profile_train
+    from lmvae_fast.reports.page import style
+    from lmvae_fast.reports.profile import write_train
 
+    style()  # without matplotlib, it is refused before anything is timed
     config = TrainConfig(batch_size=batch_size, precision=precision, learning_rate=1e-5, max_steps=10**6)
     texts = _texts(data, column, batch_size)
     with use_backend(backend):
         subject = _subject(model, tiny, preset, system, latent_dim, max_len, texts)
-        found = profile_train(subject, texts, config, folder=output, seconds=seconds, reference=reference)
-    if _written(found, write_train, output, as_json):
+        record = profile_train(subject, texts, config, folder=output, seconds=seconds, reference=reference)
+    if _written(record, write_train, output, as_json):
         return
-    for side in found["sides"].values():
+    for side in record["sides"].values():
         _print_side(side, f"{side['seconds'] * 1e3:.1f} ms a step, {side['tokens_per_s']:,.0f} tokens/s")
-    if "speedup" in found:
-        console.print(f"\nthe fast path is {found['speedup']:.2f} times as fast")
+    if "speedup" in record:
+        console.print(f"\nthe fast path is {record['speedup']:.2f} times as fast")
 
 
-@profile.command("generate")
+@app.command("generate")
+@takes_sampling
 def generate(
     model: Source = None,
     tiny: Tiny = False,
@@ -94,10 +93,7 @@ def generate(
     latent_dim: LatentDim = 128,
     max_len: MaxLen = 32,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16: what the decoder's weights are held in; default: as they are.")] = None,  # noqa: E501
-    sample: Sample = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, all sides and sizes together.")] = 20.0,
     reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Measure the eager loop as well.")] = True,
     output: Output = Path("runs/profile-generate"),
@@ -113,24 +109,26 @@ def generate(
     """
     import torch
 
-    from lmvae_fast.cli.profile_report import write_generate
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.generate import profile_generate
+    from lmvae_fast.reports.page import style
+    from lmvae_fast.reports.profile import write_generate
 
+    style()  # without matplotlib, it is refused before anything is timed
     sizes, dtypes = _sizes(batch_sizes), {"fp32": torch.float32, "bf16": torch.bfloat16}
     if precision is not None and precision not in dtypes:
         raise ConfigError("unknown precision", value=precision, limit=", ".join(dtypes), remedy="choose one of these")
-    config = generation_config(sample, temperature, top_k, top_p, 0, max_new_tokens=max_new_tokens)
+    config = sampling.config(max_new_tokens=max_new_tokens)
     with use_backend(backend):
         subject = _subject(model, tiny, preset, system, latent_dim, max_len, _texts("corpus", None, 32)).eval()
         if precision is not None:
             torch.nn.Module.to(subject.decoder.model, dtypes[precision])
-        found = profile_generate(
+        record = profile_generate(
             subject, config, batches=sizes, folder=output, seconds=seconds, reference=reference
         )
-    if _written(found, write_generate, output, as_json):
+    if _written(record, write_generate, output, as_json):
         return
-    for row in found["batches"]:
+    for row in record["batches"]:
         console.print(f"\nbatch {row['batch']}")
         for side in row["sides"].values():
             speed = f"{side['sentences_per_s']:,.1f} sentences/s, {side['tokens_per_s']:,.0f} tokens/s"
@@ -141,12 +139,12 @@ def generate(
             console.print(f"the engine is {row['speedup']:.2f} times as fast")
 
 
-def _written(found: dict[str, Any], write: Callable[[dict[str, Any], Path], Path], output: Path, as_json: bool) -> bool:
+def _written(record: dict[str, Any], write: Callable[[dict[str, Any], Path], Path], output: Path, as_json: bool) -> bool:
     """Write record and report; whether nothing is left to print."""
-    (output / "profile.json").write_text(json.dumps(found, indent=1) + "\n")
-    report = write(found, output / "report.html")
+    (output / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
+    report = write(record, output / "report.html")
     if as_json:
-        print_json({**found, "report": str(report)})
+        print_json({**record, "report": str(report)})
     else:
         console.print(f"report: {report}", markup=False)
     return as_json
@@ -165,7 +163,7 @@ def _print_side(side: dict[str, Any], speed: str) -> None:
 
 
 def _sizes(text: str) -> list[int]:
-    """``"1,32"`` -> ``[1, 32]``. Raises ConfigError for anything but numbers of at least 1."""
+    """Batch sizes of a text: ``"1,32"`` -> ``[1, 32]``. Raises ConfigError for anything but numbers of at least 1."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
         raise ConfigError("--batch-sizes wants numbers", value=text, limit="at least 1 each", remedy="for example 1,32,256")
@@ -173,13 +171,12 @@ def _sizes(text: str) -> list[int]:
 
 
 def _texts(data: str, column: str | None, batch_size: int) -> list[str]:
-    """At least a batch of sentences. Raises DataError when the file has too few."""
+    """Sentences, a batch at least. Raises DataError when the file has too few."""
     from lmvae_fast.data import generate_corpus, read
     from lmvae_fast.errors import DataError
 
     wanted = 16 * batch_size  # as many as one window of the batch plan: batches then are of even lengths, as in training
-    where = int(column) if column is not None and column.isdigit() else column
-    dataset = generate_corpus(wanted, seed=0) if data == "corpus" else read(data, limit=wanted, column=where)
+    dataset = generate_corpus(wanted, seed=0) if data == "corpus" else read(data, limit=wanted, column=column_name(column))
     texts = list(dataset.texts)
     if len(texts) < batch_size:
         raise DataError(

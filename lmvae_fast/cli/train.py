@@ -1,4 +1,4 @@
-"""``lmvae-fast train``."""
+"""Command ``lmvae-fast train``: a model on sentences, in one process or several."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lmvae_fast.cli.app import INTERRUPTED, app
-from lmvae_fast.cli.common import Backend, Json, console, merged, print_json
+from lmvae_fast.cli.common import INTERRUPTED, Backend, Json, column_name, console, merged, print_json
 
 SECTIONS = ("model", "train", "data")
 
 
-@app.command("train")
 def train(
     data: Annotated[str | None, typer.Option(help="Sentences: a txt, jsonl, csv, tsv or SRL file; or `corpus`, the bundled one.")] = None,  # noqa: E501
     eval_data: Annotated[str | None, typer.Option(help="Held-out sentences; default: 10 % of the data, by seed.")] = None,
@@ -34,6 +32,7 @@ def train(
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order, noise, dropout and initialisation.")] = None,
     on_long: Annotated[str | None, typer.Option(help="Sentences over max_len: truncate, drop or error.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Saved model to go on from; model flags given change it (train_decoder, decoder_part ...).")] = None,  # noqa: E501
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
     shard: Annotated[bool, typer.Option("--shard", help="Hold the decoder's layers in pieces, one on each process of torchrun.")] = False,  # noqa: E501
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with sections model, train and data; flags override.")] = None,  # noqa: E501
@@ -70,12 +69,13 @@ def train(
     if annotations:
         # Of both parts: a rare label may stand in the held-out part alone.
         values["model"].setdefault("annotations", sorted({*train_data.label_set(), *held_out.label_set()}))
-    model_config = LMVAEConfig.from_dict(values["model"])
+    model_config = None if start is not None else LMVAEConfig.from_dict(values["model"])
 
     import torch
 
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.models.lmvae import LMVAE
+    from lmvae_fast.training.checkpoints.folder import load as load_checkpoint
     from lmvae_fast.training.distributed import Ranks, process_group
     from lmvae_fast.training.loop import train as run_training
 
@@ -83,11 +83,16 @@ def train(
     folder = Path(train_config.output_dir) / "model"
     with process_group() as device, use_backend(backend):
         ranks = Ranks()
-        model = LMVAE(model_config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = LMVAE.from_pretrained(start, **values["model"]) if model_config is None else LMVAE(model_config)
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if ranks.first and not as_json:
             console.print(f"{len(train_data)} sentences to train on, {len(held_out)} held out; {trainable:,} parameters train")
         result = run_training(model, train_data, held_out, train_config)
+        saved = "last"
+        if train_config.final_model == "best" and result.best_checkpoint is not None:
+            model.load_trainable_state_dict(load_checkpoint(result.best_checkpoint).tensors["model"])
+            saved = f"best, of step {result.best['step']}" if result.best else "best"
         if ranks.first or train_config.shard:  # pieces come from all processes
             model.save_pretrained(folder)
         ranks.gather(None)  # none leaves before the model is written
@@ -96,20 +101,21 @@ def train(
     summary = {
         "stopped": result.stop_reason, "step": result.step, "epoch": round(result.epoch, 3), "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second, "processes": ranks.world, "best": result.best, "model": str(folder),
+        "weights": saved,
         "checkpoint": str(result.checkpoint), "trainable_parameters": trainable,
     }  # fmt: skip
     if as_json:
         print_json(summary)
     else:
         console.print(f"{result.stop_reason} at step {result.step}; best evaluation: {result.best}", markup=False)
-        console.print(f"model: {folder}")
+        console.print(f"model: {folder} (weights: {saved})")
     if result.interrupted:
         console.print("continue with --resume", style="yellow")
         raise typer.Exit(INTERRUPTED)
 
 
 def load_data(options: dict, seed: int):
-    """(training, held-out) datasets from the ``data`` section."""
+    """Training and held-out datasets from the ``data`` section."""
     from lmvae_fast.data import generate_corpus, read
     from lmvae_fast.errors import ConfigError
 
@@ -121,8 +127,8 @@ def load_data(options: dict, seed: int):
         raise ConfigError("no data", remedy="give --data FILE, or --data corpus for the bundled one")
     keys = ("column", "limit", "format", "label_column", "header")
     reading = {name: options[name] for name in keys if options.get(name) is not None}
-    if isinstance(reading.get("column"), str) and reading["column"].isdigit():
-        reading["column"] = int(reading["column"])
+    if "column" in reading:
+        reading["column"] = column_name(reading["column"])
     if options["path"] == "corpus":
         dataset = generate_corpus(options.get("limit") or 20000, seed=0)
     else:

@@ -6,36 +6,38 @@ Files are read line by line (gzip too), so memory holds the sentences and nothin
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
+from lmvae_fast.data.frames import is_table, read_json, read_parquet, table_records
+from lmvae_fast.data.lines import Line, decoded_lines, open_file
+from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.errors import DataError
 
 #: File ending -> format. ``.txt`` is checked for SRL labels on its first line.
-FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".srl": "srl"}
-
-#: Column names taken when the caller names none, in this order.
-TEXT_COLUMNS = ("text", "sentence")
+FORMATS = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".srl": "srl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 
 # What one SRL label looks like (V, O, ARG0, R-ARG1, ARGM-TMP, B-ARG1 ...), and one that makes a line SRL beyond doubt.
 _LABEL = re.compile(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+)*")
 _ROLE = re.compile(r"([BI]-)?V|.*\bARG.*")
-# A header's cell: an identifier-like name, no sentence and no number.
-_HEADER_CELL = re.compile(r"[^\W\d][\w.-]*")
-
-# A line of the file: its number from 1, and its text without the line break.
-Line = tuple[int, str]
 
 
 def read(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Any,
     *,
     format: str | None = None,
     column: str | int | None = None,
@@ -46,12 +48,14 @@ def read(
     limit: int | None = None,
     on_empty: str = "drop",
 ) -> SentenceDataset:
-    """Read a file of sentences.
+    """Read a file of sentences, or a table of them.
 
     Args:
-        path: the file; a name ending in ``.gz`` is decompressed on the way.
+        path: the file; a name ending in ``.gz`` is decompressed on the way. Or a table in memory, read like jsonl records: a
+            DataFrame, a ``datasets.Dataset``, a mapping of columns.
         format: ``"txt"`` (a sentence a line), ``"srl"`` (``sentence & one label per word``), ``"jsonl"`` (an object or
-            a string a line), ``"csv"`` or ``"tsv"``. None goes by the file's ending; a ``.txt`` whose first line is in
+            a string a line), ``"json"`` (a list of them, or a mapping of columns), ``"parquet"``, ``"csv"`` or ``"tsv"``.
+            None goes by the file's ending; a ``.txt`` whose first line is in
             SRL form (as many labels as words, a verb or argument among them) is read as SRL. The dataset's report names
             the format read.
         column: the column or JSON field with the sentence: a name, or an index from 0 (csv/tsv). Default: the field
@@ -73,8 +77,13 @@ def read(
         DataError: the file is missing, unreadable, empty, not UTF-8, cut off (gzip) or malformed (the message names the
             line); a column does not exist; labels and words differ in number; an option contradicts the format.
     """
-    path = Path(path)
     check_options(on_empty, limit)
+    if is_table(path):
+        named = f"the {type(path).__name__}"
+        records = enumerate(table_records(path, named))
+        options = (column, label_column, _factor_names(factor_columns))
+        return _collected(_record_rows(records, named, *options), DataReport(named, "table"), on_empty, limit, "row")
+    path = Path(path)
     if format is not None and format not in FORMATS.values():
         raise DataError("unknown file format", value=repr(format), limit=", ".join(dict.fromkeys(FORMATS.values())))
     chosen = format or _format_of(path)
@@ -86,9 +95,13 @@ def read(
         )
     factors = _factor_names(factor_columns)
     report = DataReport(str(path), chosen)
-    columns = _Columns()
-    with _open(path) as file:
-        lines = _decoded(file, path)
+    if chosen in ("json", "parquet"):
+        records = enumerate(read_json(path) if chosen == "json" else table_records(read_parquet(path), str(path)))
+        return _collected(
+            _record_rows(records, str(path), column, label_column, factors), report, on_empty, limit, "record"
+        )
+    with open_file(path) as file:
+        lines = decoded_lines(file, path)
         if chosen == "txt" and format is None:
             lines, is_srl = _looks_like_srl(lines)
             chosen = report.format = "srl" if is_srl else "txt"
@@ -100,13 +113,21 @@ def read(
         elif chosen == "jsonl":
             rows = _json_rows(lines, path, column, label_column, factors)
         else:
-            rows = _table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
-        for number, row in rows:
-            report.read += 1
-            columns.add(row, f"{path}, line {number}", on_empty, report)
-            if columns.count == limit:
-                report.stopped_at_limit = True
-                break
+            rows = table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
+        return _collected(rows, report, on_empty, limit, "line")
+
+
+def _collected(
+    rows: Iterator[tuple[int, Any]], report: DataReport, on_empty: str, limit: int | None, unit: str
+) -> SentenceDataset:
+    """The dataset of the rows up to the limit; ``unit``: what their numbers count."""
+    columns = _Columns()
+    for number, row in rows:
+        report.read += 1
+        columns.add(row, f"{report.source}, {unit} {number}", on_empty, report)
+        if columns.count == limit:
+            report.stopped_at_limit = True
+            break
     return columns.finish(report)
 
 
@@ -131,44 +152,6 @@ def _factor_names(columns: Sequence[str | int] | Mapping[str, str | int]) -> dic
     if isinstance(columns, str):
         raise DataError("factor_columns is a single string", value=repr(columns), remedy=f"give [{columns!r}]")
     return {str(column): column for column in columns}
-
-
-def _open(path: Path) -> IO[bytes]:
-    try:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder", limit="a file of sentences", remedy="name a file in it")
-        if path.suffix.lower() == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        return path.open("rb")
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no file {path}", value=f"working folder {Path.cwd()}", remedy="check the path"
-        ) from None
-    except OSError as error:
-        raise DataError(f"cannot open {path}: {error.strerror or error}", remedy="check its permissions") from error
-
-
-def _decoded(file: IO[bytes], path: Path) -> Iterator[Line]:
-    """The file's lines as text. Bytes are split first, so that an undecodable line is known by its number."""
-    number = 0
-    try:
-        for number, raw in enumerate(file, 1):
-            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                raw = raw[3:]
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not UTF-8",
-                    value=f"byte 0x{raw[error.start]:02x} at byte {error.start} of the line ({error.reason})",
-                    remedy="convert the file, for example with: iconv -f latin1 -t utf-8",
-                ) from None
-            yield number, text.rstrip("\r\n")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: reading stopped after line {number}: {error}",
-            remedy="the file is cut off or damaged: get it anew",
-        ) from error
 
 
 def _looks_like_srl(lines: Iterator[Line]) -> tuple[Iterator[Line], bool]:
@@ -215,28 +198,44 @@ def _json_rows(
     label_column: str | int | None,
     factors: dict[str, str | int],
 ) -> Iterator[tuple[int, Any]]:
-    for wanted in (column, label_column, *factors.values()):
-        if wanted is not None and not isinstance(wanted, str):
-            raise DataError(f"{path}: a jsonl field goes by its name", value=repr(wanted), remedy="give its name")
+    return _record_rows(_json_records(lines, path), str(path), column, label_column, factors, "line")
+
+
+def _json_records(lines: Iterator[Line], path: Path) -> Iterator[tuple[int, Any]]:
+    """What each line holds; an empty line is an empty sentence."""
     for number, line in lines:
-        if not line.strip():
-            yield number, ""
-            continue
-        place = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            yield number, json.loads(line) if line.strip() else ""
         except (json.JSONDecodeError, RecursionError) as error:
             where = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(
-                f"{place}: malformed JSON{where}", value=shorten(line), remedy="one JSON object or string per line"
+                f"{path}, line {number}: malformed JSON{where}",
+                value=shorten(line),
+                remedy="one JSON object or string per line",
             ) from None
-        if isinstance(record, str) and column is None:
+
+
+def _record_rows(
+    records: Iterable[tuple[int, Any]],
+    source: str,
+    column: str | int | None,
+    label_column: str | int | None,
+    factors: dict[str, str | int],
+    unit: str = "record",
+) -> Iterator[tuple[int, Any]]:
+    """What is kept of each numbered record, an object or a string."""
+    for wanted in (column, label_column, *factors.values()):
+        if wanted is not None and not isinstance(wanted, str):
+            raise DataError(f"{source}: a field goes by its name", value=repr(wanted), remedy="give its name")
+    for number, record in records:
+        place = f"{source}, {unit} {number}"
+        if isinstance(record, str) and (column is None or not record):
             yield number, record
             continue
         if not isinstance(record, dict):
             raise DataError(
                 f"{place}: not a JSON object",
-                value=f"{shorten(line)} ({type(record).__name__})",
+                value=f"{shorten(json.dumps(record))} ({type(record).__name__})",
                 limit="an object with the sentence in a field, or a string",
             )
         name = column if column is not None else next((name for name in TEXT_COLUMNS if name in record), None)
@@ -269,112 +268,31 @@ def _require(place: str, record: dict[str, Any], *names: Any) -> None:
         )
 
 
-def _table_rows(
-    lines: Iterator[Line],
-    path: Path,
-    format: str,
-    column: str | int | None,
-    label_column: str | int | None,
-    factors: dict[str, str | int],
-    header: bool | None,
-    quoting: bool,
-) -> Iterator[tuple[int, Any]]:
-    table = csv.reader(
-        # csv needs the line breaks, which may stand inside quotes; a line count of its own tells where we are.
-        (text + "\n" for _, text in lines),
-        delimiter="\t" if format == "tsv" else ",",
-        quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
-        strict=True,
-    )
-    names: list[str] | None = None
-    places: _Places | None = None
-    width = 0
-    while True:
-        number = table.line_num + 1  # a quoted field may span lines: a row is named by its first
+def field_names(
+    path: str | os.PathLike[str], *, format: str | None = None, header: bool | None = None, quoting: bool = True
+) -> list[str]:
+    """The columns that a csv or tsv file's header names, or the fields of a jsonl file's first object; [] if there are none.
+
+    Arguments and errors as of :func:`read`.
+    """
+    path = Path(path)
+    chosen = format or _format_of(path)
+    with open_file(path) as file:
+        first = next((text for _, text in decoded_lines(file, path) if text.strip()), "")
+    if chosen == "jsonl":
         try:
-            cells = next(table)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {number}: malformed {format}: {error}",
-                remedy="mend the quotes, or read with quoting=False" if quoting else "mend the line",
-            ) from None
-        if not "".join(cells).strip() and len(cells) < 2:
-            yield number, ""
-            continue
-        if places is None:
-            wanted = [column, label_column, *factors.values()]
-            if header is None:
-                header = any(isinstance(name, str) for name in wanted) or _is_header(cells)
-            names = [cell.strip() for cell in cells] if header else None
-            places = _Places(path, format, cells, names, column, label_column, factors)
-            width = len(cells)
-            if header:
-                continue
-        if len(cells) != width:
-            raise DataError(
-                f"{path}, line {number}: a row of another width",
-                value=f"{len(cells)} fields",
-                limit=f"{width} fields as in the first row",
-                remedy="mend the row" + (", or read with quoting=False" if quoting else ""),
-            )
-        yield number, places.row(cells)
-
-
-def _is_header(cells: Sequence[str]) -> bool:
-    stripped = [cell.strip() for cell in cells]
-    return len(set(stripped)) == len(stripped) and all(_HEADER_CELL.fullmatch(cell) for cell in stripped)
-
-
-class _Places:
-    """Where sentence, labels and factors stand in a row of a table."""
-
-    def __init__(
-        self,
-        path: Path,
-        format: str,
-        first: list[str],
-        names: list[str] | None,
-        column: str | int | None,
-        label_column: str | int | None,
-        factors: dict[str, str | int],
-    ):
-        self.path, self.format, self.first, self.names = path, format, first, names
-        if column is None:
-            column = next((name for name in TEXT_COLUMNS if names and name in names), 0 if len(first) == 1 else None)
-        if column is None:
-            raise DataError(
-                f"{path}: which column holds the sentences?",
-                value=f"{len(first)} columns: {shorten(repr(first))}",
-                remedy="give column= a name or an index from 0",
-            )
-        self.text = self._index(column)
-        self.labels = None if label_column is None else self._index(label_column)
-        self.factors = {name: self._index(place) for name, place in factors.items()}
-
-    def row(self, cells: list[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"text": cells[self.text]}
-        if self.labels is not None:
-            row["labels"] = cells[self.labels]
-        if self.factors:
-            row["factors"] = {name: cells[index] for name, index in self.factors.items()}
-        return row
-
-    def _index(self, column: str | int) -> int:
-        if isinstance(column, str):
-            if self.names is not None and column in self.names:
-                return self.names.index(column)
-            limit = (
-                ", ".join(self.names) if self.names is not None else f"indices 0 to {len(self.first) - 1} (no header)"
-            )
-        elif isinstance(column, int) and 0 <= column < len(self.first):
-            return column
-        else:
-            limit = f"indices 0 to {len(self.first) - 1}"
-        raise DataError(
-            f"{self.path}: there is no column {column!r}",
-            value=shorten(repr(self.first)),
-            limit=limit,
-            remedy=f"name one of these columns, or check the format {self.format!r}",
+            record = json.loads(first) if first else {}
+        except json.JSONDecodeError:
+            record = {}  # `read` says what is wrong with the line
+        return list(record) if isinstance(record, dict) else []
+    if chosen not in ("csv", "tsv") or not first:
+        return []
+    cells = next(
+        csv.reader(
+            [first],
+            delimiter="\t" if chosen == "tsv" else ",",
+            quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
         )
+    )
+    cells = [cell.strip() for cell in cells]
+    return cells if header or (header is None and is_header(cells)) else []

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmvae_fast.errors import ConfigError, DataError, NumericalError
+from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.evaluation import metrics as figures
 from lmvae_fast.evaluation import text as text_figures
+from lmvae_fast.evaluation.collapse import warn_of_collapse
+from lmvae_fast.evaluation.elbo import require_finite, without_padding
 from lmvae_fast.models.modes import evaluating
+
+logger = logging.getLogger(__name__)
 
 #: What ``evaluate`` can compute, in its order. ``perplexity`` costs ``num_importance_samples`` passes over the data.
 METRICS = ("elbo", "active_units", "mutual_information", "perplexity", "bleu", "exact_match", "token_accuracy")
@@ -129,15 +134,16 @@ def evaluate(
             table = _Table()
             for batch, rows in _batches(model, sentences, pooled, batch_size):
                 _evaluate_batch(model, batch, rows, table, metrics, samples, seed, max_new_tokens, bar)
-    result = _summary(table, metrics, sentences, samples, seed)
-    values = {name: value for name, value in result.items() if isinstance(value, float)}
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise NumericalError(
-            f"evaluation gave a {' and '.join(bad)} that is not finite",
-            value={name: values[name] for name in bad},
-            remedy="check the model's weights; a training run's last good checkpoint is in its folder",
-        )
+    count_start = bool(getattr(model.config, "count_start_token", False))
+    result = _summary(table, metrics, sentences, samples, seed, count_start)
+    for name in ("perplexity", "elbo_perplexity"):
+        if result.get(name) == math.inf and math.isfinite(result["elbo" if name == "elbo_perplexity" else "log_likelihood"]):
+            logger.warning("%s is too large for a number and is left out", name)
+            del result[name]
+    require_finite(result, "check the model's weights; a training run's last good checkpoint is in its folder")
+    if "kl" in result or "active_units" in result:
+        kl = result.get("kl", float(figures.kl_divergence(table["mu"], table["logvar"]).mean()))
+        warn_of_collapse(kl, result.get("active_units"), result["latent_dim"], "evaluation")
     examples = [
         {"text": text, "decoded": decoded}
         for text, decoded in zip(sentences.texts[:num_examples], table.decoded, strict=False)
@@ -193,12 +199,17 @@ def _evaluate_batch(
         options: dict[str, Any] = {"batch_size": len(rows), "max_new_tokens": max_new_tokens}
         if model.config.conditional_decoder:
             options["annotations"] = batch.annotations
+        if batch.prompt_ids is not None:
+            options["prompts"] = batch.prompt_ids
         table.decoded += [text.strip() for text in model.decode(mu, **options)]
         bar.update(len(rows))
 
 
-def _summary(table: _Table, metrics: Sequence[str], sentences: Any, samples: int, seed: int) -> dict[str, Any]:
+def _summary(
+    table: _Table, metrics: Sequence[str], sentences: Any, samples: int, seed: int, count_start: bool
+) -> dict[str, Any]:
     mu, logvar, tokens = table["mu"], table["logvar"], table["tokens"]
+    counted = tokens + int(count_start)  # what perplexity divides by
     result: dict[str, Any] = {
         "sentences": len(sentences),
         "tokens": int(tokens.sum()),
@@ -211,14 +222,14 @@ def _summary(table: _Table, metrics: Sequence[str], sentences: Any, samples: int
         result["reconstruction"] = float(reconstruction.mean())
         result["reconstruction_per_token"] = float(reconstruction.sum() / tokens.sum())
         result["kl"] = float(kl.mean())
-        result["elbo_perplexity"] = figures.perplexity(-(reconstruction + kl), tokens)
+        result["elbo_perplexity"] = figures.perplexity(-(reconstruction + kl), counted)
     if "active_units" in metrics:
         result["active_units"] = figures.active_units(mu)
     if "mutual_information" in metrics:
         result["mutual_information"] = figures.mutual_information(table["z"], mu, logvar)
     if samples:
         result["log_likelihood"] = float(table["log_likelihood"].mean())
-        result["perplexity"] = figures.perplexity(table["log_likelihood"], tokens)
+        result["perplexity"] = figures.perplexity(table["log_likelihood"], counted)
         result["num_importance_samples"] = samples
     references = [text.strip() for text in sentences.texts]
     for name in _TEXT_METRICS:
@@ -234,8 +245,7 @@ def _batches(model: Any, sentences: Any, pooled: Tensor | None, batch_size: int)
         batch = model.make_batch(sentences, rows, pooled).to(device)
         if getattr(model.config, "objective", None) == "langvae-0.6":
             # That objective predicts the batch's padding too; it is no part of a sentence's likelihood.
-            own = batch.token_index < batch.tokens[batch.rows]
-            batch = replace(batch, labels=torch.where(own, batch.labels, -100))
+            batch = without_padding(batch)
         yield batch, rows
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lmvae_fast.models.objective import kl_per_dim
+
 #: Variance of the posterior mean, over the data, from which a dimension counts as active.
 ACTIVE_UNIT_VARIANCE = 0.01
 
@@ -22,9 +24,7 @@ _LOG_2PI = math.log(2.0 * math.pi)
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mu, diag(exp(logvar))) || N(0, I)) of each row: ``[N, D], [N, D] -> [N]`` float64, without any threshold."""
     _check_pair(mu, logvar)
-    mu, logvar = mu.double(), logvar.double()
-    # expm1 keeps the difference where the posterior is close to the prior.
-    return 0.5 * (mu.square() + torch.expm1(logvar) - logvar).sum(-1)
+    return kl_per_dim(mu.double(), logvar.double()).sum(-1)
 
 
 def gaussian_log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.models.decoders import Decoder
+from lmvae_fast.generation.decode_rows import check_finite
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.decoder.prefill import read
 from lmvae_fast.models.injection import Injection
-from lmvae_fast.models.prefill import read
 
 
 @dataclass(frozen=True)
@@ -23,26 +24,36 @@ class Sentence:
 
 
 def search(
-    decoder: Decoder, injection: Injection, prompts: list[tuple[int, ...]], config: GenerationConfig, limit: int
+    decoder: Decoder,
+    injection: Injection,
+    prompts: list[tuple[int, ...]],
+    config: GenerationConfig,
+    limit: int,
+    *,
+    first_index: int = 0,
+    read_first: list[tuple[int, ...]] | None = None,
 ) -> list[Sentence]:
     """The best sentence of each latent under ``config.num_beams`` beams, of at most ``limit`` tokens.
 
     A step extends every beam by every token and keeps the ``num_beams`` most probable extensions that do not end; those
     that end while they rank among the first ``num_beams`` are set aside. A latent is done when no extension of its beams
     can surpass the worst of ``num_beams`` sentences set aside. ``prompts``: none, or one per latent.
+    ``first_index``: index of the first latent, for messages. ``read_first``: what is read before each sentence, where it is
+    not the start token and its prompt. Raises NumericalError for hidden states that are not finite.
     """
     latents, width = injection.batch_size, config.num_beams
     device = decoder.device
     rows = torch.arange(latents, device=device).repeat_interleave(width)
-    longest = max(map(len, prompts), default=0)
+    begins = read_first or [(decoder.tokenizer.bos_token_id, *prompt) for prompt in prompts or [()] * latents]
+    longest = max(len(ids) - 1 for ids in begins) if begins else 0
     cache = decoder.new_cache(injection, batch=latents * width, max_tokens=limit + longest)
     for beam in range(width):
         cache.place(torch.arange(latents, device=device) * width + beam, injection)
     spread = Injection(
-        injection.visibility, None if injection.memory is None else cache.memory,
+        injection.visibility,
+        None if injection.memory is None else cache.memory,
         *(None if part is None else part[rows] for part in (injection.embedding_shift, injection.output_residual)),
-    )  # fmt: skip
-    begins = [(decoder.tokenizer.bos_token_id, *prompt) for prompt in prompts or [()] * latents]
+    )
     if longest:  # read by the first beam of each latent, for all
         read(decoder, cache, injection, range(0, latents * width, width), [ids[:-1] for ids in begins])
         cache.reorder(rows * width)
@@ -55,6 +66,8 @@ def search(
     aside: list[list[Sentence]] = [[] for _ in range(latents)]
     for length in range(1, limit + 1):
         logprobs = decoder.step(token, cache, spread).float().log_softmax(-1).view(latents, width, -1)
+        if length <= config.min_new_tokens:
+            logprobs[..., list(stops)] = -torch.inf
         best, place = _extensions(scores, logprobs, (1 + len(stops)) * width)
         origins, tokens = [], []
         for latent in range(latents):
@@ -81,6 +94,8 @@ def search(
             break
         cache.reorder(torch.tensor(origins, device=device))
         token = torch.tensor(tokens, device=device)
+    for latent, finite in enumerate(cache.finite.view(latents, width).all(1).tolist()):
+        check_finite(finite, first_index + latent)
     for latent, row in enumerate(scores.tolist()):
         for so_far, score in zip(beams[latent], row, strict=True):
             if len(so_far) == limit and score > -torch.inf:

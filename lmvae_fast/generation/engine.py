@@ -6,7 +6,8 @@ A row whose sentence has ended takes the next latent at once, so the batch stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.generation.beams import search
-from lmvae_fast.generation.graphs import capture_for
-from lmvae_fast.generation.rows import Ended, Rows
-from lmvae_fast.generation.waiting import Waiting, blocks_of
+from lmvae_fast.generation.cuda_graphs import capture_for
+from lmvae_fast.generation.decode_rows import Ended, Rows
+from lmvae_fast.generation.queue import Block, Prompt, Prompts, Waiting, blocks_of
+from lmvae_fast.models.decoder.prepared_weights import packed_weights
+from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
-from lmvae_fast.models.packed import packed_weights
 
 #: Steps between two looks at which sentences have ended, by device: on a CPU looking is free.
 STEPS_PER_LOOK = {"cpu": 1}
@@ -32,8 +34,9 @@ class Generated:
     """One decoded sentence.
 
     ``index``: row of its latent in the input; ``sample``: its number among that latent's samples; ``text``, prompt
-    included; ``ids``: the tokens produced, without prompt and end token; ``finished``: ended by an end or stop token;
-    ``logprobs``: natural logarithm of each produced token's probability, where asked for.
+    included (of a model of prompts: the response alone, up to its first special token); ``ids``: the tokens produced,
+    without prompt and end token; ``finished``: ended by an end or stop token; ``logprobs``: natural logarithm of each
+    produced token's probability, where asked for.
     """
 
     index: int
@@ -50,9 +53,10 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     annotations: Tensor | None = None,
-    prompts: str | Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     first_index: int = 0,
     numbers: Sequence[int] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Generated]:
     """Decode latents, in their order.
 
@@ -62,26 +66,31 @@ def generate(
             fill a batch.
         config: how; greedy by default.
         annotations: pooled labels ``[N, labels]`` of a conditional decoder (``latents`` must then be one tensor).
-        prompts: text that every sentence, or the sentence of each latent, begins with.
+        prompts: text that every sentence, or the sentence of each latent, begins with (of a model of prompts: which it
+            answers); or, one per latent, the ids that are read before it, start token included.
         first_index: index of the first latent: what a resumed stream continues from.
         numbers: of each latent (``latents`` must then be one tensor), where its draw is to go by another number than its
             index: the rows of a dataset that comes in pieces of any order.
+        beside: further latents for ``model.inject``, a row for each (``latents`` must then be one tensor): ``shift_z`` for
+            the embedding, ``residual_z`` for the output residual.
 
     Raises:
         LatentError: latents of another width or dtype, or with NaN or Inf; none of that batch is decoded then.
         ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
             stop token beyond the vocabulary; CUDA graphs asked for on another device.
         DataError: prompts, or numbers, and latents of different number.
+        NumericalError: weights of the head that are NaN or Inf; and, when its sentence ends, a latent whose decoding was.
     """
     config = config or GenerationConfig()
-    ids = _prompt_ids(model, latents, prompts)
-    longest = max(map(len, ids), default=0)
+    model.decoder.check_head()
+    given = _prompts(model, latents, prompts)
+    longest = max((len(prompt.read) - 1 for prompt in given), default=0)
     limit = token_limit(model, config, longest)
     capture_for(model.decoder, model.device, config.cuda_graphs)  # raises where what is asked for cannot be
     if config.num_beams > 1:
-        blocks = blocks_of(model, latents, annotations, max(1, config.batch_size // config.num_beams))
-        return _beams(model, blocks, ids, config, limit, first_index)
-    blocks = blocks_of(model, latents, annotations, -(-config.batch_size // config.num_samples))
+        blocks = blocks_of(model, latents, annotations, max(1, config.batch_size // config.num_beams), beside)
+        return _beams(model, blocks, given, config, limit, first_index)
+    blocks = blocks_of(model, latents, annotations, -(-config.batch_size // config.num_samples), beside)
     seed = None
     if config.do_sample:
         seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
@@ -89,10 +98,30 @@ def generate(
         value = len(latents) if isinstance(latents, Tensor) else type(latents).__name__
         raise DataError("numbers are one per latent of one tensor", value=value, limit=len(numbers))
     waiting = Waiting(
-        model, blocks, tokens=longest + limit, prompts=ids, samples=config.num_samples, first_index=first_index,
+        model,
+        blocks,
+        tokens=longest + limit,
+        prompts=given,
+        samples=config.num_samples,
+        first_index=first_index,
         numbers=numbers,
-    )  # fmt: skip
+    )
     return _run(model, waiting, config, {"limit": limit, "longest_prompt": longest, "config": config, "seed": seed})
+
+
+def decode(
+    model: LMVAE,
+    z: Tensor,
+    config: GenerationConfig,
+    *,
+    annotations: Tensor | None = None,
+    prompts: Prompts | None = None,
+) -> list[str]:
+    """Text of latents ``[batch, latent_dim]``, or of one ``[latent_dim]``; raises what :func:`generate` raises."""
+    if isinstance(z, Tensor) and z.dim() == 1:
+        z = z.unsqueeze(0)
+    model.check_latents(z, finite=False)  # generate takes iterables too, this does not
+    return [out.text for out in generate(model, z, config, annotations=annotations, prompts=prompts)]
 
 
 def token_limit(model: LMVAE, config: GenerationConfig, prompt_tokens: int = 0) -> int:
@@ -101,35 +130,44 @@ def token_limit(model: LMVAE, config: GenerationConfig, prompt_tokens: int = 0) 
     wide = [token for token in config.stop_tokens if token >= model.decoder.vocab_size]
     if wide:
         raise ConfigError("a stop token is not in the vocabulary", value=wide[0], limit=f"< {model.decoder.vocab_size}")
-    limit = length - prompt_tokens if config.max_new_tokens is None else config.max_new_tokens
+    left = length if model.config.prompted else length - prompt_tokens
+    limit = left if config.max_new_tokens is None else config.max_new_tokens
     if limit < 1:
         raise ConfigError(
-            "the prompt leaves no token to produce", value=f"{prompt_tokens} tokens", limit=f"max_len={length}",
+            "the prompt leaves no token to produce",
+            value=f"{prompt_tokens} tokens",
+            limit=f"max_len={length}",
             remedy="shorten it, or give max_new_tokens where the visibility allows more than max_len tokens",
-        )  # fmt: skip
+        )
     if model.config.visibility != "prefix" and prompt_tokens + limit > length:
         prompt = f" behind a prompt of {prompt_tokens}" if prompt_tokens else ""
         raise ConfigError(
             f"{model.config.visibility} visibility has a memory slot for each of max_len tokens and no more",
-            value=f"max_new_tokens={limit}{prompt}", limit=f"max_len={length}", remedy="ask for fewer tokens",
-        )  # fmt: skip
+            value=f"max_new_tokens={limit}{prompt}",
+            limit=f"max_len={length}",
+            remedy="ask for fewer tokens",
+        )
     model.decoder.check_positions(slots, prompt_tokens + limit, str(model.config.visibility))
     return limit
 
 
-def _prompt_ids(model: LMVAE, latents, prompts: str | Sequence[str] | None) -> list[tuple[int, ...]]:
-    """Ids of the prompts: none, one for all, or one per latent."""
-    if prompts is None:
+def _prompts(model: LMVAE, latents: Tensor | Iterable[Tensor], prompts: Prompts | None) -> list[Prompt]:
+    """The prompts: none, one for all, or one per latent. A sentence begins with its prompt; a response does not."""
+    if prompts is None and not model.config.prompted:
         return []
-    if isinstance(prompts, str):
-        return [tuple(model.decoder.tokenizer.encode([prompts])[0])]
-    if not isinstance(latents, Tensor) or len(prompts) != latents.shape[0]:
+    if prompts is None or isinstance(prompts, str):
+        prompts = [prompts or ""]
+    elif not isinstance(latents, Tensor) or len(prompts) != latents.shape[0]:
         value = len(latents) if isinstance(latents, Tensor) else type(latents).__name__
         raise DataError(
-            "one prompt per latent needs the latents as one tensor of as many rows", value=value, limit=len(prompts),
+            "one prompt per latent needs the latents as one tensor of as many rows",
+            value=value,
+            limit=len(prompts),
             remedy="or give one string for all",
-        )  # fmt: skip
-    return [tuple(ids) for ids in model.decoder.tokenizer.encode(prompts)]
+        )
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    read = beginnings(texts, model.config, model.decoder) if texts else [tuple(ids) for ids in prompts]  # type: ignore[arg-type]
+    return [Prompt(ids, () if model.config.prompted else ids[1:]) for ids in read]
 
 
 def _run(model: LMVAE, waiting: Waiting, config: GenerationConfig, options: dict) -> Iterator[Generated]:
@@ -160,24 +198,42 @@ def _run(model: LMVAE, waiting: Waiting, config: GenerationConfig, options: dict
             emitted = (index, sample + 1) if sample + 1 < config.num_samples else (index + 1, 0)
 
 
-def _beams(model: LMVAE, blocks, prompts, config: GenerationConfig, limit: int, index: int) -> Iterator[Generated]:
+def _beams(
+    model: LMVAE, blocks: Iterator[Block], prompts: list[Prompt], config: GenerationConfig, limit: int, index: int
+) -> Iterator[Generated]:
     place = 0
-    for z, labels in blocks:
-        chosen = [prompts[row if len(prompts) > 1 else 0] for row in range(place, place + len(z))] if prompts else []
+    longest = max((len(prompt.read) - 1 for prompt in prompts), default=0)
+    for z, given in blocks:
+        rows = range(place, place + len(z))
+        chosen = [prompts[row if len(prompts) > 1 else 0] for row in rows] if prompts else []
         with evaluating(model), packed_weights(model.decoder, len(z) * config.num_beams, config.pack_weights):
-            injection = model.inject(z, labels, tokens=limit + max(map(len, prompts), default=0))
-            best = search(model.decoder, injection, chosen, config, limit)
-        texts = model.decoder.tokenizer.decode(
-            [[*(chosen[row] if chosen else ()), *found.ids] for row, found in enumerate(best)]
+            injection = model.inject(z, tokens=limit + longest, **given)
+            shown, read_first = [prompt.shown for prompt in chosen], [prompt.read for prompt in chosen]
+            best = search(
+                model.decoder, injection, shown, config, limit, first_index=index + place, read_first=read_first
+            )
+        texts = _spelled(
+            model, [(prompt, found.ids) for prompt, found in zip(shown or [()] * len(best), best, strict=True)]
         )
         for row, (found, text) in enumerate(zip(best, texts, strict=True)):
-            yield Generated(index + place + row, text.strip(), found.ids, found.finished)
+            yield Generated(index + place + row, text, found.ids, found.finished)
         place += len(best)
 
 
 def _texts(model: LMVAE, ended: list[Ended]) -> list[Generated]:
-    texts = model.decoder.tokenizer.decode([[*out.start.prompt, *out.ids] for out in ended])
+    texts = _spelled(model, [(out.start.prompt, out.ids) for out in ended])
     return [
-        Generated(out.start.index, text.strip(), out.ids, out.stopped, out.start.sample, out.logprobs)
+        Generated(out.start.index, text, out.ids, out.stopped, out.start.sample, out.logprobs)
         for out, text in zip(ended, texts, strict=True)
     ]
+
+
+def _spelled(model: LMVAE, sentences: list[tuple[tuple[int, ...], list[int]]]) -> list[str]:
+    """Text of each sentence, given as the prompt's ids and its own. A response ends where a special token, that which ends a
+    turn of a dialogue, says so."""
+    tokenizer = model.decoder.tokenizer
+    if model.config.prompted:
+        special = set(tokenizer.tokenizer.all_special_ids)
+        answers = [list(itertools.takewhile(lambda token: token not in special, ids)) for _, ids in sentences]
+        return [text.strip() for text in tokenizer.decode(answers)]
+    return [text.strip() for text in tokenizer.decode([*prompt, *ids] for prompt, ids in sentences)]

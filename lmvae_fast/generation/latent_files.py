@@ -1,4 +1,4 @@
-"""Latents in files: safetensors, npy or jsonl, read block by block and checked."""
+"""Latents in files: safetensors, npy, pt, csv or jsonl, read block by block and checked."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lmvae_fast.errors import DataError, LatentError, OutputError
+from lmvae_fast.errors import DataError, LatentError
+from lmvae_fast.files import fsync_file, replacing, write_tensors
 
-FORMATS = (".safetensors", ".npy", ".jsonl")
+FORMATS = (".safetensors", ".npy", ".pt", ".csv", ".jsonl")
+_WRITTEN = (".safetensors", ".npy", ".jsonl")
 
 
 def check_latents(path: str | os.PathLike[str], *, latent_dim: int, name: str = "z") -> int:
@@ -28,7 +29,9 @@ def check_latents(path: str | os.PathLike[str], *, latent_dim: int, name: str = 
         bad = (~torch.isfinite(block)).any(1)
         if bool(bad.any()):
             row = rows + int(bad.nonzero()[0])
-            raise LatentError(f"{path} contains NaN or Inf", value=f"row {row}, counted from 0", remedy="drop or mend that row")
+            raise LatentError(
+                f"{path} contains NaN or Inf", value=f"row {row}, counted from 0", remedy="drop or mend that row"
+            )
         rows += block.shape[0]
     return rows
 
@@ -38,8 +41,9 @@ def read_latents(
 ) -> Iterator[Tensor]:
     """Blocks of latents, float32 ``[n <= block, latent_dim]``, beginning at row ``skip``.
 
-    ``.safetensors``: the tensor ``name``, or the only one; ``.npy``: an array (memory-mapped); ``.jsonl``: one
-    ``{"<name>": [...]}`` or bare list per line.
+    ``.safetensors`` and ``.pt`` (nothing but tensors is unpickled): the tensor ``name``, or the only one; ``.npy``: an array
+    (memory-mapped); ``.csv``: numbers, a row a latent, a header or none; ``.jsonl``: one ``{"<name>": [...]}`` or bare list
+    per line.
 
     Raises:
         DataError: missing, empty or unreadable file (with the line number for jsonl).
@@ -65,19 +69,17 @@ def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tenso
     """
     path = Path(path)
     z = (latents if isinstance(latents, Tensor) else torch.cat(list(latents))).detach().cpu().float().contiguous()
-    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
-    if path.suffix not in FORMATS:
-        raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(FORMATS))
-    try:
+    if path.suffix not in _WRITTEN:
+        raise DataError("unknown latent file format", value=path.suffix, limit=", ".join(_WRITTEN))
+    with replacing(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file({"z": z}, temporary)
+            write_tensors(temporary, {"z": z})
         elif path.suffix == ".npy":
-            np.save(temporary, z.numpy())
+            with temporary.open("wb") as file:  # np.save puts .npy behind a name that lacks it
+                np.save(file, z.numpy())
         else:
             temporary.write_text("".join(json.dumps({"z": row}) + "\n" for row in z.tolist()))
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}", remedy="free space or choose another place") from error
+        fsync_file(temporary)
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
@@ -99,13 +101,17 @@ def _open_array(path: Path, name: str):
             if array.dtype.kind not in "fiu":
                 raise DataError(f"{path} holds no real numbers", value=array.dtype, limit="floats or integers")
             return lambda start, stop: torch.from_numpy(np.array(array[start:stop])), array.shape
+        if path.suffix in (".pt", ".csv"):
+            whole = _read_pt(path, name) if path.suffix == ".pt" else _read_csv(path)
+            return lambda start, stop: whole[start:stop], tuple(whole.shape)
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             if name not in names and len(names) != 1:
                 raise DataError(
-                    f"{path} holds several tensors and none is named {name}", value=", ".join(names[:5]),
+                    f"{path} holds several tensors and none is named {name}",
+                    value=", ".join(names[:5]),
                     remedy=f"name it {name}",
-                )  # fmt: skip
+                )
             stored = name if name in names else names[0]
             shape = tuple(file.get_slice(stored).get_shape())
 
@@ -118,6 +124,38 @@ def _open_array(path: Path, name: str):
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is truncated or corrupt: {error}", remedy="write it again") from error
+
+
+def _read_pt(path: Path, name: str) -> Tensor:
+    """The tensor of a file that torch.save wrote; unpickles tensors and containers of them only."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch have errors of many kinds
+        raise DataError(
+            f"{path} is no file of tensors: {str(error).strip().splitlines()[0][:200]}", remedy="save it as safetensors"
+        ) from error
+    if isinstance(value, dict):
+        value = value.get(name, next(iter(value.values())) if len(value) == 1 else None)
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_complex():
+        raise DataError(
+            f"{path} holds no plain tensor",
+            value=type(value).__name__,
+            limit=f"a dense real tensor, or one named {name}",
+        )
+    return value.detach()
+
+
+def _read_csv(path: Path) -> Tensor:
+    """Rows of numbers, commas between them."""
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    try:
+        list(map(float, first.split(",")))
+        header = 0
+    except ValueError:
+        header = 1
+    return torch.from_numpy(
+        np.loadtxt(path, delimiter=",", skiprows=header, ndmin=2, dtype=np.float32, encoding="utf-8")
+    )
 
 
 def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -> Iterator[Tensor]:
@@ -136,16 +174,18 @@ def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -
                 row = [float(value) for value in values]
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
-                    f"{path} line {number} is no row: {error}", value=line[:60].strip(),
-                    limit=f'{{"{name}": [numbers]}}', remedy="mend that line",
-                ) from error  # fmt: skip
+                    f"{path} line {number} is no row: {error}",
+                    value=line[:60].strip(),
+                    limit=f'{{"{name}": [numbers]}}',
+                    remedy="mend that line",
+                ) from error
             if len(row) != latent_dim:
                 raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
             rows.append(row)
             if len(rows) == block:
-                yield torch.tensor(rows)
+                yield torch.tensor(rows, dtype=torch.float32)
                 rows = []
     if rows:
-        yield torch.tensor(rows)
+        yield torch.tensor(rows, dtype=torch.float32)
     if not seen:
         raise DataError(f"{path} holds no rows", remedy="check what wrote it")

@@ -36,7 +36,12 @@ class Block:
     def decode(self, model: LMVAE, config: GenerationConfig) -> Iterator[Generated]:
         """Their sentences, in order."""
         return generate(
-            model, self.latents, config, annotations=self.annotations, prompts=self.prompts, first_index=self.first_index
+            model,
+            self.latents,
+            config,
+            annotations=self.annotations,
+            prompts=self.prompts,
+            first_index=self.first_index,
         )
 
 
@@ -81,7 +86,8 @@ class Workers:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise OutputError(
-                "a worker process ended unexpectedly", remedy="run again to continue; with fewer workers if memory ran out"
+                "a worker process ended unexpectedly",
+                remedy="run again to continue; with fewer workers if memory ran out",
             ) from error
 
     def __enter__(self) -> Workers:

@@ -1,1 +1,26 @@
-"""Other packages' formats and classes, each in a file of its own; nothing here is imported unless it is asked for."""
+"""Other packages' formats and classes, each in a module of its own.
+
+``lf.integrations.cvae``, ``.langvae``, ``.freia`` and ``.ray`` are imported when they are first used; what they need beside
+this package is asked for by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmvae_fast import lazy
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from lmvae_fast.integrations import cvae, freia, langvae, ray
+
+__all__ = ["cvae", "freia", "langvae", "ray"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    return lazy.submodule(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,7 +19,8 @@ def convert(sequence_inn: Any, *, memory: str = "save") -> CouplingFlow:
     """A FrEIA 0.2 `SequenceINN` as a `CouplingFlow` with the same numbers, exactly the same function.
 
     Understood: AllInOneBlock (hard and soft permutation, reverse_permutation, every global_affine_type), GLOWCouplingBlock,
-    RNVPCouplingBlock (ATAN, TANH and SIGMOID clamps, any split_len), ActNorm (once it has seen data), PermuteRandom;
+    RNVPCouplingBlock, AffineCouplingOneSided (ATAN, TANH and SIGMOID clamps, or the identity; any split_len), ActNorm (once it
+    has seen data), PermuteRandom;
     conditions (one condition tensor for the whole sequence); subnets that are `nn.Sequential`s of Linear layers with one of
     ReLU, GELU and SiLU between them. The result holds copies; dtype and device are the sequence's.
 
@@ -77,6 +78,10 @@ class _Builder:
         squash = _clamp_activation(block, self.where)
         for active, subnets in ((0, (block.subnet_s2, block.subnet_t2)), (1, (block.subnet_s1, block.subnet_t1))):
             self._coupling(block, block.split_len1, active, subnets, squash, 1.0, block.condition_length)
+
+    def add_AffineCouplingOneSided(self, block: Any) -> None:
+        squash = _clamp_activation(block, self.where)
+        self._coupling(block, block.split_len1, 1, (block.subnet,), squash, 1.0, block.condition_length)
 
     def add_ActNorm(self, block: Any) -> None:
         if block.init_on_next_batch:
@@ -197,14 +202,15 @@ def _global_affine_type(block: Any, where: str) -> str:
 
 
 def _clamp_activation(block: Any, where: str) -> str:
-    """ATAN, TANH, SIGMOID or a user's function, recognised by its values as well."""
+    """ATAN, TANH, SIGMOID, the identity or a user's function, recognised by its values as well."""
     probe = torch.tensor([-3.0, 0.2, 1.5])
     got = block.f_clamp(probe)
     for name, function in {
         "atan": lambda u: 0.636 * torch.atan(u),
         "tanh": torch.tanh,
         "sigmoid": lambda u: 2 * (torch.sigmoid(u) - 0.5),
+        "none": lambda u: u,
     }.items():
         if torch.allclose(got, function(probe), rtol=1e-6, atol=1e-7):
             return name
-    raise ConfigError(f"{where}: a clamp_activation of one's own", limit="ATAN, TANH, SIGMOID")
+    raise ConfigError(f"{where}: a clamp_activation of one's own", limit="ATAN, TANH, SIGMOID, the identity")

@@ -7,7 +7,8 @@ go by, so that neither the process, the batch nor a second try after a lost mach
 
 from __future__ import annotations
 
-import importlib
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +22,18 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.data.dataset import Example
 from lmvae_fast.errors import ConfigError, DataError, LatentError, LMVAEError
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.generation.stream import BLOCKS_PER_BATCH
+from lmvae_fast.generation.text_files import BLOCKS_PER_BATCH
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend as use_backend
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.optional import require
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 Rows = dict[str, Any]  # a batch of Ray Data: numpy arrays by column
+LOOPBACK = "127.0.0.1"
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for: nodes are known by addresses that other machines reach
 
 
 def decode(
@@ -71,7 +75,8 @@ def decode(
         per latent, a row for each, numbered by ``sample``. Nothing is computed before the dataset is read.
 
     Raises:
-        ConfigError: Ray is not installed; a draw without a seed; prompts without max_new_tokens.
+        MissingPackageError: Ray is not installed.
+        ConfigError: a draw without a seed; prompts without max_new_tokens.
         DataError: a column is missing, or would be overwritten.
 
     While the dataset is read, Ray raises its RayTaskError, whose text holds ours: LatentError (another width, NaN or
@@ -85,18 +90,33 @@ def decode(
     if prompts is not None and config.max_new_tokens is None:
         raise ConfigError(
             "prompts of several lengths leave sentences of several lengths, by what happens to be in a batch",
-            value="max_new_tokens=None", remedy="set max_new_tokens",
-        )  # fmt: skip
+            value="max_new_tokens=None",
+            remedy="set max_new_tokens",
+        )
     needed = [column for column in (z, index, prompts, annotations) if column is not None]
     made = [text, "tokens", "finished"] + ["sample"] * (config.num_samples > 1) + ["logprobs"] * config.logprobs
     options = {
-        "config": config, "z": z, "index": index, "prompt": prompt, "prompts": prompts, "annotations": annotations,
+        "config": config,
+        "z": z,
+        "index": index,
+        "prompt": prompt,
+        "prompts": prompts,
+        "annotations": annotations,
         "text": text,
-    }  # fmt: skip
+    }
     return _map(
-        dataset, _Decode, options, needed, made, model_dir, batch_size or BLOCKS_PER_BATCH * config.batch_size, workers,
-        num_cpus, num_gpus, backend,
-    )  # fmt: skip
+        dataset,
+        _Decode,
+        options,
+        needed,
+        made,
+        model_dir,
+        batch_size or BLOCKS_PER_BATCH * config.batch_size,
+        workers,
+        num_cpus,
+        num_gpus,
+        backend,
+    )
 
 
 def encode(
@@ -127,7 +147,7 @@ def encode(
         with the batches.
 
     Raises:
-        ConfigError: Ray is not installed.
+        MissingPackageError: Ray is not installed.
         DataError: a column is missing, or would be overwritten.
 
     While the dataset is read, Ray raises its RayTaskError, whose text holds ours: DataError (an empty sentence, an
@@ -136,54 +156,105 @@ def encode(
     needed = [column for column in (text, index, labels) if column is not None]
     options = {"text": text, "index": index, "labels": labels, "seed": seed}
     made = ["mu", "logvar"] + ["z"] * (seed is not None)
-    return _map(
-        dataset, _Encode, options, needed, made, model_dir, batch_size, workers, num_cpus, num_gpus, backend
-    )
+    return _map(dataset, _Encode, options, needed, made, model_dir, batch_size, workers, num_cpus, num_gpus, backend)
 
 
-def _ray_data() -> Any:
-    try:
-        return importlib.import_module("ray.data")
-    except ImportError as error:
+def start_local(**options: Any) -> None:
+    """Start Ray on this machine alone, out of reach of every other: it listens on the loopback interface.
+
+    Whatever else runs here is left alone: neither RAY_ADDRESS nor another Ray on the machine is joined. A Ray that starts
+    by itself, when a dataset is first made, listens on the machine's own address instead.
+
+    Args:
+        options: of ``ray.init`` (num_cpus, object_store_memory, ...), without ``address``.
+
+    Raises:
+        ConfigError: Ray is not installed, has been started or joined already, or listens elsewhere all the same.
+    """
+    ray = require("ray", purpose="starting Ray on this machine", extra="ray")
+    if ray.is_initialized():
         raise ConfigError(
-            f"Ray Data is not installed ({error})", remedy="pip install 'lmvae_fast[ray]'"
-        ) from error
+            "Ray runs already", value=ray.get_runtime_context().gcs_address,
+            remedy="call start_local before the first dataset is made, or ray.shutdown() first",
+        )  # fmt: skip
+    listen_on_loopback()
+    ray.init(address="local", **options)
+    places = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if places != {LOOPBACK}:
+        ray.shutdown()
+        raise ConfigError(
+            "this Ray cannot be told to listen on the loopback interface", value=f"it listens on {sorted(places)}",
+            remedy=f"set {_CLUSTERS}=0 before Python starts, or update Ray",
+        )  # fmt: skip
+
+
+def listen_on_loopback() -> None:
+    """Let every Ray that this process starts from now on listen on 127.0.0.1 only, and look for it there.
+
+    Several nodes on one machine can still be joined, those of other machines no more. A node that is given its address
+    (``node_ip_address``) has to be given ``LOOPBACK``.
+    """
+    os.environ[_CLUSTERS] = "0"  # for what Ray starts, and for Ray itself where it is not yet imported
+    constants = sys.modules.get("ray._private.ray_constants")
+    if constants is not None:
+        vars(constants)["ENABLE_RAY_CLUSTER"] = False
 
 
 def _map(
-    dataset: Dataset, work: type[_Worker], options: dict[str, Any], needed: list[str], made: list[str], model_dir: str,
-    batch_size: int, workers: int | None, num_cpus: float, num_gpus: float | None, backend: str,
-) -> Dataset:  # fmt: skip
-    data = _ray_data()
+    dataset: Dataset,
+    work: type[_Worker],
+    options: dict[str, Any],
+    needed: list[str],
+    made: list[str],
+    model_dir: str,
+    batch_size: int,
+    workers: int | None,
+    num_cpus: float,
+    num_gpus: float | None,
+    backend: str,
+) -> Dataset:
+    data = require("ray.data", purpose="decoding and encoding over many machines", extra="ray")
     schema = dataset.schema(fetch_if_missing=False)  # what is not known yet is found out by the processes
     if schema is not None:
         _check_columns(schema.names, needed, made)
     if num_gpus is None:
-        num_gpus = 1 if importlib.import_module("ray").cluster_resources().get("GPU") else 0
+        num_gpus = 1 if sys.modules["ray"].cluster_resources().get("GPU") else 0
     place = Path(model_dir)
     return dataset.map_batches(
         work,
         fn_constructor_kwargs={
-            "model_dir": str(place.resolve()) if place.is_dir() else model_dir,  # processes have another working directory
-            "options": options, "needed": needed, "made": made, "threads": max(1, int(num_cpus)), "backend": backend,
+            "model_dir": str(place.resolve())
+            if place.is_dir()
+            else model_dir,  # processes have another working directory
+            "options": options,
+            "needed": needed,
+            "made": made,
+            "threads": max(1, int(num_cpus)),
+            "backend": backend,
         },
-        batch_size=batch_size, batch_format="numpy", num_cpus=num_cpus, num_gpus=num_gpus,
+        batch_size=batch_size,
+        batch_format="numpy",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
         # never of a fixed size: a pool that cannot shrink after a machine is lost may hold every CPU that is left, and what
         # reads its input, or makes anew what was lost, would wait for ever
         compute=data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
-    )  # fmt: skip
+    )
 
 
 def _check_columns(columns: Sequence[str], needed: list[str], made: list[str]) -> None:
     missing = [column for column in needed if column not in columns]
     if missing:
         raise DataError(
-            "the dataset lacks a column", value=f"no {missing[0]!r} among {', '.join(columns)}",
+            "the dataset lacks a column",
+            value=f"no {missing[0]!r} among {', '.join(columns)}",
             remedy="name the column that holds it; every row needs a number of its own",
-        )  # fmt: skip
+        )
     taken = [column for column in made if column in columns]
     if taken:
-        raise DataError("a column of the dataset would be overwritten", value=taken[0], remedy="rename or drop it before")
+        raise DataError(
+            "a column of the dataset would be overwritten", value=taken[0], remedy="rename or drop it before"
+        )
 
 
 class _Worker(ABC):
@@ -213,9 +284,10 @@ class _Worker(ABC):
             return rows
         if index.dtype.kind not in "iu" or index.min() < 0:
             raise DataError(
-                "rows are numbered by integers of 0 or more", value=f"{index.dtype} from {index.min()}",
+                "rows are numbered by integers of 0 or more",
+                value=f"{index.dtype} from {index.min()}",
                 remedy="give every row a number of its own",
-            )  # fmt: skip
+            )
         with use_backend(self.backend):
             return self.work(self.model, rows, index.astype(np.int64))
 
@@ -233,7 +305,9 @@ class _Decode(_Worker):
             labels = _matrix(rows[labels], index, len(model.config.annotations), "annotations")
         prompts = options["prompt"] if options["prompts"] is None else list(rows[options["prompts"]])
         if isinstance(prompts, list) and not all(isinstance(line, str) for line in prompts):
-            raise DataError("a prompt is no text", value=f"column {options['prompts']}", remedy="an empty text is no prompt")
+            raise DataError(
+                "a prompt is no text", value=f"column {options['prompts']}", remedy="an empty text is no prompt"
+            )
         out = list(generate(model, z, config, annotations=labels, prompts=prompts, numbers=index.tolist()))
         made: Rows = {name: np.repeat(column, config.num_samples, axis=0) for name, column in rows.items()}
         made[options["text"]] = np.array([sentence.text for sentence in out], dtype=object)
@@ -252,9 +326,13 @@ class _Encode(_Worker):
         examples: list[Any] = []
         for row, (number, text) in enumerate(zip(index, rows[options["text"]], strict=True)):
             if not isinstance(text, str) or not text.strip():
-                raise DataError("a row holds no sentence", value=f"row {number}: {text!r}"[:80], remedy="drop or mend that row")
+                raise DataError(
+                    "a row holds no sentence", value=f"row {number}: {text!r}"[:80], remedy="drop or mend that row"
+                )
             words = None if options["labels"] is None else rows[options["labels"]][row]
-            examples.append(text if words is None else Example(text, tuple(words.split() if isinstance(words, str) else words)))
+            examples.append(
+                text if words is None else Example(text, tuple(words.split() if isinstance(words, str) else words))
+            )
         posterior = model.encode(examples)
         made = {**rows, "mu": posterior.mu.cpu().numpy(), "logvar": posterior.logvar.cpu().numpy()}
         if options["seed"] is not None:
@@ -277,9 +355,11 @@ def _matrix(column: Any, index: np.ndarray, width: int, what: str) -> Tensor:
     for number, line in zip(index, lines, strict=True):
         if line.shape != (width,) or line.dtype.kind not in "fiu":
             raise LatentError(
-                f"{what} of row {number} do not fit the model", value=f"{line.dtype} {list(line.shape)}",
-                limit=f"{width} numbers", remedy="drop or mend that row, or take the model they belong to",
-            )  # fmt: skip
+                f"{what} of row {number} do not fit the model",
+                value=f"{line.dtype} {list(line.shape)}",
+                limit=f"{width} numbers",
+                remedy="drop or mend that row, or take the model they belong to",
+            )
         if not np.isfinite(line).all():
             raise LatentError(f"{what} contain NaN or Inf", value=f"row {number}", remedy="drop or mend that row")
     return torch.from_numpy(np.stack(lines).astype(np.float32))

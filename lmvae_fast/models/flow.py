@@ -29,26 +29,43 @@ def build_spec(
     blocks: int,
     hidden: int | Sequence[int],
     kind: str,
-    clamp: float,
+    clamp: float | None,
     permutation: str | None,
     cond_dim: int,
     activation: str,
 ) -> FlowSpec:
-    """`blocks` equal blocks: FrEIA's AllInOneBlock, or its GLOWCouplingBlock followed by an ActNorm and a permutation."""
+    """`blocks` equal blocks of a kind (see `CouplingFlow`)."""
     subnet = Subnet((hidden,) if isinstance(hidden, int) else tuple(hidden), activation)
     split = dim - dim // 2
 
+    if kind == "coupling" and clamp is not None:
+        raise ConfigError(
+            "kind='coupling' has no clamp",
+            value=f"clamp={clamp}",
+            remedy="leave clamp out, or take kind='allinone' or 'glow'",
+        )
+    clamp = 2.0 if clamp is None and kind != "coupling" else clamp
+
     def coupling(active: int, squash: str, gain: float) -> Coupling:
-        return Coupling(split, active, (subnet,), float(clamp), squash, gain, conditional=cond_dim > 0)
+        factor = 1.0 if clamp is None else float(clamp)
+        return Coupling(split, active, (subnet,), factor, squash, gain, conditional=cond_dim > 0)
 
     block: tuple[Stage, ...]
     if kind == "allinone":
         block = (Stage(coupling(1, "tanh", 0.1), "softplus", permutation),)
     elif kind == "glow":
         block = (Stage(coupling(0, "atan", 1.0)), Stage(coupling(1, "atan", 1.0), "exp", permutation))
+    elif kind == "coupling" and permutation == "soft":
+        block = (Stage(coupling(0, "none", 1.0), None, permutation), Stage(None, "exp"))
+    elif kind == "coupling":
+        # An ActNorm behind an index is the ActNorm before it with its channels renumbered: one stage less.
+        block = (Stage(coupling(0, "none", 1.0), "exp", permutation),)
     else:
-        raise ConfigError("unknown kind of coupling block", value=kind, limit="'allinone' or 'glow'")
+        raise ConfigError("unknown kind of coupling block", value=kind, limit=", ".join(KINDS))
     return FlowSpec(dim, cond_dim, block * blocks)
+
+
+KINDS = ("allinone", "glow", "coupling")
 
 
 class CouplingFlow(nn.Module):
@@ -59,8 +76,10 @@ class CouplingFlow(nn.Module):
         blocks: number of coupling blocks.
         hidden: width of the subnets' hidden layer, or one width per hidden layer.
         kind: "allinone" (one half rescaled by tanh-clamped factors, global softplus scale) or "glow" (both halves in turn,
-            atan-clamped, then ActNorm); the algebra of FrEIA 0.2's blocks of these names.
-        clamp: the most that a coupling can add to the log-scale of a channel.
+            atan-clamped, then ActNorm), the algebra of FrEIA 0.2's blocks of these names; or "coupling", the block of arXiv
+            2305.01713: an affine coupling without a clamp in which the second half conditions and the first is transformed,
+            then the permutation, then ActNorm (for an index: ActNorm first, its channels numbered before the permutation).
+        clamp: the most that a coupling can add to the log-scale of a channel; default 2, none for "coupling".
         permutation: after each block: "hard" (random index), "soft" (random rotation), None, or one tensor per block,
             either an index [dim] (y[j] = u[index[j]]) or an invertible matrix [dim, dim] (y = matrix @ u).
         cond_dim: width of the condition c that is concatenated to the subnets' input; 0 for none.
@@ -73,6 +92,9 @@ class CouplingFlow(nn.Module):
     Raises:
         ConfigError: kind, blocks or the number of permutations do not fit. ValueError, TypeError: a permutation is no
         permutation, a matrix is singular or not finite, clamp is not above 0, dim is out of range.
+
+    A flow of kind "coupling" scales by exp of whatever its subnets say: start it from `initialize`, and lower the learning
+    rate if its loss is not finite.
     """
 
     theta: Tensor
@@ -85,7 +107,7 @@ class CouplingFlow(nn.Module):
         blocks: int = 10,
         hidden: int | Sequence[int] = 512,
         kind: str = "allinone",
-        clamp: float = 2.0,
+        clamp: float | None = None,
         permutation: str | Sequence[Tensor] | None = "hard",
         cond_dim: int = 0,
         *,

@@ -1,4 +1,4 @@
-"""Evaluation mode around a piece of work."""
+"""Modes around a piece of work: evaluation, and building."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Modules built within are float32 and may train, whatever surrounds: autocast, inference mode, another default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

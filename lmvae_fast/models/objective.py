@@ -66,6 +66,23 @@ def kl_reduce(kl_dim: Tensor, mode: str = "sum", target: float = 0.0, *, beta: f
     raise ConfigError("unknown KL mode", value=mode, limit=", ".join(KL_MODES), remedy="set kl_mode to one of these")
 
 
+def kl_mode_at(mode: str, beta: float | Tensor) -> str:
+    """The mode that holds at this weight: Optimus masks nothing while the KL has no weight."""
+    return "sum" if mode == "dim_threshold" and isinstance(beta, (int, float)) and beta == 0 else mode
+
+
+def token_weights(tokens: Tensor, rows: Tensor, *, objective: str = "elbo", length_normalize: bool = False) -> Tensor:
+    """How much each token's NLL counts in the loss ``[T]``, so that one weighted sum is the mean of `combine`'s reconstruction.
+
+    tokens [B]: targets of each sentence, floating; rows int64 [T]: sentence of each token.
+    """
+    sentences = max(tokens.shape[0], 1)
+    if objective == "langvae-0.6":
+        return (tokens.sum() / sentences**2).expand(rows.shape[0])
+    weights = torch.ones_like(tokens) if not length_normalize else 1.0 / tokens.clamp_min(1)
+    return (weights / sentences)[rows]
+
+
 def combine(
     nll: Tensor,
     tokens: Tensor,

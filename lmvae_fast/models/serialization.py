@@ -1,28 +1,36 @@
-"""Saving and loading models: safetensors and JSON, nothing pickled, nothing half written."""
+"""Model folders: safetensors and JSON, nothing pickled, nothing half written.
+
+This file knows a configuration, named tensors and two parts; the model that they make builds itself.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
-from lmvae_fast.models.tuning import without_adapters
+from lmvae_fast.files import fsync_file, replace_folder, sampled_fingerprint, sha256_file
+from lmvae_fast.models.decoder.tuning import without_adapters
+from lmvae_fast.models.sharded_tensors import in_pieces, whole
+from lmvae_fast.text.tokenizer import SentenceTokenizer
 
-if TYPE_CHECKING:
-    from lmvae_fast.models.lmvae import LMVAE
+logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, FORMAT = "config.json", "model.safetensors", "lmvae_fast-1"
+_FROZEN = "frozen_sha256"  # by part that is not stored: a fingerprint of its frozen weights
 
 _CARD = """---
 library_name: lmvae_fast
@@ -41,46 +49,31 @@ print(model.decode(posterior.mu))
 """
 
 
-def in_pieces(tensor: Tensor) -> bool:
-    """Whether each process has a part of it only (a DTensor: training/sharding.py)."""
-    return hasattr(tensor, "device_mesh")
+def save_model(
+    folder: str | os.PathLike[str],
+    config: LMVAEConfig,
+    trained: Mapping[str, Tensor],
+    parts: Mapping[str, Any],
+    *,
+    include_frozen: bool | None = None,
+) -> None:
+    """Write ``config.json``, ``model.safetensors``, a model card, and the parts that a name cannot restore.
 
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together from the pieces of all processes, who must all ask for it."""
-    return tensor.full_tensor() if in_pieces(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def _store_part(part: Any, tokenizer: Any, folder: Path) -> None:
-    """Encoder or decoder with its tokenizer as an ordinary Hugging Face folder."""
-    if any(map(in_pieces, part.model.parameters())):
-        # no process has all of it; but what it was loaded from and what trains, which is stored anyway, are all it is
-        if part.source is None or not Path(part.source).is_dir():
-            raise OutputError(
-                "a sharded decoder that came from no folder cannot be stored", value=f"source={part.source}",
-                remedy="save with include_frozen=False, or load the decoder from a folder",
-            )  # fmt: skip
-        shutil.copytree(part.source, folder)
-        return
-    part.model.save_pretrained(folder, state_dict=without_adapters(part.model.state_dict()))
-    tokenizer.save_pretrained(folder)
-
-
-def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_frozen: bool | None = None) -> None:
-    """Write ``config.json``, ``model.safetensors`` (what trains), a model card, and the parts that a name cannot restore.
-
-    A model whose decoder was sharded (``TrainConfig.shard``) is saved by all processes together; the first one writes.
+    A model in pieces (``TrainConfig.shard``) is saved by all processes together; the first one writes.
 
     Args:
-        model: the model.
         folder: made, or replaced if it holds a model of ours. Written beside its place first and renamed when complete.
-        include_frozen: store encoder and decoder whole in subfolders; default: those that did not come from a hub name.
+        config: of the model.
+        trained: what trains, by name.
+        parts: ``encoder`` and ``decoder``.
+        include_frozen: store both whole in subfolders; default: those that did not come from a hub name.
 
     Raises:
         OutputError: the folder cannot be written, or holds something else.
     """
-    state = {name: whole(value).cpu().contiguous() for name, value in model.trainable_state_dict().items()}
-    if any(map(in_pieces, model.parameters())) and torch.distributed.get_rank() != 0:
+    state = {name: whole(value).cpu().contiguous() for name, value in trained.items()}
+    sharded = any(in_pieces(parameter) for part in parts.values() for parameter in part.parameters())
+    if sharded and torch.distributed.get_rank() != 0:
         return
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_ours(folder):
@@ -92,34 +85,89 @@ def save_pretrained(model: LMVAE, folder: str | os.PathLike[str], *, include_fro
     except OSError as error:
         raise OutputError(f"cannot write to {folder.parent}: {error}", remedy="choose a writable folder") from error
     try:
-        config = model.config
-        for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
-            store = include_frozen if include_frozen is not None else part.source is None or Path(part.source).is_dir()
-            if store:
-                tokenizer: Any = part.tokenizer if name == "encoder" else part.tokenizer.tokenizer
-                _store_part(part, tokenizer, temporary / name)
+        frozen = {}
+        for name, part in parts.items():
+            stored = part.source is None or Path(part.source).exists() if include_frozen is None else include_frozen
+            if stored:
+                _store_part(part, temporary / name)
                 config = config.replace(**{name: f"./{name}"})
+            elif not sharded:
+                frozen[name] = {"dtype": config.dtype, "sha256": frozen_fingerprint(name, part.model, state)}
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
-        header = {"format": FORMAT, "weights_sha256": _sha256(temporary / WEIGHTS)}
+        header = {"format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS)}
+        header |= {_FROZEN: frozen} if frozen else {}
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / "README.md").write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
             if file.is_file():
-                _fsync(file)
-        _replace(temporary, folder)
+                fsync_file(file)
+        replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {folder}: {error}", remedy="free space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def from_pretrained(cls: type[LMVAE], source: str | os.PathLike[str], **overrides: Any) -> LMVAE:
-    """Load a folder that :func:`save_pretrained` wrote, or a Hugging Face hub name.
+@dataclass(frozen=True)
+class StoredModel:
+    """What a folder holds of a model.
 
-    Args:
-        cls: LMVAE or a subclass.
-        source: folder or hub name.
-        overrides: configuration fields to change (``decoder="/another/place"``, ``dtype="bfloat16"``).
+    ``config`` as it was saved, ``wanted`` with the fields that were asked for in place of the saved ones (parts that lie in the
+    folder by their whole path); ``state``: what trained, by name; ``frozen``: fingerprints of parts that were not stored.
+    """
+
+    config: LMVAEConfig
+    wanted: LMVAEConfig
+    state: dict[str, Tensor]
+    frozen: dict[str, dict[str, str]]
+
+    def load_into(self, model: nn.Module, parts: Mapping[str, Any]) -> None:
+        """Copy the trained tensors into the model that ``wanted`` describes, and look whether its frozen parts are the saved
+        model's. What did not train when the model was saved and is to train now keeps its own weights.
+
+        Raises CheckpointError where tensors are missing, unknown or misshapen, or a frozen part is another one.
+        """
+        self._check_frozen(parts)
+        parameters = dict(model.named_parameters())
+        trains = {name for name, value in parameters.items() if value.requires_grad}
+        fields = {"encoder.": ("train_encoder",), "decoder.": ("train_decoder", "decoder_part")}
+        changed = tuple(
+            part
+            for part, names in fields.items()
+            if any(getattr(self.config, name) != getattr(self.wanted, name) for name in names)
+        )
+        new = {name for name in trains - self.state.keys() if name.startswith(changed or ("\0",))}
+        known = {name for name in self.state if name in parameters}
+        copy_into({name: parameters[name] for name in (trains - new) | known}, self.state)
+
+    def _check_frozen(self, parts: Mapping[str, Any]) -> None:
+        for name, saved in self.frozen.items():
+            if saved["dtype"] != self.wanted.dtype or name not in parts:
+                continue  # other roundings of the same weights have another fingerprint
+            if frozen_fingerprint(name, parts[name].model, self.state) == saved["sha256"]:
+                continue
+            if getattr(self.config, name) != getattr(self.wanted, name):
+                logger.warning("the %s given has other weights than the one this model was trained with", name)
+                continue
+            raise CheckpointError(
+                f"the {name} has other weights than the one this model was trained with",
+                value=getattr(self.wanted, name),
+                limit=f"fingerprint {saved['sha256'][:16]}",
+                remedy=f"restore it; or pass {name}= to take another one on purpose",
+            )
+
+
+def frozen_fingerprint(name: str, model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Fingerprint of what did not train of a part: its weights without those in ``state`` and without adapters."""
+    weights = without_adapters(dict(model.named_parameters()))  # tied ones once
+    trained = {key.replace(".base_layer.", ".") for key in state}
+    return sampled_fingerprint({key: value for key, value in weights.items() if f"{name}.model.{key}" not in trained})
+
+
+def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
+    """What a folder that :func:`save_model` wrote, or a Hugging Face hub name, holds.
+
+    overrides: configuration fields to change (``decoder="/another/place"``, ``dtype="bfloat16"``, ``train_decoder=True``).
 
     Raises:
         CheckpointError: nothing there, truncated, corrupt (its sha256 is not the recorded one), or of another kind.
@@ -131,70 +179,82 @@ def from_pretrained(cls: type[LMVAE], source: str | os.PathLike[str], **override
     try:
         values = json.loads((folder / CONFIG).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is missing or unreadable: {error}", remedy="check the folder") from error
+        raise CheckpointError(
+            f"{folder / CONFIG} is missing or unreadable: {error}", remedy="check the folder"
+        ) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(
-            f"{folder} is no lmvae_fast model", limit=f"format {FORMAT!r} in {CONFIG}",
+            f"{folder} is no lmvae_fast model",
+            limit=f"format {FORMAT!r} in {CONFIG}",
             remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
-        )  # fmt: skip
-    digest = values.pop("weights_sha256", None)
+        )
+    digest, frozen = values.pop("weights_sha256", None), values.pop(_FROZEN, {})
     try:
         config = LMVAEConfig.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG} does not fit this version: {error}") from error
-    config = config.replace(**overrides)
-    state = _read_weights(folder / WEIGHTS, digest)
     parts = {name: getattr(config, name) for name in ("encoder", "decoder")}
-    located = {name: str(folder / part) if part.startswith("./") else part for name, part in parts.items()}
-    model = cls(config.replace(**located))
-    model.load_trainable_state_dict(state)
-    return model.eval()
+    config = config.replace(**{n: str((folder / part).resolve()) for n, part in parts.items() if part.startswith("./")})
+    return StoredModel(config, config.replace(**overrides), _read_weights(folder / WEIGHTS, digest), frozen)
 
 
 @torch.no_grad()
-def copy_into(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy a state into parameters of the same names and shapes; CheckpointError, before any is changed, otherwise."""
     missing, unknown = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
     if missing or unknown:
         raise CheckpointError(
-            "the weights belong to another model", value=f"missing {missing[:4]}, unknown {unknown[:4]}",
+            "the weights belong to another model",
+            value=f"missing {missing[:4]}, unknown {unknown[:4]}",
             remedy="load them into a model of the configuration they were saved with",
-        )  # fmt: skip
+        )
     for name, parameter in parameters.items():
         if parameter.shape != state[name].shape:
             raise CheckpointError(
-                f"weight {name} has another shape", value=list(state[name].shape), limit=list(parameter.shape),
+                f"weight {name} has another shape",
+                value=list(state[name].shape),
+                limit=list(parameter.shape),
                 remedy="load it into a model of the configuration it was saved with",
-            )  # fmt: skip
+            )
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
 
 
+def _store_part(part: Any, folder: Path) -> None:
+    """Encoder or decoder with its tokenizer as an ordinary Hugging Face folder."""
+    if any(map(in_pieces, part.model.parameters())):
+        # no process has all of it; but what it was loaded from and what trains, which is stored anyway, are all it is
+        if part.source is None or not Path(part.source).is_dir():
+            raise OutputError(
+                "a sharded decoder that came from no folder cannot be stored",
+                value=f"source={part.source}",
+                remedy="save with include_frozen=False, or load the decoder from a folder",
+            )
+        shutil.copytree(part.source, folder)
+        return
+    part.model.save_pretrained(folder, state_dict=without_adapters(part.model.state_dict()))
+    tokenizer = part.tokenizer.tokenizer if isinstance(part.tokenizer, SentenceTokenizer) else part.tokenizer
+    tokenizer.save_pretrained(folder)
+    if hasattr(part, "write_modules"):
+        part.write_modules(folder)
 
 
 def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        damaged = digest is not None and _sha256(path) != digest
+        damaged = digest is not None and sha256_file(path) != digest
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} is missing, truncated or corrupt: {error}", remedy="restore it from a copy"
         ) from error
     if damaged:
         raise CheckpointError(
-            f"{path} is corrupt: its sha256 is not the one in {CONFIG}", limit=digest,
+            f"{path} is corrupt: its sha256 is not the one in {CONFIG}",
+            limit=digest,
             remedy="restore it from a copy; after a change on purpose, remove weights_sha256 from the configuration",
-        )  # fmt: skip
+        )
     return state
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _download(name: str) -> Path:
@@ -215,26 +275,3 @@ def _is_ours(folder: Path) -> bool:
         return json.loads((folder / CONFIG).read_text()).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in place of another; at every instant one of the two is whole."""
-    old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    _fsync(folder.parent)

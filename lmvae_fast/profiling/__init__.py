@@ -1,1 +1,1 @@
-"""Where a step's time, bytes and FLOPs go, and what the machine could do: measured, or counted without running."""
+"""Time, bytes and FLOPs of steps, measured or counted without running, beside the machine's limits."""

@@ -29,7 +29,7 @@ Formula = Callable[..., int]
 
 @functools.cache
 def attention_pairs(tokens: int, slots: int, visibility: str, window: int | None = None) -> int:
-    """(query, key) pairs of one sentence: what its tokens see of the slots and of each other."""
+    """Pairs (query, key) of one sentence: what its tokens see of the slots and of each other."""
     return sum(
         len(visible_slots(i, slots, visibility, window)) + len(visible_tokens(i, slots, visibility, window))
         for i in range(tokens)
@@ -115,15 +115,15 @@ def _formulas() -> dict[Any, Formula]:
         "packed_linear": _packed_linear,
         "greedy_head": _greedy_head,
     }
-    found: dict[Any, Formula] = {}
+    by_op: dict[Any, Formula] = {}
     for space in (torch.ops.lmvae_fast, torch.ops.lmvae_fast_interpret):
-        found |= {getattr(space, name): formula for name, formula in ours.items() if hasattr(space, name)}
+        by_op |= {getattr(space, name): formula for name, formula in ours.items() if hasattr(space, name)}
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        found[torch.ops.mkldnn._linear_pointwise] = _linear
+        by_op[torch.ops.mkldnn._linear_pointwise] = _linear
     for formula in ours.values():
         formula._get_raw = True  # type: ignore[attr-defined]  # torch's counter then passes tensors, not shapes
     _linear._get_raw = True  # type: ignore[attr-defined]
-    return found
+    return by_op
 
 
 FORMULAS = _formulas()
@@ -131,7 +131,7 @@ _ALL = {**flop_registry, **FORMULAS}
 # What only makes another view of a tensor moves no bytes.
 _VIEWS = {"aten::detach", "aten::alias", "aten::lift_fresh"}
 # Arguments of which an op reads a few rows at most: greedy_head goes by the panels, and looks doubtful tokens up.
-_HARDLY_READ = {f"{space}::greedy_head": 1 for space in ("lmvae_fast", "lmvae_fast_interpret")}
+_SPARSELY_READ = {f"{space}::greedy_head": 1 for space in ("lmvae_fast", "lmvae_fast_interpret")}
 
 
 class Cost(TorchDispatchMode):
@@ -155,7 +155,7 @@ class Cost(TorchDispatchMode):
         if formula is not None:
             self.flops[part] += int(formula(*args, **kwargs, out_val=out))
         if not func.is_view and func._schema.name not in _VIEWS:
-            skipped = _HARDLY_READ.get(func._schema.name)
+            skipped = _SPARSELY_READ.get(func._schema.name)
             read = [arg for place, arg in enumerate(args) if place != skipped]
             tensors = [leaf for leaf in tree_leaves((read, kwargs, out)) if isinstance(leaf, Tensor)]
             self.bytes[part] += sum(t.numel() * t.element_size() for t in tensors)

@@ -1,4 +1,4 @@
-"""What a training step of an encoder and decoder pair costs, counted on the meta device: nothing is allocated or computed.
+"""Cost of a training step of an encoder and decoder pair, counted on the meta device: nothing is allocated or computed.
 
 The step that is counted is the one that runs: the Hugging Face modules with our attention, latent_kv and lm_head_loss,
 forward and backward, on tensors that have shapes only. What trains is a recipe (``RECIPES``); see docs/compute.md.
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmvae_fast.kernels.latent_attention.visibility import visibility_code
-from lmvae_fast.models.activations import fuse_activations
-from lmvae_fast.models.attention import ATTENTION, without_attention_dropout
+from lmvae_fast.models.decoder.activations import fuse_activations
+from lmvae_fast.models.decoder.attention import ATTENTION, without_attention_dropout
 from lmvae_fast.profiling.cost import Cost
 
 META = torch.device("meta")
@@ -25,7 +25,7 @@ MOMENT_BYTES = 8  # AdamW keeps two float32 numbers for each parameter it trains
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a system trains a pair.
+    """A system's way to train a pair.
 
     decoder: what of it trains: "nothing", "embeddings" (token embedding and head) or "all". encoder: whether it trains.
     projector: "linear" (own K and V per slot), "mlp" (linear after a GELU layer of 4 * latent_dim) or "shared" (one
@@ -49,8 +49,8 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class StepShape:
-    """``batch`` sentences of ``tokens`` tokens each, for encoder and decoder alike; ``max_len`` sizes the memory of
-    recipes with a slot per position (a step makes the slots that its tokens can see); a latent of ``latent_dim``."""
+    """Sizes of a step: ``batch`` sentences of ``tokens`` tokens each, for encoder and decoder alike; ``max_len`` sizes the
+    memory of recipes with a slot per position (a step makes the slots that its tokens can see); a latent of ``latent_dim``."""
 
     batch: int = 32
     tokens: int = 16
@@ -60,7 +60,7 @@ class StepShape:
 
 class _MetaAttention:
     """An attention context that calls latent_attention's primitive, which has shapes on every device; the public op would
-    choose plain torch here. Fields as in ``models.attention.PackedAttention``."""
+    choose plain torch here. Fields as in ``models.decoder.attention.PackedAttention``."""
 
     def __init__(self, memory: Tensor, visibility: str, cu_seqlens: Tensor, max_seqlen: int) -> None:
         self._layers = [layer.unbind(0) for layer in memory.unbind(0)]
@@ -94,7 +94,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def count_run(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, int]:
-    """(FLOPs, bytes kept for backward) of ``forward()`` and, where its result has a graph, of the backward."""
+    """FLOPs, and bytes kept for backward, of ``forward()`` and, where its result has a graph, of the backward."""
     saved = SavedBytes(model)
     with Cost() as cost:
         with saved:
@@ -110,7 +110,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def head_geometry(model: PreTrainedModel) -> tuple[int, int, int]:
-    """(layers, kv_heads, head_dim) of a decoder, from its configuration."""
+    """Layers, kv_heads and head_dim of a decoder, from its configuration."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -155,7 +155,7 @@ class _Maps(nn.Module):
         return torch.ops.lmvae_fast.latent_kv_fwd(z, weight, bias, 0.0, None, z.dtype), None
 
     def gradient_bytes(self, batch: int) -> int:
-        """Of its own gradients: latent_kv's weight is updated without one, from the gradient of the memory."""
+        """Bytes of its own gradients: latent_kv's weight is updated without one, from the gradient of the memory."""
         if self.kind == "shared":
             return 4 * parameter_count(self)
         memory = batch * self.bias[:, :, :, : self.made].numel()
@@ -163,7 +163,7 @@ class _Maps(nn.Module):
 
 
 def count_encoder(model: PreTrainedModel, shape: StepShape, *, trains: bool) -> tuple[int, int]:
-    """(FLOPs, activation bytes) of the encoder over the batch: forward, and backward where it trains."""
+    """FLOPs and activation bytes of the encoder over the batch: forward, and backward where it trains."""
     model.requires_grad_(trains).train(trains)
     ids = torch.zeros(shape.batch, shape.tokens, dtype=torch.int64, device=META)
 
@@ -177,7 +177,7 @@ def count_encoder(model: PreTrainedModel, shape: StepShape, *, trains: bool) -> 
 
 
 def count_decoder(model: PreTrainedModel, shape: StepShape, recipe: Recipe) -> tuple[int, int, _Maps]:
-    """(FLOPs, activation bytes, added maps) of injection, body and head, forward and backward."""
+    """FLOPs, activation bytes and the added maps of injection, body and head, forward and backward."""
     model.set_attn_implementation(ATTENTION)
     fuse_activations(model)
     for module in model.modules():
@@ -236,7 +236,7 @@ class PairCost:
 
     @property
     def fine_tuned_share(self) -> float:
-        """What trains over the parameters of the pair: LangVAE's paper counts its reduction so."""
+        """Share of the pair's parameters that trains: LangVAE's paper counts its reduction so."""
         return self.trainable / self.parameters
 
 

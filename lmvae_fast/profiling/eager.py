@@ -81,7 +81,7 @@ def _is_optimus(model: LMVAE) -> bool:
 
 
 def _copies(model: LMVAE) -> tuple[Any, Any, Any, Any]:
-    """Both Hugging Face models and tokenizers, copied; the decoder with its own eager attention again."""
+    """Copies of both Hugging Face models and tokenizers; the decoder with its own eager attention again."""
     decoder = copy.deepcopy(model.decoder.model)
     decoder.set_attn_implementation("eager")
     tokenizers = copy.deepcopy((model.encoder.tokenizer, model.decoder.tokenizer.tokenizer))

@@ -17,11 +17,11 @@ from lmvae_fast.errors import ConfigError
 from lmvae_fast.generation.engine import generate, token_limit
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend
+from lmvae_fast.models.decoder.prepared_weights import Linear
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.packed import Linear
-from lmvae_fast.profiling.measure import interleave, machine, machine_limits
+from lmvae_fast.profiling.breakdown import Side, break_down
+from lmvae_fast.profiling.measure import interleave, machine, machine_limits, speedup
 from lmvae_fast.profiling.parts import DECODING_PARTS, watching_decoding
-from lmvae_fast.profiling.sides import Side, measure
 
 EAGER = "the same loop with every op in plain torch"
 
@@ -67,7 +67,7 @@ def profile_generate(
         "machine": machine(device.type), "limits": limits, "matrix_dtype": dtype, "model": model.config.to_dict(),
         "generation": config.to_dict(), "tokens": tokens, "weight_bytes": _step_weights(model)[1], "batches": [],
     }  # fmt: skip
-    with _nothing_ends(model):
+    with _without_end_token(model):
         for batch in batches:
             row = _one_batch(model, config, batch, tokens, record, folder, seconds / len(batches), reference)
             record["batches"].append(row)
@@ -100,12 +100,12 @@ def _one_batch(
         apart = functools.partial(run, tokens, cuda_graphs=False)
         side = Side(names[name], apart, model.device, watch, lambda: held)
         trace = folder / f"trace-{name}-{batch}.json"
-        found = measure(side, times[name], DECODING_PARTS, record["limits"], record["matrix_dtype"], trace)
-        out["sides"][name] = found | _per_step(found, model, batch, tokens, record) | {
+        figures = break_down(side, times[name], DECODING_PARTS, record["limits"], record["matrix_dtype"], trace)
+        out["sides"][name] = figures | _per_step(figures, model, batch, tokens, record) | {
             "first_token_seconds": statistics.median(first[name])
         }  # fmt: skip
     if reference:
-        out["speedup"] = statistics.median(b / a for a, b in zip(times["fast"], times["reference"], strict=True))
+        out["speedup"] = speedup(times, "fast", "reference")
     return out
 
 
@@ -120,34 +120,34 @@ def _decode(
 
 
 def _per_step(
-    found: dict[str, Any], model: LMVAE, batch: int, tokens: int, record: dict[str, Any]
+    figures: dict[str, Any], model: LMVAE, batch: int, tokens: int, record: dict[str, Any]
 ) -> dict[str, float]:
-    """What a step of all rows does, the projection of the latents left out, and how near it is to the machine's limit."""
+    """Figures of a step of all rows without the projection of the latents, and its share of the machine's limit."""
     limits = record["limits"]
     rate, bandwidth = limits[f"matmul_{record['matrix_dtype']}_flops_per_s"], limits["copy_bytes_per_s"]
     count, size = _step_weights(model)
     # a copy reads and writes: reading alone is taken to go at its rate
     least = {"bandwidth": size / bandwidth, "arithmetic": 2 * count * batch / rate}
     bound = max(least, key=lambda name: least[name])
-    steps = [row for row in found["parts"] if row["part"] != "latent_kv"]
+    steps = [row for row in figures["parts"] if row["part"] != "latent_kv"]
     return {
-        "sentences_per_s": batch / found["seconds"], "tokens_per_s": batch * tokens / found["seconds"],
-        "seconds_per_step": found["seconds"] / tokens, "flops_per_step": sum(row["flops"] for row in steps) / tokens,
+        "sentences_per_s": batch / figures["seconds"], "tokens_per_s": batch * tokens / figures["seconds"],
+        "seconds_per_step": figures["seconds"] / tokens, "flops_per_step": sum(row["flops"] for row in steps) / tokens,
         "bytes_per_step": sum(row["bytes"] for row in steps) / tokens,
-        "bound_by": bound, "share_of_limit": least[bound] * tokens / found["seconds"],
+        "bound_by": bound, "share_of_limit": least[bound] * tokens / figures["seconds"],
     }  # fmt: skip
 
 
 def _step_weights(model: LMVAE) -> tuple[int, int]:
-    """(elements, bytes) of the matrices that every step multiplies by: linear maps of the layers, and the head."""
+    """Elements and bytes of the matrices that every step multiplies by: linear maps of the layers, and the head."""
     maps = [module.weight for module in model.decoder.body.modules() if isinstance(module, Linear)]
     weights = [*maps, model.decoder.head_weight]
     return sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights)
 
 
 @contextlib.contextmanager
-def _nothing_ends(model: LMVAE) -> Iterator[None]:
-    """Within this block no sentence ends before its last token."""
+def _without_end_token(model: LMVAE) -> Iterator[None]:
+    """Keep every sentence from ending before its last token, within this block."""
     tokenizer = model.decoder.tokenizer
     before, tokenizer.eos_token_id = tokenizer.eos_token_id, -1
     try:

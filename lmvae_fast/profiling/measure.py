@@ -1,4 +1,4 @@
-"""Interleaved timing, peak memory, the machine's own limits, and what a figure cannot be read without."""
+"""Timing in turn, peak memory, the machine's own limits, and the facts that belong to a figure."""
 
 from __future__ import annotations
 
@@ -10,55 +10,82 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Wait until a CUDA device has done its work; returns at once on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _once(function: Callable[[], Any], repeats: int, device: str) -> float:
-    _wait(device)
+def call_seconds(function: Callable[[], Any], device: str = "cpu", repeats: int = 1) -> float:
+    """Seconds of a call, as the mean of ``repeats`` calls."""
+    wait(device)
     start = time.perf_counter()
     for _ in range(repeats):
         function()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - start) / repeats
 
 
+def take_turns(
+    sides: Mapping[str, Callable[[], Result]], rounds: int, *, seconds: float = 0.0, discarded: int = 0
+) -> dict[str, list[Result]]:
+    """Results of each side, called once a round and in random order within each round.
+
+    A machine's speed drifts. Sides that take turns meet the same drift, so a ratio within a round does not see it:
+    :func:`speedup` is the median of these.
+
+    Args:
+        sides: by name; each call returns what is kept of it, such as its seconds.
+        rounds: at least; they go on until ``seconds`` have passed (2,000 at most).
+        discarded: rounds before these, whose results are dropped: a first call allocates and compiles.
+    """
+    results: dict[str, list[Result]] = {name: [] for name in sides}
+    order, shuffle = list(sides), random.Random(0)
+    for _ in range(discarded):
+        for name in order:
+            sides[name]()
+    start, done = time.perf_counter(), 0
+    while done < rounds or (seconds and time.perf_counter() - start < seconds and done < 2000):
+        shuffle.shuffle(order)
+        for name in order:
+            results[name].append(sides[name]())
+        done += 1
+    return results
+
+
 def interleave(
-    sides: dict[str, Callable[[], Any]], seconds: float, device: str, *, rounds: int = 20
+    sides: Mapping[str, Callable[[], Any]], seconds: float, device: str, *, rounds: int = 20
 ) -> dict[str, list[float]]:
-    """Seconds per call of each side, timed in turn and in random order within each round.
+    """Seconds per call of each side, timed in turn.
 
     Goes on for about ``seconds`` in all, and for ``rounds`` rounds at least; calls shorter than 2 ms are timed in groups.
     """
-    repeats = {}
+    timed: dict[str, Callable[[], float]] = {}
     for name, function in sides.items():
-        shortest = _once(function, 1, device)
+        shortest = call_seconds(function, device)
         if shortest < 1.0:  # what takes longer is warm by now, and of no group
             for _ in range(min(2, rounds - 1)):
                 function()
             # short calls are timed in groups of about 2 ms, so that the clock and its call do not count
-            shortest = min(_once(function, 1, device) for _ in range(min(5, rounds)))
-        repeats[name] = max(1, int(2e-3 / max(1e-7, shortest)))
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    order = list(sides)
-    shuffle = random.Random(0)
-    start = time.perf_counter()
-    while len(times[order[0]]) < rounds or (time.perf_counter() - start < seconds and len(times[order[0]]) < 2000):
-        shuffle.shuffle(order)
-        for name in order:
-            times[name].append(_once(sides[name], repeats[name], device))
-    return times
+            shortest = min(call_seconds(function, device) for _ in range(min(5, rounds)))
+        timed[name] = functools.partial(call_seconds, function, device, max(1, int(2e-3 / max(1e-7, shortest))))
+    return take_turns(timed, rounds, seconds=seconds)
+
+
+def speedup(times: Mapping[str, Sequence[float]], side: str, baseline: str) -> float:
+    """Speed-up of ``side`` over ``baseline``: the median over rounds of the ratio within a round."""
+    return statistics.median(slow / fast for fast, slow in zip(times[side], times[baseline], strict=True))
 
 
 def peak_memory(function: Callable[[], Any], device: str, *, warm: bool = False) -> int:
@@ -82,7 +109,7 @@ def peak_memory(function: Callable[[], Any], device: str, *, warm: bool = False)
 
 
 def machine_limits(device: str, seconds: float = 1.0) -> dict[str, float]:
-    """What this machine can do at most, measured now: bytes/s of a copy, FLOP/s of a matrix product."""
+    """Limits of this machine, measured now: bytes/s of a copy, FLOP/s of a matrix product."""
     big = torch.empty(2**26, dtype=torch.float32, device=device)
     target = torch.empty_like(big)
     big.fill_(1.0)
@@ -108,14 +135,14 @@ def _git(*arguments: str) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a number cannot be read without: machine, versions, threads, commit."""
+    """Facts without which no figure can be read: machine, versions, threads, commit."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        found = [
+        names = [
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
-        cpu = found[0] if found else cpu
+        cpu = names[0] if names else cpu
     record = ROOT / "lmvae_fast" / "_build_info.json"
     build = json.loads(record.read_text()) if record.exists() else {}
     return {

@@ -1,4 +1,4 @@
-"""Which part of a training step, or of decoding, runs now: forward by hooks, backward by autograd's sequence numbers.
+"""The part of a training step, or of decoding, that runs now: forward by hooks, backward by autograd's sequence numbers.
 
 Every node of the graph carries the number it was made with, and the numbers of a forward pass only grow. So where the
 forward pass changed from one part to the next divides the backward pass too, and no kernel needs to know of it.
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmvae_fast.generation import rows
+from lmvae_fast.generation import decode_rows
 from lmvae_fast.kernels.packed_linear import PackedLinear
-from lmvae_fast.models import decoders
-from lmvae_fast.models.cache import LatentCache
+from lmvae_fast.models.decoder.cache import LatentCache
+from lmvae_fast.models.decoder.prepared_weights import Linear
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.packed import Linear
 from lmvae_fast.reference.langvae import ReferenceLangVAE
 from lmvae_fast.reference.optimus import ReferenceOptimus
 from lmvae_fast.reference.stepwise import StepwiseDecoder
@@ -77,7 +76,7 @@ class Parts:
 
 @contextlib.contextmanager
 def watching(parts: Parts, model: nn.Module) -> Iterator[None]:
-    """Within this block, forward passes of ``model`` (an LMVAE or an eager reference) switch the parts."""
+    """Let forward passes of ``model`` (an LMVAE or an eager reference) switch the parts, within this block."""
     with _Switches(parts) as on:
         if isinstance(model, LMVAE):
             on.module(model, "posterior", "other")
@@ -105,7 +104,7 @@ def watching(parts: Parts, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_part(parts: Parts, part: str, owner: Any, *names: str) -> Iterator[None]:
-    """Within this block, the named methods of ``owner`` (an instance) run as ``part``."""
+    """Let the named methods of ``owner`` (an instance) run as ``part``, within this block."""
     with _Switches(parts) as on:
         for name in names:
             on.function(owner, name, part, "other")
@@ -114,7 +113,7 @@ def as_part(parts: Parts, part: str, owner: Any, *names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
-    """Within this block, ``generate`` with this model switches the parts of DECODING_PARTS."""
+    """Let ``generate`` with this model switch the parts of DECODING_PARTS, within this block."""
     body = model.decoder.body
     with _Switches(parts) as on:
         on.function(model, "inject", "latent_kv", "other")
@@ -125,8 +124,8 @@ def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
                 on.module(module, "products", "layers")
         on.function(PackedLinear, "__call__", "products", "layers")
         on.function(LatentCache, "attend", "attention", "layers")
-        on.function(decoders, "greedy_tokens", "head", "other")
-        on.function(rows, "sample_token", "choosing", "other")
+        on.function(model.decoder, "greedy_tokens", "head", "other")
+        on.function(decode_rows, "sample_token", "choosing", "other")
         yield
 
 
@@ -139,7 +138,7 @@ class _Switches(contextlib.ExitStack):
         self.callback(parts.close)
 
     def module(self, module: nn.Module | None, before: str, after: str | None = None) -> None:
-        """``after`` None: what follows the module stays its part."""
+        """Switch to ``before`` where the module begins, to ``after`` where it ends; None: the part goes on behind it."""
         if module is None:
             return
         switch = self.parts.switch
@@ -148,7 +147,7 @@ class _Switches(contextlib.ExitStack):
             self.callback(module.register_forward_hook(lambda *_: switch(after)).remove)
 
     def function(self, owner: Any, name: str, part: str, after: str) -> None:
-        """``owner`` is a class, a module or an instance."""
+        """Run ``owner.name`` as ``part``, and ``after`` behind it; ``owner`` is a class, a module or an instance."""
         function, own = getattr(owner, name), name in vars(owner)
         self.callback(setattr, owner, name, function) if own else self.callback(delattr, owner, name)
 

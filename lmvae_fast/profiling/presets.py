@@ -22,11 +22,11 @@ from transformers import (
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import ConfigError
-from lmvae_fast.models.decoders import Decoder
-from lmvae_fast.models.encoders import Encoder
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.systems import resolve
-from lmvae_fast.models.tokenization import SentenceTokenizer
+from lmvae_fast.text.tokenizer import SentenceTokenizer
 from lmvae_fast.training.language_model import make_tokenizer
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5}

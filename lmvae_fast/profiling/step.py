@@ -59,7 +59,7 @@ class TrainingStep:
 
     def held_bytes(self) -> int:
         """Bytes that stay between steps: weights (of a frozen encoder too, though no step reads it) and optimizer state."""
-        state = self.trainer.update.tensors().values()
+        state = self.trainer.state.optimizer.tensors().values()
         return sum(_bytes(t) for t in (*self.trainer.model.parameters(), *state))
 
 

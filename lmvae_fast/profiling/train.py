@@ -13,10 +13,10 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.profiling.breakdown import Side, break_down
 from lmvae_fast.profiling.eager import EagerStep
-from lmvae_fast.profiling.measure import interleave, machine, machine_limits
+from lmvae_fast.profiling.measure import interleave, machine, machine_limits, speedup
 from lmvae_fast.profiling.parts import PARTS, Parts, as_part, watching
-from lmvae_fast.profiling.sides import Side, measure
 from lmvae_fast.profiling.step import TrainingStep
 
 
@@ -53,7 +53,7 @@ def profile_train(
     # copied before training prepares the model for its steps (another dtype of what is frozen, a fused optimizer)
     eager = EagerStep(model, batch.texts, config) if reference else None
     with fast:
-        watch = functools.partial(_watching_step, model=model, owner=fast.trainer.update, methods=("norm", "step"))
+        watch = functools.partial(_watching_step, model=model, owner=fast.trainer.state.optimizer, methods=("norm", "step"))
         sides = {"fast": Side("lmvae_fast", fast, device, watch, fast.held_bytes)}
         if eager is not None:
             watch = functools.partial(_watching_step, model=eager.model, owner=eager, methods=("update",))
@@ -67,16 +67,16 @@ def profile_train(
             # short steps are traced thrice: one alone would show every hiccup of the machine
             traced = 3 if statistics.median(times[name]) < 1.0 else 1
             trace = folder / f"trace-{name}.json"
-            found = measure(side, times[name], PARTS, limits, dtype, trace, traced=traced)
-            record["sides"][name] = {**found, "tokens_per_s": batch.num_tokens / found["seconds"]}
+            figures = break_down(side, times[name], PARTS, limits, dtype, trace, traced=traced)
+            record["sides"][name] = {**figures, "tokens_per_s": batch.num_tokens / figures["seconds"]}
     record["encoder_pass_seconds"] = None if model.encoder.trains else _encoder_seconds(model, batch.texts)
     if reference:
-        record["speedup"] = statistics.median(b / a for a, b in zip(times["fast"], times["reference"], strict=True))
+        record["speedup"] = speedup(times, "fast", "reference")
     return record
 
 
 def _encoder_seconds(model: LMVAE, texts: Sequence[str]) -> float:
-    """Of the one pass over a frozen encoder that a batch needs before its first epoch."""
+    """Seconds of the one pass over a frozen encoder that a batch needs before its first epoch."""
     sentences = model.tokenize(texts)
     run = interleave({"encoder": lambda: model.pool(sentences)}, 0.2, model.device.type, rounds=3)
     return statistics.median(run["encoder"])
@@ -84,6 +84,6 @@ def _encoder_seconds(model: LMVAE, texts: Sequence[str]) -> float:
 
 @contextlib.contextmanager
 def _watching_step(parts: Parts, model: torch.nn.Module, owner: Any, methods: tuple[str, ...]) -> Iterator[None]:
-    """``watching``, and these methods of ``owner`` as the optimizer's part."""
+    """Like ``watching``, with these methods of ``owner`` as the optimizer's part."""
     with watching(parts, model), as_part(parts, "optimizer", owner, *methods):
         yield

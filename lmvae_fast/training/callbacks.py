@@ -10,14 +10,13 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from lmvae_fast.training.storage import output_errors, replacing
+from lmvae_fast.files import output_errors, replacing
+from lmvae_fast.training.records import Record, TrainResult
 
-if TYPE_CHECKING:
-    from lmvae_fast.training.progress import TrainResult
-
-Record = dict[str, Any]
+#: Label on a progress bar -> (figure of a record, its format).
+Shown = dict[str, tuple[str, str]]
 
 
 class Run(Protocol):
@@ -146,10 +145,21 @@ class TensorBoard(Callback):
 
 
 class ProgressBar(Callback):
-    """A tqdm bar over optimizer steps with ELBO, KL and tokens per second (and the last evaluation's ELBO)."""
+    """A tqdm bar over optimizer steps with figures of the last records.
 
-    def __init__(self) -> None:
+    train, evaluation: label on the bar -> (figure of a record, its format); default: ELBO, KL and tokens per second of
+    training, ELBO and active units of evaluation.
+    """
+
+    TRAIN: ClassVar[Shown] = {
+        "elbo": ("elbo", "{:.2f}"), "kl": ("kl", "{:.2f}"), "tok_s": ("tokens_per_second", "{:.0f}"),
+    }  # fmt: skip
+    EVALUATION: ClassVar[Shown] = {"eval_elbo": ("elbo", "{:.2f}"), "au": ("active_units", "{:.0f}")}
+
+    def __init__(self, train: Shown | None = None, evaluation: Shown | None = None) -> None:
         self.bar: Any = None
+        self.train = self.TRAIN if train is None else train
+        self.evaluation = self.EVALUATION if evaluation is None else evaluation
         self.figures: dict[str, str] = {}
 
     def on_train_begin(self, run: Run) -> None:
@@ -161,14 +171,14 @@ class ProgressBar(Callback):
         self.bar.update(1)
 
     def on_log(self, run: Run, record: Record) -> None:
-        self.figures.update(
-            elbo=f"{record['elbo']:.2f}", kl=f"{record['kl']:.2f}", tok_s=f"{record['tokens_per_second']:.0f}"
-        )
-        self.bar.set_postfix(self.figures, refresh=False)
+        self._show(self.train, record, refresh=False)
 
     def on_evaluate(self, run: Run, record: Record) -> None:
-        self.figures.update(eval_elbo=f"{record['elbo']:.2f}", au=f"{record['active_units']:.0f}")
-        self.bar.set_postfix(self.figures, refresh=True)
+        self._show(self.evaluation, record, refresh=True)
+
+    def _show(self, shown: Shown, record: Record, *, refresh: bool) -> None:
+        self.figures.update({label: form.format(record[name]) for label, (name, form) in shown.items()})
+        self.bar.set_postfix(self.figures, refresh=refresh)
 
     def on_train_end(self, run: Run, result: TrainResult | None) -> None:
         if self.bar is not None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmvae_fast.errors import ConfigError, DataError, DistributedError
-from lmvae_fast.models.batch import Share
+from lmvae_fast.text.batch import Share
 
 BUCKET_BYTES = 64 * 2**20  # gradients are summed in pieces of this size: few messages, and little copied at a time
 # What may differ between the ranks of a run without changing its result.
@@ -80,9 +80,10 @@ def noticing_lost_ranks() -> Iterator[None]:
 
 def _lost(error: Exception) -> DistributedError:
     return DistributedError(
-        "another rank of this run has died or does not answer", value=str(error).strip().splitlines()[0][:200],
+        "another rank of this run has died or does not answer",
+        value=str(error).strip().splitlines()[0][:200],
         remedy="look for that rank's own message; the last checkpoint is whole: start again with --resume",
-    )  # fmt: skip
+    )
 
 
 class Ranks:
@@ -122,9 +123,10 @@ class Ranks:
                 shown = {field: found for field, found in fields.items() if any(one != found[0] for one in found)}
             error = DataError if name in ("train_data", "eval_data") else ConfigError
             raise error(
-                f"the ranks of one run must have the same {name.replace('_', ' ')}", value=f"by rank: {shown}",
+                f"the ranks of one run must have the same {name.replace('_', ' ')}",
+                value=f"by rank: {shown}",
                 remedy="start every rank with the same command line and the same files",
-            )  # fmt: skip
+            )
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0."""
@@ -191,9 +193,12 @@ class Ranks:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def share(self, sentences: int) -> Share | None:
-        """This rank's part of a batch: every world-th sentence, so that ranks get sentences of like lengths; None alone."""
-        return None if self.alone else Share(self.rank, self.world, sentences)
+    def share(self, sentences: int, bounds: tuple[int, ...] | None = None) -> Share | None:
+        """This rank's part of a batch: every world-th sentence, so that ranks get sentences of like lengths; None alone.
+
+        bounds: where groups begin that must not be split, and the end: then every world-th group.
+        """
+        return None if self.alone else Share(self.rank, self.world, sentences, bounds)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the ranks."""

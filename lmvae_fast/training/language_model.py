@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from lmvae_fast.kernels.latent_attention.visibility import token_position
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.tokenization import TokenizedSentences
-from lmvae_fast.training.packing import plan_epoch
+from lmvae_fast.text.tokenizer import TokenizedSentences
+from lmvae_fast.training.batch_plan import plan_epoch
 
 
 def train_language_model(
@@ -59,14 +59,22 @@ def train_language_model(
                 group["lr"] = learning_rate * min((step + 1) / warmup, decay)
             batch = model.make_batch(sentences, rows.tolist(), frozen).to(model.device)
             hidden = decoder.hidden(
-                batch.input_ids, None, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, rows=batch.rows,
+                batch.input_ids,
+                None,
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+                rows=batch.rows,
                 token_index=token_position(batch.token_index, slots, visibility),
-            )  # fmt: skip
+            )
             weights = torch.full((batch.num_tokens,), 1.0 / batch.num_tokens, device=model.device)
             loss, _ = lm_head_loss(
-                hidden, decoder.head_weight, batch.labels, bias=decoder.head_bias, token_weights=weights,
+                hidden,
+                decoder.head_weight,
+                batch.labels,
+                bias=decoder.head_bias,
+                token_weights=weights,
                 softcap=decoder.softcap,
-            )  # fmt: skip
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(decoder.model.parameters(), 1.0)
@@ -134,9 +142,14 @@ def make_decoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = GPT2Config(
-            vocab_size=len(tokenizer), n_layer=layers, n_embd=width, n_head=heads, n_positions=positions,
-            bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            n_layer=layers,
+            n_embd=width,
+            n_head=heads,
+            n_positions=positions,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         model = GPT2LMHeadModel(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -18,19 +18,23 @@ from typing import Any
 import torch
 
 from lmvae_fast.config import TrainConfig
-from lmvae_fast.errors import ConfigError, NumericalError
-from lmvae_fast.training import checkpoint, resume, saving
-from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Record, TensorBoard
+from lmvae_fast.errors import NumericalError
+from lmvae_fast.evaluation.collapse import warn_of_collapse
+from lmvae_fast.training.batch_plan import EpochPlan, Rows, bounds_of, groups_of, plan_epoch, steps_per_epoch
+from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
+from lmvae_fast.training.checkpoints import folder as checkpoint
+from lmvae_fast.training.checkpoints import identity, run_state
+from lmvae_fast.training.checkpoints.tensors import seed_all, trainable_parameters
 from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
-from lmvae_fast.training.features import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
-from lmvae_fast.training.guards import FiniteWatch, StopSignals, memory_guard
-from lmvae_fast.training.packing import EpochPlan, Rows, plan_epoch, steps_per_epoch
-from lmvae_fast.training.progress import Progress, TrainResult, Window
-from lmvae_fast.training.resources import compiling, frozen_in, keeping_freed_memory, recomputing
+from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
+from lmvae_fast.training.optimizer import Optimizer
+from lmvae_fast.training.records import Progress, Record, TrainResult
+from lmvae_fast.training.run_checks import check_run
+from lmvae_fast.training.running_means import RunningMeans
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
-from lmvae_fast.training.sharding import check_shardable, shard_decoder
-from lmvae_fast.training.state import seed_all, trainable_parameters
-from lmvae_fast.training.update import Update
+from lmvae_fast.training.sharding import shard_decoder
+from lmvae_fast.training.step_setup import compiling, frozen_in, keeping_freed_memory, recomputing
+from lmvae_fast.training.stopping import FiniteWatch, StopSignals, memory_guard
 from lmvae_fast.training.validation import validate
 
 _LESS_AT_ONCE = "lower batch_size and raise accumulation as much, set recompute_decoder=True, or precision='bf16'"
@@ -72,10 +76,10 @@ class Trainer:
         self.folder = self.output_dir / "checkpoints"
         self.parameters = trainable_parameters(model)
         self.ranks = Ranks()
-        self._check(eval_data)
+        check_run(model, self.parameters, config, self.ranks, eval_data)
         if self.ranks.first:
             checkpoint.check_space(self.folder, model.trainable_state_dict(), config.keep_checkpoints)
-        found = resume.find(config, self.folder)
+        found = identity.find(config, self.folder)
 
         self.ranks.wait(until_first_is_done=True)  # what it computes the others read from the cache
         cache = TensorCache(Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache")
@@ -91,11 +95,9 @@ class Trainer:
             self.eval_pooled = pooled_features(model, self.eval_set, encoder, cache, batch_size=self.eval_batch)
         self.ranks.wait(until_first_is_done=False)
 
-        self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation)
+        self.groups = groups_of(self.train_set, config.batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size, config.accumulation, self.groups)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
-        self.progress = Progress()
-        self.window = Window(self.device, self.ranks)
         self.watch = FiniteWatch(self.device)
         # On the CPU this costs nothing and finds the weights still good; on a GPU it would stall every step, so there
         # the record is read where figures are read anyway: at log steps and before a checkpoint is written.
@@ -107,53 +109,39 @@ class Trainer:
             self.callbacks += [TensorBoard()] if config.tensorboard else []
             self.callbacks += [ProgressBar()] if config.progress else []
             self.callbacks += callbacks
-        self.last_checkpoint: Path | None = None  # saving.py keeps it
+        self.last_checkpoint: Path | None = None
         self.stop_reason: str | None = None
         self._plan: tuple[int, EpochPlan] | None = None
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
-        self.identity = resume.identity(config, model, self.train_set.fingerprint(), eval_print)
-        self.ranks.agree(self.identity)
+        known = identity.identity(config, model, self.train_set.fingerprint(), eval_print)
+        self.ranks.agree(known)
         seed_all(config.seed + self.ranks.rank)  # of dropout inside fine-tuned modules; rank 0 draws the seeds of steps
         self.ranks.broadcast(self.parameters.values())
         if config.shard:  # after its weights have been compared
             shard_decoder(model.decoder, self.ranks, AUTOCAST.get(config.precision))
             self.parameters = trainable_parameters(model)
-        self.update = Update(model, self.parameters, config)
+        self.state = run_state.RunState(
+            model,
+            self.parameters,
+            Optimizer(model, self.parameters, config),
+            Plateau(config.plateau_patience, config.plateau_factor),
+            RunningMeans(self.device, self.ranks),
+            Progress(),
+            identity=known,
+            device=self.device,
+            ranks=self.ranks,
+        )
         if found is not None:
-            saving.restore(self, found)
-
-    def _check(self, eval_data: Any) -> None:
-        """Refuse, before any work, what could only fail later."""
-        if not self.parameters:
-            raise ConfigError("the model has no trainable parameter", remedy="unfreeze a part of it")
-        half = [name for name, p in self.parameters.items() if p.dtype in AUTOCAST.values()]
-        if half:
-            raise ConfigError(
-                "trained parameters must keep float32 master weights",
-                value=f"{half[0]} is {self.parameters[half[0]].dtype}",
-                remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
-            )
-        if self.config.shard:
-            check_shardable(self.model, self.config, self.ranks)
-        if not self.ranks.alone and self.model.config.objective == "langvae-0.6":
-            raise ConfigError(
-                "objective='langvae-0.6' multiplies sums of a whole batch, so processes cannot share one",
-                value=f"{self.ranks.world} processes", limit=1, remedy="use objective='elbo', or one process",
-            )  # fmt: skip
-        if eval_data is None and (self.config.schedule == "plateau" or self.config.early_stop is not None):
-            raise ConfigError(
-                "schedule='plateau' and early_stop go by an evaluation figure",
-                value="eval_data=None",
-                remedy="give eval_data, for instance dataset.split(held_out=0.1, seed=0)",
-            )
+            run_state.restore(self.state, found, self.folder)
+            self.last_checkpoint = found.path
 
     # -- what callbacks may read -------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self.progress.step
+        return self.state.progress.step
 
     @property
     def epoch(self) -> int:
@@ -175,7 +163,7 @@ class Trainer:
         try:
             with noticing_lost_ranks(), StopSignals() as signals, self.prepared():
                 self.tell("on_train_begin")
-                if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
+                if self.config.early_stop is not None and self.state.progress.waited >= self.config.early_stop:
                     self.request_stop("early_stop")  # the run being resumed had already ended so
                 while self.step < self.total_steps and self.stop_reason is None:
                     self._advance(signals)
@@ -195,7 +183,7 @@ class Trainer:
             recomputing(decoder, self.config.recompute_decoder),
             compiling(decoder, self.config.compile),
             keeping_freed_memory(self.device),
-            self.update.attached(),
+            self.state.optimizer.attached(),
         ):
             yield
 
@@ -204,13 +192,16 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         self.optimizer_step(self._batches(self.step))
-        self.progress.step += 1
+        self.state.progress.step += 1
         elapsed = time.perf_counter() - started
-        self.progress.seconds += elapsed
-        self.window.seconds += elapsed
+        self.state.progress.seconds += elapsed
+        self.state.means.seconds += elapsed
         self.tell("on_step")
         last = self.step == self.total_steps
-        due = lambda every: last or self.step % (every or self.steps_per_epoch) == 0  # noqa: E731
+
+        def due(every: int | None) -> bool:
+            return last or self.step % (every or self.steps_per_epoch) == 0
+
         if due(config.log_every):
             self._log()
         if self.eval_set is not None and due(config.eval_every):
@@ -218,9 +209,12 @@ class Trainer:
         stop = self.ranks.any_stop(self.stop_reason or signals.received)
         if stop is not None and not last:
             self.request_stop(stop)
-        if due(config.save_every) or self.stop_reason is not None:
+        best = self.state.progress.best
+        improved = config.keep_best and best is not None and best["step"] == self.step
+        if due(config.save_every) or improved or self.stop_reason is not None:
             self._stop_if_not_finite()
-            saving.save(self)
+            self.last_checkpoint = run_state.save(self.state, self.folder, keep=config.keep_checkpoints)
+            self.tell("on_checkpoint", self.last_checkpoint)
 
     def _batches(self, step: int) -> tuple[Rows, ...]:
         """The micro-batches (rows of the tokenised set) of a step."""
@@ -233,6 +227,7 @@ class Trainer:
                 epoch=epoch,
                 accumulation=config.accumulation,
                 bucket_batches=config.bucket_batches,
+                groups=self.groups,
             )
             self._plan = (epoch, plan)
         return self._plan[1].steps[step % self.steps_per_epoch]
@@ -240,7 +235,7 @@ class Trainer:
     def _learning_rate(self) -> float:
         config = self.config
         factor = learning_rate_factor(self.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps)
-        return config.learning_rate * factor * self.plateau.scale
+        return config.learning_rate * factor * self.state.plateau.scale
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = AUTOCAST.get(self.config.precision)
@@ -249,39 +244,43 @@ class Trainer:
     def optimizer_step(self, micro_batches: tuple[Rows, ...]) -> None:
         """One step on these rows of the tokenised training set, within `prepared`."""
         beta = self.model.beta = beta_at(self.step, self.total_steps, self.config)
-        self.update.learning_rate = self._learning_rate()
+        self.state.optimizer.learning_rate = self._learning_rate()
         sentences = sum(len(rows) for rows in micro_batches)
         # Memory for the step's longest sentence and its end token: alike in all micro-batches.
         tokens = 1 + max(len(self.train_set.ids[row]) for rows in micro_batches for row in rows)
         for i, rows in enumerate(micro_batches):
-            share = self.ranks.share(len(rows))
+            share = self.ranks.share(len(rows), bounds_of(self.train_set, rows))
             own = rows if share is None else rows[share.rows]
             batch = self.model.make_batch(self.train_set, own, self.pooled).to(self.device)
             batch.share = share
             # From torch's CPU generator: its state is in the checkpoint, and reading it costs the device nothing.
             seed = self.ranks.same(int(torch.randint(2**62, ())))
             counted = len(rows) if share is None else share.count
-            with self._memory(f"forward and backward of {len(own)} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE):
+            with self._memory(
+                f"forward and backward of {len(own)} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE
+            ):
                 with self._autocast():
                     out = self.model(batch, beta=beta, seed=seed, tokens=tokens)
                 self.watch.note(out.loss, self._position(i))
                 # The model's loss is a mean over its sentences; weighting by them makes k micro-batches exactly one batch.
-                self.update.scaler.scale(out.loss * (counted / sentences)).backward()
-            self.progress.sentences += len(rows)
+                self.state.optimizer.scaler.scale(out.loss * (counted / sentences)).backward()
+            self.state.progress.sentences += len(rows)
             if counted:
-                self.window.add(out, batch)
-                self.progress.tokens += batch.num_tokens
-        self.update.synchronize(self.ranks)
-        norm = self.update.norm()
+                self.state.means.add(out, batch)
+                self.state.progress.tokens += batch.num_tokens
+        self.state.optimizer.synchronize(self.ranks)
+        norm = self.state.optimizer.norm()
         # With a scaler an infinite norm is how it finds its scale: it skips the step.
-        if not self.update.scaler.is_enabled():
+        if not self.state.optimizer.scaler.is_enabled():
             self.watch.note(norm, self._position(self.config.accumulation))
         if self.check_every_step:
             self._stop_if_not_finite()
-        self.window.add_step(norm)
+        self.state.means.add_step(norm)
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        with self._memory(f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS):
-            self.update.step(norm)
+        with self._memory(
+            f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS
+        ):
+            self.state.optimizer.step(norm)
 
     def _memory(self, what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
         return memory_guard(what, remedy, self.last_checkpoint)
@@ -319,12 +318,12 @@ class Trainer:
             "kind": "train",
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            **self.window.means(),
+            **self.state.means.means(),
             "beta": self.model.beta,
-            "learning_rate": self.update.learning_rate,
-            "seconds": self.progress.seconds,
+            "learning_rate": self.state.optimizer.learning_rate,
+            "seconds": self.state.progress.seconds,
         }
-        self.window.reset({})
+        self.state.means.reset({})
         self.tell("on_log", record)
 
     def _evaluate(self) -> None:
@@ -341,7 +340,7 @@ class Trainer:
         figures = self.ranks.same(figures)  # rank 0's word: what follows from them must follow on every rank
         # Smaller is better for all but the ELBO.
         value = -figures["elbo"] if self.config.monitor == "elbo" else figures[self.config.monitor]
-        best = self.progress.best
+        best = self.state.progress.best
         improved = improves(value, None if best is None else best["monitored"])
         record: Record = {
             "kind": "eval",
@@ -352,17 +351,19 @@ class Trainer:
             "monitored": value,
             "improved": improved,
         }
-        self.progress.waited = 0 if improved else self.progress.waited + 1
+        self.state.progress.waited = 0 if improved else self.state.progress.waited + 1
         if improved:
-            self.progress.best = record
+            self.state.progress.best = record
         if self.config.schedule == "plateau":
-            self.plateau.update(value)
-        if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
+            self.state.plateau.update(value)
+        if self.config.early_stop is not None and self.state.progress.waited >= self.config.early_stop:
             self.request_stop("early_stop")
+        if self.step == self.total_steps and self.ranks.first:
+            warn_of_collapse(figures["kl"], figures["active_units"], self.model.config.latent_dim, "training ends, and")
         self.tell("on_evaluate", record)
 
     def _result(self) -> TrainResult:
-        best = self.progress.best
+        best = self.state.progress.best
         return TrainResult(
             stop_reason=self.stop_reason or "completed",
             history=self.log.history,
@@ -371,7 +372,7 @@ class Trainer:
             best_checkpoint=None if best is None else checkpoint.of_step(self.folder, best["step"]),
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
-            seconds=self.progress.seconds,
-            sentences=self.progress.sentences,
-            tokens=saving.tokens_of_all(self),
+            seconds=self.state.progress.seconds,
+            sentences=self.state.progress.sentences,
+            tokens=self.state.tokens_of_all(),
         )

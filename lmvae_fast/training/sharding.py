@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError, UnsupportedDecoderError
+from lmvae_fast.models.adapter import AdapterProjector
 from lmvae_fast.training.distributed import Ranks
-from lmvae_fast.training.resources import castable
+from lmvae_fast.training.step_setup import castable
 
 
 def check_shardable(model: Any, config: TrainConfig, ranks: Ranks) -> None:
@@ -25,10 +26,16 @@ def check_shardable(model: Any, config: TrainConfig, ranks: Ranks) -> None:
         problem, remedy = "a decoder is sharded over processes", "start with torchrun --nproc-per-node N"
     elif model.config.free_running:
         # ranks would decode different numbers of tokens, and each token needs all of them
-        problem, remedy = "ranks that share a decoder must take equal steps", "set free_running=False, or leave shard off"
+        problem, remedy = (
+            "ranks that share a decoder must take equal steps",
+            "set free_running=False, or leave shard off",
+        )
     elif config.precision == "fp16" and model.decoder.trains:
         # whether a step is skipped would be decided for the pieces and for what is whole apart
         problem, remedy = "a gradient scaler must see all gradients of a step together", "use precision='bf16'"
+    elif isinstance(model.projector, AdapterProjector) and model.projector.own is None:
+        # the adapter reads the layers' weights outside of the layers' own pass
+        problem, remedy = "an adapter shares projections that sharding would hold in pieces", "use stage 0 or 1"
     if problem is not None:
         raise ConfigError(problem, value=f"shard=True in {ranks.world} process(es)", remedy=remedy)
 
@@ -71,6 +78,7 @@ def _layers(decoder: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UnsupportedDecoderError(
-        "the decoder's layers are not in one list, so they cannot be sharded", limit=f"a ModuleList of {count}",
+        "the decoder's layers are not in one list, so they cannot be sharded",
+        limit=f"a ModuleList of {count}",
         remedy="leave shard off",
-    )  # fmt: skip
+    )

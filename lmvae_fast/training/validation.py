@@ -13,23 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmvae_fast.errors import DataError, NumericalError
-from lmvae_fast.models.objective import kl_per_dim
+from lmvae_fast.errors import DataError
+from lmvae_fast.evaluation.elbo import elbo_terms, require_finite
+from lmvae_fast.evaluation.metrics import ACTIVE_UNIT_VARIANCE
+from lmvae_fast.training.batch_plan import bounds_of, groups_of, sorted_batches
 from lmvae_fast.training.distributed import Ranks
-from lmvae_fast.training.packing import sorted_batches
-
-ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016 (arXiv 1509.00519), section 5.2
-
-
-def elbo_terms(out: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """The two sums of a batch's negative ELBO, fp64 scalars: NLL of its sentences' tokens, and their true KL.
-
-    Whatever the objective made of them: no KL threshold, no length weighting, and no padding, which LangVAE 0.6
-    predicts too but which is no part of a sentence's likelihood.
-    """
-    with torch.no_grad():
-        nll = torch.where(batch.token_index < batch.tokens[batch.rows], out.nll.double(), 0.0).sum()
-        return nll, kl_per_dim(out.mu, out.logvar).double().sum()
 
 
 def validate(
@@ -64,8 +52,8 @@ def validate(
     moments: Tensor | None = None
     shift: Tensor | None = None
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for i, rows in enumerate(sorted_batches(tokenized.lengths, batch_size)):
-            share = ranks.share(len(rows))
+        for i, rows in enumerate(sorted_batches(tokenized.lengths, batch_size, groups_of(tokenized, batch_size))):
+            share = ranks.share(len(rows), bounds_of(tokenized, rows))
             own = rows if share is None else rows[share.rows]
             batch = model.make_batch(tokenized, own, pooled).to(device)
             batch.share = share
@@ -95,11 +83,5 @@ def validate(
         "active_units": float((variance >= ACTIVE_UNIT_VARIANCE).sum()),
         "sentences": float(count),
     }
-    bad = [name for name, value in figures.items() if not torch.isfinite(torch.tensor(value))]
-    if bad:
-        raise NumericalError(
-            f"evaluation gave a {' and '.join(bad)} that is not finite",
-            value={name: figures[name] for name in bad},
-            remedy="lower the learning rate, or use precision='bf16' or 'fp32' instead of 'fp16'",
-        )
+    require_finite(figures, "lower the learning rate, or use precision='bf16' or 'fp32' instead of 'fp16'")
     return figures

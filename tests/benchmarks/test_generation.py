@@ -20,10 +20,10 @@ class FakeSide:
     """Answers like a process of the benchmark."""
 
     def __init__(self, seconds: float, ids: list[list[int]]):
-        self.seconds, self.said = seconds, ids
+        self.seconds, self.ids = seconds, ids
 
     def ask(self, request: str, **_: object) -> dict[str, Any]:
-        return {"ids": self.said} if request == "ids" else {"seconds": self.seconds, "cpu_seconds": 2 * self.seconds}
+        return {"ids": self.ids} if request == "ids" else {"seconds": self.seconds, "cpu_seconds": 2 * self.seconds}
 
 
 def test_sides_take_turns_and_are_compared():
@@ -32,17 +32,17 @@ def test_sides_take_turns_and_are_compared():
     assert row["speedup"] == {"engine fp32": 2.0} and row["cpu_speedup"] == {"engine fp32": 2.0}
     assert row["sentences_per_second"] == {"engine fp32": 8.0, "eager fp32": 4.0}
     assert row["first_token_seconds"] == {"engine fp32": 0.5, "eager fp32": 1.0}
-    sides["eager fp32"].said = [[1, 3]]
+    sides["eager fp32"].ids = [[1, 3]]
     with pytest.raises(SystemExit, match="nothing is timed"):
         decode.measure(sides, "eager", 1, 3)
 
 
 def test_every_fp32_side_of_a_body_is_compared():
     sides = {name: FakeSide(1.0, [[1]]) for name in decode.SIDES["body"]}
-    sides["compiled bf16"].said = [[7]]  # its tokens may differ
+    sides["compiled bf16"].ids = [[7]]  # its tokens may differ
     row = decode.measure(sides, "body", 1, 1)
     assert set(row["same_tokens_fp32"]) == {"packed fp32", "plain fp32", "compiled fp32"}
-    sides["compiled fp32"].said = [[7]]
+    sides["compiled fp32"].ids = [[7]]
     with pytest.raises(SystemExit, match="compiled fp32"):
         decode.measure(sides, "body", 1, 1)
 
@@ -101,7 +101,7 @@ def test_tables_show_what_was_recorded(tmp_path, monkeypatch):
     folder = tmp_path / "generation"
     folder.mkdir()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr("benchmarks.records.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.common.records.RESULTS", tmp_path)
     assert "not measured" in tables.generation()
     assert tables.body() == "Not measured."
     for name, record in {

@@ -13,7 +13,7 @@ from lmvae_fast.cli.common import merged
 from lmvae_fast.cli.explore import parse_dims
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.generation.latent_files import write_latents
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmvae_fast.cli.explore_report import overlap
+from lmvae_fast.exploration.drawings import overlap
 from lmvae_fast.generation.latent_files import write_latents
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.testing import make_model
 from tests.cli.test_cli import as_json, call
-from tests.models.tiny import make_model
 
 
 @pytest.fixture(scope="module")

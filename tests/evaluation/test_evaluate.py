@@ -11,7 +11,7 @@ from torch import nn
 from lmvae_fast.data import SentenceDataset
 from lmvae_fast.errors import ConfigError, DataError, NumericalError
 from lmvae_fast.evaluation import EvaluationResult, bleu, evaluate, metrics
-from lmvae_fast.models.encoders import Posterior
+from lmvae_fast.models.posterior import Posterior
 
 TEXTS = ["0.5 -1.0", "2.0 0.25", "-0.75 1.5", "1.0 1.0", "-2.0 0.0"]
 

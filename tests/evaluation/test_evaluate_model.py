@@ -8,7 +8,7 @@ import torch
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.errors import DataError
 from lmvae_fast.evaluation import bleu, evaluate
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 
 
 @pytest.mark.parametrize("system", ["langvae", "optimus"])

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from lmvae_fast.evaluation import bleu, exact_match, token_accuracy
+from lmvae_fast.evaluation.text import script_tokenizer
 
 
 def test_bleu_of_known_sentences():
@@ -47,3 +48,16 @@ def test_unequal_numbers_are_refused(figure):
         figure(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="at least one"):
         figure([], [])
+
+
+CHINESE = ["今天天气很好我们去公园散步吧", "植物需要水和阳光"]
+
+
+def test_scripts_without_spaces_are_measured_by_character(caplog):
+    assert bleu(CHINESE, CHINESE) == pytest.approx(1.0)
+    assert "zh" in caplog.text
+    assert bleu(CHINESE, CHINESE, tokenize="13a") == 0.0  # one word a sentence: no 4-gram
+    near = [text[:-1] for text in CHINESE]
+    assert token_accuracy(near, CHINESE) == pytest.approx(20 / 22)
+    assert script_tokenizer(["これは猫です"]) == "char" and script_tokenizer(["แมวเป็นสัตว์"]) == "char"
+    assert script_tokenizer(["a cat", "고양이는 동물이다"]) == "13a"

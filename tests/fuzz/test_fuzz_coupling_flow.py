@@ -31,7 +31,7 @@ def specs(draw) -> FlowSpec:
                 active=draw(st.integers(0, 1)),
                 subnets=tuple(draw(st.lists(subnets, min_size=1, max_size=2))),
                 clamp=draw(st.floats(0.1, 3.0)),
-                squash=draw(st.sampled_from(["tanh", "atan", "sigmoid"])),
+                squash=draw(st.sampled_from(["tanh", "atan", "sigmoid", "none"])),
                 gain=draw(st.sampled_from([0.1, 1.0])),
                 conditional=cond_dim > 0 and draw(st.booleans()),
             )

@@ -8,8 +8,8 @@ import torch
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.generation.engine import generate
+from lmvae_fast.testing import make_model
 from tests.generation.test_engine import end_with_a_common_token
-from tests.models.tiny import make_model
 
 
 def logprobs_after(model, z, prefixes):

@@ -8,14 +8,14 @@ import torch
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.generation import engine
+from lmvae_fast.generation.decode_rows import Rows, Start
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.generation.rows import Rows, Start
-from lmvae_fast.models import packed
-from lmvae_fast.models.greedy import greedy_ids
+from lmvae_fast.models.decoder import prepared_weights as packed
+from lmvae_fast.models.free_running import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.stepwise import stepwise_greedy
+from lmvae_fast.testing import make_decoder, make_model
 from tests.models.test_parallel_pass import problem
-from tests.models.tiny import make_decoder, make_model
 
 
 @pytest.mark.parametrize("visibility", ["prefix", "rolling", "interleaved"])

@@ -7,7 +7,7 @@ import torch
 
 import lmvae_fast as lf
 from lmvae_fast.errors import DataError, LatentError
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
 
 TEXTS = ["the sun", "ice", "a cat is a", "plants need light", "the sun is"]
 

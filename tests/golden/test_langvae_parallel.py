@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmvae_fast.integrations.langvae import load_checkpoint
-from lmvae_fast.models.greedy import greedy_ids
+from lmvae_fast.models.free_running import greedy_ids
 
 FOLDERS = ("langvae_gpt2", "langvae_llama")
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.generation import graphs
+from lmvae_fast.generation import cuda_graphs as graphs
+from lmvae_fast.generation.decode_rows import Rows, Start
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.generation.rows import Rows, Start
+from lmvae_fast.testing import FAMILIES, make_model
 from tests.generation.test_engine import end_with_a_common_token
-from tests.models.tiny import make_model
-from tests.reference.tiny import FAMILIES
 
 from .common import no_host_sync
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lmvae_fast as lf
-from lmvae_fast.training import checkpoint
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.training.helpers import plain_sentences, settings
 
 from .common import capture, no_host_sync

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.generation.rows import Rows, Start
-from tests.models.tiny import make_model
+from lmvae_fast.generation.decode_rows import Rows, Start
+from lmvae_fast.testing import make_model
 
 TEXTS = ["a cat is a kind of animal", "dogs eat meat"]
 

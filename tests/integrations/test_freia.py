@@ -72,6 +72,20 @@ SEQUENCES = {
         [(Fm.RNVPCouplingBlock, {"subnet_constructor": mlp(16), "clamp_activation": "SIGMOID"})] * 3,
         4,
     ),
+    "one-sided, no clamp": (
+        10,
+        [
+            (
+                Fm.AffineCouplingOneSided,
+                {"subnet_constructor": mlp(24), "clamp": 1.0, "clamp_activation": nn.Identity()},
+            ),
+            (Fm.PermuteRandom, {"seed": 3}),
+            (Fm.ActNorm, {}),
+        ]
+        * 3,
+        0,
+    ),
+    "one-sided conditional": (9, [(Fm.AffineCouplingOneSided, {"subnet_constructor": mlp(16)})] * 2, 3),
     "linear subnets": (6, [(Fm.RNVPCouplingBlock, {"subnet_constructor": mlp()})] * 2, 0),
     "everything": (
         10,

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from lmvae_fast.config import GenerationConfig
-from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError
+from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError, MissingPackageError
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.integrations.ray import _Decode, _Encode, decode, encode
-from tests.models.tiny import make_model
+from lmvae_fast.integrations.ray import LOOPBACK, _Decode, _Encode, decode, encode
+from lmvae_fast.testing import make_model
+from tests.conftest import REPOSITORY
+from tests.processes import PATIENCE
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'lmvae_fast[ray]')")
+psutil = pytest.importorskip("psutil", reason="psutil is not installed")
 pytest.importorskip("ray.data", reason="Ray Data is not installed (pip install 'lmvae_fast[ray]')")
 
 N = 200
@@ -37,24 +47,126 @@ def folder(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A head that computes nothing, and two nodes of two CPUs."""
+def place():
+    """An empty folder in which Ray finds nothing of an earlier run; its path is short, as sockets lie below it."""
+    given = os.environ.get("RAY_TMPDIR", "/tmp")
+    folder = tempfile.mkdtemp(prefix="ray", dir=given if len(given) < 40 and os.path.isdir(given) else "/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(place):
+    """A head that computes nothing, and two nodes of two CPUs, all on the loopback interface."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's default folder: where Cluster writes its address whatever temp_dir it is given, and never creates it
+        patch.setenv("RAY_TMPDIR", place)
+        # another Ray, and how it lets its users in, does not matter
+        patch.setenv("RAY_ADDRESS", "192.0.2.255:1")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_gcs_server_port_wait_time_s", str(PATIENCE))
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setattr(importlib.import_module("ray._private.ray_constants"), "ENABLE_RAY_CLUSTER", False)
+        patch.setattr(importlib.import_module("ray._private.services"), "get_node", _patient(ray._private.services.get_node))
+        started, nodes = _started()
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield started, nodes
+        ray.shutdown()
+        started.shutdown()
+
+
+def _patient(get_node):
+    """Ray gives a node 30 seconds to be there, however busy its machine is. It answers none with an error."""
+
+    def wait(*arguments):
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    return wait
+
+
+def _agents():
+    """Ports for a node's agents. Without them it waits for their choice, and dies after 15 seconds (ray issue 65983)."""
+    names = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server((LOOPBACK, 0))) for _ in names]
+        return {name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
+
+
+def _started():
     from ray.cluster_utils import Cluster
 
-    place = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path has to be short
-    common = {"object_store_memory": 10**8, "temp_dir": place, "include_dashboard": False}
-    # a lost node is noticed within seconds instead of half a minute
-    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick, **common})
-    # this process joins while there is the head alone: with a node that is lost, it would be lost too
-    ray.init(address=cluster.address, log_to_driver=False)
-    nodes = [cluster.add_node(num_cpus=2, **common) for _ in range(2)]
-    cluster.wait_for_nodes()
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield cluster, nodes
-    ray.shutdown()
-    cluster.shutdown()
-    shutil.rmtree(place, ignore_errors=True)
+    common = {"object_store_memory": 10**8, "include_dashboard": False, "node_ip_address": LOOPBACK, "wait": False}
+    # a lost node is noticed within seconds instead of half a minute, a slow process is given its time
+    config = {
+        "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4,
+        "worker_register_timeout_seconds": PATIENCE,
+    }  # fmt: skip
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": config, **_agents(), **common})
+    try:
+        cluster.wait_for_nodes(PATIENCE)
+        # this process joins while there is the head alone: with a node that is lost, it would be lost too
+        ray.init(address=cluster.address, log_to_driver=False)
+        nodes = [cluster.add_node(num_cpus=2, **_agents(), **common) for _ in range(2)]
+        cluster.wait_for_nodes(PATIENCE)
+    except Exception:
+        ray.shutdown()
+        cluster.shutdown()
+        raise
+    return cluster, nodes
+
+
+def listening(process):
+    """The addresses that a process and all it started listen on."""
+    found = set()
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {c.laddr.ip for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+def test_nobody_else_can_reach_the_cluster(cluster, place):
+    assert listening(psutil.Process()) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert [each["NodeManagerAddress"] for each in ray.nodes()] == [LOOPBACK] * 3
+    assert all(os.path.realpath(node.get_session_dir_path()).startswith(os.path.realpath(place)) for node in cluster[1])
+
+
+LOCAL = """
+import json, psutil, ray
+from lmvae_fast.errors import ConfigError
+from lmvae_fast.integrations.ray import start_local
+from tests.integrations.test_ray import listening
+start_local(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+try:
+    start_local()
+except ConfigError as error:
+    refused = str(error)
+rows = ray.data.range(3).map_batches(lambda rows: {"id": rows["id"] + 1}).take_all()
+print(json.dumps([sorted(listening(psutil.Process())), sorted(row["id"] for row in rows), len(ray.nodes()), refused]))
+"""
+
+
+def test_a_local_ray_is_one_of_its_own_on_loopback(cluster, place):
+    """Beside another one, with an address in the environment that leads nowhere, in a home that holds nothing."""
+    home = Path(tempfile.mkdtemp(dir=place))
+    # as a user has it: Ray is imported before it is told where to listen
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"HOME": str(home), "RAY_TMPDIR": str(home), "RAY_ADDRESS": "192.0.2.255:1", "PYTHONPATH": str(REPOSITORY)}
+    for _ in range(20):
+        done = subprocess.run([sys.executable, "-c", LOCAL], env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        if "timed out during startup" not in done.stderr:  # Ray's own limits, too short for a loaded machine
+            break
+    assert done.returncode == 0, done.stderr[-3000:]
+    addresses, rows, nodes, refused = json.loads(done.stdout.splitlines()[-1])
+    assert addresses and set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert (rows, nodes) == ([1, 2, 3], 1) and "runs already" in refused
 
 
 def test_encode_and_decode_in_one_pipeline(model, folder, cluster):
@@ -83,7 +195,7 @@ def test_a_node_is_lost_and_nothing_else(model, folder, cluster, tmp_path):
 
     def latents(rows):
         (tmp_path / ray.get_runtime_context().get_node_id()).touch()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:  # until both nodes are at work
             time.sleep(0.02)
         time.sleep(0.05)
@@ -178,5 +290,5 @@ def test_what_is_known_before_is_refused_before(cluster, folder, monkeypatch):
     with pytest.raises(ConfigError, match="max_new_tokens"):
         decode(known, folder, prompts="text")
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(ConfigError, match=r"lmvae_fast\[ray\]"):
+    with pytest.raises(MissingPackageError, match=r"lmvae_fast\[ray\]"):
         decode(known, folder)

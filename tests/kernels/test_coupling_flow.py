@@ -49,6 +49,12 @@ def glow(dim, hidden=(24,), blocks=2, cond_dim=0, squash="atan", nets=1, split=N
     return FlowSpec(dim, cond_dim, (Stage(first), Stage(second, "exp", "hard")) * blocks)
 
 
+def one_sided(dim, permutation, blocks=2, cond_dim=0):
+    """The second half conditions, the first is transformed, nothing bounds the scale; then permutation, then ActNorm."""
+    coupling = Coupling(dim - dim // 2, 0, (Subnet((24,)),), 1.0, "none", 1.0, cond_dim > 0)
+    return FlowSpec(dim, cond_dim, (Stage(coupling, None, permutation), Stage(None, "exp")) * blocks)
+
+
 # One spec per thing that a kernel does differently.
 SPECS = {
     "allinone": allinone(12),
@@ -62,6 +68,8 @@ SPECS = {
     "rnvp, sigmoid clamp, conditional": glow(9, nets=2, squash="sigmoid", cond_dim=2),
     "rnvp, gelu": glow(6, nets=2, activation="gelu"),
     "sigmoid scale": allinone(6, affine="sigmoid"),
+    "no clamp": one_sided(13, "hard"),
+    "no clamp, soft, conditional": one_sided(8, "soft", cond_dim=3),
     "exp scale alone, permutations alone": FlowSpec(
         7,
         0,

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from lmvae_fast.models.greedy import FreeRunning, greedy_ids
-from tests.models.tiny import make_model
+from lmvae_fast.models.free_running import FreeRunning, greedy_ids
+from lmvae_fast.testing import make_model
 
 SENTENCES = ["the cat sat on the mat", "a dog", "plants need light", "ice"]
 

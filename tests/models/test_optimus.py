@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import lmvae_fast as lf
-from lmvae_fast.models.decoders import Decoder
-from lmvae_fast.models.encoders import Encoder
-from lmvae_fast.models.tokenization import SentenceTokenizer
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.reference.optimus import ReferenceOptimus
-from tests.reference.tiny import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.text.tokenizer import SentenceTokenizer
 
 TEXTS = SENTENCES[:5]
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
-from lmvae_fast.models.batch import pack
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.precision import ATTENTION as PLAIN
 from lmvae_fast.reference.stepwise import stepwise_logits
-from tests.models.tiny import make_decoder
-from tests.reference.tiny import FAMILIES, VOCABULARY
+from lmvae_fast.testing import FAMILIES, VOCABULARY, make_decoder
+from lmvae_fast.text.batch import pack
 
 VISIBILITIES = ("prefix", "rolling", "interleaved")
 LENGTHS = (7, 1, 5, 2)  # the longest fills the slots; one token; two that end on another step

@@ -21,35 +21,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.common.langvae_environment import langvae_python
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.integrations.langvae import load_checkpoint, load_reference, save_checkpoint
-from lmvae_fast.integrations.langvae_files import read_folder, write_folder
+from lmvae_fast.integrations.langvae.files import read_folder, write_folder
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.reference.langvae import pool_annotations
-from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-VENV = REPOSITORY / ".venv-langvae"
 SENTENCES = ["ice", "a cat is a", "the sun", "plants need light to grow"]
 RECORD = REPOSITORY / "tests" / "golden" / "padded.json"
 RECORDING: dict[str, dict] | None = None  # filled by --record
 NEW_DECODERS = ("gpt2", "llama", "qwen2", "gpt_neox")
 BETA, TARGET_KL = 0.7, 0.5
-
-
-def langvae_python() -> Path:
-    """The interpreter of LangVAE's virtual environment, made on first use."""
-    python = VENV / "bin" / "python"
-    marker = VENV / ".ready"
-    if not marker.exists():
-        if sys.version_info < (3, 11):
-            raise SystemExit("LangVAE 0.6.13 needs Python >= 3.11")
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-        # torch first, so that langvae finds its requirement met and brings no other build.
-        for package in ("torch==2.13.0", "langvae==0.6.13"):
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", package], check=True)
-        marker.touch()
-    return python
 
 
 def run_langvae(checkpoint: Path, inputs: dict, sentences: list[str], folder: Path) -> tuple[dict, list[str] | None]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import lmvae_fast.cli.profile  # noqa: F401  (registers the command)
 from lmvae_fast.cli.app import app
 from lmvae_fast.config import LMVAEConfig, TrainConfig
 from lmvae_fast.data import generate_corpus

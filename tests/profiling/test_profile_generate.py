@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import lmvae_fast.cli.profile  # noqa: F401  (registers the command)
 from lmvae_fast.cli.app import app
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.errors import ConfigError
-from lmvae_fast.generation import rows
-from lmvae_fast.models.cache import LatentCache
+from lmvae_fast.generation import decode_rows as rows
+from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.profiling import generate as profiling
 from lmvae_fast.profiling.parts import DECODING_PARTS
 from lmvae_fast.profiling.presets import random_model

@@ -8,7 +8,7 @@ import torch
 from lmvae_fast.errors import ConfigError, LatentError
 from lmvae_fast.reference import ReferenceLangVAE, stepwise_logits
 from lmvae_fast.reference.langvae import langvae_loss, pool, pool_annotations
-from tests.reference.tiny import tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import tiny_decoder, tiny_encoder, tiny_tokenizer
 
 NZ, MAX_LEN, EOS = 5, 8, 2
 TEXTS = ["a cat is a kind of animal", "water", "the sun is a star"]

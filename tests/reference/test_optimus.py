@@ -10,8 +10,8 @@ import torch
 from lmvae_fast.errors import LatentError
 from lmvae_fast.reference import ReferenceOptimus, stepwise_greedy, stepwise_logits
 from lmvae_fast.reference.optimus import IGNORED, optimus_betas, optimus_kl
+from lmvae_fast.testing import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
 from lmvae_fast.training.schedule import cyclical_beta
-from tests.reference.tiny import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
 
 NZ = 6
 

@@ -10,7 +10,7 @@ from lmvae_fast.errors import ConfigError, DataError, LatentError, UnsupportedDe
 from lmvae_fast.reference import stepwise_greedy, stepwise_logits
 from lmvae_fast.reference.precision import double_precision
 from lmvae_fast.reference.stepwise import VISIBILITIES
-from tests.reference.tiny import FAMILIES, VOCABULARY, WINDOWED, memory_shape, tiny_decoder
+from lmvae_fast.testing import FAMILIES, VOCABULARY, WINDOWED, memory_shape, tiny_decoder
 
 BATCH, STEPS, SLOTS = 2, 6, 7  # one slot more than tokens, as LangVAE has it
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lmvae_fast.errors import LMVAEError
-from lmvae_fast.models.serialization import in_pieces, whole
+from lmvae_fast.models.sharded_tensors import in_pieces, whole
+from lmvae_fast.testing import make_model
 from lmvae_fast.training import train
-from tests.models.tiny import make_model
-from tests.training.helpers import StopAt, plain_sentences, settings
+from tests.training.helpers import StopAt, plain_sentences, prompt_pairs, settings
 
 
 def strike(model: torch.nn.Module, step: int, what: str) -> None:
@@ -43,14 +43,15 @@ def strike(model: torch.nn.Module, step: int, what: str) -> None:
 def run(case: dict, rank: int) -> dict:
     """Train as the case says and return what is compared."""
     torch.set_num_threads(1)
-    data = plain_sentences(case.get("sentences", 26))
+    prompted = case.get("model", {}).get("system") == "cvae"
+    data = prompt_pairs(9) if prompted else plain_sentences(case.get("sentences", 26))
     if rank == case.get("other_data"):
         data = data[1:]
     changes = dict(case.get("train", {}))
     if rank == case.get("other_config"):
         changes["learning_rate"] = 0.5
     # another seed on each rank: what trains must come from rank 0
-    options = {"projector_dropout": 0.2, **case.get("model", {})}
+    options = {"projector_dropout": 0.0 if prompted else 0.2, **case.get("model", {})}
     model = make_model(seed=rank, dtype=getattr(torch, case.get("dtype", "float64")), **options)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -60,7 +61,7 @@ def run(case: dict, rank: int) -> dict:
     if rank == case.get("struck_rank"):
         strike(model, case["at"], case["by"])
     elements = sum(p.numel() for p in model.decoder.body.h.parameters()) if config.shard else 0
-    result = train(model, data, plain_sentences(10, seed=1), config, callbacks)
+    result = train(model, data, prompt_pairs(4, seed=1) if prompted else plain_sentences(10, seed=1), config, callbacks)
     sharding = {}
     if config.shard:
         layers = list(model.decoder.body.h.parameters())

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from lmvae_fast.errors import CheckpointError, DataError
-from lmvae_fast.models.batch import Batch, pack
 from lmvae_fast.models.objective import combine, kl_per_dim, segment_sum
-from lmvae_fast.models.tokenization import TokenizedSentences
+from lmvae_fast.text.batch import Batch, pack
+from lmvae_fast.text.tokenizer import TokenizedSentences
 
 VOCABULARY, FEATURES, LATENT = 50, 6, 4
 

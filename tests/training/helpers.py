@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from lmvae_fast.config import TrainConfig
+from lmvae_fast.data import PromptResponse
+from lmvae_fast.testing import SENTENCES
 from lmvae_fast.training import Callback, train
 from lmvae_fast.training.callbacks import read_records
-from tests.reference.tiny import SENTENCES
 from tests.training.fake_model import FakeModel, sentences
 
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "tokens_per_second", "pairs_per_second")
 
 
 def settings(folder: Path, **changes) -> TrainConfig:
@@ -38,6 +39,18 @@ def plain_sentences(count: int, seed: int = 0) -> list[str]:
     words = " ".join(SENTENCES).split()
     draw = random.Random(seed)
     return [" ".join(draw.choices(words, k=draw.randint(2, 7))) for _ in range(count)]
+
+
+def prompt_pairs(prompts: int, seed: int = 0) -> list[PromptResponse]:
+    """Prompts of 2 to 4 words with 1 to 5 responses each, not side by side."""
+    words = " ".join(SENTENCES).split()
+    draw = random.Random(seed)
+    rows = []
+    for number in range(prompts):
+        prompt = " ".join([words[number % len(words)], words[number // len(words)], *draw.choices(words, k=draw.randint(1, 2))])
+        rows += [PromptResponse(prompt, " " + text) for text in plain_sentences(draw.randint(1, 5), seed=number)]
+    draw.shuffle(rows)
+    return rows
 
 
 class StopAt(Callback):

@@ -1,6 +1,8 @@
 """Kill training at random points until it has happened often enough, resuming each time; then compare.
 
-    python -m tests.training.kill_server FOLDER KILLS SEED MODEL
+    python -m tests.training.kill_server FOLDER KILLS SEED MODEL [PLACE ...]
+
+PLACE: "while saving", "between checkpoints": goes on until a kill has hit each of them.
 
 A process of its own, with one thread: it imports everything once and forks a child per attempt, so that twenty attempts
 cost twenty forks and not twenty imports of torch. Prints one line of JSON: kills, by where they hit, and the runs that
@@ -9,6 +11,7 @@ were compared.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -20,18 +23,31 @@ from pathlib import Path
 
 import torch
 
-from lmvae_fast.training import checkpoint
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.training.helpers import assert_same_checkpoint, assert_same_history, run
 
 
-def build(kind: str):
-    if kind == "fake":
+@functools.cache  # children inherit it
+def frozen_vae():
+    from lmvae_fast.testing import make_model
+
+    return make_model(max_len=12).eval()
+
+
+def train_once(folder: Path, kind: str, **changes) -> None:
+    """A run of a kind of model to its end; `changes`: of its settings."""
+    if kind == "flow":
+        from tests.training.test_flow_loop import run as run_flow
+
+        run_flow(folder, frozen_vae(), epochs=5, **changes)
+    elif kind == "fake":
         from tests.training.fake_model import FakeModel
 
-        return FakeModel()
-    from tests.models.tiny import make_model
+        run(folder, model=FakeModel(), **changes)
+    else:
+        from lmvae_fast.testing import make_model
 
-    return make_model(max_len=12, projector_dropout=0.1)
+        run(folder, model=make_model(max_len=12, projector_dropout=0.1), **changes)
 
 
 def attempt(folder: Path, kind: str, wait: float | None) -> bool:
@@ -40,7 +56,7 @@ def attempt(folder: Path, kind: str, wait: float | None) -> bool:
     if child == 0:
         try:
             # saves every 2 steps: with its fsyncs saving takes most of the time, so most kills hit a save
-            run(folder, model=build(kind), resume=True, save_every=2, eval_every=5)
+            train_once(folder, kind, resume=True, save_every=2, eval_every=5)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -64,21 +80,30 @@ def where(folder: Path) -> str:
     return "while saving" if len(list(found.iterdir())) > len(checkpoint.complete(found)) else "between checkpoints"
 
 
-def main(folder: Path, kills: int, seed: int, kind: str) -> None:
-    run(folder / "warm", model=build(kind))  # in this process: children inherit what libraries load on first use
+def main(folder: Path, kills: int, seed: int, kind: str, places: list[str]) -> None:
+    train_once(folder / "warm", kind)  # in this process: children inherit what libraries load on first use
     started = time.monotonic()
     attempt(folder / "unbroken", kind, None)
-    seconds = time.monotonic() - started
+    longest = 0.3 * (time.monotonic() - started)
     delays = random.Random(seed)
     hits: dict[str, int] = {}
     runs = 0
-    while sum(hits.values()) < kills:
+
+    def enough() -> bool:
+        return sum(hits.values()) >= kills and all(place in hits for place in places)
+
+    while not enough():
         # A run may end before all kills are spent: then another one takes the rest. The last is left alone to its end.
         runs += 1
         target = folder / f"killed-{runs}"
-        while attempt(target, kind, delays.uniform(0, 0.3 * seconds) if sum(hits.values()) < kills else None):
+        before = sum(hits.values())
+        while attempt(target, kind, None if enough() else delays.uniform(0, longest)):
             place = where(target)
             hits[place] = hits.get(place, 0) + 1
+            if place == "before the first checkpoint":
+                longest *= 1.1  # the machine is busier than it was: let runs get somewhere
+        if sum(hits.values()) == before and not enough():
+            longest *= 0.5  # it is less busy: kill before the end
         one, two = (checkpoint.complete(path / "checkpoints")[0] for path in (target, folder / "unbroken"))
         assert_same_checkpoint(one, two)
         assert_same_history(target, folder / "unbroken")
@@ -87,4 +112,4 @@ def main(folder: Path, kills: int, seed: int, kind: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])

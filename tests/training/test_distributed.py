@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from lmvae_fast.errors import CheckpointError
-from lmvae_fast.models.batch import Share
-from lmvae_fast.training import checkpoint
+from lmvae_fast.testing import make_model
+from lmvae_fast.text.batch import Share
+from lmvae_fast.training.checkpoints import folder as checkpoint
+from lmvae_fast.training.checkpoints.shards import joined
 from lmvae_fast.training.distributed import Ranks, _buckets
-from lmvae_fast.training.pieces import joined
 from lmvae_fast.training.validation import validate
-from tests.models.tiny import make_model
+from tests.processes import PATIENCE
 from tests.training.helpers import plain_sentences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,7 @@ def assert_same_figures(one: dict, many: dict) -> None:
 
 PART = {"train_decoder": True}
 OPTIMUS = {"system": "optimus", "encoder": "bert"}
+CVAE = {"system": "cvae", "family": "llama", "group_size": 3, "queries": 2}
 CASES = {
     # 26 sentences in steps of 6: one step of an epoch has 2, fewer than there are ranks
     "fused": {"train": {"max_steps": 6}},
@@ -108,6 +110,12 @@ CASES = {
     "optimus sharded": {"model": OPTIMUS, "train": {"max_steps": 4, "grad_clip": 0.05}, "shard": True},
     "embeddings sharded": {"model": {**PART, "decoder_part": "embeddings"}, "train": {"max_steps": 3}, "shard": True},
     "lora sharded": {"model": {**PART, "decoder_part": "lora"}, "train": {"max_steps": 3}, "shard": True},
+    # 9 prompts in steps of two groups: one step of an epoch has a single group, which one of the ranks has
+    "cvae": {"model": CVAE, "train": {"max_steps": 6, "batch_size": 6}},
+    "cvae heads": {
+        "model": {**CVAE, "output_residual": "skip", "embedding_shift": True, "bag_of_words": True, "stage": 1},
+        "train": {"max_steps": 4, "batch_size": 6},
+    },
     "recomputed": {"model": OPTIMUS, "train": {"max_steps": 2, "recompute_decoder": True}, "shard": True},
 }
 
@@ -270,7 +278,7 @@ def test_torchrun_trains_through_the_command_line(tmp_path, system):
         "--decoder", str(tmp_path / "parts" / "decoder"), "--latent-dim", "4", "--max-len", "10", "--max-steps", "3",
         "--batch-size", "8", "--output", str(tmp_path / "run"), "--shard", "--json", "--system", system,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = json.loads(done.stdout)  # one document, from rank 0 alone
     assert printed["processes"] == 2

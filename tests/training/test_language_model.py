@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import lmvae_fast as lf
-from lmvae_fast.models.encoders import Encoder
+from lmvae_fast.models.encoder import Encoder
+from lmvae_fast.testing import tiny_encoder, tiny_tokenizer
 from lmvae_fast.training.language_model import make_decoder, train_language_model
-from tests.reference.tiny import tiny_encoder, tiny_tokenizer
 
 TEXTS = [f"a {a} is a kind of {b}" for a in ("cat", "dog", "bee", "ant") for b in ("animal", "thing")] * 8
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lmvae_fast.training import checkpoint
-from tests.models.tiny import make_model
+from lmvae_fast.testing import make_model
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.training.helpers import StopAt, assert_same_checkpoint, assert_same_history, run
 
 # What each adds to the loop: free running and padding's NLL; dropout, noise and cached features; everything trained

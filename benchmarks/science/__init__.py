@@ -1,0 +1,1 @@
+"""Runs whose quality is recorded, not their speed."""

@@ -1,0 +1,67 @@
+"""The lines of a file, gzip too, with errors that name the line."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lmvae_fast.errors import DataError
+
+# A line of the file: its number from 1, and its text without the line break.
+Line = tuple[int, str]
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed where its name ends in ``.gz``; DataError where it cannot be opened."""
+    try:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder", limit="a file of sentences", remedy="name a file in it")
+        if path.suffix.lower() == ".gz":
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        return path.open("rb")
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no file {path}", value=f"working folder {Path.cwd()}", remedy="check the path"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot open {path}: {error.strerror or error}", remedy="check its permissions") from error
+
+
+def decoded_lines(file: IO[bytes], path: Path) -> Iterator[Line]:
+    """The file's lines as text. Bytes are split first, so that an undecodable line is known by its number."""
+    number = 0
+    try:
+        for number, raw in enumerate(_split(file), 1):
+            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                raw = raw[3:]
+            if b"\0" in raw:
+                raise DataError(
+                    f"{path}, line {number}: there is a byte 0, which text does not have",
+                    remedy="for UTF-16 convert the file, for example with: iconv -f utf-16 -t utf-8",
+                )
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not UTF-8",
+                    value=f"byte 0x{raw[error.start]:02x} at byte {error.start} of the line ({error.reason})",
+                    remedy="convert the file, for example with: iconv -f latin1 -t utf-8",
+                ) from None
+            yield number, text.rstrip("\r\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: reading stopped after line {number}: {error}",
+            remedy="the file is cut off or damaged: get it anew",
+        ) from error
+
+
+def _split(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines that end as Unix, Windows or old Macintosh files end them."""
+    for raw in file:
+        if b"\r" in raw.rstrip(b"\r\n"):
+            yield from raw.rstrip(b"\r\n").split(b"\r")
+        else:
+            yield raw

@@ -1,0 +1,1 @@
+"""Looking at a latent space: interpolation, traversal, arithmetic, neighbourhoods, and their drawings."""

@@ -1,0 +1,139 @@
+"""Where the latents of a long run come from: a file, the prior, sentences; and what goes with each of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.errors import ConfigError, DataError, LatentError
+from lmvae_fast.files import sha256_file
+from lmvae_fast.generation.latent_files import check_latents, read_latents
+from lmvae_fast.kernels import philox
+from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.text.tokenizer import label_features
+
+# Latents of the prior and the tokens drawn from them go by one seed and must not share words of its stream.
+_PRIOR_STREAM = 0x0F1A_7E57
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """Latents that are read a block at a time.
+
+    ``total``: how many; ``identity``: what they are (a content hash, say), which a file decoded from them is kept with;
+    ``read(block, skip)``: the latents behind the first ``skip``, in blocks ``[block, latent_dim]``; ``annotations``: pooled
+    labels ``[total, labels]`` where they are known.
+    """
+
+    total: int
+    identity: str
+    read: Callable[[int, int], Iterable[Tensor]]
+    annotations: Tensor | None = None
+
+
+def latents_of_file(path: str | os.PathLike[str], latent_dim: int) -> LatentSource:
+    """The rows of a latent file, all of them checked; raises what :func:`check_latents` raises."""
+
+    def read(block: int, skip: int) -> Iterable[Tensor]:
+        return read_latents(path, latent_dim=latent_dim, block=block, skip=skip)
+
+    return LatentSource(check_latents(path, latent_dim=latent_dim), file_hash(path), read)
+
+
+def latents_of_prior(count: int, latent_dim: int, seed: int) -> LatentSource:
+    """``count`` standard normal latents; the r-th depends on the seed and r only, whatever the blocks.
+
+    Raises ConfigError for fewer than one.
+    """
+    if count < 1:
+        raise ConfigError("the prior is asked for at least one latent", value=count, limit=">= 1")
+    key = philox.seed_tensor(seed ^ _PRIOR_STREAM, "cpu")
+
+    def read(block: int, skip: int) -> Iterable[Tensor]:
+        for start in range(skip, count, block):
+            rows = torch.arange(start, min(start + block, count))
+            yield philox.normal(key, (len(rows), latent_dim), which=rows)
+
+    return LatentSource(count, f"prior seed={seed}", read)
+
+
+def latents_of_texts(model: LMVAE, path: str | os.PathLike[str]) -> LatentSource:
+    """Posterior means of a file's sentences, encoded as they are read; with their labels if the model was given labels."""
+    from lmvae_fast.data import read as read_sentences
+
+    examples = read_sentences(path)
+    annotations = model.tokenize(examples, on_empty="error").annotations
+
+    def read(block: int, skip: int) -> Iterable[Tensor]:
+        for start in range(skip, len(examples), block):
+            yield model.encode(examples[start : start + block]).mu.cpu()
+
+    known = annotations if model.config.conditional_decoder else None
+    return LatentSource(len(examples), file_hash(path), read, known)
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """One prompt per latent: the lines of a ``.txt`` (an empty one is no prompt), or of a ``.jsonl`` of strings or
+    ``{"prompt": "..."}``.
+
+    Raises DataError for a file that is missing, empty or of another kind, with the line.
+    """
+    prompts = []
+    for number, line in _lines(path, (".txt", ".jsonl")):
+        if Path(path).suffix == ".jsonl":
+            try:
+                value = json.loads(line)
+                line = value["prompt"] if isinstance(value, dict) else value
+            except (ValueError, KeyError) as error:
+                raise DataError(f"{path} line {number} is no prompt: {error}", limit='{"prompt": "..."}') from error
+            if not isinstance(line, str):
+                raise DataError(f"{path} line {number} is no prompt", value=repr(line)[:60], limit='{"prompt": "..."}')
+        prompts.append(line)
+    return prompts
+
+
+def read_annotations(path: str | os.PathLike[str], labels: Sequence[str], max_len: int) -> Tensor:
+    """What conditions each latent's sentence, float32 ``[N, labels]``.
+
+    From the lines of a ``.txt``, one label per word of the sentence, pooled as in training; or rows of pooled labels in a
+    file that :func:`read_latents` reads (tensor or field ``annotations``).
+
+    Raises:
+        DataError: missing, empty or unreadable file, an unknown label.
+        LatentError: rows of another width, NaN or Inf; a model without labels.
+    """
+    if not labels:
+        raise LatentError("this model is conditioned on no labels", value=path, remedy="leave annotations out")
+    if Path(path).suffix != ".txt":
+        check_latents(path, latent_dim=len(labels), name="annotations")
+        return torch.cat(list(read_latents(path, latent_dim=len(labels), name="annotations")))
+    return torch.stack(
+        [label_features(line.split(), labels, max_len, number - 1) for number, line in _lines(path, (".txt",))]
+    )
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hexadecimal; DataError when it cannot be read."""
+    try:
+        return sha256_file(Path(path))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}", remedy="check the path") from error
+
+
+def _lines(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Lines of a text file with their numbers from 1, without line ends."""
+    if Path(path).suffix not in suffixes:
+        raise DataError(f"{path} is of an unknown format", value=Path(path).suffix, limit=", ".join(suffixes))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", remedy="check the path; it must be UTF-8") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty", value=f"{len(text)} characters", remedy="check what wrote it")
+    return list(enumerate(text.removesuffix("\n").split("\n"), 1))

@@ -1,0 +1,180 @@
+"""Our attention inside any Hugging Face decoder, through transformers' attention registry: no model file is forked.
+
+transformers calls the registered function once per layer and passes unknown keyword arguments of ``model(...)`` down to
+it; ours arrive as one object, either a :class:`PackedAttention` (a whole packed batch in one pass) or a
+:class:`~lmvae_fast.models.decoder.cache.LatentCache` (one token per sentence over a static cache).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lmvae_fast.errors import UnsupportedDecoderError
+from lmvae_fast.kernels.latent_attention import latent_attention
+
+ATTENTION = "lmvae"
+# What decoders pass to an attention function and what may be ignored because it changes nothing for us.
+_HARMLESS = {
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "is_causal",
+    "position_embeddings",
+    "return_dict",
+    "past_key_values",
+    "seq_idx",
+    "layer_idx",
+    "tgt_len",
+}
+
+
+class AttentionContext(Protocol):
+    """What stands behind one call of a decoder's body."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention output ``[tokens, heads, head_dim]`` for packed q, k, v of one layer."""
+        ...
+
+
+@dataclass
+class PackedAttention:
+    """A packed batch under a memory: every sentence attends to its own slots and its own tokens.
+
+    ``memory`` is ``[layers, 2, batch, kv_heads, slots, head_dim]`` or None for plain causal attention.
+    """
+
+    memory: Tensor | None
+    visibility: str
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def __post_init__(self) -> None:
+        # Taken apart once: the backward of indexing would fill and add a zero tensor of the whole memory for every layer.
+        self._parts = None if self.memory is None else self.memory.flatten(0, 1).unbind(0)
+
+    def attend(self, layer, query, key, value, *, scale, window, softcap):
+        """See :class:`AttentionContext`."""
+        memory_k = memory_v = None
+        if self._parts is not None:
+            memory_k, memory_v = self._parts[2 * layer : 2 * layer + 2]
+            memory_k, memory_v = memory_k.to(key.dtype), memory_v.to(value.dtype)
+        return latent_attention(
+            query,
+            key,
+            value,
+            memory_k,
+            memory_v,
+            cu_seqlens=self.cu_seqlens,
+            visibility=self.visibility,
+            scale=scale,
+            max_seqlen=self.max_seqlen,
+            window=window,
+            softcap=softcap,
+        )
+
+
+@dataclass
+class RecordingAttention(PackedAttention):
+    """Plain causal attention that notes what every layer asked for; used once, to examine a decoder."""
+
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
+
+    def attend(self, layer, query, key, value, *, scale, window, softcap):
+        """See :class:`AttentionContext`."""
+        if query.shape[-1] != value.shape[-1]:
+            raise UnsupportedDecoderError(
+                f"layer {layer} has values of another width than its queries",
+                value=f"{value.shape[-1]} and {query.shape[-1]}",
+                remedy="use a decoder with one head_dim",
+            )
+        if layer in self.shapes:
+            raise UnsupportedDecoderError(
+                f"layer {layer} attends more than once, so a memory would not stand for entries of its cache",
+                remedy="use a decoder with one attention per layer",
+            )
+        self.shapes[layer] = (query.shape[1], key.shape[1], key.shape[2])
+        self.windows[layer] = window
+        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+
+
+def latent_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    lmvae: AttentionContext | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls: query ``[1, heads, T, head_dim]``, key and value ``[1, kv_heads, T, head_dim]``.
+
+    Returns ``[1, T, heads, head_dim]`` and no attention weights. Anything a layer asks for that we would ignore raises
+    UnsupportedDecoderError, so that no decoder is silently computed wrong.
+    """
+    if lmvae is None:
+        raise UnsupportedDecoderError(
+            "this decoder's attention was handed over to lmvae_fast",
+            remedy="call it through LMVAE; set_attn_implementation('sdpa') gives it back, and takes it away from LMVAE",
+        )
+    unknown = {name for name, value in other.items() if value is not None and name not in _HARMLESS}
+    if unknown:
+        raise UnsupportedDecoderError(
+            f"{type(module).__name__} asks for attention features we do not honour", value=", ".join(sorted(unknown))
+        )
+    if dropout:
+        raise UnsupportedDecoderError(
+            f"{type(module).__name__} asks for dropout on attention weights", value=dropout, limit=0.0
+        )
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UnsupportedDecoderError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
+    if isinstance(lmvae, RecordingAttention):
+        lmvae.modules[layer] = module
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # [1, heads, T, D] -> [T, heads, D]: views; the kernel reads strides.
+    packed = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    out = lmvae.attend(layer, *packed, scale=scale, window=sliding_window, softcap=softcap)
+    return out.unsqueeze(0), None
+
+
+# No mask function is registered under this name: transformers then builds no mask at all, and ours follows from
+# cu_seqlens and the visibility.
+AttentionInterface.register(ATTENTION, latent_attention_forward)
+
+
+def without_attention_dropout(module: nn.Module) -> float:
+    """Switch off dropout on attention weights in one attention module; returns the probability it had."""
+    before = 0.0
+    # "dropout" as a plain number is OPT's attention dropout; as a module it would be another dropout.
+    for name in ("attention_dropout", "attn_dropout", "dropout"):
+        value = getattr(module, name, None)
+        if isinstance(value, nn.Dropout) and name != "dropout":
+            before, value.p = max(before, value.p), 0.0
+        elif isinstance(value, float):
+            before = max(before, value)
+            setattr(module, name, 0.0)
+    return before

@@ -1,0 +1,264 @@
+"""Any Hugging Face causal language model as the decoder of a latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lmvae_fast.errors import ConfigError, NumericalError, UnsupportedDecoderError
+from lmvae_fast.kernels.latent_attention.visibility import token_position
+from lmvae_fast.models.decoder.attention import ATTENTION, AttentionContext, PackedAttention
+from lmvae_fast.models.decoder.cache import LatentCache
+from lmvae_fast.models.decoder.examination import examine
+from lmvae_fast.models.decoder.greedy_token import greedy_tokens
+from lmvae_fast.models.decoder.tuning import Tuning
+from lmvae_fast.models.injection import Injection
+from lmvae_fast.pretrained import load_pretrained
+from lmvae_fast.text.tokenizer import SentenceTokenizer
+
+
+class Decoder(nn.Module):
+    """A causal language model whose attention also sees a memory.
+
+    The model is examined once: every layer must go through our attention with one head geometry, and without a memory
+    the result must equal the model's own. A decoder that fails is refused, never computed wrong.
+
+    Args:
+        model: the causal LM. Its attention implementation is switched to ours.
+        tokenizer: its tokenizer.
+        train: whether it trains; it is frozen otherwise.
+        tuning: what of it trains then.
+        source: name or folder it came from, if any.
+
+    Raises:
+        UnsupportedDecoderError: no keys and values to add to (state-space models), or a layer kind we do not honour.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: SentenceTokenizer,
+        *,
+        train: bool = False,
+        tuning: Tuning | None = None,
+        source: str | None = None,
+    ):
+        super().__init__()
+        self.model, self.tokenizer, self.trains, self.source = model, tokenizer, train, source
+        self.tuning = tuning or Tuning()
+        config = model.config.get_text_config(decoder=True)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._config = config
+        self._checked_head: tuple[tuple[int, int], ...] | None = None
+        self.position_offset = 0  # of the model's own position ids; the examination finds it
+        self.vocab_size, self.hidden_size = self._embedding.shape
+        model.requires_grad_(False)
+        self.train(False)
+        tokenizer.check_ids(self.vocab_size)
+        found = examine(self)
+        self.num_layers, self.num_heads = found.layers, found.heads
+        self.kv_heads, self.head_dim, self.windows = found.kv_heads, found.head_dim, found.windows
+        self.max_positions, self.hidden_window = found.positions, found.hidden_window
+        if train:
+            self.tuning.apply(model)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype,
+        train: bool = False,
+        tuning: Tuning | None = None,
+        add_prefix_space: bool = True,
+    ) -> Decoder:
+        """Load from a Hugging Face name or folder; raises CheckpointError when it cannot be had.
+
+        A decoder that trains is held in float32 at least: half precision is then a matter of autocast.
+        """
+        dtype = torch.promote_types(dtype, torch.float32) if train else dtype
+        config = load_pretrained(AutoConfig, name, "decoder")
+        model = load_pretrained(AutoModelForCausalLM, name, "decoder", dtype=dtype)
+        tokenizer = SentenceTokenizer.load(name, config, add_prefix_space=add_prefix_space)
+        return cls(model, tokenizer, train=train, tuning=tuning, source=name)
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.base_model
+
+    @property
+    def _embedding(self) -> Tensor:
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the head, ``[vocabulary, hidden]``."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """Bias of the head, ``[vocabulary]``, or None."""
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self._embedding.device
+
+    def train(self, mode: bool = True) -> Decoder:
+        """A frozen decoder stays in evaluation mode: its dropout belongs to its own pre-training."""
+        super().train(mode and self.trains)
+        return self
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        injection: Injection | None,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor,
+        token_index: Tensor,
+        attention: Callable[..., PackedAttention] = PackedAttention,
+    ) -> Tensor:
+        """Final hidden states ``[T, hidden]`` of a packed batch in one parallel pass (fields as in Batch).
+
+        attention: what makes the pass's attention of memory, visibility, cu_seqlens and max_seqlen.
+        """
+        if injection is None:
+            context, position_ids, shift = attention(None, "prefix", cu_seqlens, max_seqlen), token_index, None
+        else:
+            context = attention(injection.memory, injection.visibility, cu_seqlens, max_seqlen)
+            position_ids = token_position(token_index, injection.slots, injection.visibility)
+            shift = None if injection.embedding_shift is None else injection.embedding_shift[rows]
+        hidden = self.run(input_ids, position_ids, shift, context)
+        if injection is not None and injection.output_residual is not None:
+            hidden = hidden + injection.output_residual[rows].to(hidden.dtype)
+        return hidden
+
+    def step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
+        """Logits ``[batch, vocabulary]`` of one token per row over the cache, which then is one step further."""
+        return self.logits(self._step(input_ids, cache, injection))
+
+    def greedy_step(self, input_ids: Tensor, cache: LatentCache, injection: Injection, pack: bool = True) -> Tensor:
+        """As `step`, but the token of greatest logit alone, int64 ``[batch]``."""
+        return self.greedy_tokens(self._step(input_ids, cache, injection), pack=pack)
+
+    def greedy_tokens(self, hidden: Tensor, *, pack: bool = True, at_once: int | None = None) -> Tensor:
+        """The token of greatest logit after every hidden state ``[T, hidden]``: int64 ``[T]``.
+
+        pack: whether a bf16 copy of a frozen head may be kept for it. at_once: tokens whose logits may exist at one time.
+        """
+        return greedy_tokens(
+            hidden,
+            self.model.get_output_embeddings(),
+            self.logits,
+            only_a_product=not self.trains and self.softcap is None,
+            prepare=pack,
+            at_once=at_once,
+        )
+
+    def _step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
+        cache.prepare()
+        hidden = self.run(input_ids, cache.position_ids(), injection.embedding_shift, cache)
+        cache.advance()
+        cache.finite &= torch.isfinite(hidden).all(-1)
+        if injection.output_residual is not None:
+            hidden = hidden + injection.output_residual.to(hidden.dtype)
+        return hidden
+
+    def check_head(self) -> None:
+        """Raises NumericalError where the head's weight is not finite; looks at it once for as long as it stays as it is."""
+        weight, bias = self.head_weight, self.head_bias
+        state = tuple((part.data_ptr(), part._version) for part in (weight, bias) if part is not None)
+        if state == self._checked_head:
+            return
+        finite = torch.isfinite(weight.detach()).all(1)
+        if bias is not None:
+            finite &= torch.isfinite(bias.detach())
+        if not bool(finite.all()):
+            tokens = (~finite).nonzero().squeeze(1).tolist()
+            raise NumericalError(
+                "the decoder's head holds NaN or Inf, so that no token is the most probable one",
+                value=f"weights of token {tokens[0]}" + (f" and {len(tokens) - 1} more" if len(tokens) > 1 else ""),
+                remedy="load the decoder again; a training run's last good checkpoint is in its folder",
+            )
+        self._checked_head = state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: ``[..., vocabulary]``."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def new_cache(self, injection: Injection, *, batch: int, max_tokens: int) -> LatentCache:
+        """An empty static cache for injections of this kind."""
+        self.check_positions(injection.slots, max_tokens, injection.visibility)
+        return LatentCache(
+            layers=self.num_layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            batch=batch,
+            slots=injection.slots,
+            max_tokens=max_tokens,
+            visibility=injection.visibility,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def check_positions(self, slots: int, tokens: int, visibility: str) -> None:
+        """Raises ConfigError where tokens would stand past the decoder's positions, or past a window we cannot honour."""
+        last = token_position(max(tokens, 1) - 1, slots, visibility)
+        if self.max_positions is not None and last >= self.max_positions:
+            raise ConfigError(
+                f"{tokens} tokens under {visibility} visibility with {slots} slots reach position {last}",
+                value=last,
+                limit=f"the decoder's {self.max_positions} positions",
+                remedy="lower max_len",
+            )
+        if self.hidden_window is not None and slots + tokens > self.hidden_window:
+            raise UnsupportedDecoderError(
+                "the decoder's sliding window acts through a mask that our attention does not see",
+                value=f"{slots} slots and {tokens} tokens",
+                limit=f"a window of {self.hidden_window}",
+                remedy="lower max_len or slots",
+            )
+        window = min((window for window in self.windows.values() if window is not None), default=None)
+        if visibility == "rolling" and window is not None and window < tokens + 1:
+            raise UnsupportedDecoderError(
+                "rolling visibility does not reach past a sliding window",
+                value=f"{tokens + 1} visible entries",
+                limit=f"a window of {window}",
+                remedy="lower max_len",
+            )
+
+    def run(self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext) -> Tensor:
+        """Hidden states ``[T, hidden]`` of packed tokens at given positions, their embeddings moved by ``shift``."""
+        if self._config._attn_implementation != ATTENTION:
+            raise UnsupportedDecoderError(
+                "the decoder's attention has been taken away from lmvae_fast: its memory would be ignored",
+                value=self._config._attn_implementation,
+                limit=ATTENTION,
+                remedy="decoder.model.set_attn_implementation('lmvae')",
+            )
+        if self.position_offset:
+            position_ids = position_ids + self.position_offset
+        embedded = self.model.get_input_embeddings()(input_ids)
+        if shift is not None:
+            embedded = embedded + shift.to(embedded.dtype)
+        out = self.body(
+            inputs_embeds=embedded.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, lmvae=context
+        )
+        return out.last_hidden_state.squeeze(0)

@@ -1,0 +1,261 @@
+"""Whether a decoder can be run through our attention at all, and with which geometry: found out once, before it is used.
+
+Every layer must go through our attention with one head geometry; without a memory the result must equal the model's own, in
+float32 whatever the weights are held in; and a gradient must reach the memory of every layer. A decoder that fails is
+refused, never computed wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmvae_fast.errors import UnsupportedDecoderError
+from lmvae_fast.models.decoder.activations import fuse_activations
+from lmvae_fast.models.decoder.attention import (
+    ATTENTION,
+    AttentionContext,
+    PackedAttention,
+    RecordingAttention,
+    without_attention_dropout,
+)
+
+logger = logging.getLogger(__name__)
+
+_EXAMINED = (5, 3)  # tokens of the two sentences that every decoder is examined with
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+_DECODERS = "use a decoder with key-value attention in every layer (GPT-2, Llama, Qwen, Mistral, Gemma, ...)"
+
+
+class Examined(Protocol):
+    """What is examined of a decoder: its model, and how it is run."""
+
+    model: PreTrainedModel
+    trains: bool
+    vocab_size: int
+    position_offset: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run(
+        self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Layers of a decoder, the heads of each, and by layer its sliding window (None: it sees everything).
+
+    ``positions``: how many the decoder has, or None for any number. ``hidden_window``: a window that acts through Hugging
+    Face's mask alone, so that no sentence may be longer than it; None for none.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: dict[int, int | None]
+    positions: int | None
+    hidden_window: int | None
+
+
+def examine(decoder: Examined) -> Geometry:
+    """Learn the head geometry, and prove on eight packed tokens that our path computes this model's own logits.
+
+    Sets ``decoder.position_offset`` where the model counts its positions from another number than 0 (RoBERTa).
+    Raises UnsupportedDecoderError otherwise.
+    """
+    name = type(decoder.model).__name__
+    config = decoder.model.config.get_text_config(decoder=True)
+    try:
+        with _in_float32(decoder.model):
+            expected, plain = _eager_logits(decoder, config)
+            fuse_activations(decoder.model)  # here, so that the comparison below covers it
+            seen, got = _packed_logits(decoder)
+            _check_layers(config, name, seen)
+            geometry = _geometry(decoder, config, seen)
+            _check_gradient(decoder, geometry, name)
+    except UnsupportedDecoderError as error:
+        if "handed over" in error.problem:
+            raise UnsupportedDecoderError(
+                f"{name} does not pass keyword arguments down to its attention", remedy=_DECODERS
+            ) from error
+        raise
+    except (ValueError, AttributeError, TypeError, RuntimeError, KeyError, IndexError) as error:
+        raise UnsupportedDecoderError(
+            f"{name} cannot be run through our attention: {error}", remedy=_DECODERS
+        ) from error
+    # Another order of the same sums: some units in the last place per layer. Eager attention works in float32 at best.
+    tolerance = min(16 * torch.finfo(torch.float32).eps * geometry.layers**0.5, 0.1)
+    last = slice(_EXAMINED[0], None)
+    if not _relative(expected[last], plain) > 0:
+        raise UnsupportedDecoderError(
+            f"{name} takes no notice of position ids, so a memory cannot stand before its tokens", remedy=_DECODERS
+        )
+    difference = _relative(got, expected)
+    if not difference <= tolerance:
+        raise UnsupportedDecoderError(
+            f"{name} computes something that our attention or head leaves out",
+            value=f"logits off by {difference:.2e} of their norm",
+            limit=f"{tolerance:.1e}",
+            remedy="report the model; scaled logits, attention sinks and biased scores are not honoured yet",
+        )
+    dropped = max(without_attention_dropout(module) for module in seen.modules.values())
+    if decoder.trains and dropped:
+        logger.warning("%s: dropout %.2g on attention weights is switched off (our attention has none)", name, dropped)
+    return geometry
+
+
+def _geometry(decoder: Examined, config: Any, seen: RecordingAttention) -> Geometry:
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        positions -= decoder.position_offset
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" in str(rope.get("rope_type", rope.get("type", ""))):
+        # Past the original length all positions of a pass are turned by other angles, those of its short sentences too.
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        positions = min(original, positions or original) if original else positions
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True) and all(found is None for found in seen.windows.values())
+    kinds = getattr(config, "layer_types", None)
+    sliding = kinds is None or "sliding_attention" in kinds
+    return Geometry(
+        len(seen.shapes),
+        *seen.shapes[0],
+        windows=seen.windows,
+        positions=positions,
+        hidden_window=window if window and used and sliding else None,
+    )
+
+
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts, half-precision weights are held in float32; afterwards they are the very tensors they were."""
+    kept: list[tuple[Any, Tensor]] = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            kept.append((tensor, tensor.data))
+            tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def _check_gradient(decoder: Examined, geometry: Geometry, name: str) -> None:
+    """Raises UnsupportedDecoderError unless a gradient reaches the memory of every layer."""
+    shape = (geometry.layers, 2, 1, geometry.kv_heads, 2, geometry.head_dim)
+    pattern = torch.linspace(-1, 1, shape[0] * 4 * shape[3] * shape[5], device=decoder.device)
+    ids = _examined_ids(decoder)[: _EXAMINED[0]]
+    length = torch.tensor([0, len(ids)], dtype=torch.int32, device=decoder.device)
+    positions = torch.arange(2, 2 + len(ids), device=decoder.device)
+    with torch.enable_grad():
+        memory = pattern.view(shape).to(decoder.dtype).requires_grad_()
+        hidden = decoder.run(ids, positions, None, PackedAttention(memory, "prefix", length, len(ids)))
+        weights = torch.linspace(-1, 1, hidden.numel(), device=decoder.device).view_as(hidden)
+        reached = hidden.requires_grad
+        gradient = torch.autograd.grad((hidden * weights).sum(), memory)[0] if reached else torch.zeros_like(memory)
+    strength = gradient.abs().sum((1, 2, 3, 4, 5))
+    if not bool((torch.isfinite(strength) & (strength > 0)).all()):
+        layers = [layer for layer, value in enumerate(strength.tolist()) if not 0 < value < float("inf")]
+        raise UnsupportedDecoderError(
+            f"{name} lets no gradient through to the memory, which could not be learned",
+            value=f"layers {layers[:8]}",
+            limit="a gradient in every layer",
+            remedy="use weights that torch can differentiate through (not 4-bit ones)",
+        )
+
+
+@torch.no_grad()
+def _eager_logits(decoder: Examined, config: Any) -> tuple[Tensor, Tensor]:
+    """The model's own logits of both examined sentences ``[8, vocabulary]``, and of the second at positions 0, 1, 2.
+
+    Sets ``decoder.position_offset``.
+    """
+    decoder.model.set_attn_implementation("eager")
+    first, second = _examined_ids(decoder).split(_EXAMINED)
+
+    def logits(ids: Tensor, positions: Tensor | None) -> Tensor:
+        given = {} if positions is None else {"position_ids": positions[None] + decoder.position_offset}
+        out = decoder.model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False, **given)
+        return out.logits[0].float()
+
+    places = torch.arange(len(first), device=decoder.device)
+    # Where the model itself puts its first token: RoBERTa's positions begin behind the padding token's.
+    own = logits(first, None)
+    for offset in (0, (getattr(config, "pad_token_id", None) or 0) + 1):
+        decoder.position_offset = offset
+        if _relative(logits(first, places), own) < 1e-5:
+            break
+    else:
+        raise UnsupportedDecoderError(
+            f"{type(decoder.model).__name__} counts its positions in a way of its own", remedy=_DECODERS
+        )
+    plain = logits(second, places[: len(second)])
+    return torch.cat([logits(first, places), logits(second, 2 * places[: len(second)] + 1)]), plain
+
+
+@torch.no_grad()
+def _packed_logits(decoder: Examined) -> tuple[RecordingAttention, Tensor]:
+    """The same two sentences packed through our attention: what its layers asked for, and the logits."""
+    decoder.model.set_attn_implementation(ATTENTION)
+    lengths = torch.tensor([0, *_EXAMINED], device=decoder.device)
+    seen = RecordingAttention(None, "prefix", lengths.cumsum(0).to(torch.int32), max(_EXAMINED))
+    # The second sentence stands at positions 1, 3, 5, as tokens between slots do.
+    positions = torch.cat([torch.arange(n, device=decoder.device) for n in _EXAMINED])
+    positions[_EXAMINED[0] :] = 2 * positions[_EXAMINED[0] :] + 1
+    hidden = decoder.run(_examined_ids(decoder), positions, None, seen)
+    return seen, decoder.logits(hidden).float()
+
+
+def _examined_ids(decoder: Examined) -> Tensor:
+    """Ids that no model takes for padding: RoBERTa leaves padding out of its positions."""
+    pad = getattr(decoder.model.config.get_text_config(decoder=True), "pad_token_id", None)
+    ids = torch.arange(1, sum(_EXAMINED) + 1, device=decoder.device) * 7 % decoder.vocab_size
+    return ids if pad is None else torch.where(ids == pad, (ids + 1) % decoder.vocab_size, ids)
+
+
+def _check_layers(config: Any, name: str, seen: RecordingAttention) -> None:
+    """Raises UnsupportedDecoderError unless every layer came through our attention, alike, and with its window."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if not seen.shapes or sorted(seen.shapes) != list(range(layers or len(seen.shapes))):
+        raise UnsupportedDecoderError(
+            f"{name} has layers without keys and values, which a memory cannot reach",
+            value=f"{len(seen.shapes)} attention layers of {layers}",
+            remedy="use a decoder with attention everywhere",
+        )
+    if len(set(seen.shapes.values())) != 1:
+        raise UnsupportedDecoderError(
+            f"{name} has layers of different head geometry",
+            value=sorted(set(seen.shapes.values())),
+            limit="one (heads, kv_heads, head_dim) in all layers",
+        )
+    # A window that acts through Hugging Face's mask alone would be lost on us, and eight tokens would not show it.
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in _LAYER_KINDS or (kind == "sliding_attention" and seen.windows.get(layer) is None):
+            raise UnsupportedDecoderError(
+                f"{name}: layer {layer} is of a kind we do not honour",
+                value=kind,
+                limit=", ".join(_LAYER_KINDS),
+                remedy=_DECODERS,
+            )
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()

@@ -1,0 +1,71 @@
+"""The most probable token without its logits, where a frozen head was prepared for that (kernels/greedy_head)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lmvae_fast.kernels.backend import current, extension
+from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
+from lmvae_fast.kernels.sample_token import sample_token
+from lmvae_fast.models.decoder.large_pages import LargePages
+
+_prepared: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], GreedyHead]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def greedy_tokens(
+    hidden: Tensor,
+    head: nn.Module,
+    logits: Callable[[Tensor], Tensor],
+    *,
+    only_a_product: bool,
+    prepare: bool = True,
+    at_once: int | None = None,
+) -> Tensor:
+    """The token of greatest logit after every hidden state ``[T, hidden]``: int64 ``[T]``.
+
+    Args:
+        hidden: final hidden states.
+        head: the module with the head's weight.
+        logits: from hidden states to logits, where they are made.
+        only_a_product: whether the head is frozen and its logits are the product with its weight and nothing else.
+        prepare: whether a bf16 copy of the head's weight may be made, which is kept while the head lives.
+        at_once: tokens whose logits may exist at one time, where logits are made; all by default.
+    """
+    if prepare and only_a_product and _pays(head, hidden):
+        return greedy_head(hidden, _prepared_head(head))
+    chunks = hidden.split(at_once) if at_once is not None and len(hidden) > at_once else (hidden,)
+    # torch's argmax of bf16 is slow on a CPU
+    tokens = [sample_token(logits(chunk), greedy=True) for chunk in chunks]
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+
+def _pays(head: nn.Module, hidden: Tensor) -> bool:
+    """In fp32 on a CPU, and nothing but a matrix: on other devices and in bf16 the plain product is at its limit."""
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype == torch.float32
+        and type(head) is nn.Linear
+        and head.bias is None
+        and head.weight.dtype == torch.float32
+        and current() in ("auto", "cpp")
+        and extension()[0]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _prepared_head(module: nn.Module) -> GreedyHead:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    state = (weight.data_ptr(), weight._version)
+    if module not in _prepared or _prepared[module][0] != state:
+        head = pack_head(weight)
+        elements = head.panels.numel()  # even: a float32's room holds two
+        room = LargePages().empty(elements // 2).view(torch.bfloat16)
+        _prepared[module] = (state, replace(head, panels=room.view_as(head.panels).copy_(head.panels)))
+    return _prepared[module][1]

@@ -1,0 +1,195 @@
+"""The layers of GPT-2 and of Llama's family over packed weights: what a decoding step on a CPU computes, with few calls.
+
+With a handful of rows, the calls and passes between the products are a part of a step that shows. So these families are
+written out here: queries, keys and values are one product, activations and residuals belong to the product
+before them. Every other family, and any layer that is not exactly what is written here, keeps Hugging Face's modules. A body is
+compared with the modules it stands for before it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, rms_norm
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from lmvae_fast.kernels.packed_linear import PackedLinear, pack_gated, pack_weight
+from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
+from lmvae_fast.models.decoder.large_pages import LargePages
+
+if TYPE_CHECKING:
+    from lmvae_fast.models.decoder.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+Layer = Callable[[Tensor, AttentionContext], Tensor]  # hidden states [T, hidden] to those of the next layer
+_LLAMAS = {
+    llama.LlamaModel: (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP),
+    mistral.MistralModel: (mistral.MistralDecoderLayer, mistral.MistralAttention, mistral.MistralMLP),
+    qwen2.Qwen2Model: (qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP),
+    qwen3.Qwen3Model: (qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP),
+}
+
+
+class _Unlike(ValueError):
+    """A model that is not what is written out here; the message says where."""
+
+
+def packed_of(pages: LargePages, *parts: nn.Module, activation: str = "none") -> PackedLinear:
+    """One linear module, or several with the same inputs, whose outputs then lie side by side, over packed weights."""
+    weight = torch.cat([linear_weight(part) for part in parts])
+    biases = [part.bias for part in parts if isinstance(part.bias, Tensor)]
+    _require(len(biases) in (0, len(parts)), "a bias in some of the projections of one input")
+    bias = torch.cat([b.detach() for b in biases]) if biases else None
+    return PackedLinear(_kept(pages, pack_weight(weight)), bias, out_features=weight.shape[0], activation=activation)
+
+
+def _gated(pages: LargePages, gate: nn.Linear, up: nn.Linear) -> PackedLinear:
+    """``silu(gate(x)) * up(x)``."""
+    _require(gate.bias is None and up.bias is None, "a bias in a gated layer")
+    packed = _kept(pages, pack_gated(linear_weight(gate), linear_weight(up)))
+    return PackedLinear(packed, out_features=gate.weight.shape[0], activation="swiglu")
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """Weight of an nn.Linear or Conv1D as ``[outputs, inputs]``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
+
+
+def _kept(pages: LargePages, packed: Tensor) -> Tensor:
+    return pages.empty(*packed.shape).copy_(packed)
+
+
+def body_forward(decoder: Decoder, pages: LargePages) -> Callable[..., SimpleNamespace] | None:
+    """What the decoder's body may call in place of its own forward, or None where its layers are not written out here."""
+    body = decoder.body
+    try:
+        if type(body) is gpt2.GPT2Model:
+            forward = _gpt2(body, pages)
+        elif type(body) in _LLAMAS:
+            forward = _llama(body, decoder.windows, pages)
+        else:
+            return None
+    except _Unlike as reason:
+        logger.info("%s: layers stay Hugging Face's in decoding: %s", type(body).__name__, reason)
+        return None
+    difference = _difference(decoder, forward)
+    if not difference <= 1e-4:
+        logger.warning(
+            "%s: layers stay Hugging Face's in decoding: ours are off by %.1e", type(body).__name__, difference
+        )
+        return None
+    return forward
+
+
+@torch.no_grad()
+def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace]) -> float:
+    """Between both bodies' hidden states for two short sentences, over their norm."""
+    hidden = decoder.hidden_size
+    embedded = torch.linspace(-1, 1, 5 * hidden, dtype=decoder.dtype).view(hidden, 5).t().unsqueeze(0)
+    offsets, positions = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1, 2, 0, 1]])
+    given = {"inputs_embeds": embedded, "position_ids": positions, "use_cache": False}
+    with_ours = forward(**given, lmvae=PackedAttention(None, "prefix", offsets, 3)).last_hidden_state
+    theirs = decoder.body(**given, lmvae=PackedAttention(None, "prefix", offsets, 3)).last_hidden_state
+    return ((with_ours - theirs).norm() / theirs.norm()).item()
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise _Unlike(what)
+
+
+# ---- GPT-2 -----------------------------------------------------------------------------------------------------------
+
+
+def _gpt2(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]:
+    layers = [_gpt2_layer(block, index, pages) for index, block in enumerate(body.h)]
+    positions, last = body.wpe.weight, body.ln_f
+
+    def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
+        x = inputs_embeds.squeeze(0) + torch.nn.functional.embedding(position_ids.squeeze(0), positions)
+        for layer in layers:
+            x = layer(x, lmvae)
+        x = layer_norm(x, last.normalized_shape, last.weight, last.bias, last.eps)
+        return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
+
+    return forward
+
+
+def _gpt2_layer(block: Any, index: int, pages: LargePages) -> Layer:
+    attn, mlp, norm1, norm2 = block.attn, block.mlp, block.ln_1, block.ln_2
+    _require(type(block) is gpt2.GPT2Block and not hasattr(block, "crossattention"), "another kind of block")
+    _require(type(attn) is gpt2.GPT2Attention and type(mlp) is gpt2.GPT2MLP, "another attention or MLP")
+    _require(type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh", "another activation")
+    qkv, out = packed_of(pages, attn.c_attn), packed_of(pages, attn.c_proj)
+    up, down = packed_of(pages, mlp.c_fc, activation="gelu_tanh"), packed_of(pages, mlp.c_proj)
+    shape, scale, heads = norm1.normalized_shape, attn.scaling, attn.num_heads
+    first, second = (norm1.weight, norm1.bias, norm1.eps), (norm2.weight, norm2.bias, norm2.eps)
+
+    def layer(x: Tensor, context: AttentionContext) -> Tensor:
+        rows = x.shape[0]
+        q, k, v = qkv(layer_norm(x, shape, *first)).view(rows, 3, heads, -1).unbind(1)
+        seen = context.attend(index, q, k, v, scale=scale, window=None, softcap=None)
+        x = out(seen.reshape(rows, -1), x)
+        return down(up(layer_norm(x, shape, *second)), x)
+
+    return layer
+
+
+# ---- Llama, Mistral, Qwen --------------------------------------------------------------------------------------------
+
+
+def _llama(body: Any, windows: dict[int, int | None], pages: LargePages) -> Callable[..., SimpleNamespace]:
+    _require(body.config.hidden_act == "silu", "another activation")
+    layers = [_llama_layer(body, block, index, windows[index], pages) for index, block in enumerate(body.layers)]
+    last = body.norm
+
+    def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
+        turns = [part.transpose(0, 1) for part in body.rotary_emb(inputs_embeds, position_ids=position_ids)]
+        x = inputs_embeds.squeeze(0)
+        for layer in layers:
+            x = layer(x, lmvae, *turns)
+        x = rms_norm(x, x.shape[-1:], last.weight, last.variance_epsilon)
+        return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
+
+    return forward
+
+
+def _llama_layer(body: Any, block: Any, index: int, window: int | None, pages: LargePages) -> Callable[..., Tensor]:
+    attn, mlp, width = block.self_attn, block.mlp, body.config.hidden_size
+    _require((type(block), type(attn), type(mlp)) == _LLAMAS[type(body)], "another kind of layer")
+    qkv = packed_of(pages, attn.q_proj, attn.k_proj, attn.v_proj)
+    out, down = packed_of(pages, attn.o_proj), packed_of(pages, mlp.down_proj)
+    gated = _gated(pages, mlp.gate_proj, mlp.up_proj)
+    dim, scale = attn.head_dim, attn.scaling
+    kv_heads = attn.k_proj.weight.shape[0] // dim
+    heads = attn.q_proj.weight.shape[0] // dim
+    first, second = block.input_layernorm, block.post_attention_layernorm
+    norms = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else None
+
+    def layer(x: Tensor, context: AttentionContext, cos: Tensor, sin: Tensor) -> Tensor:
+        rows = x.shape[0]
+        heard = qkv(rms_norm(x, (width,), first.weight, first.variance_epsilon)).view(rows, -1, dim)
+        qk, v = heard[:, : heads + kv_heads], heard[:, heads + kv_heads :]
+        if norms is not None:
+            split = zip(norms, qk.split([heads, kv_heads], dim=1), strict=True)
+            qk = torch.cat([rms_norm(part, (dim,), n.weight, n.variance_epsilon) for n, part in split], dim=1)
+        left, right = qk.chunk(2, dim=-1)
+        qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
+        q, k = qk.split([heads, kv_heads], dim=1)
+        seen = context.attend(index, q, k, v, scale=scale, window=window, softcap=None)
+        x = out(seen.reshape(rows, -1), x)
+        return down(gated(rms_norm(x, (width,), second.weight, second.variance_epsilon)), x)
+
+    return layer

@@ -1,0 +1,275 @@
+"""Any Hugging Face text encoder, pooled."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lmvae_fast.errors import ConfigError, DataError, TokenizerError
+from lmvae_fast.files import tensor_bytes
+from lmvae_fast.models.sentence_modules import load_dense, read_modules, write_modules
+from lmvae_fast.pretrained import load_pretrained
+from lmvae_fast.text.batch import Batch
+from lmvae_fast.text.tokenizer import check_size
+
+
+class Encoder(nn.Module):
+    """A text encoder with pooling.
+
+    Args:
+        model: encoder-only model (BERT, MiniLM, T5's encoder) or decoder-type embedding model (Qwen2).
+        tokenizer: its tokenizer.
+        pooling: ``mean`` over real tokens, ``cls`` (first), ``last`` (last real token) or ``pooler`` (BERT's).
+        normalize: L2-normalise the result.
+        train: whether its parameters train; frozen and in evaluation mode otherwise.
+        source: name or folder it came from, if any.
+        dense: layers between pooling and norm (sentence-T5), or None.
+        max_tokens: the most tokens read of a text, where that is less than the model takes. lower: lower texts first.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        pooling: str = "mean",
+        normalize: bool = False,
+        train: bool = False,
+        source: str | None = None,
+        dense: nn.Sequential | None = None,
+        max_tokens: int | None = None,
+        lower: bool = False,
+    ):
+        super().__init__()
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise TokenizerError(
+                    "the encoder's tokenizer has neither a padding nor an end token",
+                    value=type(tokenizer).__name__,
+                    remedy="set tokenizer.pad_token",
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        if pooling == "pooler" and getattr(model, "pooler", None) is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no pooler",
+                value="pooling='pooler'",
+                limit="mean, cls, last",
+                remedy="choose another pooling",
+            )
+        self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
+        embedding: Any = model.get_input_embeddings()
+        self._vocabulary: int = embedding.weight.shape[0]
+        check_size(tokenizer, self._vocabulary, "encoder")
+        self.trains, self.source = train, source
+        self.stated_tokens, self.lower = max_tokens, lower
+        wide = next(model.parameters())
+        self.dense = None
+        if dense is not None:
+            self.dense = dense.to(wide.device, torch.promote_types(wide.dtype, torch.float32)).requires_grad_(train)
+        model.requires_grad_(train)
+        if pooling != "pooler" and getattr(model, "pooler", None) is not None:
+            model.pooler.requires_grad_(False)  # unused: an optimiser would only decay it
+        self.train(False)
+        limits = [limit for limit in (longest_input(model), max_tokens) if limit is not None]
+        self.max_tokens = min(limits, default=None)
+        self.width = self._examine()
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: torch.dtype, pooling: str = "mean", normalize: bool = False, train: bool = False
+    ) -> Encoder:
+        """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had.
+
+        Dense layers and limits of a folder of sentence-transformers are honoured; pooling and norm are as given. An encoder
+        that trains is held in float32 at least: half precision is then a matter of autocast.
+        """
+        dtype = torch.promote_types(dtype, torch.float32) if train else dtype
+        source, modules, extra = name, read_modules(name), {}
+        if modules is not None:
+            name = modules.transformer
+            extra = {"dense": load_dense(modules), "max_tokens": modules.max_tokens, "lower": modules.lower}
+        config = load_pretrained(AutoConfig, name, "encoder")
+        # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
+        auto_class: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        auto_class = _saved_encoder_half(config) or auto_class
+        # Many checkpoints come without the pooler, which is not used unless it is asked for.
+        may_lack = () if pooling == "pooler" else ("pooler.",)
+        model = load_pretrained(auto_class, name, "encoder", may_lack=may_lack, dtype=dtype)
+        if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            # BART, mBART: the whole model's last hidden state is its decoder's.
+            model = model.get_encoder()
+        tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
+        return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=source, **extra)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> Encoder:
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode and self.trains)
+        return self
+
+    @torch.no_grad()
+    def _examine(self) -> int:
+        """Width of the pooled vector; raises ConfigError where a sentence's vector depends on what it is padded with."""
+        if self.device.type == "meta":
+            return self.model.config.hidden_size
+        name = type(self.model).__name__
+        texts = ["a cat", "a cat is a kind of animal that lives with people"]
+        try:
+            alone = self(*(part.to(self.device) for part in self.tokenize(texts[:1])))
+            padded = self(*(part.to(self.device) for part in self.tokenize(texts)))[:1]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError, KeyError) as error:
+            raise ConfigError(
+                f"{name} cannot be run as a text encoder: {str(error).strip().splitlines()[0][:200]}",
+                remedy="use a text encoder that takes input_ids and attention_mask (BERT, MiniLM, T5, RoBERTa, Qwen ...)",
+            ) from error
+        difference = ((alone - padded).norm() / alone.norm().clamp_min(1e-9)).item()
+        dtype = next(self.model.parameters()).dtype
+        if not difference <= (0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3):
+            raise ConfigError(
+                f"{name} gives a sentence other features beside a longer one: it does not leave its padding out",
+                value=f"off by {difference:.1e} of their norm",
+                remedy="use another encoder" if self.pooling != "last" else "use pooling='mean', or another encoder",
+            )
+        return alone.shape[1]
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit.
+
+        Raises DataError when the tokenizer makes ids that the encoder has no embedding for.
+        """
+        limit = min(self.tokenizer.model_max_length, self.max_tokens or 10**9)
+        texts = [text.lower() for text in texts] if self.lower else list(texts)
+        encoded = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
+        )
+        ids, rows = encoded["input_ids"], self._vocabulary
+        if ids.numel() and int(ids.max()) >= rows:
+            raise DataError(
+                "the encoder's tokenizer made a token the encoder does not know",
+                value=int(ids.max()),
+                limit=f"< {rows}",
+                remedy="use the encoder's own tokenizer",
+            )
+        return ids, encoded["attention_mask"]
+
+    def features(self, batch: Batch) -> Tensor:
+        """Pooled features of a batch, ``[B, width]``."""
+        if batch.encoder_ids is None or batch.encoder_mask is None or batch.encoder_cu_seqlens is not None:
+            raise ConfigError(
+                "a text encoder reads padded sentences", value="a batch of prompts with responses",
+                remedy="use system='cvae' for prompts",
+            )  # fmt: skip
+        return self(batch.encoder_ids, batch.encoder_mask)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""
+        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            pooled = (
+                out.pooler_output
+                if self.pooling == "pooler"
+                else pool(out.last_hidden_state, attention_mask, self.pooling)
+            )
+            pooled = pooled.float() if pooled.dtype in (torch.float16, torch.bfloat16) else pooled
+            pooled = pooled if self.dense is None else self.dense(pooled)
+            return nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
+
+    @torch.no_grad()
+    def pool_texts(
+        self,
+        texts: Sequence[str],
+        lengths: Sequence[int],
+        *,
+        batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        progress: Any = None,
+    ) -> Tensor:
+        """Pooled features of any number of texts, ``[N, width]`` in ``dtype`` on the CPU.
+
+        lengths: of the texts, in any unit: the longest are read first, so that batches pad little. progress: called with the
+        number of texts done after every batch, if given.
+        """
+        order = sorted(range(len(texts)), key=lambda row: -lengths[row])
+        features = torch.empty(len(texts), self.width, dtype=dtype)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = self.tokenize([texts[row] for row in rows])
+            features[rows] = self(ids.to(self.device), mask.to(self.device)).to(features)
+            if progress is not None:
+                progress(len(rows))
+        return features
+
+    def write_modules(self, folder: Path) -> None:
+        """Write beside the saved transformer what it takes besides: dense layers and limits, as sentence-transformers does."""
+        if self.dense is not None or self.stated_tokens is not None or self.lower:
+            write_modules(
+                folder, pooling=self.pooling, normalize=self.normalize, width=self.model.config.hidden_size,
+                dense=self.dense, max_tokens=self.stated_tokens, lower=self.lower,
+            )  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights and the pooling: features cached under it are this encoder's, hexadecimal."""
+        digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
+        state = self.model.state_dict()
+        if self.dense is not None or self.stated_tokens is not None or self.lower:
+            digest.update(f" {self.stated_tokens} {self.lower} {self.dense}".encode())
+            state |= {} if self.dense is None else {f"dense.{name}": value for name, value in self.dense.state_dict().items()}
+        for name, parameter in sorted(state.items()):
+            digest.update(name.encode())
+            digest.update(tensor_bytes(parameter))
+        return digest.hexdigest()
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """The most tokens that an encoder has positions for; None for any number (relative positions)."""
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None or longest < 1:  # XLNet says -1
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa's positions begin behind the padding token's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest
+
+
+def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:
+    """The class of the encoder half of an encoder-decoder (BART), where a folder holds nothing but that half."""
+    names = getattr(config, "architectures", None) or [""]
+    if not getattr(config, "is_encoder_decoder", False) or not names[0].endswith("Encoder"):
+        return None
+    module = sys.modules[AutoModel._model_mapping[type(config)].__module__]
+    return getattr(module, names[0], None)
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool hidden states ``[batch, tokens, width]`` under a 0/1 mask ``[batch, tokens]`` (``mean``, ``cls``, ``last``)."""
+    if pooling == "mean":
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1e-9)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        # The last real token, on whichever side the padding is.
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    raise ConfigError("unknown pooling", value=repr(pooling), limit="mean, cls, last, pooler")

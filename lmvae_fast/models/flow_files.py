@@ -1,0 +1,300 @@
+"""Folders of Invertible CVAEs: safetensors and JSON, nothing unpickled, nothing half written.
+
+config.json              flow (kind, blocks ...), its stages, bridge, clusters, where VAE and vectors are, fingerprints
+flow.safetensors         the flow's numbers, the bridge's matrix, the clusters' centres
+word_vectors.safetensors the word vectors, unless a package or the VAE itself has them
+vae/                     the VAE, where it came from nowhere else or was asked for
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lmvae_fast.config.flow import FlowConfig
+from lmvae_fast.data.word_vector_files import PACKAGED, read_word_vectors
+from lmvae_fast.data.word_vectors import EncoderVectors, TokenEmbeddingVectors, VectorSource, WordVectors
+from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
+from lmvae_fast.files import (
+    fingerprint_tensors,
+    fsync_file,
+    output_errors,
+    replace_folder,
+    sha256_file,
+    write_json,
+    write_tensors,
+)
+from lmvae_fast.kernels.coupling_flow import Coupling, FlowSpec, Stage, Subnet
+from lmvae_fast.models.bridge import Bridge
+from lmvae_fast.models.flow import CouplingFlow
+from lmvae_fast.models.lmvae import LMVAE
+
+CONFIG, WEIGHTS, VECTORS, FORMAT = "config.json", "flow.safetensors", "word_vectors.safetensors", "lmvae_fast-flow-1"
+
+#: Parameters of more numbers than this enter a VAE's fingerprint by as many evenly spaced ones.
+SAMPLED = 1 << 20
+
+Model = TypeVar("Model")
+
+_CARD = """---
+library_name: lmvae_fast
+tags: [normalizing-flow, definition-modeling, text-generation]
+---
+# From word vectors to definitions
+
+A flow ({blocks} blocks of kind `{kind}`) from word vectors of width {width} to the latents of a language-model VAE.
+
+```python
+import lmvae_fast as lf
+model = lf.InvertibleCVAE.from_pretrained("<this folder>")
+print(model.define(["planet"]))
+```
+"""
+
+
+def vae_fingerprint(vae: nn.Module) -> str:
+    """Hexadecimal SHA-256 over names, shapes and values (float32) of a VAE's parameters, large ones sampled evenly.
+
+    What a flow was fitted on is known by it: training the VAE further, or loading it in another dtype, makes another one.
+    """
+    named = {}
+    for name, parameter in vae.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        every = max(1, -(-flat.numel() // SAMPLED))
+        named[f"{name} {tuple(parameter.shape)}"] = flat[::every].float()
+    return fingerprint_tensors(named)
+
+
+def spec_to_json(spec: FlowSpec) -> dict[str, Any]:
+    """A flow's stages as JSON values; equal stages that follow each other are written once with their number."""
+    stages: list[dict[str, Any]] = []
+    for stage in spec.stages:
+        values = asdict(stage)
+        if stages and stages[-1]["stage"] == values:
+            stages[-1]["times"] += 1
+        else:
+            stages.append({"times": 1, "stage": values})
+    return {"dim": spec.dim, "cond_dim": spec.cond_dim, "stages": stages}
+
+
+def spec_from_json(values: dict[str, Any]) -> FlowSpec:
+    """The spec that :func:`spec_to_json` wrote. Raises CheckpointError for anything else."""
+    try:
+        stages: list[Stage] = []
+        for entry in values["stages"]:
+            coupling, rest = entry["stage"]["coupling"], {k: v for k, v in entry["stage"].items() if k != "coupling"}
+            if coupling is not None:
+                subnets = tuple(Subnet(tuple(net["hidden"]), net["activation"]) for net in coupling["subnets"])
+                coupling = Coupling(**{**coupling, "subnets": subnets})
+            stages += [Stage(coupling, **rest)] * entry["times"]
+        return FlowSpec(values["dim"], values["cond_dim"], tuple(stages))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the flow's stages cannot be read: {error}", remedy="restore config.json from a copy"
+        ) from error
+
+
+def flow_tensors(model: Any) -> dict[str, Tensor]:
+    """Every number of a fitted model's flow, bridge and clusters, by name."""
+    flow, bridge = model.flow, model.bridge
+    return {
+        "flow.theta": flow.theta.detach(), "flow.constants": flow.constants, "flow.indices": flow.indices,
+        "bridge.mean": bridge.mean, "bridge.matrix": bridge.matrix, "bridge.explained": bridge.explained,
+        "centres": model.centres,
+    }  # fmt: skip
+
+
+def load_flow_tensors(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Put such tensors back. Raises CheckpointError where they are of another flow, or their permutations are damaged."""
+    wanted = flow_tensors(model)
+    missing = sorted(wanted.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(
+            "the flow's numbers are not whole", value=f"missing {missing}", remedy="restore them from a copy"
+        )
+    for name, value in wanted.items():
+        if name != "centres" and tensors[name].shape != value.shape:
+            raise CheckpointError(
+                f"{name} is of another flow", value=list(tensors[name].shape), limit=list(value.shape),
+                remedy="load it into a flow of the configuration it was saved with",
+            )  # fmt: skip
+    with torch.no_grad():
+        for name, value in wanted.items():
+            if name != "centres":
+                value.copy_(tensors[name])
+    model.centres = tensors["centres"].to(model.device, model.dtype)
+    try:
+        model.flow.check_permutations()
+    except ValueError as error:
+        raise CheckpointError(
+            f"the flow's permutations are damaged: {error}", remedy="restore it from a copy"
+        ) from error
+
+
+def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool | None = None) -> None:
+    """Write an InvertibleCVAE.
+
+    Args:
+        folder: made, or replaced if it holds a flow of ours; at every instant the old or the new one is whole.
+        include_vae: store the VAE in it; default: only one that came from no folder or hub name.
+
+    Raises:
+        ConfigError: it was not fitted. OutputError: the folder cannot be written, or holds something else.
+    """
+    if model.bridge is None:
+        raise ConfigError("this flow was not fitted yet, so there is nothing to save", remedy="call fit")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and _read_config(folder, None) is None:
+        raise OutputError(f"{folder} exists and holds no flow of ours", remedy="choose another folder or empty it")
+    bridge = model.bridge
+    with output_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        try:
+            write_tensors(temporary / WEIGHTS, flow_tensors(model), {"format": FORMAT})
+            inside = model.source is None if include_vae is None else include_vae
+            if inside:
+                model.vae.save_pretrained(temporary / "vae")
+            source = "./vae" if inside else _whole_path(model.source)
+            values = {
+                "format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS), "flow": model.config.to_dict(),
+                "spec": spec_to_json(model.flow.spec), "clusters": list(model.clusters),
+                "bridge": {"kind": bridge.kind, "dim_in": bridge.dim_in, "noise": bridge.noise},
+                "vae": source, "vae_fingerprint": vae_fingerprint(model.vae),
+                "vectors": _store_vectors(model.vectors, temporary),
+            }  # fmt: skip
+            write_json(temporary / CONFIG, values)
+            card = _CARD.format(blocks=model.config.blocks, kind=model.config.kind, width=bridge.dim_in)
+            (temporary / "README.md").write_text(card)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    fsync_file(file)
+            replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _whole_path(source: str | None) -> str | None:
+    return str(Path(source).resolve()) if source is not None and Path(source).is_dir() else source
+
+
+def _store_vectors(vectors: VectorSource | None, folder: Path) -> dict[str, Any] | None:
+    if vectors is None:
+        return None
+    known = {"source": vectors.source, "fingerprint": vectors.fingerprint()}
+    if isinstance(vectors, WordVectors) and vectors.source not in PACKAGED:
+        vectors.save(folder / VECTORS)
+        known["source"] = f"./{VECTORS}"
+    return known
+
+
+def load_flow(
+    cls: type[Model],
+    folder: str | os.PathLike[str],
+    *,
+    vae: LMVAE | str | None = None,
+    vectors: VectorSource | None = None,
+) -> Model:
+    """An InvertibleCVAE from a folder that :func:`save_flow` wrote, in evaluation mode.
+
+    Args:
+        cls: the class to make.
+        vae: the VAE in memory, or where it is now; default: where it was.
+        vectors: where word vectors come from; default: where they came from.
+
+    Raises:
+        CheckpointError: nothing there, damaged, of another kind, or the VAE (or the vectors) are others than those the flow
+            was fitted on.
+    """
+    folder = Path(folder)
+    values = _read_config(folder, CheckpointError)
+    assert values is not None
+    tensors = _read_weights(folder / WEIGHTS, values.get("weights_sha256"))
+    place = vae if vae is not None else values.get("vae")
+    if isinstance(place, str):
+        vae = LMVAE.from_pretrained(folder / place if place.startswith("./") else place)
+    if not isinstance(vae, LMVAE):
+        raise CheckpointError(f"{folder} does not say where its VAE is", remedy="give vae=, the VAE or its folder")
+    found = vae_fingerprint(vae)
+    if found != values.get("vae_fingerprint"):
+        raise CheckpointError(
+            "the flow was fitted on another VAE, so its latents mean nothing to this one", value=found[:16],
+            limit=str(values.get("vae_fingerprint"))[:16],
+            remedy="give the VAE it was fitted on (unchanged, in the same dtype), or fit a new flow",
+        )  # fmt: skip
+    try:
+        config, bridge = FlowConfig.from_dict(values["flow"]), values["bridge"]
+        flow = CouplingFlow.from_spec(spec_from_json(values["spec"]))
+        model: Any = cls(
+            vae, flow, config, source=place if isinstance(place, str) and not place.startswith("./") else None
+        )  # type: ignore[call-arg]
+        made = Bridge(bridge["kind"], bridge["dim_in"], flow.spec.dim, noise=bridge["noise"])
+        model.clusters = tuple(values["clusters"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} does not fit this version: {error}") from error
+    model.bridge = made.to(device=model.device, dtype=model.dtype)
+    load_flow_tensors(model, tensors)
+    model.vectors = vectors if vectors is not None else _load_vectors(values.get("vectors"), vae, folder)
+    return model.eval()
+
+
+def _load_vectors(known: dict[str, Any] | None, vae: LMVAE, folder: Path) -> VectorSource | None:
+    if known is None:
+        return None
+    source = str(known["source"])
+    vectors: VectorSource
+    if source == EncoderVectors.source:
+        vectors = EncoderVectors(vae.encoder)
+    elif source == TokenEmbeddingVectors.source:
+        vectors = TokenEmbeddingVectors(vae.decoder)
+    else:
+        vectors = read_word_vectors(folder / source if source.startswith("./") else source)
+    if vectors.fingerprint() != known["fingerprint"]:
+        raise CheckpointError(
+            f"the word vectors of {source} are others than those the flow was fitted on",
+            value=vectors.fingerprint()[:16], limit=str(known["fingerprint"])[:16],
+            remedy="restore them, or give vectors=",
+        )  # fmt: skip
+    return vectors
+
+
+def _read_config(folder: Path, error_class: type[CheckpointError] | None) -> dict[str, Any] | None:
+    """The configuration of a folder of ours; for any other None, or where a class of error is given that error."""
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("format") == FORMAT:
+            return values
+        problem = f"{folder} holds no flow of ours"
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        problem = f"{folder / CONFIG} is missing or unreadable: {error}"
+    if error_class is None:
+        return None
+    raise error_class(
+        problem, limit=f"format {FORMAT!r} in {CONFIG}", remedy="point to a folder that save_pretrained wrote"
+    )
+
+
+def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
+    try:
+        damaged = sha256_file(path) != digest
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is missing, truncated or corrupt: {error}", remedy="restore it from a copy"
+        ) from error
+    if damaged:
+        raise CheckpointError(
+            f"{path} is corrupt: its sha256 is not the one in {CONFIG}", remedy="restore it from a copy"
+        )
+    return tensors

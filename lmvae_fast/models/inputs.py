@@ -1,0 +1,91 @@
+"""What a model reads, by its configuration: sentences, or prompts with responses; tokenised, and packed into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.errors import DataError
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.encoder import Encoder
+from lmvae_fast.models.layer_encoder import LayerEncoder
+from lmvae_fast.text import collate, prompts, tokenizer
+from lmvae_fast.text.batch import Batch
+from lmvae_fast.text.tokenizer import TokenizedSentences
+
+
+def tokenize(
+    examples: Iterable[Any], config: LMVAEConfig, decoder: Decoder, *, on_long: str, on_empty: str
+) -> TokenizedSentences:
+    """Sentences (:func:`~lmvae_fast.text.tokenizer.tokenize`), or prompts with responses
+    (:func:`~lmvae_fast.text.prompts.tokenize_prompts`). Raises DataError for what the other kind of model takes."""
+    if isinstance(examples, str):
+        raise DataError("sentences must come as a list", value=repr(examples[:40]), remedy="wrap it: [text]")
+    options: dict[str, Any] = {
+        "max_len": config.max_len, "vocab_size": decoder.vocab_size, "on_long": on_long, "on_empty": on_empty
+    }  # fmt: skip
+    if config.prompted:
+        return prompts.tokenize_prompts(
+            examples,
+            decoder.tokenizer,
+            max_prompt_len=config.max_prompt_len,
+            group_size=config.group_size,
+            **options,
+        )
+    tokenizer.refuse_table(examples)
+    examples = list(examples)
+    if prompts.are_prompts(examples):
+        raise DataError(
+            "this model takes sentences, not prompts with responses", value=f"system={config.system!r}",
+            remedy="use system='cvae', or give the responses alone",
+        )  # fmt: skip
+    return tokenizer.tokenize(examples, decoder.tokenizer, labels=config.annotations, **options)
+
+
+def make_batch(
+    sentences: TokenizedSentences,
+    rows: Sequence[int] | np.ndarray | None,
+    pooled: Tensor | None,
+    config: LMVAEConfig,
+    encoder: Encoder | LayerEncoder,
+    decoder: Decoder,
+) -> Batch:
+    """Some of the sentences, packed; ``pooled``: features of all of them, or None for the encoder's own input."""
+    if isinstance(sentences, prompts.TokenizedPrompts):
+        released = config.encoder_padding == "released"
+        return prompts.make_prompt_batch(
+            sentences, rows, tokenizer=decoder.tokenizer, max_len=config.max_len, released=released
+        )
+    if not isinstance(encoder, Encoder):
+        raise DataError(
+            "this model takes prompts with responses, not sentences", value=type(sentences).__name__,
+            remedy="tokenise them with model.tokenize",
+        )  # fmt: skip
+    return collate.make_batch(
+        sentences,
+        rows,
+        pooled,
+        tokenizer=decoder.tokenizer,
+        max_len=config.max_len,
+        encoder_tokenize=encoder.tokenize,
+        predict_padding=config.objective == "langvae-0.6",
+    )
+
+
+def batch_to_score(sentences: TokenizedSentences, rows: Sequence[int], config: LMVAEConfig, decoder: Decoder) -> Batch:
+    """Some of the sentences, packed to be predicted, end token included as far as there is room, without labels."""
+    if isinstance(sentences, prompts.TokenizedPrompts):
+        return prompts.make_prompt_batch(sentences, rows, tokenizer=decoder.tokenizer, max_len=config.max_len)
+    return collate.batch_to_score([sentences.ids[row] for row in rows], decoder.tokenizer, config.max_len)
+
+
+def beginnings(texts: Sequence[str], config: LMVAEConfig, decoder: Decoder) -> list[tuple[int, ...]]:
+    """What the decoder reads of each prompt before it writes, never nothing: a start token and the prompt; of a model of
+    prompts, the prompt as the tokenizer writes it by itself, cut at the left to ``max_prompt_len``."""
+    if config.prompted:
+        return [tuple(ids) for ids in prompts.prompt_ids(texts, decoder.tokenizer, config.max_prompt_len)]
+    return [(decoder.tokenizer.bos_token_id, *ids) for ids in decoder.tokenizer.encode(texts)]

@@ -1,0 +1,198 @@
+"""The parts that a configuration asks for: loaded, built, and checked against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.errors import ConfigError
+from lmvae_fast.models.adapter import AdapterProjector
+from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.decoder.tuning import Tuning
+from lmvae_fast.models.encoder import Encoder
+from lmvae_fast.models.latent_heads import BagOfWordsHead, EmbeddingHead, SkipHead
+from lmvae_fast.models.layer_encoder import LayerEncoder, QueryHead
+from lmvae_fast.models.projectors import LinearProjector, SharedProjector
+
+AnyEncoder = Encoder | LayerEncoder
+
+
+def tuning_of(config: LMVAEConfig) -> Tuning:
+    """What of the decoder trains, by a configuration."""
+    return Tuning(config.decoder_part or "all", config.lora_rank, config.lora_alpha)
+
+
+def located(config: LMVAEConfig) -> LMVAEConfig:
+    """The configuration with parts that are folders or files named by their whole path, which holds wherever one goes."""
+    parts = {"encoder": config.encoder, "decoder": config.decoder}
+    return config.replace(**{name: str(Path(part).resolve()) for name, part in parts.items() if Path(part).exists()})
+
+
+def load_decoder(config: LMVAEConfig) -> Decoder:
+    """The decoder that a configuration names; raises what :meth:`Decoder.load` raises."""
+    return Decoder.load(
+        config.decoder,
+        dtype=getattr(torch, config.dtype),
+        train=bool(config.train_decoder),
+        tuning=tuning_of(config),
+        add_prefix_space=bool(config.add_prefix_space),
+    )
+
+
+def load_encoder(config: LMVAEConfig, decoder: Decoder) -> AnyEncoder:
+    """The encoder that a configuration names, or one of the decoder's layers.
+
+    Raises what :meth:`Encoder.load` and :class:`LayerEncoder` raise.
+    """
+    if config.encoder_kind == "decoder_layers":
+        form = _Form(decoder)
+        return LayerEncoder(
+            decoder,
+            layers=config.encoder_layers,
+            queries=config.queries,
+            own_embedding=config.stage != 2,
+            end_trains=form.older,
+            padding=config.encoder_padding,
+            causal=not form.older,
+            positions=not form.older,
+            input_norm=form.older,
+            norm=form.norm,
+            eps=form.eps,
+            query_std=form.std if form.older else None,
+        )
+    return Encoder.load(
+        config.encoder,
+        dtype=getattr(torch, config.dtype),
+        pooling=str(config.pooling),
+        normalize=bool(config.normalize),
+        train=bool(config.train_encoder),
+    )
+
+
+class _Form:
+    """What differs between the two published forms of the CVAE, an older one on GPT-2, and what the decoder says of itself."""
+
+    def __init__(self, decoder: Decoder):
+        config: Any = decoder.model.config.get_text_config(decoder=True)
+        self.older = config.model_type == "gpt2"
+        self.norm, self.activation = ("layer", "gelu") if self.older else ("rms", "silu")
+        names = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
+        self.eps = next((float(getattr(config, name)) for name in names if hasattr(config, name)), 1e-5)
+        self.std = float(getattr(config, "initializer_range", 0.02))
+
+
+def build_posterior_head(config: LMVAEConfig, encoder: AnyEncoder, decoder: Decoder) -> nn.Module:
+    """From an encoder's features to mu and logvar side by side."""
+    if isinstance(encoder, LayerEncoder):
+        form = _Form(decoder)
+        return QueryHead(
+            decoder.hidden_size, config.latent_dim, encoder.queries, activation=form.activation, std=form.std
+        )
+    return nn.Linear(encoder.width + len(config.annotations), 2 * config.latent_dim, bias=False)
+
+
+def build_embedding_shift(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Module | None:
+    """From ``width`` numbers to what is added to every token embedding, as configured; None where nothing is."""
+    if not config.embedding_shift:
+        return None
+    if config.shift_kind == "mlp":
+        return EmbeddingHead(width, decoder.hidden_size)
+    return nn.Linear(width, decoder.hidden_size, bias=False)
+
+
+def build_residual(config: LMVAEConfig, decoder: Decoder, width: int) -> SkipHead | None:
+    """From ``width`` numbers to what is added to the final hidden state, as configured; None where nothing is."""
+    if config.output_residual in (None, "none"):
+        return None
+    form = _Form(decoder)
+    return SkipHead(
+        width, decoder.hidden_size, kind=str(config.output_residual), activation=form.activation, norm=form.norm,
+        eps=form.eps,
+    )  # fmt: skip
+
+
+def build_bag_of_words(config: LMVAEConfig, decoder: Decoder) -> BagOfWordsHead | None:
+    """What says words from latents alone, as configured."""
+    return BagOfWordsHead(config.latent_dim, decoder.head_weight) if config.bag_of_words else None
+
+
+def build_projector(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Module | None:
+    """From ``width`` numbers to the decoder's memory, as configured; None where there is none. Raises ConfigError."""
+    shape = {"layers": decoder.num_layers, "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim}
+    dropout = float(config.projector_dropout or 0.0)
+    if config.projector == "none":
+        return None
+    if config.projector == "shared":
+        if config.slots != 1:
+            raise ConfigError(
+                "a shared projector makes one slot per layer",
+                value=f"slots={config.slots}",
+                limit=1,
+                remedy="set slots=1 or projector='linear'",
+            )
+        return SharedProjector(width, dropout=dropout, **shape)
+    if config.projector == "adapter":
+        form = _Form(decoder)
+        return AdapterProjector(
+            width,
+            decoder,
+            slots=int(config.slots or 1),
+            middle=config.projector_hidden or (decoder.hidden_size if form.older else None),
+            own_projections=config.stage != 2,
+            norm=form.norm,
+            eps=form.eps,
+        )
+    return LinearProjector(
+        width, slots=int(config.slots or 1), dropout=dropout, hidden=config.projector_hidden, **shape
+    )
+
+
+def start_latent_map(module: nn.Module, kind: str) -> None:
+    """Give a map from or to the latent its start values: ``uniform`` keeps those it was built with, ``normal`` draws
+    N(0, 0.02^2) for weights and sets biases to 0, as ChunyuanLI/Optimus does."""
+    if kind == "normal":
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+
+def check_parts(config: LMVAEConfig, encoder: AnyEncoder, decoder: Decoder) -> None:
+    """Raises ConfigError where parts that were given and the configuration disagree."""
+    if isinstance(encoder, LayerEncoder) != config.prompted:
+        raise ConfigError(
+            "the encoder given and the configuration disagree about its kind", value=type(encoder).__name__,
+            limit=f"encoder_kind={config.encoder_kind!r}", remedy="make them equal",
+        )  # fmt: skip
+    for name, part in (("encoder", encoder), ("decoder", decoder)):
+        wanted = bool(getattr(config, f"train_{name}"))
+        if part.trains != wanted:
+            raise ConfigError(
+                f"the {name} given and the configuration disagree about training it",
+                value=f"{name}.trains={part.trains}, train_{name}={wanted}",
+                remedy="make them equal",
+            )
+    if decoder.trains and decoder.tuning != tuning_of(config):
+        raise ConfigError(
+            "the decoder given and the configuration disagree about what of it trains",
+            value=str(decoder.tuning),
+            limit=str(tuning_of(config)),
+            remedy="give Decoder the configuration's tuning",
+        )
+    for name in ("pooling", "normalize") if isinstance(encoder, Encoder) else ():
+        if getattr(encoder, name) != getattr(config, name):
+            raise ConfigError(
+                f"the encoder given and the configuration disagree about {name}",
+                value=f"encoder.{name}={getattr(encoder, name)!r}, {name}={getattr(config, name)!r}",
+                remedy="make them equal",
+            )
+    if config.projector == "none" and config.visibility != "prefix":
+        raise ConfigError(
+            f"{config.visibility} visibility is about memory slots, and projector='none' makes none",
+            remedy="set visibility='prefix'",
+        )

@@ -1,0 +1,1 @@
+"""HTML pages: what the demonstration, the profiles and the probes show."""

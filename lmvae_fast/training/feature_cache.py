@@ -1,0 +1,146 @@
+"""Tokenised sentences and what a frozen encoder says of them, computed once and kept on disk.
+
+While the encoder is frozen its pooled output of a sentence never changes, so an epoch need not run it. Entries are
+keyed by content (sentences, tokenizer, encoder weights, pooling), never by file names or dates: what changed is another
+entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lmvae_fast.errors import OutputError
+from lmvae_fast.files import fingerprint_tensors, replacing, write_tensors
+from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
+from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels
+
+
+def content_key(**parts: Any) -> str:
+    """sha256 of named JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class TensorCache:
+    """A folder of safetensors files by content key.
+
+    Entries are written atomically and carry the sha256 of their content; one that is damaged, truncated or another
+    key's is recomputed with a warning. What is read is memory-mapped: pages come in as they are used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, kind: str, key: str) -> Path:
+        return self.folder / f"{kind}-{key[:32]}.safetensors"
+
+    def get(self, kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of `key`: read if they are there and whole, else computed and stored.
+
+        A cache that cannot be written costs time, not correctness: it is reported by a warning, and the computed
+        tensors are returned.
+        """
+        path = self.path(kind, key)
+        if path.is_file():
+            try:
+                return self._read(path, key)
+            except (SafetensorError, OSError, ValueError) as error:
+                warnings.warn(f"cache entry {path} is unusable and is computed again: {error}", stacklevel=2)
+        tensors = dict(compute())
+        metadata = {"key": key, "sha256": fingerprint_tensors(tensors)}
+        try:
+            with replacing(path) as temporary:
+                write_tensors(temporary, tensors, metadata)
+        except OutputError as error:
+            warnings.warn(f"{kind} could not be cached and will be computed again next time: {error}", stacklevel=2)
+            return tensors
+        return self._read(path, key)
+
+    @staticmethod
+    def _read(path: Path, key: str) -> dict[str, Tensor]:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if metadata.get("key") != key:
+            raise ValueError("it belongs to another key")
+        if metadata.get("sha256") != fingerprint_tensors(tensors):
+            raise ValueError("its content does not match its sha256")
+        return tensors
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of what a Hugging Face tokenizer does: its backend's serialisation, or a slow one's vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return content_key(kind=type(tokenizer).__name__, rules=rules, special=tokenizer.special_tokens_map)
+
+
+def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: str) -> TokenizedSentences:
+    """`model.tokenize(data, on_long=...)`, from the cache where the same sentences were tokenised so before."""
+    if isinstance(data, TokenizedSentences):
+        return data
+    refuse_table(data)
+    data = data if isinstance(data, Sequence) else list(data)  # read an iterator once
+    if isinstance(data, str) or not data:
+        return model.tokenize(data, on_long=on_long)  # raises, and says what is wrong with it
+    prompted = bool(getattr(model.config, "prompted", False))
+    kind = TokenizedPrompts if prompted else TokenizedSentences
+    rows: Any = prompts_and_responses(data) if prompted else text_and_labels(data)
+    own = {name: getattr(model.config, name) for name in ("max_prompt_len", "group_size") if prompted}
+    key = content_key(
+        **own,
+        rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        tokenizer=tokenizer_fingerprint(model.decoder.tokenizer.tokenizer),
+        vocabulary=model.decoder.vocab_size,
+        max_len=model.config.max_len,
+        annotations=model.config.annotations,
+        on_long=on_long,
+        fields=[field.name for field in dataclasses.fields(kind)],
+    )
+    return _from_tensors(cache.get("tokens", key, lambda: _to_tensors(model.tokenize(data, on_long=on_long))), kind)
+
+
+def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
+    """The tensors of the sentences as they are, all else as JSON in bytes."""
+    values = {field.name: getattr(sentences, field.name) for field in dataclasses.fields(sentences)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    text = json.dumps({name: value for name, value in values.items() if name not in tensors})
+    return tensors | {"json": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+
+
+def _from_tensors(tensors: dict[str, Tensor], kind: type[TokenizedSentences]) -> TokenizedSentences:
+    values: dict[str, Any] = json.loads(tensors.pop("json").numpy().tobytes())
+    return kind(**(values | tensors))
+
+
+def encoder_fingerprint(model: Any) -> str | None:
+    """sha256 of all that decides a sentence's pooled features; None when the encoder trains, so that nothing does."""
+    if model.config.train_encoder:
+        return None
+    return content_key(encoder=model.encoder.fingerprint(), tokenizer=tokenizer_fingerprint(model.encoder.tokenizer))
+
+
+def pooled_features(
+    model: Any, sentences: TokenizedSentences, encoder: str | None, cache: TensorCache, *, batch_size: int
+) -> Tensor | None:
+    """Pooled encoder outputs [N, width] of tokenised sentences, cached or computed; None when the encoder trains.
+
+    encoder: `encoder_fingerprint(model)`.
+    """
+    if encoder is None:
+        return None
+    key = content_key(sentences=sentences.fingerprint(), encoder=encoder)
+
+    def compute() -> dict[str, Tensor]:
+        return {"pooled": model.pool(sentences, batch_size=batch_size).cpu()}
+
+    return cache.get("pooled", key, compute)["pooled"]

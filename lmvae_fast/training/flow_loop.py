@@ -1,0 +1,393 @@
+"""Fitting the flow of an Invertible CVAE: AdamW over one flat parameter, with the checkpoints of every other run.
+
+As in `loop.py`, a checkpoint holds everything up to and including its step, and a resumed run begins with the next one and
+equals an unbroken one bit for bit (on one device, with as many threads).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.config.flow import FlowTrainConfig
+from lmvae_fast.data.definitions import DefinitionDataset
+from lmvae_fast.data.word_vectors import VectorSource
+from lmvae_fast.errors import ConfigError, DataError, NumericalError
+from lmvae_fast.files import fingerprint_tensors
+from lmvae_fast.models.flow_files import flow_tensors, load_flow_tensors, vae_fingerprint
+from lmvae_fast.models.systems.invertible_cvae import FlowPairs, InvertibleCVAE
+from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
+from lmvae_fast.training.checkpoints import folder as checkpoint
+from lmvae_fast.training.checkpoints import identity
+from lmvae_fast.training.checkpoints.tensors import (
+    optimizer_tensors,
+    random_tensors,
+    restore_optimizer,
+    restore_random,
+    seed_all,
+)
+from lmvae_fast.training.feature_cache import TensorCache
+from lmvae_fast.training.flow_data import cached_posteriors, check_not_collapsed
+from lmvae_fast.training.records import FlowResult, Progress, Record
+from lmvae_fast.training.schedule import Plateau, improves, learning_rate_factor
+from lmvae_fast.training.stopping import StopSignals
+
+#: Pairs evaluated at a time.
+_EVALUATED = 4096
+
+# On the progress bar: of training, of evaluation.
+_SHOWN = (
+    {"nll": ("nll", "{:.3f}"), "pairs_s": ("pairs_per_second", "{:.0f}")},
+    {"eval_nll": ("nll", "{:.3f}"), "mse": ("mse", "{:.3f}")},
+)
+
+
+def fit_flow(
+    model: InvertibleCVAE,
+    definitions: DefinitionDataset,
+    vectors: VectorSource | None = None,
+    *,
+    valid: DefinitionDataset | None = None,
+    config: FlowTrainConfig | None = None,
+    missing: str = "error",
+    callbacks: Sequence[Callback] = (),
+) -> FlowResult:
+    """Fit a model's flow to definitions, in place.
+
+    Args:
+        model: its VAE stays as it is.
+        definitions: to fit to: the training part of a target set, or all of it (Flow(tr), Flow(all) of arXiv 2312.13208).
+        vectors: of the words; default: the model's. The model keeps them.
+        valid: definitions whose NLL the run is judged by (early stop, the best flow).
+        config: how. missing: a word without a vector: `"error"`, or `"skip"`, which counts it. callbacks: as of `train`.
+
+    The posteriors of the glosses are computed once and cached below config.output_dir.
+
+    Raises:
+        DataError: no vectors, a word without one, an empty gloss, or **a collapsed VAE**, whose posteriors say nothing of
+            their glosses. ConfigError: widths that do not fit, early_stop or plateau without `valid`. OutputError,
+            CheckpointError, NumericalError: as of `train`.
+    """
+    config = config or FlowTrainConfig()
+    vectors = vectors if vectors is not None else model.vectors
+    if vectors is None:
+        raise DataError("there are no word vectors to fit to", remedy="give vectors=")
+    _check_evaluable(config, valid is not None)
+    cache = TensorCache(Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache")
+    print_of_vae = vae_fingerprint(model.vae)
+    parts: list[FlowPairs] = []
+    skipped = 0
+    for part in (definitions, valid):
+        if part is None:
+            continue
+        kept, found = part.with_vectors(vectors, missing=missing)
+        skipped = skipped or len(part) - len(kept)
+        posterior = cached_posteriors(model, kept.glosses, cache, print_of_vae)
+        if not parts and model.config.base != "standard":
+            check_not_collapsed(posterior)
+        parts.append(model.pairs(kept, found, posterior))
+    model.vectors = vectors
+    trainer = FlowTrainer(model, parts[0], parts[1] if len(parts) > 1 else None, config, callbacks, print_of_vae)
+    return replace(trainer.run(), skipped=skipped)
+
+
+def _check_evaluable(config: FlowTrainConfig, has_valid: bool) -> None:
+    if not has_valid and (config.schedule == "plateau" or config.early_stop is not None):
+        raise ConfigError(
+            "schedule='plateau' and early_stop go by the NLL of validation definitions", value="valid=None",
+            remedy="give valid, for instance definitions.split((0.9, 0.1))",
+        )  # fmt: skip
+
+
+class FlowTrainer:
+    """One fit; callbacks see it as `callbacks.Run`.
+
+    Args:
+        model: an InvertibleCVAE. train, valid: pairs made by it. config, callbacks: of the run.
+        vae: fingerprint of the model's VAE; computed if None.
+    """
+
+    def __init__(
+        self,
+        model: InvertibleCVAE,
+        train: FlowPairs,
+        valid: FlowPairs | None,
+        config: FlowTrainConfig,
+        callbacks: Sequence[Callback] = (),
+        vae: str | None = None,
+    ) -> None:
+        _check_evaluable(config, valid is not None)
+        self.model, self.config = model, config
+        self.device, self.dtype = model.device, model.dtype
+        self.output_dir = Path(config.output_dir)
+        self.folder = self.output_dir / "checkpoints"
+        bridge = model.set_width(train.vectors.shape[1])
+        checkpoint.check_space(self.folder, {"theta": model.flow.theta}, config.keep_checkpoints)
+        found = identity.find(config, self.folder)  # type: ignore[arg-type]
+        known = {
+            "train_config": config.to_dict(),
+            "model_config": {**model.config.to_dict(), "stages": len(model.flow.spec.stages), "bridge": bridge.kind},
+            "frozen": vae or vae_fingerprint(model.vae),
+            "train_data": fingerprint_tensors(train.tensors()),
+            "eval_data": None if valid is None else fingerprint_tensors(valid.tensors()),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+        }
+        self.identity = known
+        self.train, self.valid = (
+            train.to(self.device, self.dtype),
+            None if valid is None else valid.to(self.device, self.dtype),
+        )
+        self.steps_per_epoch = -(-len(train) // config.batch_size)
+        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self.theta = model.flow.theta
+        self.optimizer = torch.optim.AdamW(
+            [self.theta], lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_eps,
+            weight_decay=config.weight_decay, fused=self.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
+        self.progress = Progress()
+        self.best_theta: Tensor | None = None
+        self.log = MetricsLog(self.output_dir / "metrics.jsonl")
+        self.callbacks: list[Callback] = [self.log]
+        self.callbacks += [TensorBoard()] if config.tensorboard else []
+        self.callbacks += [ProgressBar(*_SHOWN)] if config.progress else []
+        self.callbacks += callbacks
+        self.last_checkpoint: Path | None = None
+        self.stop_reason: str | None = None
+        self._order: tuple[int, Tensor] | None = None
+        self._reset_window({})
+        seed_all(config.seed)
+        if found is not None:
+            self._restore(found)
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        """The bridge from the distinct words' vectors, and ActNorm from what reaches it."""
+        bridge = self.model.bridge
+        assert bridge is not None
+        bridge.fit(torch.unique(self.train.vectors, dim=0))
+        if self.config.initialize:
+            x = self._bridged(self.train.vectors)
+            self.model.flow.initialize(x, self.train.conditions)
+
+    # -- what callbacks may read -------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the last step done, from 0."""
+        return max(self.step - 1, 0) // self.steps_per_epoch
+
+    def request_stop(self, reason: str) -> None:
+        self.stop_reason = self.stop_reason or reason
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> FlowResult:
+        """Fit to the end or to a reason to stop; afterwards the flow is the best one where `keep_best` asks for it."""
+        result = None
+        try:
+            with StopSignals() as signals:
+                self.model.flow.train()
+                self.tell("on_train_begin")
+                if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
+                    self.request_stop("early_stop")  # the run being resumed had already ended so
+                while self.step < self.total_steps and self.stop_reason is None:
+                    self._advance(signals)
+            if self.config.keep_best and self.best_theta is not None:
+                with torch.no_grad():
+                    self.theta.copy_(self.best_theta)
+            self.model.flow.eval()
+            result = self._result()
+            return result
+        finally:
+            self.tell("on_train_end", result)
+
+    def _advance(self, signals: StopSignals) -> None:
+        """One step and all that is due after it."""
+        config = self.config
+        started = time.perf_counter()
+        self.optimizer_step(self._rows(self.step))
+        self.progress.step += 1
+        elapsed = time.perf_counter() - started
+        self.progress.seconds += elapsed
+        self.window["seconds"] += elapsed
+        self.tell("on_step")
+        last = self.step == self.total_steps
+
+        def due(every: int | None) -> bool:
+            return last or self.step % (every or self.steps_per_epoch) == 0
+
+        if due(config.log_every):
+            self._log()
+        if self.valid is not None and due(config.eval_every):
+            self._evaluate()
+        stop = self.stop_reason or signals.received
+        if stop is not None and not last:
+            self.request_stop(stop)
+        if due(config.save_every) or self.stop_reason is not None:
+            self._save()
+
+    def _rows(self, step: int) -> Tensor:
+        """The pairs of a step: an epoch is a permutation drawn from the seed and the epoch's number."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(((self.config.seed << 32) + epoch) % 2**62)
+            order = torch.randperm(len(self.train), generator=generator).to(self.device)
+            self._order = (epoch, order)
+        size = self.config.batch_size
+        return self._order[1][place * size : (place + 1) * size]
+
+    def _bridged(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The flow's input; what pads is drawn from torch's generator, or from the one given."""
+        bridge = self.model.bridge
+        assert bridge is not None
+        noise = None
+        if bridge.kind == "pad":
+            shape = (len(vectors), bridge.dim_out - bridge.dim_in)
+            noise = torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
+        return bridge(vectors, noise)
+
+    def _run(
+        self, pairs: FlowPairs, rows: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """z and logdet of some pairs under the flow, and their base densities."""
+        conditions = None if pairs.conditions is None else pairs.conditions[rows]
+        z, logdet = self.model.flow(self._bridged(pairs.vectors[rows], generator), conditions)
+        return z, logdet, pairs.base.select(rows)
+
+    def optimizer_step(self, rows: Tensor) -> None:
+        """One step on these pairs."""
+        config = self.config
+        factor = learning_rate_factor(self.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps)
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate * factor * self.plateau.scale
+        z, logdet, base = self._run(self.train, rows)
+        loss = base.nll(z, logdet).mean()
+        loss.backward()
+        norm = torch.linalg.vector_norm(self.theta.grad)
+        if self.device.type == "cpu" and not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            self._raise_not_finite(rows)
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_([self.theta], config.grad_clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sums += torch.stack([loss.detach().double() * len(rows), norm.double()])
+        self.window["pairs"] += len(rows)
+        self.window["steps"] += 1
+        self.progress.sentences += len(rows)
+
+    def _raise_not_finite(self, rows: Tensor | None) -> None:
+        at = "" if rows is None else f", pairs {rows.tolist()[:20]}"
+        raise NumericalError(
+            f"the loss or gradient at step {self.step + 1} is NaN or infinite", value=f"kind {self.model.config.kind!r}{at}",
+            limit="finite figures",
+            remedy="lower learning_rate or grad_clip, or take a clamped kind ('allinone', 'glow'); the last good checkpoint "
+            f"is {self.last_checkpoint or 'none yet'}",
+        )  # fmt: skip
+
+    def _reset_window(self, saved: dict[str, float]) -> None:
+        self.window = {name: saved.get(name, 0.0) for name in ("pairs", "steps", "seconds")}
+        start = [saved.get("loss", 0.0), saved.get("norm", 0.0)]
+        self.sums = torch.tensor(start, dtype=torch.float64, device=self.device)
+
+    def _log(self) -> None:
+        loss, norm = self.sums.tolist()
+        if not torch.isfinite(self.sums).all():
+            self._raise_not_finite(None)
+        record: Record = {
+            "kind": "train", "step": self.step, "epoch": self.step / self.steps_per_epoch,
+            "nll": loss / self.window["pairs"], "grad_norm": norm / self.window["steps"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": self.progress.seconds,
+            "pairs_per_second": self.window["pairs"] / max(self.window["seconds"], 1e-9),
+        }  # fmt: skip
+        self._reset_window({})
+        self.tell("on_log", record)
+
+    @torch.no_grad()
+    def evaluate(self, pairs: FlowPairs) -> dict[str, float]:
+        """Mean NLL of pairs in nats (``nll``, ``nll_per_dim``) and mean squared distance of T(w) to the base's mean (``mse``).
+
+        The noise that pads is the same at every evaluation.
+        """
+        generator = torch.Generator().manual_seed(self.config.seed)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for start in range(0, len(pairs), _EVALUATED):
+            rows = torch.arange(start, min(start + _EVALUATED, len(pairs)), device=self.device)
+            z, logdet, base = self._run(pairs, rows, generator)
+            total += torch.stack([base.nll(z, logdet).double().sum(), (z - base.mu).double().square().mean(1).sum()])
+        nll, mse = (total / len(pairs)).tolist()
+        return {"nll": nll, "nll_per_dim": nll / self.model.flow.spec.dim, "mse": mse}
+
+    def _evaluate(self) -> None:
+        assert self.valid is not None
+        figures = self.evaluate(self.valid)
+        value, best = figures["nll"], self.progress.best
+        if value != value:
+            self._raise_not_finite(None)
+        improved = improves(value, None if best is None else best["monitored"])
+        record: Record = {
+            "kind": "eval", "step": self.step, "epoch": self.step / self.steps_per_epoch, **figures,
+            "monitored": value, "improved": improved,
+        }  # fmt: skip
+        self.progress.waited = 0 if improved else self.progress.waited + 1
+        if improved:
+            self.progress.best = record
+            self.best_theta = self.theta.detach().clone()
+        if self.config.schedule == "plateau":
+            self.plateau.update(value)
+        if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
+            self.request_stop("early_stop")
+        self.tell("on_evaluate", record)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        loss, norm = self.sums.tolist()
+        progress = {**asdict(self.progress), "window": {**self.window, "loss": loss, "norm": norm}}
+        groups = {
+            "model": flow_tensors(self.model), "optimizer": optimizer_tensors(self.optimizer, {"theta": self.theta}),
+            "random": random_tensors(self.device),
+        }  # fmt: skip
+        if self.best_theta is not None:
+            groups["best"] = {"theta": self.best_theta}
+        state = {"progress": progress, "plateau": self.plateau.state_dict(), "identity": self.identity}
+        state["clusters"] = list(self.model.clusters)
+        self.last_checkpoint = checkpoint.save(self.folder, self.step, groups, state, keep=self.config.keep_checkpoints)
+        self.tell("on_checkpoint", self.last_checkpoint)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        identity.check(found.state["identity"], self.identity)
+        load_flow_tensors(self.model, found.tensors["model"])
+        self.model.clusters = tuple(found.state["clusters"])
+        restore_optimizer(self.optimizer, {"theta": self.theta}, found.tensors["optimizer"])
+        self.progress = Progress(**found.state["progress"])
+        self._reset_window(self.progress.window)
+        self.plateau.load_state_dict(found.state["plateau"])
+        if "best" in found.tensors:
+            self.best_theta = found.tensors["best"]["theta"].to(self.device, self.dtype).clone()
+        self.last_checkpoint = found.path
+        checkpoint.set_aside(self.folder, after=found.path)
+        restore_random(found.tensors["random"], self.device)
+
+    def _result(self) -> FlowResult:
+        return FlowResult(
+            self.stop_reason or "completed", self.log.history, self.progress.best, self.last_checkpoint, self.step,
+            self.step / self.steps_per_epoch, self.progress.seconds, self.progress.sentences,
+        )  # fmt: skip

@@ -1,0 +1,44 @@
+"""What a run is refused for before any work, because it could only fail later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmvae_fast.config import TrainConfig
+from lmvae_fast.errors import ConfigError
+from lmvae_fast.training.distributed import Ranks
+from lmvae_fast.training.sharding import check_shardable
+
+
+def check_run(
+    model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks, eval_data: Any
+) -> None:
+    """Refuse, before any work, what could only fail later."""
+    if not parameters:
+        raise ConfigError("the model has no trainable parameter", remedy="unfreeze a part of it")
+    half = [name for name, p in parameters.items() if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        raise ConfigError(
+            "trained parameters must keep float32 master weights",
+            value=f"{half[0]} is {parameters[half[0]].dtype}",
+            remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
+        )
+    if config.shard:
+        check_shardable(model, config, ranks)
+    if not ranks.alone and model.config.objective == "langvae-0.6":
+        raise ConfigError(
+            "objective='langvae-0.6' multiplies sums of a whole batch, so processes cannot share one",
+            value=f"{ranks.world} processes",
+            limit=1,
+            remedy="use objective='elbo', or one process",
+        )
+    if eval_data is None and (config.schedule == "plateau" or config.early_stop is not None):
+        raise ConfigError(
+            "schedule='plateau' and early_stop go by an evaluation figure",
+            value="eval_data=None",
+            remedy="give eval_data, for instance dataset.split(held_out=0.1, seed=0)",
+        )

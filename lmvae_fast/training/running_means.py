@@ -1,0 +1,57 @@
+"""Means of a run's figures since its last record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.evaluation.elbo import elbo_terms
+from lmvae_fast.training.distributed import Ranks
+
+
+class RunningMeans:
+    """Sums since the last log record, kept on the device until they are read."""
+
+    NAMES = ("loss", "reconstruction", "kl", "grad_norm")
+
+    def __init__(self, device: torch.device, ranks: Ranks) -> None:
+        self.device, self.ranks = device, ranks
+        self.reset({})
+
+    def reset(self, saved: dict[str, float]) -> None:
+        self.sums = torch.tensor([saved.get(name, 0.0) for name in self.NAMES], dtype=torch.float64, device=self.device)
+        self.sentences, self.tokens, self.steps = (int(saved.get(n, 0)) for n in ("sentences", "tokens", "steps"))
+        self.seconds = saved.get("seconds", 0.0)
+
+    def add(self, out: Any, batch: Any) -> None:
+        loss = out.loss.detach().double() * batch.batch_size
+        self.sums[:3] += torch.stack([loss, *elbo_terms(out, batch)])
+        self.sentences += batch.batch_size
+        self.tokens += batch.num_tokens
+
+    def add_step(self, grad_norm: Tensor) -> None:
+        # A step that the fp16 scaler skips has an infinite norm; it is not part of the mean.
+        self.sums[3] += torch.where(torch.isfinite(grad_norm), grad_norm, 0.0)
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Means per sentence (the gradient norm: per step) and the rate, as numbers (synchronises)."""
+        sums = self.read()
+        sentences = sums["sentences"]
+        reconstruction, kl = sums["reconstruction"] / sentences, sums["kl"] / sentences
+        return {
+            "loss": sums["loss"] / sentences,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "elbo": -(reconstruction + kl),
+            "grad_norm": sums["grad_norm"] / self.steps,
+            "tokens_per_second": sums["tokens"] / max(self.seconds, 1e-9),
+        }
+
+    def read(self) -> dict[str, float]:
+        """All sums as numbers, over all ranks (synchronises)."""
+        counts = {"sentences": self.sentences, "tokens": self.tokens, "steps": self.steps, "seconds": self.seconds}
+        own = dict(zip(self.NAMES, self.sums.tolist(), strict=True)) | counts
+        return self.ranks.total(own, common=("grad_norm", "steps", "seconds"))

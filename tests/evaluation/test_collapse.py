@@ -1,0 +1,31 @@
+"""Posterior collapse is said aloud, and nothing else is."""
+
+from __future__ import annotations
+
+import torch
+
+import lmvae_fast as lf
+from lmvae_fast.evaluation.collapse import collapsed, warn_of_prior
+from lmvae_fast.models.posterior import Posterior
+from lmvae_fast.testing import SENTENCES, make_model
+
+
+def test_what_counts_as_collapsed():
+    assert collapsed(0.01) and collapsed(5.0, 0)
+    assert not collapsed(5.0) and not collapsed(5.0, 3)
+
+
+def test_evaluation_warns(caplog):
+    model = make_model("gpt2").eval()
+    lf.evaluate(model, list(SENTENCES), metrics=("elbo", "active_units"))
+    assert "collapsed" not in caplog.text
+    with torch.no_grad():
+        model.posterior_head.weight.zero_()
+    lf.evaluate(model, list(SENTENCES), metrics=("elbo", "active_units"))
+    assert "collapsed" in caplog.text and "free_bits" in caplog.text
+
+
+def test_the_prior_as_posterior():
+    zeros = torch.zeros(2, 6)
+    assert warn_of_prior(Posterior(zeros, zeros), "interpolation")
+    assert not warn_of_prior(Posterior(zeros + 2.0, zeros), "interpolation")

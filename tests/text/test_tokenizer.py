@@ -1,0 +1,83 @@
+"""From sentences to ids without a silent loss: what is cut, spelled, unknown or no sentence at all."""
+
+from __future__ import annotations
+
+import pytest
+import transformers as hf
+
+from lmvae_fast.errors import DataError, TokenizerError
+from lmvae_fast.testing import make_model, tiny_tokenizer
+from lmvae_fast.text.tokenizer import SentenceTokenizer, check_size, text_and_labels, tokenize
+
+TOKENIZER = SentenceTokenizer(tiny_tokenizer())
+
+
+def tokens(texts, max_len=40, **options):
+    return tokenize(texts, TOKENIZER, max_len=max_len, vocab_size=len(TOKENIZER.tokenizer), **options)
+
+
+@pytest.mark.parametrize("text", ["a cat</s>a dog", "<s>", "the [PAD] of a cat"])
+def test_special_tokens_that_are_spelled_are_text(text):
+    sentences = tokens([text])
+    assert sentences.texts == [text] and sentences.report["special"] == 1
+    assert not {0, 1, 2} & set(sentences.ids[0])
+
+
+def test_text_is_not_cut_within_a_character():
+    text = "今天天气很好"
+    whole = TOKENIZER.encode([text])[0]
+    for limit in range(4, len(whole)):
+        (cut,) = tokens([text], max_len=limit).texts
+        assert text.startswith(cut) and "\N{REPLACEMENT CHARACTER}" not in cut
+
+
+def test_a_sentence_without_room_for_its_end_is_counted():
+    ids = TOKENIZER.encode(["a cat is a kind of animal"])[0]
+    assert tokens(["a cat is a kind of animal"], max_len=len(ids)).report["without_end"] == 1
+    assert "without_end" not in tokens(["a cat is a kind of animal"], max_len=len(ids) + 1).report
+
+
+def test_half_a_character_is_named_by_its_row():
+    with pytest.raises(DataError, match="row 1"):
+        tokens(["a cat", "a cat \ud83d is"])
+
+
+@pytest.mark.parametrize(
+    "data", [{"text": ["a cat"]}, {"a": "a cat", "b": "a dog"}], ids=["columns", "sentences by key"]
+)
+def test_a_mapping_is_no_list_of_sentences(data):
+    with pytest.raises(DataError, match="mapping"):
+        text_and_labels(data)
+    with pytest.raises(DataError, match="mapping"):
+        make_model().tokenize(data)
+
+
+def test_a_data_frame_is_no_list_of_sentences():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(DataError, match="table"):
+        make_model().tokenize(pandas.DataFrame({"text": ["a cat"]}))
+
+
+def test_a_tokenizer_of_special_tokens_only_is_refused():
+    check_size(TOKENIZER.tokenizer, len(TOKENIZER.tokenizer), "decoder")
+    with pytest.raises(TokenizerError, match="rows"):
+        check_size(TOKENIZER.tokenizer, 10 * len(TOKENIZER.tokenizer) + 1, "decoder")
+
+
+def test_a_prefix_space_is_dropped_where_it_spoils_the_text(monkeypatch):
+    """Some tokenizers (Qwen's) then put a space before every piece."""
+    from lmvae_fast.text import tokenizer as module
+
+    def load(auto_class, name, part, **options):
+        loaded = tiny_tokenizer()
+        if options.get("add_prefix_space"):
+            from tokenizers import pre_tokenizers
+
+            spaced = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+            punctuation = pre_tokenizers.Punctuation("isolated")
+            loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([punctuation, spaced])
+        return loaded
+
+    monkeypatch.setattr(module, "load_pretrained", load)
+    found = SentenceTokenizer.load("any", hf.GPT2Config(), add_prefix_space=True)
+    assert found.decode(found.encode(["It's 3.5 km"]))[0].strip() == "It's 3.5 km"
