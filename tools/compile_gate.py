@@ -131,7 +131,7 @@ def jobs_of(op: str) -> Iterator[Job]:
 
 
 def compile_case(job: Job) -> tuple[str, dict]:
-    """The job's key in the table, and what the compiler made of it."""
+    """Compile one job: its key in the table, and the compiler's figures."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

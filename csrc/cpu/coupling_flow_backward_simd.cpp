@@ -9,6 +9,7 @@ namespace {
 template <typename T>
 MathVec<T> squash_slope(const Stage& s, const MathVec<T>& raw, const MathVec<T>& squashed) {
   const MathVec<T> one(T(1));
+  if (s.squash == flow::kNoSquash) return one;
   if (s.squash == flow::kAtan) return MathVec<T>(T(0.636)) / (one + raw * raw);
   const MathVec<T> slope = one - squashed * squashed;
   return s.squash == flow::kTanh ? slope : MathVec<T>(T(0.5)) * slope;

@@ -62,6 +62,7 @@ struct Activations {
 
 template <typename T>
 MathVec<T> squash(const Stage& s, const MathVec<T>& raw) {
+  if (s.squash == flow::kNoSquash) return raw;
   if (s.squash == flow::kTanh) return raw.tanh();
   if (s.squash == flow::kAtan) return MathVec<T>(T(0.636)) * raw.atan();
   return (MathVec<T>(T(0.5)) * raw).tanh();  // 2 sigmoid(u) - 1
