@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lmvae_fast.config import LMVAEConfig, TrainConfig
+from lmvae_fast.config.base import ConfigBase
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, OutputError
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints.tensors import frozen_fingerprint
@@ -81,17 +82,22 @@ def identity(config: TrainConfig, model: Any, train_data: str, eval_data: str | 
     }
 
 
-def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compare two identities.
+def check(
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    *,
+    model: type[ConfigBase] = LMVAEConfig,
+    train: type[ConfigBase] = TrainConfig,
+) -> None:
+    """Compare two identities, whose configurations are of these classes.
 
     Raises DataError for other training data, CheckpointError for another model, ConfigError for another recipe; warns
     of what changes the run's course without breaking it (length, evaluation, thread count, torch version).
     """
     # Fields that came after a checkpoint was written had the value that is their default now.
-    saved = saved | {
-        "model_config": LMVAEConfig().to_dict() | saved["model_config"],
-        "train_config": TrainConfig().to_dict() | saved["train_config"],
-    }
+    for name, made in (("model_config", model()), ("train_config", train())):
+        defaults = {field: value for field, value in made.to_dict().items() if field in current[name]}
+        saved = saved | {name: defaults | saved[name]}
     changed = _differences(saved["model_config"], current["model_config"])
     if saved["frozen"] == current["frozen"]:  # the same weights, wherever they lie now
         changed = {name: pair for name, pair in changed.items() if name not in ("encoder", "decoder")}
