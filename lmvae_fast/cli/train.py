@@ -65,6 +65,7 @@ def train(
     from lmvae_fast.config import LMVAEConfig, TrainConfig
 
     train_config = TrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
+    check_output(Path(train_config.output_dir))
     train_data, held_out = load_data(values["data"], train_config.seed)
     if annotations:
         # Of both parts: a rare label may stand in the held-out part alone.
@@ -112,6 +113,15 @@ def train(
     if result.interrupted:
         console.print("continue with --resume", style="yellow")
         raise typer.Exit(INTERRUPTED)
+
+
+def check_output(folder: Path) -> None:
+    """Before anything is loaded: the run, and the model at its end, can be written there."""
+    from lmvae_fast.models.serialization import check_model_folder
+    from lmvae_fast.training.run_checks import check_run_folder
+
+    check_run_folder(folder)
+    check_model_folder(folder / "model")
 
 
 def load_data(options: dict, seed: int):
