@@ -66,6 +66,7 @@ def train(
 
     with_recipe(values)
     train_config = TrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
+    check_output(Path(train_config.output_dir))
     train_data, held_out = load_data(values["data"], train_config.seed)
     if annotations:
         # Of both parts: a rare label may stand in the held-out part alone.
@@ -121,6 +122,15 @@ def with_recipe(values: dict[str, dict]) -> None:
 
     for section, fields in zip(("model", "train"), RECIPES.get(values["model"].get("system"), ({}, {})), strict=True):
         values[section] = {**fields, **values[section]}
+
+
+def check_output(folder: Path) -> None:
+    """Before anything is loaded: the run, and the model at its end, can be written there."""
+    from lmvae_fast.models.serialization import check_model_folder
+    from lmvae_fast.training.run_checks import check_run_folder
+
+    check_run_folder(folder)
+    check_model_folder(folder / "model")
 
 
 def load_data(options: dict, seed: int):

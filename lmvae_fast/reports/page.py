@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmvae_fast.files import fsync_file, replacing
+from lmvae_fast.files import GENERATOR, fsync_file, replacing
 from lmvae_fast.optional import require
 
 _STYLE = """
@@ -76,7 +76,8 @@ class Report:
         """Write the page; a reader never sees half of it."""
         path = Path(path)
         page = (
-            f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(self.title)}</title>"
+            f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=generator content={GENERATOR}>"
+            f"<title>{html.escape(self.title)}</title>"
             f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
             f"<body><main>{''.join(self.parts)}</main></body></html>"
         )

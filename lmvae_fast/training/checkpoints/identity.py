@@ -53,6 +53,13 @@ def find(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
     path = Path(config.resume) if isinstance(config.resume, str) else None
     if config.resume is not True:
         elsewhere = path is None or folder.resolve() not in (path.resolve().parent, (path / "checkpoints").resolve())
+        log = folder.parent / "metrics.jsonl"
+        if elsewhere and not checkpoint.complete(folder) and log.is_file() and log.stat().st_size:
+            raise OutputError(
+                "output_dir holds the records of a run, though none of its checkpoints",
+                value=log,
+                remedy="begin it again with resume=True, which keeps them aside, or choose another output_dir",
+            )
         if elsewhere and checkpoint.complete(folder):
             raise OutputError(
                 "output_dir already holds the checkpoints of a run",
