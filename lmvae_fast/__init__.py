@@ -40,6 +40,7 @@ _PUBLIC = {
     "average": "lmvae_fast.exploration.operations",
     "aggregate_quantiles": "lmvae_fast.exploration.points",
     "evaluate": "lmvae_fast.evaluation.evaluate",
+    "probe": "lmvae_fast.probes.run",
     "read": "lmvae_fast.data",
     "generate_corpus": "lmvae_fast.data",
     "read_definitions": "lmvae_fast.data",
@@ -106,6 +107,7 @@ __all__ = [
     "interpolate",
     "kernels",
     "neighbourhood",
+    "probe",
     "read",
     "read_definitions",
     "read_word_vectors",
@@ -155,6 +157,7 @@ if TYPE_CHECKING:
     from lmvae_fast.models.injection import Injection
     from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
     from lmvae_fast.models.posterior import Posterior
+    from lmvae_fast.probes.run import probe
     from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
     from lmvae_fast.training.loop import train
