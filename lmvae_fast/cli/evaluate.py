@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from lmvae_fast.cli.common import Backend, Json, Model, column_name, console, load_model, print_json
+from lmvae_fast.cli.common import Backend, Json, Model, console, load_model, print_json, read_sentences
 from lmvae_fast.errors import ConfigError
 
 DEFAULT_METRICS = "elbo,active_units,mutual_information,bleu,exact_match,token_accuracy"
@@ -37,9 +37,10 @@ def evaluate(
 
     Example: `lmvae-fast eval runs/first held_out.txt --json`, `lmvae-fast eval runs/flow --definitions --skip-missing`
     """
+    from lmvae_fast.kernels.backend import backend as use_backend
+
     if of_definitions:
         from lmvae_fast.cli.definitions import evaluate as evaluate_flow
-        from lmvae_fast.kernels.backend import backend as use_backend
 
         with use_backend(backend):
             return evaluate_flow(
@@ -48,18 +49,10 @@ def evaluate(
             )  # fmt: skip
     if data is None:
         raise ConfigError("no sentences", remedy="name a file, or `corpus`; with --definitions a flow's folder is enough")
-    from lmvae_fast.data import generate_corpus, read
     from lmvae_fast.evaluation.evaluate import METRICS
     from lmvae_fast.evaluation.evaluate import evaluate as run
-    from lmvae_fast.kernels.backend import backend as use_backend
 
-    if data == "corpus":
-        # The part that `lmvae-fast train --data corpus` and the demonstration hold out under seed 0.
-        sentences = generate_corpus(20000, seed=0).split(held_out=0.1, seed=0)[1]
-        sentences = sentences[:limit] if limit else sentences
-    else:
-        reading: dict[str, Any] = {"column": column_name(column), "limit": limit}
-        sentences = read(data, **{name: value for name, value in reading.items() if value is not None})
+    sentences = read_sentences(data, column, limit)
     chosen = METRICS if metrics == "all" else tuple(name.strip() for name in (metrics or DEFAULT_METRICS).split(","))
     with use_backend(backend):
         result = run(
