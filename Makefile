@@ -9,10 +9,10 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test lint fuzz gpu compile-gate bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
+.PHONY: help setup demo test test-isa lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
 
 help:            ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
 
 setup: $(READY)  ## virtual environment in .venv, pinned dependencies, C++ extension
 
@@ -31,13 +31,22 @@ demo: $(READY)   ## train a small LangVAE on the bundled corpus and write runs/d
 test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-lint: $(READY)   ## ruff, clang-format on csrc/, and mypy on the package
+test-isa: $(READY)  ## the kernel tests as older CPUs run them: ours and torch's code for baseline x86-64, then for AVX2
+	for isa in default avx2; do \
+		LMVAE_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$isa OMP_NUM_THREADS=1 \
+			$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS) tests/kernels || exit 1; done
+
+lint: $(READY)   ## ruff, formatting of Python and C++, and mypy on the package
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 
 fuzz: $(READY)   ## hypothesis-driven fuzzing, at least 500 cases an op
 	$(BIN)/python -m pytest -m fuzz tests/fuzz
+
+check-aarch64: $(READY)  ## csrc/ with a cross compiler (Debian: g++-aarch64-linux-gnu); skipped where there is none
+	$(BIN)/python tools/check_aarch64.py
 
 compile-gate: $(READY)  ## every Triton kernel to sm_80/90/100 cubins: registers, spills, tensor cores
 	$(BIN)/python tools/compile_gate.py

@@ -58,7 +58,8 @@ class BuildFailed(RuntimeError):
 class Csrc:
     """Compiles csrc/ with one compiler process per core, and only what changed since the last build."""
 
-    def __init__(self, build_dir: Path):
+    def __init__(self, build_dir: Path, machine: str = ""):
+        """machine: the processor to compile for, as platform.machine() names it; default this one."""
         try:
             import torch
             from torch.utils import cpp_extension
@@ -75,8 +76,7 @@ class Csrc:
         self.includes = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
         # CUDA's libraries are not linked, whatever this torch carries: they must not be needed to load a package of C++
         self.library_dirs = cpp_extension.library_paths("cpu")
-        machine = platform.machine().lower()
-        self.isas = X86_ISAS if machine in ("x86_64", "amd64") else {}
+        self.isas = X86_ISAS if (machine or platform.machine()).lower() in ("x86_64", "amd64") else {}
 
     def flags(self) -> list[str]:
         abi = int(self.torch._C._GLIBCXX_USE_CXX11_ABI)
@@ -206,12 +206,13 @@ class WithExtension(Distribution):
         return os.environ.get("LMVAE_BUILD_CSRC", "") != "0"
 
 
-packages = package_map()
-setup(
-    packages=list(packages),
-    package_dir=packages,
-    package_data={"lmvae_fast": ["_build_info.json", "*.so"]},
-    ext_modules=[Extension("lmvae_fast._C", sources=[])],
-    cmdclass={"build_ext": BuildCsrc},
-    distclass=WithExtension,
-)
+if __name__ == "__main__":  # as pip and the command line run it; tools/check_aarch64.py imports it for `Csrc`
+    packages = package_map()
+    setup(
+        packages=list(packages),
+        package_dir=packages,
+        package_data={"lmvae_fast": ["_build_info.json", "*.so"]},
+        ext_modules=[Extension("lmvae_fast._C", sources=[])],
+        cmdclass={"build_ext": BuildCsrc},
+        distclass=WithExtension,
+    )

@@ -112,7 +112,7 @@ def picture() -> str | None:
     halves = panels()
     if halves is None:
         return None
-    machines = [load(name)["machine"] for name in RECORDS]  # type: ignore[index]  # there, or there were no panels
+    machines = [load(name)["machine"] for name in RECORDS]  # there, or there were no panels
     title = f"Times faster than LangVAE 0.6.13 ({SHAPE}, {machines[0]['threads']} CPU threads)"
     places = " and ".join(dict.fromkeys(f"{machine['cpu']}, {machine['date'][:10]}" for machine in machines))
     return draw(halves, title, f"Both sides timed in turn: {places}. All figures: docs/results.md")

@@ -11,6 +11,9 @@ import torch
 #: Said explicitly at every launch and in the compile gate: Triton changes the default between versions.
 FP_FUSION = True
 
+#: Programs that CUDA launches at most along each axis of a grid.
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -60,9 +63,16 @@ TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, *args: Any, **constants: Any
 ) -> None:
-    """Launch `kernel` on `device` (Triton itself takes the current one). Grids with a zero are no work and no launch."""
+    """Launch `kernel` on `device` (Triton itself takes the current one). Grids with a zero are no work and no launch.
+
+    Raises ValueError for a grid that CUDA does not launch.
+    """
     if 0 in grid:
         return
+    if any(size > most for size, most in zip(grid, MAX_GRID, strict=False)):
+        raise ValueError(
+            f"{kernel.__name__} needs a grid of {grid} programs, CUDA launches at most {MAX_GRID}: split the batch"
+        )
     if device.type == "cuda":
         with torch.cuda.device(device):
             kernel[grid](*args, **config.constants, **constants, **config.options)

@@ -1,9 +1,9 @@
 """Registration of an op's primitives with torch.library: schema, fake, Triton launcher and autograd, each given once.
 
-Autograd formulas are registered from Python for all backends alike, so they exist without the C++ extension and there is
-one of each. Measured on the 2-core development machine at [512, 128]: `register_autograd` costs about 20 us per
-forward+backward more than a bare `torch.autograd.Function` (64 against 42 us, kernels left empty), and eager torch needs
-600 us for the posterior; a second formula in C++ is not worth that.
+Autograd formulas are registered from Python for all backends alike, so they exist without the C++ extension. Measured on the
+2-core development machine at [512, 128]: `register_autograd` costs about 20 us per forward+backward more than a bare
+`torch.autograd.Function` (64 against 42 us, kernels left empty), and eager torch needs 600 us for the posterior. Only the
+posterior has its formula a second time in C++, for CPU tensors (csrc/cpu/posterior.cpp).
 """
 
 from __future__ import annotations

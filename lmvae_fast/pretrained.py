@@ -63,7 +63,7 @@ def dequantized(path: Path) -> Path:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a damaged file ends in errors of every kind
         raise CheckpointError(
             f"cannot read the GGUF file {path}: {error}", remedy="take a file transformers knows"
         ) from error
@@ -74,6 +74,7 @@ def dequantized(path: Path) -> Path:
     with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
+        temporary.chmod(0o755)  # mkdtemp makes it private
         try:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

@@ -23,6 +23,13 @@ FOLDERS = (
 )
 
 
+# Names of files that a page may give without a folder.
+SOURCES = {
+    path.name for folder in ("lmvae_fast", "kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+}
+SOURCES |= {path.name for path in ROOT.glob("*.py")}
+
+
 def pages(pattern: str):
     return pytest.mark.parametrize(
         "path", [path for path in PAGES if re.search(pattern, TEXT[path])], ids=lambda path: str(path.relative_to(ROOT))
@@ -54,7 +61,8 @@ def missing_files(text: str) -> list[str]:
         pattern = re.sub(r"<\w+>", "*", name).rstrip("/")
         if "/results/" not in name and not any(any(base.glob(pattern)) for base in BASES):
             found.append(name)
-    return found
+    alone = re.findall(r"`(\w+\.py)`", text)
+    return found + [name for name in alone if name not in SOURCES]
 
 
 @pages(r"\]\(")
@@ -62,7 +70,7 @@ def test_links_lead_somewhere(path):
     assert broken_links(path, TEXT[path]) == []
 
 
-@pages(rf"`(?:{FOLDERS})/")
+@pages(rf"`(?:{FOLDERS})/|\w\.py`")
 def test_named_files_exist(path):
     assert missing_files(TEXT[path]) == []
 
@@ -95,7 +103,10 @@ def test_what_is_wrong_is_seen():
     assert broken_links(page, "[a](nowhere.md) [b](#the-map) [c](#no) [d](https://x.y) [e](results.md#kernels)") == [
         "nowhere.md", "#no"
     ]  # fmt: skip
-    assert missing_files("`models/packed.py` `models/lmvae.py` `kernels/<op>/op.py`") == ["models/packed.py"]
+    assert missing_files("`models/packed.py` `models/lmvae.py` `kernels/<op>/op.py` `rows.py`") == [
+        "models/packed.py",
+        "rows.py",
+    ]
 
 
 def test_readme_is_short_and_every_page_is_on_the_map():

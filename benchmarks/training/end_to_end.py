@@ -49,8 +49,8 @@ def build(device: str, shape: dict[str, int]) -> tuple[LMVAE, ReferenceLangVAE]:
     """Build both sides with the same weights, on the device."""
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    decoder = hf.GPT2Config(n_positions=128, **shape, **special)
-    first, second = (hf.GPT2LMHeadModel(decoder).eval() for _ in range(2))
+    # a configuration each: it also says whose attention runs
+    first, second = (hf.GPT2LMHeadModel(hf.GPT2Config(n_positions=128, **shape, **special)).eval() for _ in range(2))
     second.load_state_dict(first.state_dict())
     size = len(tiny_tokenizer())
     config = LMVAEConfig(latent_dim=LATENT, max_len=MAX_LEN, projector_dropout=0.0)

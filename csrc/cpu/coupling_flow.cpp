@@ -1,5 +1,5 @@
-// coupling_flow on the CPU: the plan, memory and threads. Arithmetic is in coupling_flow_simd.cpp, the contract and its
-// checks in kernels/coupling_flow.
+// coupling_flow on the CPU: the plan, memory and threads. Arithmetic is in coupling_flow_forward_simd.cpp and
+// coupling_flow_backward_simd.cpp, the contract and its checks in kernels/coupling_flow.
 #include "coupling_flow.h"
 
 #include <ATen/Dispatch.h>

@@ -1,4 +1,5 @@
-// What csrc/cpu/coupling_flow.cpp (plan, memory, threads) and coupling_flow_simd.cpp (arithmetic) share.
+// What coupling_flow.cpp (plan, memory, threads) and the arithmetic (coupling_flow_stages.h,
+// coupling_flow_forward_simd.cpp, coupling_flow_backward_simd.cpp) share.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Matrix products of coupling_flow_simd.cpp, compiled once per instruction set.
+// Matrix products of the coupling flow, compiled once per instruction set.
 //
 // Why not the BLAS that torch carries: the products here are small and skinny ([rows, 64] x [64, 512]), 30 of them
 // follow each other in one pass, and each wants its bias, its ReLU or its accumulation in the epilogue. A
@@ -9,25 +9,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+
+#include "vector.h"
 
 namespace lmvae::LMVAE_ISA {
 namespace {
 
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kVectorBytes = 64, kTileM = 12, kWideM = 3;  // 32 registers: 12 x 2 accumulators
-#elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kVectorBytes = 32, kTileM = 6, kWideM = 1;  // 16 registers: 6 x 2
-#else
-constexpr int kVectorBytes = 16, kTileM = 6, kWideM = 1;
-#endif
-
-template <typename T>
-struct Simd {
-  typedef T V __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(T))));
-  typedef T R __attribute__((vector_size(kVectorBytes)));
-  static constexpr int W = kVectorBytes / sizeof(T);
-};
+constexpr int kTileM = by_registers(12, 6);  // rows of a register tile, times two vectors of columns
+constexpr int kWideM = by_registers(3, 1);   // times eight
 
 // A sum runs over at most kChain terms before it is added to the rest: long chains of fp32 additions lose digits. Tiles
 // of rows are multiples of it, so that sums over the batch do not depend on the tiles.
@@ -55,20 +44,18 @@ struct Product {
 template <typename T, int MR, int NV, bool kUnitCol>
 __attribute__((noinline)) void micro(int64_t k, const T* a, int64_t a_stride, const T* b, int64_t ldb, T* c,
                                      int64_t ldc, Start start, const T* bias, bool relu) {
-  using V = typename Simd<T>::V;
-  using R = typename Simd<T>::R;
-  constexpr int W = Simd<T>::W;
+  constexpr int W = Lanes<T>::count;
   for (int64_t l0 = 0; l0 == 0 || l0 < k; l0 += kChain) {
     const int64_t l1 = std::min(k, l0 + kChain);
-    R acc[MR][NV] = {};
+    Register<T> acc[MR][NV] = {};
     for (int64_t l = l0; l < l1; ++l) {
       if (!kUnitCol) {  // a new line of A per step, at a stride no hardware prefetcher follows
         __builtin_prefetch(a + 24 * a_stride);
         __builtin_prefetch(a + 24 * a_stride + MR - 1);
       }
-      R row[NV];
+      Register<T> row[NV];
 #pragma GCC unroll 16
-      for (int j = 0; j < NV; ++j) row[j] = *reinterpret_cast<const V*>(b + j * W);
+      for (int j = 0; j < NV; ++j) row[j] = load(b + j * W);
       b += ldb;
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
@@ -84,11 +71,11 @@ __attribute__((noinline)) void micro(int64_t k, const T* a, int64_t a_stride, co
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 16
       for (int j = 0; j < NV; ++j) {
-        R out = acc[i][j];
-        if (add == Start::kBias) out += R(*reinterpret_cast<const V*>(bias + j * W));
-        if (add == Start::kAccumulate) out += R(*reinterpret_cast<const V*>(c + i * ldc + j * W));
-        if (clip) out = out < 0 ? R{} : out;  // NaN passes, as in torch
-        *reinterpret_cast<V*>(c + i * ldc + j * W) = out;
+        Register<T> out = acc[i][j];
+        if (add == Start::kBias) out += load(bias + j * W);
+        if (add == Start::kAccumulate) out += load(c + i * ldc + j * W);
+        if (clip) out = out < 0 ? Register<T>{} : out;  // NaN passes, as in torch
+        store(c + i * ldc + j * W, out);
       }
     }
   }
@@ -116,48 +103,28 @@ void panel(const Product<T>& p, const T* b, int64_t ldb, T* c, int64_t ldc, Star
   }
 }
 
-// Transposes W x W elements in registers: interleaving rows i and i + W/2, log2(W) times.
+// Transposes as many rows as a vector has lanes, of that many elements.
 template <typename T>
 inline __attribute__((always_inline)) void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to) {
-  using V = typename Simd<T>::V;
-  using R = typename Simd<T>::R;
-  using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef I M __attribute__((vector_size(kVectorBytes)));
-  constexpr int W = Simd<T>::W;
-  M low, high;
+  constexpr int W = Lanes<T>::count;
+  Register<T> rows[W];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    low[i] = i / 2 + (i % 2) * W;
-    high[i] = low[i] + W / 2;
-  }
-  R rows[W], next[W];
+  for (int i = 0; i < W; ++i) rows[i] = load(from + i * ld_from);
+  transpose_block<T>(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) rows[i] = *reinterpret_cast<const V*>(from + i * ld_from);
-#pragma GCC unroll 4
-  for (int step = 1; step < W; step *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) rows[i] = next[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) *reinterpret_cast<V*>(to + i * ld_to) = rows[i];
+  for (int i = 0; i < W; ++i) store(to + i * ld_to, rows[i]);
 }
 
 // Columns [n0, n0 + width) of B as [k][NR], padded with zeros.
 template <typename T>
 void pack(const Product<T>& p, int64_t n0, int64_t width, T* out) {
-  using V = typename Simd<T>::V;
-  constexpr int64_t W = Simd<T>::W, NR = 2 * W;
+  constexpr int64_t W = Lanes<T>::count, NR = 2 * W;
   if (p.layout == Layout::kRows) {
     const T* from = p.b + n0;
     if (width == NR) {
       for (int64_t l = 0; l < p.k; ++l, from += p.ldb, out += NR) {
-        *reinterpret_cast<V*>(out) = *reinterpret_cast<const V*>(from);
-        *reinterpret_cast<V*>(out + W) = *reinterpret_cast<const V*>(from + W);
+        store(out, load(from));
+        store(out + W, load(from + W));
       }
       return;
     }
@@ -181,7 +148,7 @@ void pack(const Product<T>& p, int64_t n0, int64_t width, T* out) {
 
 template <typename T, bool kUnitCol>
 void product(const Product<T>& p, T* scratch) {
-  constexpr int64_t W = Simd<T>::W, NR = 2 * W, kWide = 8 * W;
+  constexpr int64_t W = Lanes<T>::count, NR = 2 * W, kWide = 8 * W;
   int64_t n = 0;
   if (p.layout == Layout::kRows && p.m <= kWideM) {  // a few rows: read B once, long pieces at a time
     for (; n + kWide <= p.n; n += kWide) {

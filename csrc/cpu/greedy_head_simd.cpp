@@ -8,19 +8,11 @@
 namespace lmvae::LMVAE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-constexpr int kLanesF = kVectorBytes / 4;
+constexpr int kLanesF = Lanes<float>::count;
 constexpr int64_t kHalf = 16 * 16 * 2;  // numbers of 16 entries in one step
-typedef float V __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-typedef uint32_t U __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+using V = Vec<float>;
+using U = Vec<uint32_t>;
 
-LMVAE_INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 LMVAE_INLINE float sum(V x) {
   float total = 0.0f;
   for (int i = 0; i < kLanesF; i++) total += x[i];
@@ -40,8 +32,8 @@ void tile(const float* x, int64_t in, const uint16_t* w, int64_t second, int64_t
       const V l0 = (V)(left << 16), l1 = (V)(left & 0xffff0000u), r0 = (V)(right << 16), r1 = (V)(right & 0xffff0000u);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const float* one = at + r * in + 2 * k;
-        const V even = one[0] - V{}, odd = one[1] - V{};
+        const float* pair = at + r * in + 2 * k;
+        const V even = splat(pair[0]), odd = splat(pair[1]);
         acc[r][0] += even * l0;
         acc[r][1] += even * r0;
         acc[r][0] += odd * l1;
@@ -52,7 +44,7 @@ void tile(const float* x, int64_t in, const uint16_t* w, int64_t second, int64_t
       const U left = *reinterpret_cast<const U*>(w + pairs * 32);
       const U right = *reinterpret_cast<const U*>(w + pairs * 32 + second);
       for (int r = 0; r < R; r++) {
-        const V even = at[r * in + 2 * pairs] - V{};
+        const V even = splat(at[r * in + 2 * pairs]);
         acc[r][0] += even * (V)(left << 16);
         acc[r][1] += even * (V)(right << 16);
       }

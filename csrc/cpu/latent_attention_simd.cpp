@@ -16,19 +16,6 @@ constexpr int64_t kPass = 128;     // keys whose scores are held at once: with a
 constexpr int64_t kChain = 48;     // products added one after the other before they join the rest, for accuracy
 constexpr int kMaxLanes = 2 * 16;  // a tile's queries: at most two vectors of floats
 
-LMVAE_INLINE float tanh_(float x) {  // Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel
-  const float a = std::fabs(x), z = x * x;
-  float p = -5.70498872745e-3f;
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const float near = p * z * x + x;
-  const float far = std::copysign(1.0f - 2.0f / (exp_(a + a) + 1.0f), x);
-  return a < 0.625f ? near : far;  // NaN: far, which is NaN
-}
-LMVAE_INLINE double tanh_(double x) { return std::tanh(x); }
-
 // A run of columns from `column` on, whose scores start at row `at` of the score block.
 struct Piece {
   int64_t column, count, at;

@@ -11,25 +11,8 @@
 
 namespace lmvae::LMVAE_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kOuterRows = 6, kOuterVecs = 4, kDotTile = 16;  // 32 registers
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kOuterRows = 4, kOuterVecs = 2, kDotTile = 8;  // 16 registers
-#else
-constexpr int kVectorBytes = 16, kOuterRows = 4, kOuterVecs = 2, kDotTile = 8;
-#endif
-
-template <typename A>
-struct Lanes {
-  static constexpr int count = kVectorBytes / static_cast<int>(sizeof(A));
-  typedef A Vec __attribute__((vector_size(kVectorBytes), aligned(sizeof(A)), may_alias));
-};
-template <typename A>
-using Vec = typename Lanes<A>::Vec;
-
-template <typename A> LMVAE_INLINE Vec<A> load(const A* p) { return *reinterpret_cast<const Vec<A>*>(p); }
-template <typename A> LMVAE_INLINE void store(A* p, Vec<A> x) { *reinterpret_cast<Vec<A>*>(p) = x; }
-template <typename A> LMVAE_INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
+// Sums of a register tile.
+constexpr int kOuterRows = by_registers(6, 4), kOuterVecs = by_registers(4, 2), kDotTile = by_registers(16, 8);
 
 // ---- fetching ahead -------------------------------------------------------------------------------------------------
 
@@ -44,13 +27,7 @@ class Ahead {
     bool write;
     void fetch(int64_t n) const {
       if (n >= count) return;
-      const char* line = at + n * kLine;
-#if defined(__AVX512F__)
-      if (write)
-        asm volatile("prefetchw %0" : : "m"(*line));  // GCC emits it only where told that the CPU has it
-      else
-#endif
-        __builtin_prefetch(line, 0, 2);
+      prefetch_line(at + n * kLine, write);
     }
   };
   void add(const void* first, int64_t bytes, bool write) {
@@ -181,38 +158,10 @@ static void outer(int64_t rows, const A* p, int64_t pa, int64_t pi, const A* b, 
 
 // ---- transposition --------------------------------------------------------------------------------------------------
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define LMVAE_SHUFFLE 1
-#endif
-#endif
-
-#ifdef LMVAE_SHUFFLE
-// Exchanges bit S of the lane number with bit S of the register number: all of them in turn transpose a square block.
-template <typename A, int S, int... I>
-LMVAE_INLINE void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, I...>) {
-  constexpr int L = Lanes<A>::count;
-  const Vec<A> low = __builtin_shufflevector(a, b, ((I & S) ? L + (I ^ S) : I)...);
-  b = __builtin_shufflevector(a, b, ((I & S) ? L + I : (I ^ S))...);
-  a = low;
-}
-template <typename A, int S = 1>
-LMVAE_INLINE void transpose_block(Vec<A>* r) {
-  constexpr int L = Lanes<A>::count;
-  if constexpr (S < L) {
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++)
-      if (!(i & S)) exchange<A, S>(r[i], r[i | S], std::make_integer_sequence<int, L>{});
-    transpose_block<A, 2 * S>(r);
-  }
-}
-#endif
-
 // xt[d][r] = factor * x[r][d] for r < rows and 0 for rows <= r < width (a multiple of the lanes), d < d_count; a row of
 // x has d_count rounded up to whole vectors.
 template <typename A>
 static void transpose(const A* x, int64_t ldx, int64_t rows, int64_t width, int64_t d_count, A factor, A* xt) {
-#ifdef LMVAE_SHUFFLE
   constexpr int L = Lanes<A>::count;
   for (int64_t d = 0; d < d_count; d += L)
     for (int64_t r = 0; r < width; r += L) {
@@ -223,10 +172,6 @@ static void transpose(const A* x, int64_t ldx, int64_t rows, int64_t width, int6
 #pragma GCC unroll 16
       for (int i = 0; i < L; i++) store(xt + (d + i) * width + r, block[i]);
     }
-#else
-  for (int64_t r = 0; r < width; r++)
-    for (int64_t d = 0; d < d_count; d++) xt[d * width + r] = r < rows ? factor * x[r * ldx + d] : A(0);
-#endif
 }
 
 }  // namespace lmvae::LMVAE_ISA

@@ -4,32 +4,9 @@
 #include "latent_kv.h"
 #include "simd_math.h"
 
-#include <utility>
-
 namespace lmvae::LMVAE_ISA {
 
-#if defined(__AVX512F__)
-constexpr int64_t kBytes = 64;
-constexpr int kRowBlock = 8;  // rows x 2 vectors of accumulators stay in registers
-#elif defined(__AVX2__)
-constexpr int64_t kBytes = 32;
-constexpr int kRowBlock = 4;
-#else
-constexpr int64_t kBytes = 16;
-constexpr int kRowBlock = 4;
-#endif
-template <typename T> struct vector {
-  typedef T type __attribute__((vector_size(kBytes)));
-};
-template <typename T> using vec = typename vector<T>::type;
-template <typename T> constexpr int64_t kLanesOf = kBytes / static_cast<int64_t>(sizeof(T));
-
-template <typename T> LMVAE_INLINE vec<T> loadv(const T* p) {
-  vec<T> v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <typename T> LMVAE_INLINE void storev(T* p, vec<T> v) { std::memcpy(p, &v, sizeof(v)); }
+constexpr int kRowBlock = by_registers(8, 4);  // rows x 2 vectors of accumulators stay in registers
 
 // Cache lines asked for ahead of their use, one for every second step of a product, into the first or the second level.
 template <int level>
@@ -45,16 +22,16 @@ struct PrefetchTo {
 template <typename T, int I, int J, bool add, typename Ahead>
 LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
                                 int64_t depth, Ahead& ahead) {
-  constexpr int64_t V = kLanesOf<T>;
-  vec<T> sum[I][J];
+  constexpr int64_t V = Lanes<T>::count;
+  Register<T> sum[I][J];
 #pragma GCC unroll 8
   for (int i = 0; i < I; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < J; j++) sum[i][j] = vec<T>{};
+    for (int j = 0; j < J; j++) sum[i][j] = Register<T>{};
   auto step = [&](int64_t k) __attribute__((always_inline)) {
-    vec<T> row[J];
+    Register<T> row[J];
 #pragma GCC unroll 2
-    for (int j = 0; j < J; j++) row[j] = loadv(b + k * ldb + j * V);
+    for (int j = 0; j < J; j++) row[j] = load(b + k * ldb + j * V);
 #pragma GCC unroll 8
     for (int i = 0; i < I; i++) {
       const T x = a[i * ai + k * ak];
@@ -74,7 +51,7 @@ LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, 
 #pragma GCC unroll 2
     for (int j = 0; j < J; j++) {
       T* p = c + i * ldc + j * V;
-      storev(p, add ? loadv(p) + sum[i][j] : sum[i][j]);
+      store(p, add ? load(p) + sum[i][j] : sum[i][j]);
     }
 }
 
@@ -93,7 +70,7 @@ LMVAE_INLINE void product_deep(const T* a, int64_t ai, int64_t ak, const T* b, i
 template <typename T, bool add, typename Ahead>
 void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t ldb, int64_t n, T* c, int64_t ldc,
              int64_t depth, Ahead& ahead) {
-  constexpr int64_t V = kLanesOf<T>;
+  constexpr int64_t V = Lanes<T>::count;
   int64_t j = 0;
   for (; j + 2 * V <= n; j += 2 * V) {
     int64_t i = 0;
@@ -109,51 +86,19 @@ void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t 
   }
 }
 
-// ---- transposition of V x V blocks in registers ---------------------------------------------------------------------
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define LMVAE_SHUFFLES
-#endif
-#endif
-
-#ifdef LMVAE_SHUFFLES
-template <typename T, int S, int... L>
-LMVAE_INLINE void exchange(vec<T>& a, vec<T>& b, std::integer_sequence<int, L...>) {
-  constexpr int V = static_cast<int>(kLanesOf<T>);
-  const vec<T> low = __builtin_shufflevector(a, b, ((L & S) == 0 ? L : V + L - S)...);
-  const vec<T> high = __builtin_shufflevector(a, b, ((L & S) == 0 ? L + S : V + L)...);
-  a = low;
-  b = high;
-}
-template <typename T, int S>
-LMVAE_INLINE void exchange_all(vec<T>* r) {
-  constexpr int V = static_cast<int>(kLanesOf<T>);
-#pragma GCC unroll 16
-  for (int i = 0; i < V; i++)
-    if ((i & S) == 0) exchange<T, S>(r[i], r[i + S], std::make_integer_sequence<int, V>{});
-  if constexpr (S > 1) exchange_all<T, S / 2>(r);
-}
-#endif
-
 // dst[j][i] = src[i][j]; m and n are multiples of the vector.
 template <typename T>
 void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t m, int64_t n) {
-#ifdef LMVAE_SHUFFLES
-  constexpr int V = static_cast<int>(kLanesOf<T>);
+  constexpr int V = Lanes<T>::count;
   for (int64_t i = 0; i < m; i += V)
     for (int64_t j = 0; j < n; j += V) {
-      vec<T> r[V];
+      Register<T> r[V];
 #pragma GCC unroll 16
-      for (int l = 0; l < V; l++) r[l] = loadv(src + (i + l) * ld_src + j);
-      exchange_all<T, V / 2>(r);
+      for (int l = 0; l < V; l++) r[l] = load(src + (i + l) * ld_src + j);
+      transpose_block<T>(r);
 #pragma GCC unroll 16
-      for (int l = 0; l < V; l++) storev(dst + (j + l) * ld_dst + i, r[l]);
+      for (int l = 0; l < V; l++) store(dst + (j + l) * ld_dst + i, r[l]);
     }
-#else
-  for (int64_t i = 0; i < m; i++)
-    for (int64_t j = 0; j < n; j++) dst[j * ld_dst + i] = src[i * ld_src + j];
-#endif
 }
 
 // ---- rows of any type -----------------------------------------------------------------------------------------------
@@ -247,13 +192,13 @@ struct Factors {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-template <typename T> int64_t kv_vector() { return kLanesOf<T>; }
+template <typename T> int64_t kv_vector() { return Lanes<T>::count; }
 
 template <typename T> int64_t kv_forward_scratch(const KvForward& a) { return kKvChunk * a.rows.nz; }
 
 template <typename T>
 void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t end) {
-  constexpr int64_t V = kLanesOf<T>;
+  constexpr int64_t V = Lanes<T>::count;
   const KvRows& r = a.rows;
   T* const copy = static_cast<T*>(scratch);
   alignas(64) T tile[kKvChunk * 2 * V] = {}, turned[2 * V * kKvChunk], bias[kKvChunk] = {};
@@ -354,7 +299,7 @@ void adamw_tile(const KvBackward& a, const Chunk& c, const T* tile, T* row) {
 
 template <typename T>
 void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64_t end) {
-  constexpr int64_t V = kLanesOf<T>;
+  constexpr int64_t V = Lanes<T>::count;
   const KvRows& r = a.rows;
   T* const g = static_cast<T*>(scratch);            // [batch_padded][kKvChunk]
   T* const tile = g + kKvChunk * a.batch_padded;    // [kKvChunk][nz_padded]: a tile of the weight's gradient

@@ -8,20 +8,6 @@
 namespace lmvae::LMVAE_ISA {
 namespace {
 
-// tanh as Cephes' tanhf: a polynomial below 0.625, 1 - 2 / (e^2x + 1) above.
-LMVAE_INLINE float tanh_(float x) {
-  const float a = std::fabs(x), z = x * x;
-  float p = -5.70498872745e-3f;
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const float small = p * z * x + x;
-  const float large = 1.0f - 2.0f / (exp_(a + a) + 1.0f);
-  return a < 0.625f ? small : (x < 0.0f ? -large : large);
-}
-LMVAE_INLINE double tanh_(double x) { return std::tanh(x); }
-
 template <typename C>
 LMVAE_INLINE void logits_of(C* s, int64_t columns, const LogitForm<C>& form, int64_t first) {
   if (form.bias != nullptr) {

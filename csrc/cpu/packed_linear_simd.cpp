@@ -11,18 +11,9 @@
 namespace lmvae::LMVAE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 12;  // 32 registers: 12 x 2 sums
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kTileRows = 6;
-#else
-constexpr int kVectorBytes = 16, kTileRows = 6;
-#endif
-constexpr int kLanesF = kVectorBytes / 4, kTileColumns = 2 * kLanesF;
-typedef float V __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-
-LMVAE_INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
-LMVAE_INLINE void store(float* p, V x) { *reinterpret_cast<V*>(p) = x; }
+constexpr int kTileRows = by_registers(12, 6);  // times two vectors of sums
+constexpr int kLanesF = Lanes<float>::count, kTileColumns = 2 * kLanesF;
+using V = Vec<float>;
 
 // Fetches the piece at `at` while another is multiplied: in every 4 terms of a sum its share of the lines, one of every
 // page.
@@ -50,7 +41,7 @@ void tile(const float* x, const float* w, int64_t depth, bool add, float* sums, 
     const V left = load(w + k * kLinearPanel), right = load(w + k * kLinearPanel + kLanesF);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      const V value = x[r * kLinearDepth + k] - V{};
+      const V value = splat(x[r * kLinearDepth + k]);
       sum[r][0] += value * left;
       sum[r][1] += value * right;
     }

@@ -12,11 +12,8 @@
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
-#define LMVAE_INLINE static inline __attribute__((always_inline))
+#include "vector.h"
 
 namespace lmvae::LMVAE_ISA {
 
@@ -86,6 +83,20 @@ LMVAE_INLINE void exp_parts(double x, double* half, double* minus1, double* exce
 }
 LMVAE_INLINE double exp_(double x) { return std::exp(x); }
 
+// Cephes' tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+LMVAE_INLINE float tanh_(float x) {
+  const float a = std::fabs(x), z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float near = p * z * x + x;
+  const float far = std::copysign(1.0f - 2.0f / (exp_(a + a) + 1.0f), x);
+  return a < 0.625f ? near : far;  // NaN: far, which is NaN
+}
+LMVAE_INLINE double tanh_(double x) { return std::tanh(x); }
+
 // ---- rows in and out ------------------------------------------------------------------------------------------------
 
 template <typename T> struct acc {
@@ -105,7 +116,7 @@ LMVAE_INLINE void load_unit(const c10::BFloat16* x, float* y, int64_t n) {
 }
 LMVAE_INLINE void load_unit(const c10::Half* x, float* y, int64_t n) {
   int64_t i = 0;
-#if defined(__AVX2__)
+#if defined(__F16C__)
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
 #endif
@@ -132,7 +143,7 @@ LMVAE_INLINE void store_row(const float* x, c10::BFloat16* y, int64_t n) {
 }
 LMVAE_INLINE void store_row(const float* x, c10::Half* y, int64_t n) {
   int64_t i = 0;
-#if defined(__AVX2__)
+#if defined(__F16C__)
   for (; i + 8 <= n; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
@@ -142,65 +153,14 @@ LMVAE_INLINE void store_row(const float* x, c10::Half* y, int64_t n) {
 
 // ---- the random stream (kernels/philox.py is its definition) --------------------------------------------------------
 
-// One vector register of this instruction set, through the compilers' vector types (GCC and Clang).
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
-typedef float VecF __attribute__((vector_size(4 * kWidth)));
-typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
-typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
-typedef uint64_t VecQ __attribute__((vector_size(4 * kWidth)));  // kWidth / 2 lanes
+using VecF = Register<float>;
+using VecI = Register<int32_t>;
+using VecU = Register<uint32_t>;
+using VecQ = Register<uint64_t>;  // kWidth / 2 lanes
+constexpr int kWidth = Lanes<float>::count;
 
 constexpr int kBlocks = kWidth / 2;  // Philox blocks computed side by side
 constexpr int kLanes = 16;           // blocks that a fill may compute and write beyond its last one, at most
-
-// Products of the low halves of 64-bit lanes. Only low halves matter in Philox, so nothing is ever masked or blended.
-LMVAE_INLINE VecQ mul_low(VecQ a, VecQ b) {
-#if defined(__AVX512F__)
-  return (VecQ)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (VecQ)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (VecQ)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-// [a0, b0, a1, b1, ...] of two registers, into 2 * kWidth elements.
-LMVAE_INLINE void store_zipped(VecF a, VecF b, float* out) {
-#if defined(__AVX512F__)
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  _mm512_storeu_ps(out, _mm512_permutex2var_ps((__m512)a, low, (__m512)b));
-  _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps((__m512)a, high, (__m512)b));
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
-  _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
-  _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
-#else
-  for (int l = 0; l < kWidth; l++) {
-    out[2 * l] = a[l];
-    out[2 * l + 1] = b[l];
-  }
-#endif
-}
-
-LMVAE_INLINE VecF sqrt_(VecF x) {
-#if defined(__AVX512F__)
-  return (VecF)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-  return (VecF)_mm256_sqrt_ps((__m256)x);
-#else
-  VecF y;
-  for (int l = 0; l < kWidth; l++) y[l] = std::sqrt(x[l]);
-  return y;
-#endif
-}
 
 // ln(x) for normal x in (0, 1] (Cephes' logf); relative accuracy holds up to x = 1 - 2^-24.
 LMVAE_INLINE VecF log_unit(VecF x) {

@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import TRITON_TYPES, CompileCase, Config, launch
+from ..launch import MAX_GRID, TRITON_TYPES, CompileCase, Config, launch
 from .checks import check_lengths, check_offsets
 from .triton_decode import latent_attention_combine_kernel, latent_attention_decode_kernel
 from .triton_kernels import latent_attention_bwd_kernel, latent_attention_fwd_kernel
-from .visibility import VISIBILITIES
+from .visibility import INTERLEAVED, PREFIX, ROLLING, VISIBILITIES
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -103,6 +103,13 @@ def _bound(q, cu_seqlens, slots: int, visibility: int, max_seqlen: int | None) -
     return q.shape[0] if max_seqlen is None else min(max_seqlen, q.shape[0])
 
 
+def _grid(pairs: int, blocks: int) -> tuple[int, int, int]:
+    """Programs for every block of every (sentence, kv head): without max_seqlen that is blocks of all T tokens, more than a
+    grid's second axis takes from some two million rows on."""
+    rounds = triton.cdiv(blocks, MAX_GRID[1])
+    return pairs, triton.cdiv(blocks, max(1, rounds)), rounds
+
+
 def _memory(q, memory):
     """memory's tensor (q stands in for a missing one: no slot is read), its strides and its slots."""
     if memory is None:
@@ -124,7 +131,7 @@ def latent_attention_fwd(
     rows = _bound(q, cu_seqlens, slots, visibility, max_seqlen) * group
     config = _config(_FWD_FP32 if q.dtype == torch.float32 else _FWD, head_dim, rows)
     launch(
-        latent_attention_fwd_kernel, (batch * kv_heads, triton.cdiv(rows, config.constants["BLOCK_M"])), q.device, config,
+        latent_attention_fwd_kernel, _grid(batch * kv_heads, triton.cdiv(rows, config.constants["BLOCK_M"])), q.device, config,
         q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats, heads, kv_heads, slots, head_dim,
         scale, window or 0, softcap or 0.0, *q.stride(), *k.stride(), *v.stride(), *mk_strides, *mv_strides,
         VISIBILITY=visibility, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
@@ -157,7 +164,7 @@ def latent_attention_bwd(
         passes = [(for_queries, query_blocks, True, False), (config, key_blocks, False, True)]
     for config, programs, queries, keys in passes:
         launch(
-            latent_attention_bwd_kernel, (batch * kv_heads, programs), q.device, config,
+            latent_attention_bwd_kernel, _grid(batch * kv_heads, programs), q.device, config,
             grad_out, q, k, v, memory_k, memory_v, cu_seqlens.contiguous(), out, stats,
             grad_q, *grad_kv, *grad_memory, heads, kv_heads, slots, head_dim, scale, window or 0, softcap or 0.0,
             *grad_out.stride(), *q.stride(), *k.stride(), *v.stride(), *mk_strides, *mv_strides,
@@ -215,9 +222,10 @@ _TENSORS = ("q", "k", "v", "memory_k", "memory_v", "out", "grad_out", "grad_q", 
 
 
 def _compile_cases() -> list[CompileCase]:
-    """Every configuration in every dtype with the plainest rule; the other rules, windows and soft caps at one width."""
+    """Every configuration in every dtype with the plainest rule; the other rules, windows and soft caps at one width; query
+    heads that share a kv head (Llama's 4 x 64, Qwen's 8 x 128) in full blocks at the widths that such decoders have."""
     cases = []
-    variants = [(0, False, False), (1, False, False), (2, True, True)]  # visibility, window, softcap
+    variants = [(PREFIX, False, False), (ROLLING, False, False), (INTERLEAVED, True, True)]  # rule, window, softcap
     for dtype, name in TRITON_TYPES.items():
         exact = dtype == torch.float32
         signature = {**_SIZES, **_STRIDES, **dict.fromkeys(_TENSORS, f"*{name}")}
@@ -234,11 +242,15 @@ def _compile_cases() -> list[CompileCase]:
             most = table[head_dim][0]
             blocks = [rows for rows in (16, 32, 64) if rows <= most] if adapts else [most]
             rules = variants if head_dim == 64 and dtype != torch.float16 else variants[:1]
-            for rows, (visibility, window, softcap) in itertools.product(blocks, rules):
-                options = {"VISIBILITY": visibility, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "GROUP": 1}
+            shared = (2, 4, 8) if head_dim in (64, 128, 256) and dtype != torch.float16 else ()
+            uses_of_a_rule = [(rows, *rule, 1) for rows, rule in itertools.product(blocks, rules)]
+            uses_of_a_rule += [(most, *variants[0], group) for group in shared]
+            for rows, visibility, window, softcap, group in uses_of_a_rule:
+                options = {"VISIBILITY": visibility, "HAS_WINDOW": window, "HAS_SOFTCAP": softcap, "GROUP": group}
                 options |= {"EXACT": exact, "DOT": _DOT[dtype], **more}
                 only = {n: t for n, t in signature.items() if n in kernel.arg_names}
                 tag = f"{made}-{name}-{head_dim}-rows{rows}-{VISIBILITIES[visibility]}"
+                tag += f"-group{group}" if group > 1 else ""
                 config = _config(table, head_dim, rows)
                 cases.append(CompileCase(tag, kernel, only, config, options, tensor_cores=not exact))
         for head_dim in _DECODE:
@@ -248,7 +260,7 @@ def _compile_cases() -> list[CompileCase]:
             only |= {"k_cache": f"*{name}", "v_cache": f"*{name}", "lengths": "*i64"}
             config = _decode_config(head_dim)
             only |= {"partial": "*fp32", "stats": "*fp32"}
-            for group in (1, 4):
+            for group in (1, 2, 4, 8) if head_dim in (64, 128, 256) and dtype == torch.bfloat16 else (1, 4):
                 for split in (False, True):
                     options = {"HAS_WINDOW": group == 4, "HAS_SOFTCAP": group == 4, "GROUP": group, "EXACT": exact}
                     options |= {"GROUP_BLOCK": 1 if group == 1 else 16, "SPLIT": split, "DOT": _DOT[dtype]}

@@ -7,10 +7,21 @@ import triton
 import triton.language as tl
 
 from ..triton_math import cast, exp_, tanh_
+from .visibility import INTERLEAVED, PREFIX, ROLLING
+
+_PREFIX = tl.constexpr(PREFIX)
+_ROLLING = tl.constexpr(ROLLING)
+_INTERLEAVED = tl.constexpr(INTERLEAVED)
 
 # Throughout: rows are (token i, head of the group g) = i * GROUP + g, so a block of rows sees nearly the same keys.
-# VISIBILITY: index into visibility.py's VISIBILITIES (0 prefix, 1 rolling, 2 interleaved). window: cache positions.
+# VISIBILITY: a number of visibility.py. window: cache positions.
 # DOT: the dtype that tl.dot multiplies in (fp32 in the interpreter, which computes half types wrongly).
+
+
+@triton.jit
+def _block_index():
+    """A program's block among those of its pair: a grid's second axis is short, so there may be a third (triton.py)."""
+    return tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
 
 
 @triton.jit
@@ -23,11 +34,11 @@ def _exp(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _sees_slot(i, j, slots, window, VISIBILITY: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    if VISIBILITY == 0:
+    if VISIBILITY == _PREFIX:
         seen = (j < slots) & (i >= 0)
         if HAS_WINDOW:
             seen = seen & (j > slots + i - window)
-    elif VISIBILITY == 1:
+    elif VISIBILITY == _ROLLING:
         later = (i > 0).to(tl.int32)  # slot 0 belongs to token 0 alone, and slot j stands at j - 1 for the others
         seen = (j < slots) & (j <= i) & (j >= later)
         if HAS_WINDOW:
@@ -42,10 +53,10 @@ def _sees_slot(i, j, slots, window, VISIBILITY: tl.constexpr, HAS_WINDOW: tl.con
 @triton.jit
 def _sees_token(i, t, window, VISIBILITY: tl.constexpr, HAS_WINDOW: tl.constexpr):
     seen = t <= i
-    if VISIBILITY == 1:
+    if VISIBILITY == _ROLLING:
         seen = seen & (t >= i - 1)
     if HAS_WINDOW:
-        if VISIBILITY == 2:
+        if VISIBILITY == _INTERLEAVED:
             seen = seen & (2 * (i - t) < window)
         else:
             seen = seen & (i - t < window)
@@ -57,12 +68,12 @@ def _slot_bounds(first, last, slots, window, VISIBILITY: tl.constexpr, HAS_WINDO
     """Slots that tokens first..last see lie in [low, high)."""
     low = 0
     high = slots
-    if VISIBILITY != 0:
+    if VISIBILITY != _PREFIX:
         high = tl.minimum(slots, last + 1)
     if HAS_WINDOW:
-        if VISIBILITY == 0:
+        if VISIBILITY == _PREFIX:
             low = tl.maximum(0, slots + first - window + 1)
-        elif VISIBILITY == 1:
+        elif VISIBILITY == _ROLLING:
             low = tl.maximum(0, first + 2 - window)
         else:
             low = tl.maximum(0, 2 * first + 2 - window) // 2
@@ -73,11 +84,11 @@ def _slot_bounds(first, last, slots, window, VISIBILITY: tl.constexpr, HAS_WINDO
 def _token_bounds(first, last, window, VISIBILITY: tl.constexpr, HAS_WINDOW: tl.constexpr):
     """Tokens that tokens first..last see lie in [low, last + 1)."""
     low = 0
-    if VISIBILITY == 1:
+    if VISIBILITY == _ROLLING:
         low = tl.maximum(0, first - 1)
     if HAS_WINDOW:
         reach = window - 1
-        if VISIBILITY == 2:
+        if VISIBILITY == _INTERLEAVED:
             reach = (window - 1) // 2
         low = tl.maximum(low, first - reach)
     return low, last + 1
@@ -144,7 +155,7 @@ def latent_attention_fwd_kernel(
     h = pair % kv_heads
     begin = tl.load(cu_seqlens + b).to(tl.int64)
     length = (tl.load(cu_seqlens + b + 1).to(tl.int64) - begin).to(tl.int32)
-    row0 = (tl.program_id(1).to(tl.int64) * BLOCK_M).to(tl.int32)
+    row0 = (_block_index() * BLOCK_M).to(tl.int32)
     if row0 < length * GROUP:
         row = row0 + tl.arange(0, BLOCK_M)
         row_ok = row < length * GROUP
@@ -226,7 +237,7 @@ def latent_attention_bwd_kernel(
     pair = tl.program_id(0).to(tl.int64)
     b = pair // kv_heads
     h = pair % kv_heads
-    block = tl.program_id(1).to(tl.int64).to(tl.int32)
+    block = _block_index().to(tl.int32)
     begin = tl.load(cu_seqlens + b).to(tl.int64)
     length = (tl.load(cu_seqlens + b + 1).to(tl.int64) - begin).to(tl.int32)
     rows = length * GROUP
@@ -283,10 +294,10 @@ def latent_attention_bwd_kernel(
             v_dim = tl.where(is_slot, stride_mv_d, stride_v_d)
             low, high = 0, rows
             if not QUERIES:  # rows that see none of the block are left out
-                if VISIBILITY != 0:
+                if VISIBILITY != _PREFIX:
                     low = c0 * GROUP
                     high = tl.where(is_slot, rows, tl.minimum(rows, (c0 + BLOCK_N + 1) * GROUP))
-                    if VISIBILITY == 2:
+                    if VISIBILITY == _INTERLEAVED:
                         high = rows
                 else:
                     low = tl.where(is_slot, 0, c0 * GROUP)

@@ -31,10 +31,12 @@ def packed_linear(
 ) -> Tensor:
     """activation(x [M, K] @ weight^T + bias) + residual for a weight packed as above: [M, out_features]."""
     if activation == "swiglu":
-        gate, up = packed.transpose(1, 2).unflatten(1, (2, -1)).transpose(0, 1).flatten(1, 2)[:, :out_features]
+        halves = packed.transpose(1, 2).unflatten(1, (2, -1)).transpose(0, 1).flatten(1, 2)[:, :out_features]
+        gate, up = halves.contiguous()
         y = silu(x @ gate.t()) * (x @ up.t())
     else:
-        weight = packed.transpose(1, 2).reshape(-1, packed.shape[1])[:out_features]
+        # Row-major, as the weight was: with a single panel it would be a turned view, which a BLAS sums in another order.
+        weight = packed.transpose(1, 2).reshape(-1, packed.shape[1])[:out_features].contiguous()
         y = torch.nn.functional.linear(x, weight, bias)
         y = gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
     return y if residual is None else y + residual

@@ -128,7 +128,8 @@ def sample_token_kernel(
     if not GREEDY:  # noqa: SIM102 (a constant and a run-time condition)
         if (largest > float("-inf")) & (largest < float("inf")):
             # 1.5 * 2^bits, built from its bits; top_p arrives as the bits of an fp64 number
-            magic = (((bits.to(tl.int64) + 1023) << 52) | (1 << 51)).to(tl.float64, bitcast=True)
+            exponent = tl.full((), 1023, tl.int64) + bits  # not bits.to(): at a vocabulary of 1 it is a constant
+            magic = ((exponent << 52) | (1 << 51)).to(tl.float64, bitcast=True)
             least = largest * 0.0 + float("-inf")
             if TOP_K:
                 low, count = _survey(

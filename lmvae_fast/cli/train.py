@@ -18,7 +18,7 @@ def train(
     column: Annotated[str | None, typer.Option(help="Column or field with the sentence (csv, tsv, jsonl).")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many sentences.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `model/` at the end.")] = None,  # noqa: E501
-    system: Annotated[str | None, typer.Option(help="Preset: langvae or optimus.")] = None,
+    system: Annotated[str | None, typer.Option(help="Preset: langvae, optimus or llamavae.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Hugging Face encoder: name or folder.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Hugging Face decoder: name or folder.")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
@@ -64,6 +64,7 @@ def train(
     )  # fmt: skip
     from lmvae_fast.config import LMVAEConfig, TrainConfig
 
+    with_recipe(values)
     train_config = TrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
     train_data, held_out = load_data(values["data"], train_config.seed)
     if annotations:
@@ -112,6 +113,14 @@ def train(
     if result.interrupted:
         console.print("continue with --resume", style="yellow")
         raise typer.Exit(INTERRUPTED)
+
+
+def with_recipe(values: dict[str, dict]) -> None:
+    """Fill a system's own sizes and training recipe, where it has one, under what was said."""
+    from lmvae_fast.models.systems import RECIPES
+
+    for section, fields in zip(("model", "train"), RECIPES.get(values["model"].get("system"), ({}, {})), strict=True):
+        values[section] = {**fields, **values[section]}
 
 
 def load_data(options: dict, seed: int):

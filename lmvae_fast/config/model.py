@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lmvae_fast.config.base import ConfigBase
 from lmvae_fast.errors import ConfigError
 
-SYSTEMS = ("langvae", "optimus", "cvae")
+SYSTEMS = ("langvae", "optimus", "llamavae", "cvae")
 VISIBILITIES = ("prefix", "rolling", "interleaved")
 POOLINGS = ("mean", "cls", "last", "pooler")
 PROJECTORS = ("linear", "shared", "mlp", "adapter", "none")
@@ -28,9 +28,11 @@ class LMVAEConfig(ConfigBase):
     """What a model is. Fields left at ``None`` take the value of the system's preset (``models/systems/``).
 
     Attributes:
-        system: preset that fills the open fields: ``langvae`` (arXiv 2505.00004), ``optimus`` (arXiv 2004.04092) or ``cvae``
-            (CVAE with G-Skip, IEEE TAI 7(2), 2026), which is trained on prompts with responses.
-        encoder: Hugging Face name or folder of the text encoder.
+        system: preset that fills the open fields: ``langvae`` (arXiv 2505.00004), ``optimus`` (arXiv 2004.04092),
+            ``llamavae`` (arXiv 2312.13208) or ``cvae`` (CVAE with G-Skip, IEEE TAI 7(2), 2026), which is trained on prompts
+            with responses.
+        encoder: Hugging Face name or folder of the text encoder; in a folder of sentence-transformers its own pooling, dense
+            layers and norm are honoured.
         decoder: Hugging Face name or folder of the causal language model.
         latent_dim: width nz of the latent z.
         max_len: the most tokens predicted for a sentence, its end-of-sentence token included.
@@ -102,7 +104,7 @@ class LMVAEConfig(ConfigBase):
     free_running: bool | None = None
     train_encoder: bool | None = None
     train_decoder: bool | None = None
-    decoder_part: str = "all"
+    decoder_part: str | None = None
     lora_rank: int = 8
     lora_alpha: float = 16.0
     annotations: tuple[str, ...] = ()
@@ -132,6 +134,7 @@ class LMVAEConfig(ConfigBase):
             ("projector", PROJECTORS),
             ("kl_mode", KL_MODES),
             ("objective", OBJECTIVES),
+            ("decoder_part", DECODER_PARTS),
             ("encoder_kind", ENCODERS),
             ("shift_kind", SHIFTS),
             ("output_residual", RESIDUALS),
@@ -140,7 +143,6 @@ class LMVAEConfig(ConfigBase):
         self._choice("encoder_padding", ENCODER_PADDINGS)
         self._choice("dtype", DTYPES)
         self._choice("latent_init", LATENT_INITS)
-        self._choice("decoder_part", DECODER_PARTS)
         self._number("lora_rank", 1, integer=True)
         self._number("lora_alpha", 0.0, open_low=True)
         self._number("latent_dim", 1, integer=True)
@@ -204,7 +206,7 @@ class LMVAEConfig(ConfigBase):
                 remedy="set projector to one of them or drop projector_hidden",
             )
         self._contradictions_of_prompts()
-        if self.decoder_part != "all" and self.train_decoder is False:
+        if self.decoder_part not in (None, "all") and self.train_decoder is False:
             raise ConfigError(
                 "decoder_part says what of a decoder trains, and train_decoder=False freezes it",
                 value=f"decoder_part={self.decoder_part!r}",
@@ -247,7 +249,7 @@ class LMVAEConfig(ConfigBase):
                 "stage says whether the decoder trains, and train_decoder says otherwise",
                 value=f"stage={self.stage}, train_decoder={self.train_decoder}", remedy="leave train_decoder unset",
             )  # fmt: skip
-        if self.stage is not None and self.decoder_part != "all":
+        if self.stage is not None and self.decoder_part not in (None, "all"):
             raise ConfigError(
                 "stage says what trains, and decoder_part says otherwise", value=f"decoder_part={self.decoder_part!r}",
                 limit="all", remedy="fine-tune the decoder by itself first",

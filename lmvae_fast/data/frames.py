@@ -24,7 +24,9 @@ def table_columns(table: Any) -> dict[str, Sequence[Any]]:
     names = table if isinstance(table, Mapping) else getattr(table, "column_names", None)
     names = list(table.columns if names is None else names)
     values = {str(name): table[name] for name in names}
-    columns = {n: list(v) for n, v in values.items() if hasattr(v, "__iter__") and not isinstance(v, (str, Mapping))}
+    columns: dict[str, Sequence[Any]] = {
+        n: list(v) for n, v in values.items() if hasattr(v, "__iter__") and not isinstance(v, (str, Mapping))
+    }
     lengths = {name: len(column) for name, column in columns.items()}
     if len(columns) != len(names) or len(set(lengths.values())) > 1:
         raise DataError(

@@ -287,8 +287,12 @@ def field_names(
         return list(record) if isinstance(record, dict) else []
     if chosen not in ("csv", "tsv") or not first:
         return []
-    quote = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
-    cells = [
-        cell.strip() for cell in next(csv.reader([first], delimiter="\t" if chosen == "tsv" else ",", quoting=quote))
-    ]
+    cells = next(
+        csv.reader(
+            [first],
+            delimiter="\t" if chosen == "tsv" else ",",
+            quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+        )
+    )
+    cells = [cell.strip() for cell in cells]
     return cells if header or (header is None and is_header(cells)) else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
 from lmvae_fast.files import tensor_bytes
+from lmvae_fast.models.sentence_modules import load_dense, read_modules, write_modules
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import check_size
@@ -36,6 +38,8 @@ class Encoder(nn.Module):
         normalize: L2-normalise the result.
         train: whether its parameters train; frozen and in evaluation mode otherwise.
         source: name or folder it came from, if any.
+        dense: layers between pooling and norm (sentence-T5), or None.
+        max_tokens: the most tokens read of a text, where that is less than the model takes. lower: lower texts first.
     """
 
     def __init__(
@@ -47,6 +51,9 @@ class Encoder(nn.Module):
         normalize: bool = False,
         train: bool = False,
         source: str | None = None,
+        dense: nn.Sequential | None = None,
+        max_tokens: int | None = None,
+        lower: bool = False,
     ):
         super().__init__()
         if tokenizer.pad_token is None:
@@ -69,11 +76,17 @@ class Encoder(nn.Module):
         self._vocabulary: int = embedding.weight.shape[0]
         check_size(tokenizer, self._vocabulary, "encoder")
         self.trains, self.source = train, source
+        self.stated_tokens, self.lower = max_tokens, lower
+        wide = next(model.parameters())
+        self.dense = None
+        if dense is not None:
+            self.dense = dense.to(wide.device, torch.promote_types(wide.dtype, torch.float32)).requires_grad_(train)
         model.requires_grad_(train)
         if pooling != "pooler" and getattr(model, "pooler", None) is not None:
             model.pooler.requires_grad_(False)  # unused: an optimiser would only decay it
         self.train(False)
-        self.max_tokens = longest_input(model)
+        limits = [limit for limit in (longest_input(model), max_tokens) if limit is not None]
+        self.max_tokens = min(limits, default=None)
         self.width = self._examine()
 
     @classmethod
@@ -82,9 +95,14 @@ class Encoder(nn.Module):
     ) -> Encoder:
         """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had.
 
-        An encoder that trains is held in float32 at least: half precision is then a matter of autocast.
+        Dense layers and limits of a folder of sentence-transformers are honoured; pooling and norm are as given. An encoder
+        that trains is held in float32 at least: half precision is then a matter of autocast.
         """
         dtype = torch.promote_types(dtype, torch.float32) if train else dtype
+        source, modules, extra = name, read_modules(name), {}
+        if modules is not None:
+            name = modules.transformer
+            extra = {"dense": load_dense(modules), "max_tokens": modules.max_tokens, "lower": modules.lower}
         config = load_pretrained(AutoConfig, name, "encoder")
         # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
         auto_class: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
@@ -96,7 +114,7 @@ class Encoder(nn.Module):
             # BART, mBART: the whole model's last hidden state is its decoder's.
             model = model.get_encoder()
         tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
-        return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=name)
+        return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=source, **extra)
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +130,8 @@ class Encoder(nn.Module):
     def _examine(self) -> int:
         """Width of the pooled vector; raises ConfigError where a sentence's vector depends on what it is padded with."""
         if self.device.type == "meta":
-            return self.model.config.hidden_size
+            widths = [module.out_features for module in self.dense or () if isinstance(module, nn.Linear)]
+            return widths[-1] if widths else self.model.config.hidden_size
         name = type(self.model).__name__
         texts = ["a cat", "a cat is a kind of animal that lives with people"]
         try:
@@ -139,8 +158,9 @@ class Encoder(nn.Module):
         Raises DataError when the tokenizer makes ids that the encoder has no embedding for.
         """
         limit = min(self.tokenizer.model_max_length, self.max_tokens or 10**9)
+        texts = [text.lower() for text in texts] if self.lower else list(texts)
         encoded = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
         )
         ids, rows = encoded["input_ids"], self._vocabulary
         if ids.numel() and int(ids.max()) >= rows:
@@ -171,6 +191,7 @@ class Encoder(nn.Module):
                 else pool(out.last_hidden_state, attention_mask, self.pooling)
             )
             pooled = pooled.float() if pooled.dtype in (torch.float16, torch.bfloat16) else pooled
+            pooled = pooled if self.dense is None else self.dense(pooled)
             return nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
 
     @torch.no_grad()
@@ -198,10 +219,22 @@ class Encoder(nn.Module):
                 progress(len(rows))
         return features
 
+    def write_modules(self, folder: Path) -> None:
+        """Write beside the saved transformer what it takes besides: dense layers and limits, as sentence-transformers does."""
+        if self.dense is not None or self.stated_tokens is not None or self.lower:
+            write_modules(
+                folder, pooling=self.pooling, normalize=self.normalize, width=self.model.config.hidden_size,
+                dense=self.dense, max_tokens=self.stated_tokens, lower=self.lower,
+            )  # fmt: skip
+
     def fingerprint(self) -> str:
         """SHA-256 over the weights and the pooling: features cached under it are this encoder's, hexadecimal."""
         digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
-        for name, parameter in sorted(self.model.state_dict().items()):
+        state = self.model.state_dict()
+        if self.dense is not None or self.stated_tokens is not None or self.lower:
+            digest.update(f" {self.stated_tokens} {self.lower} {self.dense}".encode())
+            state |= {} if self.dense is None else {f"dense.{name}": value for name, value in self.dense.state_dict().items()}
+        for name, parameter in sorted(state.items()):
             digest.update(name.encode())
             digest.update(tensor_bytes(parameter))
         return digest.hexdigest()

@@ -23,7 +23,7 @@ AnyEncoder = Encoder | LayerEncoder
 
 def tuning_of(config: LMVAEConfig) -> Tuning:
     """What of the decoder trains, by a configuration."""
-    return Tuning(config.decoder_part, config.lora_rank, config.lora_alpha)
+    return Tuning(config.decoder_part or "all", config.lora_rank, config.lora_alpha)
 
 
 def located(config: LMVAEConfig) -> LMVAEConfig:

@@ -235,6 +235,8 @@ def _store_part(part: Any, folder: Path) -> None:
     part.model.save_pretrained(folder, state_dict=without_adapters(part.model.state_dict()))
     tokenizer = part.tokenizer.tokenizer if isinstance(part.tokenizer, SentenceTokenizer) else part.tokenizer
     tokenizer.save_pretrained(folder)
+    if hasattr(part, "write_modules"):
+        part.write_modules(folder)
 
 
 def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:

@@ -6,12 +6,8 @@ the three figures of the reverse dictionary.
 
 from __future__ import annotations
 
-import csv
-import os
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,55 +21,6 @@ from lmvae_fast.probes.results import Array, Score
 DIRECTIONS = ("standard", "codwoe")
 
 Gloss = str | Sequence[str]
-
-
-@dataclass(frozen=True)
-class Definition:
-    """A sense of a word: its lemma, its part of speech, its gloss."""
-
-    lemma: str
-    pos: str
-    gloss: str
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What lemma-BLEU groups senses by."""
-        return self.lemma, self.pos
-
-
-def read_definitions(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Definition]:
-    """Read a tab-separated file with a header that names ``lemma``, ``pos`` and ``definition``.
-
-    Raises DataError for a file without these columns, a row of another width, or an empty field, naming the line.
-    """
-    path = Path(path)
-    found: list[Definition] = []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = next(rows, [])
-            missing = [name for name in ("lemma", "pos", "definition") if name not in header]
-            if missing:
-                raise DataError(
-                    f"{path}: no column {', '.join(missing)}", value=", ".join(header) or "an empty file",
-                    limit="a header with lemma, pos and definition",
-                )  # fmt: skip
-            places = [header.index(name) for name in ("lemma", "pos", "definition")]
-            for row in rows:
-                if limit is not None and len(found) >= limit:
-                    break
-                cells = [row[place].strip() for place in places] if len(row) == len(header) else []
-                if not all(cells) or not cells:
-                    raise DataError(
-                        f"{path}, line {rows.line_num}: not a definition", value=f"{len(row)} fields",
-                        limit=f"{len(header)} fields, lemma, pos and definition not empty",
-                    )  # fmt: skip
-                found.append(Definition(*cells))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", remedy="check the path and that it is UTF-8") from error
-    if not found:
-        raise DataError(f"{path} holds no definition", remedy="check the file")
-    return found
 
 
 def sense_bleu(predictions: Sequence[Gloss], glosses: Sequence[Gloss], direction: str = "standard") -> Score:

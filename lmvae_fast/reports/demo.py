@@ -84,9 +84,13 @@ def _curves(run: Any) -> Any:
 
     history = run.result.history
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
-    left.plot(run.lm_losses, linewidth=1)
-    left.set(title="Decoder alone", xlabel="step", ylabel="nats per token")
     train = [record for record in history if record["kind"] == "train"]
+    if run.lm_losses:
+        left.plot(run.lm_losses, linewidth=1)
+        left.set(title="Decoder alone", xlabel="step", ylabel="nats per token")
+    else:
+        left.plot([record["step"] for record in train], [record["loss"] for record in train], linewidth=1)
+        left.set(title="Loss", xlabel="step", ylabel="nats per sentence")
     evaluations = [record for record in history if record["kind"] == "eval"]
     for records, label, marker in ((train, "training", ""), (evaluations, "held out", "o")):
         steps = [record["step"] for record in records]

@@ -92,8 +92,9 @@ def run_with_grads(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """Run `function(*inputs, **kwargs)` and its backward.
 
-    weights: what each output is multiplied with before summing (drawn here when None, by a fixed seed). Returns outputs,
-    gradients of the floating inputs, and the weights, to be given to the next call on other dtypes or backends.
+    weights: what each output is multiplied with before summing (drawn here when None, by a fixed seed, as numbers that the
+    output's dtype holds exactly: a wider run must be given the same gradient, not one that was not rounded). Returns
+    outputs, gradients of the floating inputs, and the weights, to be given to the next call on other dtypes or backends.
     """
     leaves = [x.detach().clone(memory_format=torch.preserve_format) if x.is_floating_point() else x for x in inputs]
     leaves = [
@@ -104,7 +105,8 @@ def run_with_grads(
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     if weights is None:
         generator = torch.Generator().manual_seed(7)
-        weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for o in outputs]
+        drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+        weights = [w.to(o.dtype).double().to(o.device) for w, o in zip(drawn, outputs, strict=True)]
     total = [(w.to(o.dtype), o) for w, o in zip(weights, outputs, strict=True) if o.requires_grad]
     wanted = [x for x in leaves if x.requires_grad]
     grads = torch.autograd.grad([o for _, o in total], wanted, [w for w, _ in total])

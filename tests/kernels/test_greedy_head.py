@@ -24,6 +24,16 @@ def assert_argmax(ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor)
     assert (chosen + 2 * hidden.shape[1] * 2.0**-24 * sizes >= logits.amax(1)).all()
 
 
+def first_argmax(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The lowest id of the largest logit, every logit summed in fp64 and in one order.
+
+    A BLAS sums entries at a tile's edge in another order than those inside, so that equal entries get unequal logits.
+    """
+    logits = (hidden.double()[:, None] * weight.double()).sum(-1)
+    ids = torch.arange(weight.shape[0]).expand_as(logits)
+    return ids.masked_fill(logits < logits.amax(1, keepdim=True), weight.shape[0]).amin(1)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("rows", [*ODD_SIZES, 8, 9, 32, 33])  # around a register tile of 8 rows and a tile of 32
 def test_rows(name, rows):
@@ -103,16 +113,17 @@ def test_layouts(layout):
     require("greedy_head", "cpp")
     hidden, weight = lay_out(torch.randn(19, 130), layout), lay_out(torch.randn(700, 130), layout)
     ids = on_backend(greedy_head, "cpp")(hidden, pack_head(weight))
-    assert torch.equal(ids, (hidden.double() @ weight.double().t()).argmax(1))
+    assert torch.equal(ids, first_argmax(hidden, weight))
 
 
 def test_nothing_is_written_or_read_outside():
     require("greedy_head", "cpp")
     hidden, weight = torch.randn(35, 129), torch.randn(333, 129)
-    with GuardedAllocations():
+    with GuardedAllocations() as guarded:
         head = pack_head(weight)
         ids = on_backend(greedy_head, "cpp")(hidden, head)
-    assert torch.equal(ids, (hidden.double() @ weight.double().t()).argmax(1))
+    guarded.check()
+    assert torch.equal(ids, first_argmax(hidden, weight))
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_threads():
@@ -144,6 +155,7 @@ def test_every_instruction_set(isa):
     require("greedy_head", "cpp")
     code = (
         "import torch\nfrom lmvae_fast.kernels.greedy_head import greedy_head, pack_head\n"
+        "torch.manual_seed(0)\n"
         "for m, k, v in ((1, 5, 3), (7, 130, 33), (32, 768, 100), (129, 257, 640), (17, 31, 1000)):\n"
         "    x, w = torch.randn(m, k), torch.randn(v, k)\n"
         "    assert torch.equal(greedy_head(x, pack_head(w)), (x.double() @ w.double().t()).argmax(1)), (m, k, v)\n"

@@ -16,7 +16,9 @@ BACKENDS = ["reference", "cpp", "triton"]
 FAST = ["cpp", "triton"]
 SHAPE = (2, 2, 2, 3, 5)  # L, 2, Hkv, M, D
 NZ = 19
-OPTIONS = {"lr": 3e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+# eps is of the gradient's own size: with a small one a step is nearly the gradient's sign, and where an element of it is
+# close to 0 plain torch itself is off by anything up to lr, which says nothing about either of the two that are compared.
+OPTIONS = {"lr": 5e-2, "betas": (0.8, 0.99), "eps": 1.0, "weight_decay": 0.1}
 
 
 def make_weight(dtype=torch.float32, nz=NZ):

@@ -13,7 +13,7 @@ import pytest
 from .common import assert_int64_addresses
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/op.py"))
+OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 WITH_TRITON = [op for op in OPS if (ROOT / "kernels" / op / "triton.py").exists()]
 DEVICE_CODE = sorted(
     p for op in WITH_TRITON for p in (ROOT / "kernels" / op).glob("*.py") if "@triton.jit" in p.read_text()
@@ -35,8 +35,35 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_where_its_name_says(op):
-    for path in (f"kernels/{op}/reference.py", f"kernels/{op}/__init__.py", f"tests/kernels/test_{op}.py"):
+    parts = [f"kernels/{op}/{name}.py" for name in ("__init__", "op", "checks", "reference")]
+    for path in (*parts, f"tests/kernels/test_{op}.py"):
         assert (ROOT / path).exists(), f"{path} is missing"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_are_checked_in_checks_alone(op):
+    """op.py calls what checks.py has; a private check of its own would be a second place to look."""
+    tree = ast.parse((ROOT / "kernels" / op / "op.py").read_text())
+    own = [n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.lstrip("_").startswith("check")]
+    assert not own, f"{own} belong in kernels/{op}/checks.py"
+    assert any(module.endswith(f"kernels.{op}.checks") for module in imports(ROOT / "kernels" / op / "op.py"))
+
+
+def test_files_hold_one_thing():
+    files = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp")]
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert len(long) > 50
+    assert not {path: lines for path, lines in long.items() if lines > 400}, "look for the second thing in them"
+
+
+def test_one_file_knows_how_wide_vectors_are():
+    """csrc/cpu/vector.h asks which instruction set is compiled; the others take widths and registers from it."""
+    asks = [
+        path.name
+        for path in sorted((ROOT / "csrc").rglob("*"))
+        if path.suffix in (".h", ".cpp") and ("__AVX2__" in path.read_text() or "vector_size" in path.read_text())
+    ]
+    assert asks == ["vector.h"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -150,8 +150,9 @@ def test_nothing_is_written_or_read_outside():
     require("packed_linear", "cpp")
     x, weight, bias = _draw(7, 129, 33)
     packed = pack_weight(weight)
-    with GuardedAllocations():
+    with GuardedAllocations() as guarded:
         out = on_backend(packed_linear, "cpp")(x, packed, bias, out_features=33)
+    guarded.check()
     torch.testing.assert_close(out, linear(x, weight, bias), rtol=1e-4, atol=1e-4)
 
 
@@ -198,6 +199,7 @@ def test_every_instruction_set(isa):
     require("packed_linear", "cpp")
     code = (
         "import torch\nfrom lmvae_fast.kernels.packed_linear import pack_weight, packed_linear\n"
+        "torch.manual_seed(0)\n"
         "for m, k, n in ((1, 5, 3), (7, 130, 33), (32, 768, 100), (129, 257, 64)):\n"
         "    x, w, b = torch.randn(m, k), torch.randn(n, k), torch.randn(n)\n"
         "    y = packed_linear(x, pack_weight(w), b, out_features=n)\n"

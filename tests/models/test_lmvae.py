@@ -1,8 +1,6 @@
-"""The whole model: losses against their formulas, options, bad input, memory, saving and loading."""
+"""The whole model: losses against their formulas, options, bad input, memory."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from lmvae_fast.errors import (
     ConfigError,
     DataError,
     LatentError,
-    OutputError,
     TokenizerError,
     UnsupportedDecoderError,
 )
@@ -215,9 +212,11 @@ def test_tokenizers_without_an_end_are_refused():
 def test_sentences_too_long_empty_or_unknown():
     model = make_model("gpt2", max_len=5)
     long = "the cat and the dog and the bird"
-    assert model.tokenize([long, "dogs"]).report == {"kept": 2, "truncated": 1, "dropped": 0, "empty": 0}
+    report = {"kept": 2, "truncated": 1, "dropped": 0, "empty": 0, "without_end": 1}  # "dogs" has five tokens
+    assert model.tokenize([long, "dogs"]).report == report
     dropped = model.tokenize([long, "", "dogs"], on_long="drop")
-    assert dropped.report == {"kept": 1, "truncated": 0, "dropped": 1, "empty": 1} and dropped.source_rows == [2]
+    assert dropped.report == report | {"kept": 1, "truncated": 0, "dropped": 1, "empty": 1}
+    assert dropped.source_rows == [2]
     with pytest.raises(DataError, match="on_long"):
         model.tokenize([long], on_long="error")
     with pytest.raises(DataError, match="no sentence is left"):
@@ -250,75 +249,6 @@ def test_contradictory_parts_are_refused():
     _, decoder = make_decoder("mistral", window=4)
     with pytest.raises(UnsupportedDecoderError, match="window"):
         lf.LMVAE(lf.LMVAEConfig(latent_dim=4, max_len=9), encoder=encoder, decoder=decoder)
-
-
-@pytest.mark.parametrize("options", [{}, {"system": "optimus"}, {"projector": "mlp", "embedding_shift": True}])
-def test_saving_and_loading(tmp_path, options):
-    model = make_model("llama", **options).eval()
-    model.save_pretrained(tmp_path / "m")
-    again = lf.LMVAE.from_pretrained(tmp_path / "m")
-    eps = torch.randn(4, 6)
-    a, b = (each(TEXTS, beta=1.0, eps=eps).loss for each in (model, again))
-    assert torch.equal(a, b)
-    assert not again.training
-    model.save_pretrained(tmp_path / "m")  # replaces its own
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
-    assert "lf.LMVAE.from_pretrained" in (tmp_path / "m" / "README.md").read_text()
-
-
-def test_folders_that_are_no_model_of_ours(tmp_path):
-    model = make_model("gpt2")
-    folder = tmp_path / "m"
-    model.save_pretrained(folder)
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(CheckpointError, match="truncated"):
-        lf.LMVAE.from_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="sha256"):
-        lf.LMVAE.from_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(weights)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "latent_dim": 7}))
-    with pytest.raises(CheckpointError, match="shape"):
-        lf.LMVAE.from_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({**config, "colour": "blue"}))
-    with pytest.raises(CheckpointError, match="colour"):
-        lf.LMVAE.from_pretrained(folder)
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no lmvae_fast model"):
-        lf.LMVAE.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match="remedy"):
-        lf.LMVAE.from_pretrained("nobody/nothing-here")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "precious.txt").write_text("keep")
-    with pytest.raises(OutputError, match="no model of ours"):
-        model.save_pretrained(other)
-    assert (other / "precious.txt").read_text() == "keep"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="writable"):
-        model.save_pretrained(tmp_path / "file" / "m")
-    with pytest.raises(OutputError, match="no model of ours"):
-        model.save_pretrained(tmp_path / "file")
-
-
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_parts_that_are_damaged_or_lack_weights(tmp_path, part):
-    folder = tmp_path / "m"
-    make_model("gpt2").save_pretrained(folder)
-    file = folder / part / "model.safetensors"
-    tensors = load_file(file)
-    name = next(name for name in sorted(tensors) if name.endswith("weight") and "pooler" not in name)
-    save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="1 missing"):
-        lf.LMVAE.from_pretrained(folder)
-    save_file({**tensors, name: torch.cat([tensors[name]] * 2)}, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=part):
-        lf.LMVAE.from_pretrained(folder)
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=part):
-        lf.LMVAE.from_pretrained(folder)
 
 
 def test_a_pooler_is_needed_only_where_it_is_used(tmp_path):

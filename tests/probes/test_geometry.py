@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from lmvae_fast.data.word_vectors import Lookup, WordVectors
 from lmvae_fast.errors import ConfigError, DataError, LatentError, MissingPackageError
 from lmvae_fast.probes import geometry
 from lmvae_fast.probes.optional import require
@@ -24,23 +25,15 @@ def words(arrays):
     return dict(zip(file["words"].tolist(), file["vectors"], strict=True))
 
 
-@pytest.fixture(scope="module")
-def unit_words(words):
-    return geometry.WordVectors(
-        {word: row for row, word in enumerate(words)}, np.stack(list(words.values()))
-    ).normalised()
-
-
 @pytest.mark.parametrize("solver", ["gensim", "pot"])
 @pytest.mark.parametrize("scale", ["raw", "norm"])
 @pytest.mark.parametrize("kept", ["all", "nostop"])
-def test_smoothness_of_recorded_paths(record, words, unit_words, solver, scale, kept):
+def test_smoothness_of_recorded_paths(record, words, solver, scale, kept):
     recorded = record("interpolation/wmd_paths.json")
-    options = {"stop_words": recorded["stop_words"] if kept == "nostop" else ()}
-    vectors = words if scale == "raw" else unit_words
+    options = {"stop_words": recorded["stop_words"] if kept == "nostop" else (), "unit": scale == "norm"}
     for path in recorded["paths"]:
         want = path[f"{kept}_{solver}_{scale}"]
-        found = geometry.interpolation_smoothness(path["sentences"], vectors, **options)
+        found = geometry.interpolation_smoothness(path["sentences"], words, **options)
         assert found.details["end_to_end"] == pytest.approx(want["end_to_end"], abs=NEAR)
         np.testing.assert_allclose(found.details["steps"], [float(step) for step in want["steps"]], rtol=0, atol=NEAR)
         if len(set(path["sentences"])) == 1:
@@ -48,7 +41,7 @@ def test_smoothness_of_recorded_paths(record, words, unit_words, solver, scale, 
         else:
             assert found.value == pytest.approx(want["IS"], abs=NEAR)
         assert found.choices["T"] == len(path["sentences"]) - 1
-        first = geometry.word_movers_distance(*path["sentences"][:2], vectors, **options)
+        first = geometry.word_movers_distance(*path["sentences"][:2], words, **options)
         assert first == pytest.approx(float(want["steps"][0]), abs=NEAR)
 
 
@@ -131,21 +124,27 @@ def test_invertibility():
     assert ratio.value == pytest.approx(2 / 3) and ratio.details["same"] == [True, False, True]
 
 
-def test_token_table_of_pieces():
-    class Tokenizer:
-        all_special_tokens = ("[PAD]",)
+def test_sources_of_vectors(words):
+    table = WordVectors(list(words), np.stack(list(words.values())), lowercase=True)
+    path = ["the trunk", "The (trunk) above", "an animal"]
+    known = geometry.KnownWords(table)
+    assert geometry.interpolation_smoothness(path, known) == geometry.interpolation_smoothness(path, words)
+    assert known.name == "memory"
 
-        def get_vocab(self):
-            return {"[PAD]": 0, "walk": 1, "##ing": 2, "beyond": 9}
+    class AnyWord:
+        """A source that makes a vector of any word, as an encoder does."""
 
-        def tokenize(self, text):
-            return {"walking": ["walk", "##ing"], "walk": ["walk"]}.get(text.strip(), ["[UNK]"])
+        source, asked = "encoder", []
 
-    vectors = geometry.token_table(torch.nn.Embedding.from_pretrained(torch.eye(3) * 2), Tokenizer())
-    assert vectors.unit and len(vectors) == 3
-    np.testing.assert_allclose(np.linalg.norm(vectors.vectors, axis=1), 1.0)
-    assert vectors.bag("Walking walk unknown") == {1: 2, 2: 1}
-    assert geometry.word_movers_distance("walking", "walk", vectors) == pytest.approx(np.sqrt(2) / 2)
+        def lookup(self, words, *, missing="error"):
+            self.asked += words
+            vectors = np.array([[float(len(word)), 1.0] for word in words], dtype=np.float32)
+            return Lookup(vectors, list(range(len(words))), [], 0)
+
+    known = geometry.KnownWords(AnyWord())
+    found = geometry.interpolation_smoothness(["a bear.", "a bears", "a bear"], known)
+    assert found.value == 0.0 and found.details["steps"] == [0.5, 0.5]  # the full stop is no part of a word
+    assert AnyWord.asked == ["a", "bear", "bears"] and found.choices["vectors"] == "encoder"  # each is asked for once
 
 
 def test_refusals(words):
@@ -173,5 +172,5 @@ def test_refusals(words):
         geometry.neighbours(np.eye(3), 3)
     with pytest.raises(DataError, match="equally many"):
         geometry.invertibility_ratio(["a"], [])
-    with pytest.raises(MissingPackageError, match="pip install no_such_package"):
+    with pytest.raises(MissingPackageError, match=r"a test needs no_such_package\.part"):
         require("no_such_package.part", "a test")

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from lmvae_fast.config import LMVAEConfig
-from lmvae_fast.models.systems import cvae, langvae, optimus
+from lmvae_fast.models.sentence_modules import own_pooling
+from lmvae_fast.models.systems import cvae, langvae, llamavae, optimus
 
-PRESETS: dict[str, dict[str, Any]] = {"langvae": langvae.PRESET, "optimus": optimus.PRESET, "cvae": cvae.PRESET}
+PRESETS: dict[str, dict[str, Any]] = {
+    "langvae": langvae.PRESET, "optimus": optimus.PRESET, "llamavae": llamavae.PRESET, "cvae": cvae.PRESET,
+}  # fmt: skip
+
+#: Where a system's own sizes and training recipe are not the defaults: fields of LMVAEConfig, and of TrainConfig.
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"llamavae": llamavae.RECIPE}
 
 # Of fields that most systems have no choice about either.
-_COMMON: dict[str, Any] = {"encoder_kind": "text", "shift_kind": "linear", "output_residual": "none"}
+_COMMON: dict[str, Any] = {
+    "encoder_kind": "text", "shift_kind": "linear", "output_residual": "none", "decoder_part": "all",
+}  # fmt: skip
 
 # Sentence-embedding models that were trained for a pooling of their own (their model cards).
 ENCODER_POOLING: dict[str, dict[str, Any]] = {
@@ -25,9 +33,12 @@ ENCODER_POOLING: dict[str, dict[str, Any]] = {
 
 def resolve(config: LMVAEConfig) -> LMVAEConfig:
     """The configuration with every open field filled from its system's preset and its encoder's own pooling."""
-    preset = {**_COMMON, **PRESETS[config.system], **ENCODER_POOLING.get(config.encoder, {})}
+    own = ENCODER_POOLING.get(config.encoder, {}) or own_pooling(config.encoder)
+    preset = {**_COMMON, **PRESETS[config.system], **own}
     changes = {name: value for name, value in preset.items() if getattr(config, name) is None}
-    if config.train_decoder is None and config.decoder_part != "all":
+    if config.train_decoder is False:
+        changes["decoder_part"] = "all"  # of nothing
+    if config.train_decoder is None and changes.get("decoder_part", config.decoder_part) != "all":
         changes["train_decoder"] = True
     stage = changes.get("stage", config.stage)
     if config.train_decoder is None and stage is not None:

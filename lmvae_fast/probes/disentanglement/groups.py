@@ -210,7 +210,8 @@ def _prepare(
     checks.one_of("constant_factors", constant_factors, ("leave_out", "keep"))
     if constant_factors == "keep":
         pairs.left_out.pop("factors", None)
-    draws, rare, kept = [], {}, []
+    draws, kept = [], []
+    rare: dict[str, str] = {}
     for factor in range(pairs.y.shape[1]) if constant_factors == "keep" else pairs.factors.tolist():
         drawn = _Draws(pairs.y[:, factor], int(pairs.num_values[factor]))
         rare |= {f"factor {factor}, value {value}": "one row" for value in drawn.rare}

@@ -18,7 +18,7 @@ from lmvae_fast.probes.optional import require
 from lmvae_fast.probes.results import Array, Score
 
 #: Settings of SAP's classifiers in two public implementations.
-SAP_VARIANTS = {
+SAP_VARIANTS: dict[str, dict[str, Any]] = {
     "disentanglement_lib": {"C": 0.01, "class_weight": "balanced", "split": "first_rows", "train_share": 2.0 / 3.0},
     "langspace": {"C": 0.01, "class_weight": None, "split": "per_value", "train_share": 0.8},
 }

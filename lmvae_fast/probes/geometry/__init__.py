@@ -10,12 +10,11 @@ from lmvae_fast.probes.geometry.neighbourhoods import (
 from lmvae_fast.probes.geometry.smoothness import interpolation_smoothness
 from lmvae_fast.probes.geometry.transport import transport_cost, word_movers_distance
 from lmvae_fast.probes.geometry.walks import arithmetic, line, quantile_walk
-from lmvae_fast.probes.geometry.word_vectors import WordVectors, glove, token_table
+from lmvae_fast.probes.geometry.word_bags import KnownWords
 
 __all__ = [
-    "WordVectors",
+    "KnownWords",
     "arithmetic",
-    "glove",
     "interpolation_smoothness",
     "inversion_error",
     "invertibility_ratio",
@@ -24,7 +23,6 @@ __all__ = [
     "neighbour_overlap",
     "neighbours",
     "quantile_walk",
-    "token_table",
     "transport_cost",
     "word_movers_distance",
 ]

@@ -7,17 +7,20 @@ from itertools import pairwise
 from typing import Any
 
 from lmvae_fast.errors import DataError
-from lmvae_fast.probes.geometry.transport import _word_movers
-from lmvae_fast.probes.geometry.word_vectors import as_word_vectors
+from lmvae_fast.probes.geometry.transport import word_movers_of_bags
+from lmvae_fast.probes.geometry.word_bags import KnownWords
 from lmvae_fast.probes.results import Score
 
 
-def interpolation_smoothness(sentences: Sequence[str], vectors: Any, *, stop_words: Collection[str] = ()) -> Score:
+def interpolation_smoothness(
+    sentences: Sequence[str], vectors: Any, *, unit: bool = False, stop_words: Collection[str] = ()
+) -> Score:
     """IS = WMD(first, last) / sum of WMD of neighbours: 1 for the straight way, about 1/T for T unrelated steps. 0 to 1.
 
     Args:
         sentences: the decoded points of an interpolation in order, both ends included, at least two.
-        vectors: word vectors, see :func:`word_movers_distance`; their choice and T are part of the figure.
+        vectors, unit: word vectors, see :func:`word_movers_distance`, or a :class:`KnownWords`, which keeps what it has looked
+            up for the next path; their choice and T are part of the figure.
         stop_words: words to leave out.
 
     Returns:
@@ -30,7 +33,7 @@ def interpolation_smoothness(sentences: Sequence[str], vectors: Any, *, stop_wor
 
     Source: Zhang et al. 2024 (LangVAE and LangSpace, arXiv 2505.00004), interpolation smoothness.
     """
-    known = as_word_vectors(vectors)
+    known = vectors if isinstance(vectors, KnownWords) else KnownWords(vectors, unit=unit)
     if isinstance(sentences, str) or len(sentences) < 2:
         raise DataError(
             "an interpolation has two ends", value=f"{len(sentences)} sentences", limit="a list of at least 2"
@@ -43,8 +46,8 @@ def interpolation_smoothness(sentences: Sequence[str], vectors: Any, *, stop_wor
             "an end of the interpolation has no word with a vector", value=repr(sentences[ends[0]]),
             remedy="use other word vectors, or fewer stop words",
         )  # fmt: skip
-    steps = [_word_movers(first, second, known) for first, second in pairwise(bags)]
-    end_to_end, way = _word_movers(bags[0], bags[-1], known), sum(steps)
+    steps = [word_movers_of_bags(first, second, known) for first, second in pairwise(bags)]
+    end_to_end, way = word_movers_of_bags(bags[0], bags[-1], known), sum(steps)
     # Rounding may carry a straight way a little above 1.
     value = 1.0 if way == 0.0 else min(end_to_end / way, 1.0)
     return Score(

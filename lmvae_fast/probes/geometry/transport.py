@@ -13,7 +13,7 @@ import numpy as np
 
 from lmvae_fast.errors import DataError
 from lmvae_fast.probes import checks
-from lmvae_fast.probes.geometry.word_vectors import WordVectors, as_word_vectors
+from lmvae_fast.probes.geometry.word_bags import KnownWords
 from lmvae_fast.probes.optional import require
 from lmvae_fast.probes.results import Array
 
@@ -58,6 +58,7 @@ def word_movers_distance(
     b: str | Sequence[str],
     vectors: Any,
     *,
+    unit: bool = False,
     stop_words: Collection[str] = (),
     method: str = "exact",
 ) -> float:
@@ -69,7 +70,8 @@ def word_movers_distance(
     Args:
         a, b: sentences, or lists of words. Sentences are lower-cased and split at white space; a word without a vector is
             tried without the punctuation around it, then dropped.
-        vectors: a :class:`WordVectors`, or a mapping word -> vector.
+        vectors: a mapping word -> vector, or a source of them: ``lmvae_fast.read_word_vectors("glove")``, say.
+        unit: scale vectors to length one first, as is done with word2vec's.
         stop_words: words to leave out.
         method: see :func:`transport_cost`.
 
@@ -77,22 +79,19 @@ def word_movers_distance(
         Infinity when a sentence has no known word; exactly 0 for equal bags of words.
     """
     checks.one_of("method", method, METHODS)
-    known = as_word_vectors(vectors)
+    known = KnownWords(vectors, unit=unit)
     bags = [known.bag(text, stop_words) for text in (a, b)]
-    return _word_movers(bags[0], bags[1], known, method)
+    return word_movers_of_bags(bags[0], bags[1], known, method)
 
 
-def _word_movers(first: Counter[int], second: Counter[int], known: WordVectors, method: str = "exact") -> float:
-    """Of bags of word indices."""
+def word_movers_of_bags(first: Counter[int], second: Counter[int], known: KnownWords, method: str = "exact") -> float:
+    """Word mover's distance of bags that ``known`` made; infinity when one is empty."""
     if not first or not second:
         return float("inf")
     if first == second:
         return 0.0
-    places = [np.fromiter(bag, dtype=np.int64) for bag in (first, second)]
-    masses = [np.fromiter(bag.values(), dtype=np.float64) for bag in (first, second)]
-    points = [known.vectors[place].astype(np.float64) for place in places]
-    costs = _distances(points[0], points[1], "euclidean")
-    return _transport(costs, masses[0] / masses[0].sum(), masses[1] / masses[1].sum(), method, 0.1)
+    (points, mass), (others, other_mass) = known.points(first), known.points(second)
+    return _transport(_distances(points, others, "euclidean"), mass, other_mass, method, 0.1)
 
 
 def _transport(costs: Array, mass_a: Array, mass_b: Array, method: str, regularisation: float) -> float:

@@ -1,0 +1,193 @@
+"""Folders of sentence-transformers: what stands behind the transformer (pooling, dense layers, L2 norm), by `modules.json`.
+
+The chain of sentence-T5 is Transformer, Pooling (mean), Dense (without bias, no activation), Normalize. Layout of the files:
+sentence-transformers 2 to 5 (`modules.json`, `1_Pooling/config.json`, `2_Dense/config.json` with its weights).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lmvae_fast.errors import CheckpointError
+from lmvae_fast.pretrained import resolve_source
+
+MODULES = "modules.json"
+
+#: Flag of a pooling configuration -> our name of it.
+_POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+_KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh}
+
+
+@dataclass(frozen=True)
+class SentenceModules:
+    """What a folder says of its sentence vectors.
+
+    Attributes:
+        transformer: folder of the transformer.
+        pooling: ``mean``, ``cls`` or ``last``. normalize: whether the result is L2-normalised.
+        dense: folders of the dense layers in between, in order.
+        max_tokens: the most tokens read of a sentence, or None. lower: whether sentences are lowered first.
+    """
+
+    transformer: str
+    pooling: str
+    normalize: bool
+    dense: tuple[Path, ...] = ()
+    max_tokens: int | None = None
+    lower: bool = False
+
+
+def read_modules(name: str) -> SentenceModules | None:
+    """What `modules.json` says, in a folder or packaged model; None where there is no such file (or no such folder).
+
+    Raises CheckpointError for a module, a pooling or an order of modules that we cannot honour exactly, by its name.
+    """
+    try:
+        folder = Path(resolve_source(name))
+    except CheckpointError:  # a package that is not installed: loading it says so
+        return None
+    if not (folder / MODULES).is_file():
+        return None
+    entries = _json(folder / MODULES)
+    entries = entries if isinstance(entries, list) else []
+    if not entries or not all(isinstance(entry, dict) and {"type", "path"} <= entry.keys() for entry in entries):
+        raise CheckpointError(f"{folder / MODULES} is no list of modules", remedy="restore it from a copy")
+    kinds = [str(entry["type"]).rpartition(".")[2] for entry in entries]
+    for kind, entry in zip(kinds, entries, strict=True):
+        if kind not in _KNOWN:
+            raise CheckpointError(
+                f"{folder} has a module that we do not honour", value=entry["type"], limit=", ".join(_KNOWN),
+                remedy="use an encoder of these modules alone",
+            )  # fmt: skip
+    middle = kinds[2:-1] if kinds[-1:] == ["Normalize"] else kinds[2:]
+    if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in middle):
+        raise CheckpointError(
+            f"{folder}: its modules stand in an order that we do not honour", value=", ".join(kinds),
+            limit="Transformer, Pooling, any Dense, perhaps Normalize",
+        )  # fmt: skip
+    paths = [folder / str(entry["path"]) for entry in entries]
+    # sentence_bert_config.json; of old versions sentence_roberta_config.json and the like
+    options = _optional_json(next(iter(sorted(paths[0].glob("sentence_*_config.json"))), paths[0] / "none"))
+    prompt = _optional_json(folder / "config_sentence_transformers.json").get("default_prompt_name")
+    if prompt is not None:
+        raise CheckpointError(
+            f"{folder} puts a prompt before every sentence, which we do not", value=prompt,
+            remedy="set default_prompt_name to null in config_sentence_transformers.json",
+        )  # fmt: skip
+    return SentenceModules(
+        str(paths[0]), _pooling(paths[1] / "config.json"), kinds[-1] == "Normalize",
+        tuple(path for path, kind in zip(paths, kinds, strict=True) if kind == "Dense"),
+        options.get("max_seq_length"), bool(options.get("do_lower_case", False)),
+    )  # fmt: skip
+
+
+def own_pooling(name: str) -> dict[str, Any]:
+    """Fields ``pooling`` and ``normalize`` as `modules.json` has them; {} where there is none."""
+    modules = read_modules(name)
+    return {} if modules is None else {"pooling": modules.pooling, "normalize": modules.normalize}
+
+
+def _pooling(path: Path) -> str:
+    values = _json(path)
+    if isinstance(values, dict) and isinstance(values.get("pooling_mode"), str):
+        chosen = {"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(values["pooling_mode"], values["pooling_mode"])
+        found = [chosen]
+    else:
+        flags = values if isinstance(values, dict) else {}
+        found = [_POOLINGS.get(k, k) for k, v in flags.items() if k.startswith("pooling_mode_") and v is True]
+    if len(found) != 1 or found[0] not in _POOLINGS.values():
+        raise CheckpointError(
+            f"{path}: we do not pool so", value=", ".join(found) or "(nothing)", limit="one of mean, cls, last token",
+            remedy="use an encoder of one of these",
+        )  # fmt: skip
+    return found[0]
+
+
+def load_dense(modules: SentenceModules) -> nn.Sequential | None:
+    """The dense layers with their weights, in float32; None where there are none. Raises CheckpointError."""
+    layers: list[nn.Module] = []
+    for folder in modules.dense:
+        values = _json(folder / "config.json")
+        name = str(values.get("activation_function", "")).rpartition(".")[2] if isinstance(values, dict) else ""
+        if name not in _ACTIVATIONS:
+            raise CheckpointError(f"{folder}: we do not have its activation", value=name, limit=", ".join(_ACTIVATIONS))
+        try:
+            linear = nn.Linear(values["in_features"], values["out_features"], bias=bool(values.get("bias", True)))
+            state = _weights(folder)
+            linear.load_state_dict({key.removeprefix("linear."): value.float() for key, value in state.items()})
+        except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the dense layer in {folder} cannot be read: {error}", remedy="restore it from a copy"
+            ) from error
+        layers.append(linear)
+        if name != "Identity":
+            layers.append(_ACTIVATIONS[name]())
+    return nn.Sequential(*layers) if layers else None
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / "model.safetensors").is_file():
+        return load_file(folder / "model.safetensors")
+    # Tensors alone, as transformers reads its own files of this kind: nothing in them is executed.
+    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+
+
+def write_modules(
+    folder: Path,
+    *,
+    pooling: str,
+    normalize: bool,
+    width: int,
+    dense: nn.Sequential | None,
+    max_tokens: int | None,
+    lower: bool,
+) -> None:
+    """Write beside a saved transformer what :func:`read_modules` reads; `width` is the transformer's."""
+    kinds = ["Transformer", "Pooling", *["Dense"] * sum(isinstance(m, nn.Linear) for m in dense or ())]
+    kinds += ["Normalize"] if normalize else []
+    entries = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / MODULES).write_text(json.dumps(entries, indent=2))
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": max_tokens, "do_lower_case": lower})
+    )
+    for entry in entries[1:]:
+        (folder / str(entry["path"])).mkdir()
+    flags = {flag: pooling == name for flag, name in _POOLINGS.items()}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": width, **flags}))
+    modules = list(dense or ())
+    for i, linear in enumerate(module for module in modules if isinstance(module, nn.Linear)):
+        after = modules[modules.index(linear) + 1 :][:1]
+        name = "tanh.Tanh" if after and isinstance(after[0], nn.Tanh) else "linear.Identity"
+        place = folder / f"{2 + i}_Dense"
+        values = {
+            "in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None,
+            "activation_function": f"torch.nn.modules.{name}",
+        }  # fmt: skip
+        (place / "config.json").write_text(json.dumps(values))
+        state = {f"linear.{key}": value.detach().cpu().contiguous() for key, value in linear.state_dict().items()}
+        save_file(state, place / "model.safetensors")
+
+
+def _json(path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is missing or unreadable: {error}", remedy="restore it from a copy") from error
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    values = _json(path) if path.is_file() else {}
+    return values if isinstance(values, dict) else {}
