@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test test-isa lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
+.PHONY: help setup demo test test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -84,6 +84,9 @@ gpu:             ## on a CUDA machine, with its own Python (PYTHON=...): build, 
 
 test-peers: $(READY)    ## checks that run the real LangVAE in a virtual environment of its own
 	$(BIN)/python -m pytest -m peers tests/peers
+
+test-matrix:     ## other Pythons, torches and transformers, each in an environment of its own; says which it could not try
+	$(PYTHON) tools/test_matrix.py $(MATRIX_ARGS)
 
 clean:           ## remove what was built, keep .venv
 	rm -rf build *.egg-info lmvae_fast/*.so lmvae_fast/_build_info.json

@@ -44,6 +44,7 @@ _PUBLIC = {
     "average": "lmvae_fast.exploration.operations",
     "aggregate_quantiles": "lmvae_fast.exploration.points",
     "evaluate": "lmvae_fast.evaluation.evaluate",
+    "probe": "lmvae_fast.probes.run",
     "read": "lmvae_fast.data",
     "generate_corpus": "lmvae_fast.data",
     "read_definitions": "lmvae_fast.data",
@@ -119,6 +120,7 @@ __all__ = [
     "interpolate",
     "kernels",
     "neighbourhood",
+    "probe",
     "read",
     "read_definitions",
     "read_prompts",
@@ -173,6 +175,7 @@ if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
     from lmvae_fast.models.posterior import Posterior
     from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
+    from lmvae_fast.probes.run import probe
     from lmvae_fast.text.batch import Batch
     from lmvae_fast.training.callbacks import Callback
     from lmvae_fast.training.loop import train

@@ -1,19 +1,26 @@
-"""Files that are either whole or not there: the few primitives that everything written to disk is built on.
+"""Files that are either whole or not there, in folders that are ours: what everything written to disk is built on.
 
 The order is always: write under a temporary name in the same folder, fsync, rename, fsync the folder. A kill (or a
-power cut) between any two of these leaves the old state or the new one.
+power cut) between any two of these leaves the old state or the new one, and a temporary that the next writer sweeps away.
+
+Nothing is deleted or overwritten that was not made here: an output folder carries a mark that says what it was made as, and a
+writer refuses, before any work, one that is neither empty nor marked as its own kind.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,11 @@ from torch import Tensor
 from lmvae_fast.errors import OutputError
 
 TEMPORARY = ".tmp-"
+MARK, LOCK = ".lmvae_fast.json", ".lmvae_fast.lock"
+GENERATOR = "lmvae_fast-drawing"  # what pages and pictures say of who made them, within their first bytes
+_MARK_FORMAT = "lmvae_fast-output-1"
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"([0-9a-f]{8})-(\d+)-(.+)")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
 def fsync_file(path: Path) -> None:
@@ -109,7 +121,7 @@ def replacing(path: Path, consequence: str = "") -> Iterator[Path]:
 
     The block writes and fsyncs the file. Raises OutputError where the folder cannot be written.
     """
-    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"
+    temporary = temporary_beside(path)
     with output_errors(path, consequence):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,19 +134,214 @@ def replacing(path: Path, consequence: str = "") -> Iterator[Path]:
             raise
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in place of another; at every instant one of the two is whole."""
-    old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
+def _machine() -> str:
+    """Eight digits for this machine: processes are numbered by it, folders may be shared with others."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def temporary_beside(path: Path) -> Path:
+    """The name under which this process writes what is to become `path`."""
+    return path.parent / f"{TEMPORARY}{_machine()}-{os.getpid()}-{path.name}"
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what processes of this machine that are dead left half written in a folder (of one name, if given)."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            match = _TEMPORARY_NAME.fullmatch(path.name)
+            if match is None or match[1] != _machine() or (name is not None and match[3] != name):
+                continue
+            if int(match[2]) != os.getpid() and not _is_running(int(match[2])):
+                _remove(path)
+
+
+def _is_running(process: int) -> bool:
     try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # there, and another user's
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Two names change places in one step; False where the system or the file system cannot do that."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if function(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put a complete folder in place of another; at every instant one of the two is whole.
+
+    Where the system can exchange two names, one of them is there under its name at every instant too. Elsewhere the old one
+    stands aside for a moment, and :func:`recover_folder` finds it there.
+    """
+    if folder.exists():
+        if exchange(temporary, folder):
+            fsync_folder(folder.parent)
+            _remove(temporary)  # it is the old one now
+            return
+        aside = _aside(folder)
+        _remove(aside)
+        folder.rename(aside)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            aside.rename(folder)
+            raise
+        fsync_folder(folder.parent)
+        _remove(aside)
+    else:
         temporary.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    fsync_folder(folder.parent)
+        fsync_folder(folder.parent)
+
+
+def recover_folder(folder: Path) -> None:
+    """Before a folder is read or written: undo a replacement that was killed while the old one stood aside."""
+    aside = _aside(folder)
+    with contextlib.suppress(OSError):
+        if aside.is_dir():
+            if folder.exists():
+                _remove(aside)
+            else:
+                aside.rename(folder)
+
+
+def made_as(folder: Path) -> str | None:
+    """The kind of output that a folder was made as; None for one without our mark."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind = mark.get("kind") if isinstance(mark, dict) and mark.get("format") == _MARK_FORMAT else None
+    return kind if isinstance(kind, str) else None
+
+
+def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = None) -> None:
+    """Before any work: a folder that is not there, is empty, or was made here as one of `kinds`.
+
+    contents: of a folder that is to be replaced as a whole, all names that one of its kind holds. Raises OutputError for any
+    other folder, for a file, and for one that holds something that is not in `contents`.
+    """
+    recover_folder(folder)
+    with output_errors(folder):
+        if not folder.exists() and not folder.is_symlink():
+            return
+        if not folder.is_dir():
+            raise OutputError(f"{folder} is no folder", value="a file of that name", remedy="choose another output")
+        inside = sorted(path.name for path in folder.iterdir())
+    if not inside:
+        return
+    kind = made_as(folder)
+    if kind not in kinds:
+        raise OutputError(
+            f"{folder} is neither empty nor a {kinds[0]} of ours, and is left alone",
+            value=f"a {kind}" if kind else f"it holds {', '.join(inside[:3])}" + (", ..." if len(inside) > 3 else ""),
+            limit=f"an empty folder, or one made as a {' or a '.join(kinds)}",
+            remedy="choose another output",
+        )
+    if contents is not None:
+        check_contents(folder, contents)
+
+
+def check_file_ours(path: Path) -> None:
+    """Before any work: OutputError where a file is there that was not made here, which says so in its first bytes."""
+    with output_errors(path):
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+            return
+        if not path.is_file():
+            raise OutputError(f"{path} is no file", remedy="choose another output")
+        with open(path, "rb") as file:
+            ours = GENERATOR.encode() in file.read(4096)
+    if not ours:
+        raise OutputError(f"{path} is there and was not made here, and is left alone", remedy="choose another output")
+
+
+def check_contents(folder: Path, contents: Collection[str]) -> None:
+    """OutputError where a folder that is to be replaced holds more than what was written there."""
+    known = {*contents, MARK, LOCK}
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if strangers:
+        raise OutputError(
+            f"{folder} would be replaced and holds something that was not written with it",
+            value=", ".join(strangers[:3]),
+            remedy="move that elsewhere, or choose another output",
+        )
+
+
+def claim(folder: Path, kind: str, *also: str) -> None:
+    """Make a folder ours, as `kind`, and mark it so; one that is ours already (as that or one of `also`) keeps its mark.
+
+    Raises OutputError as check_ours does, or when it cannot be written.
+    """
+    check_ours(folder, kind, *also)
+    if made_as(folder) is None:
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        mark(folder, kind)
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Write the mark that says what a folder was made as."""
+    with replacing(folder / MARK) as temporary:
+        write_json(temporary, {"format": _MARK_FORMAT, "kind": kind})
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Within the block no other process that asks in the same way writes to a folder; it must exist.
+
+    Raises OutputError, naming who does, where another one is at it. A lock ends with its process, however that ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = folder / LOCK
+    with output_errors(path):
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the block
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise OutputError(
+                f"another process is writing {what} in {folder}", value=file.read(300).strip() or None,
+                remedy="wait for it, stop it, or choose another output",
+            ) from error  # fmt: skip
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,11 @@ PACKAGED = {
 }
 
 
+# Set to 1, it lets the Python code in model folders and hub repositories run. It is no field of a configuration, since a
+# model folder must not be able to say it of itself.
+TRUST = "LMVAE_TRUST_REMOTE_CODE"
+
+
 def resolve_source(name: str) -> str:
     """The folder of a packaged or GGUF model, the given folder, or the name itself (then a Hugging Face hub name)."""
     if name in PACKAGED:
@@ -98,8 +103,9 @@ def load_pretrained(auto_class: Any, name: str, part: str, *, may_lack: tuple[st
             with random numbers); it names the part, the name and the remedy.
     """
     source = resolve_source(name)
-    # A folder's own code is never run, and transformers must not ask on the terminal whether it may.
-    options.setdefault("trust_remote_code", False)
+    trusted = os.environ.get(TRUST) == "1"
+    # A folder's own code is not run unless the user says so, and transformers must not ask on the terminal whether it may.
+    options.setdefault("trust_remote_code", trusted)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise CheckpointError(
             f"{part} folder {source} holds no config.json", remedy="point to a saved Hugging Face model"
@@ -110,6 +116,11 @@ def load_pretrained(auto_class: Any, name: str, part: str, *, may_lack: tuple[st
         model, found = auto_class.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+            raise CheckpointError(
+                f"the {part} {name!r} brings Python code of its own, which is not run", value="auto_map in its configuration",
+                remedy=f"read that code, and if you trust it set {TRUST}=1 in the environment; or take another model",
+            ) from error  # fmt: skip
         raise CheckpointError(
             f"cannot load the {part} {name!r} ({type(error).__name__}: {reason})",
             remedy="check the name or folder; without network the model must be in the local Hugging Face cache",

@@ -77,7 +77,9 @@ def test_a_run_begins_with_empty_folders_and_leaves_none(start, tmp_path):
     assert len(set(places)) == len(places) and len({place.parent for place in places}) == 1
     assert not any(place.exists() for place in places) and not places[0].parent.exists()
     assert len(environment["RAY_TMPDIR"]) < 40, "Ray's sockets would have paths that are too long"
-    assert lint[2] == {name: ["pip"] if name == "XDG_CONFIG_HOME" else [".pip"] if name == "HOME" else [] for name in FOLDERS}
+    assert lint[2] == {
+        name: ["pip"] if name == "XDG_CONFIG_HOME" else [".pip"] if name == "HOME" else [] for name in FOLDERS
+    }
     assert not set(GONE) & set(environment)
     assert not lint[4], "tests that send interrupts would wait for ever"
 

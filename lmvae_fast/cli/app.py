@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 import lmvae_fast
-from lmvae_fast.cli import convert, demo, env, evaluate, explore, generate, profile, train
+from lmvae_fast.cli import convert, definitions, demo, env, evaluate, explore, generate, probe, profile, train
 from lmvae_fast.cli.common import BACKENDS, INTERRUPTED
 from lmvae_fast.errors import ConfigError, LMVAEError, NumericalError
 
@@ -59,6 +59,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "neighbourhood": explore.neighbourhood,
     "average": explore.average,
     "eval": evaluate.evaluate,
+    "fit-flow": definitions.fit_flow,
+    "define": definitions.define,
+    "probe": probe.probe,
     "env": env.env,
     "convert": convert.convert,
 }

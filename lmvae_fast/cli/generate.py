@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from tqdm import tqdm
 
 from lmvae_fast.cli.common import (
+    INTERRUPTED,
     Backend,
     Json,
     Model,
@@ -23,6 +25,7 @@ from lmvae_fast.cli.common import (
     takes_sampling,
 )
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.signals import HANGUP, StopSignals
 
 
 @takes_sampling
@@ -65,10 +68,12 @@ def generate(
     if workers > 1 and output is None:
         raise ConfigError("workers write to a file", value=f"--workers {workers}", remedy="give --output")
     from lmvae_fast.generation import latent_sources as sources
-    from lmvae_fast.generation.text_files import generate_all, generate_file
+    from lmvae_fast.generation.text_files import check_text_file, generate_all, generate_file
     from lmvae_fast.generation.workers import Workers
     from lmvae_fast.kernels.backend import backend as use_backend
 
+    if output is not None:
+        check_text_file(output, overwrite=overwrite)
     loaded = load_model(model)
     width = loaded.config.latent_dim
     beginnings = prompt if prompts is None else sources.read_prompts(prompts)
@@ -85,7 +90,9 @@ def generate(
             source = sources.latents_of_texts(loaded, texts)
     several = None if workers == 1 else Workers(load_model, str(model), workers, backend)
     bar = tqdm(total=source.total * num_samples, unit="sentence", disable=as_json and output is None)
-    with use_backend(backend), bar, several or contextlib.nullcontext():
+    # Ctrl-C ends at once; who asks for an end in order, or whose terminal is gone, gets the block that is being decoded
+    signals = StopSignals(signal.SIGTERM, *HANGUP)
+    with use_backend(backend), bar, several or contextlib.nullcontext(), signals if output else contextlib.nullcontext():
         tokens, begun = 0, time.perf_counter()
 
         def progress(sentences: int, new_tokens: int | None) -> None:
@@ -109,10 +116,13 @@ def generate(
             return
         lines = generate_file(
             loaded, source, output, config, prompts=beginnings, annotations=labels, text_only=output.suffix == ".txt",
-            overwrite=overwrite, workers=several, progress=progress,
+            overwrite=overwrite, workers=several, progress=progress, stop=lambda: signals.received,
         )  # fmt: skip
     if as_json:
         print(json.dumps({"output": str(output), "sentences": lines}))
     else:
         console.print(f"{lines} sentences in {output}")
+    if signals.received is not None and lines < source.total * num_samples:
+        console.print(f"{signals.received}: the same command continues", style="yellow")
+        raise typer.Exit(INTERRUPTED)
 

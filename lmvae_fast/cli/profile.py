@@ -25,6 +25,8 @@ from lmvae_fast.errors import ConfigError
 if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE
 
+KIND = "profile"  # what the folder of a profile is marked as
+
 app = typer.Typer(no_args_is_help=True, help="Where time, bytes and FLOPs go: the fast path beside the eager reference.")
 
 
@@ -62,12 +64,14 @@ def train(
     Example: `lmvae-fast profile train runs/first/model --data sentences.txt --batch-size 64`
     """
     from lmvae_fast.config import TrainConfig
+    from lmvae_fast.files import claim
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.train import profile_train
     from lmvae_fast.reports.page import style
     from lmvae_fast.reports.profile import write_train
 
     style()  # without matplotlib, it is refused before anything is timed
+    claim(output, KIND)
     config = TrainConfig(batch_size=batch_size, precision=precision, learning_rate=1e-5, max_steps=10**6)
     texts = _texts(data, column, batch_size)
     with use_backend(backend):
@@ -109,12 +113,14 @@ def generate(
     """
     import torch
 
+    from lmvae_fast.files import claim
     from lmvae_fast.kernels.backend import backend as use_backend
     from lmvae_fast.profiling.generate import profile_generate
     from lmvae_fast.reports.page import style
     from lmvae_fast.reports.profile import write_generate
 
     style()  # without matplotlib, it is refused before anything is timed
+    claim(output, KIND)
     sizes, dtypes = _sizes(batch_sizes), {"fp32": torch.float32, "bf16": torch.bfloat16}
     if precision is not None and precision not in dtypes:
         raise ConfigError("unknown precision", value=precision, limit=", ".join(dtypes), remedy="choose one of these")

@@ -18,7 +18,7 @@ def train(
     column: Annotated[str | None, typer.Option(help="Column or field with the sentence (csv, tsv, jsonl).")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many sentences.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `model/` at the end.")] = None,  # noqa: E501
-    system: Annotated[str | None, typer.Option(help="Preset: langvae or optimus.")] = None,
+    system: Annotated[str | None, typer.Option(help="Preset: langvae, optimus or llamavae.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Hugging Face encoder: name or folder.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Hugging Face decoder: name or folder.")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
@@ -64,7 +64,9 @@ def train(
     )  # fmt: skip
     from lmvae_fast.config import LMVAEConfig, TrainConfig
 
+    with_recipe(values)
     train_config = TrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
+    check_output(Path(train_config.output_dir))
     train_data, held_out = load_data(values["data"], train_config.seed)
     if annotations:
         # Of both parts: a rare label may stand in the held-out part alone.
@@ -112,6 +114,23 @@ def train(
     if result.interrupted:
         console.print("continue with --resume", style="yellow")
         raise typer.Exit(INTERRUPTED)
+
+
+def with_recipe(values: dict[str, dict]) -> None:
+    """Fill a system's own sizes and training recipe, where it has one, under what was said."""
+    from lmvae_fast.models.systems import RECIPES
+
+    for section, fields in zip(("model", "train"), RECIPES.get(values["model"].get("system"), ({}, {})), strict=True):
+        values[section] = {**fields, **values[section]}
+
+
+def check_output(folder: Path) -> None:
+    """Before anything is loaded: the run, and the model at its end, can be written there."""
+    from lmvae_fast.models.serialization import check_model_folder
+    from lmvae_fast.training.run_checks import check_run_folder
+
+    check_run_folder(folder)
+    check_model_folder(folder / "model")
 
 
 def load_data(options: dict, seed: int):

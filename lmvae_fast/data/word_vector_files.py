@@ -338,7 +338,7 @@ def _read_codwoe(path: Path, field: str | None) -> _Table:
         values = record[chosen]
         vector = None
         if isinstance(values, list) and all(type(v) in (int, float) for v in values):
-            vector = _numbers(values)  # type: ignore[arg-type]
+            vector = _numbers(values)
         if vector is None:
             raise DataError(f"{place}: {chosen!r} is no list of numbers", value=shorten(repr(values)))
         if rows and len(vector) != len(rows[0]):

@@ -3,11 +3,13 @@
 from lmvae_fast.evaluation.evaluate import METRICS, EvaluationResult, evaluate
 from lmvae_fast.evaluation.metrics import (
     active_units,
+    dimension_wise_kl,
     gaussian_log_density,
     importance_weighted_log_likelihood,
     kl_divergence,
     mutual_information,
     perplexity,
+    total_correlation,
 )
 from lmvae_fast.evaluation.text import bleu, exact_match, token_accuracy
 
@@ -16,6 +18,7 @@ __all__ = [
     "EvaluationResult",
     "active_units",
     "bleu",
+    "dimension_wise_kl",
     "evaluate",
     "exact_match",
     "gaussian_log_density",
@@ -24,4 +27,5 @@ __all__ = [
     "mutual_information",
     "perplexity",
     "token_accuracy",
+    "total_correlation",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.exploration.operations import Arithmetic, Average, Interpolation, Neighbourhood, Traversal
+from lmvae_fast.files import GENERATOR, check_file_ours, replacing
 from lmvae_fast.reports.page import Report, plane, style
 
 FORMATS = (".html", ".png")
@@ -36,17 +37,21 @@ class Drawing:
             report.figure(self.figure, self.title)
             report.table(self.header, self.rows)
             return report.write(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.figure.savefig(path, dpi=150, bbox_inches="tight")
+        with replacing(path) as temporary:
+            self.figure.savefig(
+                temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": GENERATOR}
+            )
         return path
 
 
 def check_output(path: Path | None) -> None:
-    """Before any work: raises ConfigError for a file that nothing can be drawn to, MissingPackageError without matplotlib."""
+    """Before any work: raises ConfigError for a file that nothing can be drawn to, OutputError for one that is there and was
+    not drawn here, MissingPackageError without matplotlib."""
     if path is None:
         return
     if path.suffix not in FORMATS:
         raise ConfigError("nothing is drawn to such a file", value=path, limit=", ".join(FORMATS))
+    check_file_ours(path)
     style()
 
 

@@ -3,7 +3,8 @@
 The output is made of blocks of a fixed number of latents. A block is decoded by itself, so its text does not depend on
 what was decoded before it, and written at once; a resumed run cuts a half-written block off and goes on behind the last
 whole one. Beside ``out.jsonl`` stands ``out.jsonl.meta.json`` with what made it, and a run that would continue with
-another model, other latents or other settings is refused.
+another model, other latents or other settings is refused; and ``out.jsonl.blocks`` with a hash of every block, by which one
+that was changed is found.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
-from lmvae_fast.files import replacing, tensor_bytes, write_json
+from lmvae_fast.files import fsync_file, replacing, tensor_bytes, write_json
 from lmvae_fast.generation.engine import Generated, token_limit
 from lmvae_fast.generation.latent_sources import LatentSource
 from lmvae_fast.generation.workers import Block, Workers
@@ -42,6 +43,7 @@ def generate_file(
     overwrite: bool = False,
     workers: Workers | None = None,
     progress: Callable[[int, int | None], None] | None = None,
+    stop: Callable[[], object] | None = None,
 ) -> int:
     """Decode latents into a file; continues one that is already there.
 
@@ -53,9 +55,10 @@ def generate_file(
         config: how to decode; a draw needs a ``seed``, without which no run could be continued.
         prompts: text that every sentence begins with, or one text per latent.
         annotations: pooled labels ``[N, labels]`` of a conditional decoder; default: those of the source.
-        overwrite: begin anew instead of continuing.
+        overwrite: begin anew instead of continuing what an earlier call wrote; nothing else is overwritten.
         workers: processes that decode the blocks; this one does where None. They hold a model of their own, which must be
             ``model``.
+        stop: asked after each block; when it answers with anything true, the run ends in order, to be continued.
         progress: called with (sentences, tokens) as they come; first, if some are found in the file, with (those, None).
 
     Returns:
@@ -65,13 +68,13 @@ def generate_file(
         ConfigError: a draw without a seed; more tokens asked for than model and prompts allow.
         DataError: prompts and latents of different number.
         LatentError: annotations that do not fit model and latents, or with NaN or Inf.
-        OutputError: the output cannot be written, or belongs to another model, other latents or other settings.
+        OutputError: the output cannot be written, is no file of ours, belongs to another model, other latents or other
+            settings, or was changed; later, where it is removed meanwhile.
     """
     if config.do_sample and config.seed is None:
         raise ConfigError("a drawn output can only be continued under a seed", value="seed=None", remedy="set seed")
     annotations, limited = _checked(model, latents, config, prompts, annotations)
     output = Path(output)
-    meta_path = output.with_name(output.name + ".meta.json")
     block_size = BLOCKS_PER_BATCH * config.batch_size
     per_latent = config.num_samples
     meta = {
@@ -92,9 +95,8 @@ def generate_file(
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("ab") as file:
             _lock(file, output)
-            done = _continue_from(
-                output, meta_path, meta, block_size * per_latent, latents.total * per_latent, overwrite
-            )
+            hashes = BlockHashes(output)
+            done = _continue_from(output, meta, block_size * per_latent, latents.total * per_latent, overwrite)
             if progress is not None and done:
                 progress(done, None)
             blocks = _blocks(latents, done // per_latent, block_size, prompts, annotations)
@@ -109,10 +111,15 @@ def generate_file(
                     lines.append(_line(out, config, text_only))
                     if progress is not None:
                         progress(1, len(out.ids))
-                file.write("".join(lines).encode())
+                written = "".join(lines).encode()
+                file.write(written)
                 file.flush()
                 os.fsync(file.fileno())
+                _check_still_there(file, output)
+                hashes.append(written)
                 done += len(lines)
+                if stop is not None and stop():
+                    break
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -227,6 +234,30 @@ def _line(out: Generated, config: GenerationConfig, text_only: bool) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def check_text_file(output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Before any work: OutputError unless the file is not there, is empty, or is one that :func:`generate_file` writes."""
+    output = Path(output)
+    if not output.exists() or (output.is_file() and output.stat().st_size == 0 and not _meta_path(output).exists()):
+        return
+    if not output.is_file():
+        raise OutputError(f"{output} is no file", remedy="choose another output")
+    try:
+        meta = json.loads(_meta_path(output).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        meta, reason = None, f"{_meta_path(output).name}: {error}"
+    else:
+        reason = f"{_meta_path(output).name} is another program's"
+    if not isinstance(meta, dict) or not {"model", "latents", "block_size"} <= meta.keys():
+        raise OutputError(
+            f"{output} exists and nothing says what made it ({reason})",
+            remedy="choose another output" + ("; only files made here are overwritten" if overwrite else ""),
+        )
+
+
+def _meta_path(output: Path) -> Path:
+    return output.with_name(output.name + ".meta.json")
+
+
 def _lock(file: BinaryIO, output: Path) -> None:
     """Keeps other runs from writing until the file is closed; OutputError where one is at it."""
     try:
@@ -239,20 +270,71 @@ def _lock(file: BinaryIO, output: Path) -> None:
         raise OutputError(f"another run is writing {output}", remedy="stop it, or choose another output") from error
 
 
-def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, total: int, overwrite: bool) -> int:
-    """Lines of whole blocks already there, everything behind them cut off; 0 for a new file, which is an empty one."""
+def _check_still_there(file: BinaryIO, output: Path) -> None:
+    """OutputError where the file that is being written is no longer the one of its name."""
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(output))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise OutputError(f"{output} was removed or replaced while it was written", remedy="run again to begin it anew")
+
+
+class BlockHashes:
+    """The sha256 of every block, a line each, in a file beside the output: what a resumed run verifies before it goes on."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.with_name(output.name + ".blocks")
+
+    def append(self, block: bytes) -> None:
+        """Record a block that has been written and fsynced."""
+        with self.path.open("a", encoding="ascii") as file:
+            file.write(_digest(block) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def begin(self) -> None:
+        """Forget what was recorded."""
+        with replacing(self.path) as temporary:
+            temporary.touch()
+
+    def verified(self, output: Path, ends: list[int]) -> int:
+        """How many of the blocks that end at these bytes are as they were written; the records of others are dropped.
+
+        A file without records was begun before there were any, and is recorded now. Raises OutputError for a block that was
+        changed.
+        """
+        recorded = self.path.read_text(encoding="ascii", errors="replace").splitlines() if self.path.is_file() else None
+        found, start = [], 0
+        with output.open("rb") as file:
+            for number, end in enumerate(ends):
+                if recorded is not None and number >= len(recorded):
+                    break
+                found.append(_digest(file.read(end - start)))
+                start = end
+                if recorded is not None and found[-1] != recorded[number]:
+                    raise OutputError(
+                        f"block {number + 1} of {output} is not what was written", value=f"sha256 {found[-1][:16]}",
+                        limit=recorded[number][:16], remedy="restore it from a copy, or overwrite the output",
+                    )  # fmt: skip
+        if recorded != found:
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in found), encoding="ascii")
+                fsync_file(temporary)
+        return len(found)
+
+
+def _continue_from(output: Path, meta: dict, block_lines: int, total: int, overwrite: bool) -> int:
+    """Lines of whole blocks already there, verified, and all behind them cut off; 0 for a new file, which is an empty one."""
+    meta_path, hashes = _meta_path(output), BlockHashes(output)
+    check_text_file(output, overwrite=overwrite)
     if overwrite or (output.stat().st_size == 0 and not meta_path.exists()):
+        hashes.begin()
         with replacing(meta_path) as temporary:
             write_json(temporary, meta)
         output.write_bytes(b"")
         return 0
-    try:
-        before = json.loads(meta_path.read_text())
-    except (OSError, ValueError) as error:
-        raise OutputError(
-            f"{output} exists and nothing says what made it ({meta_path.name}: {error})",
-            remedy="choose another output, or overwrite it",
-        ) from error
+    before = json.loads(meta_path.read_text(encoding="utf-8"))
     different = sorted(key for key in meta if before.get(key) != meta[key])
     if different:
         raise OutputError(
@@ -261,7 +343,7 @@ def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, 
             limit=meta[different[0]],
             remedy="choose another output, or overwrite it",
         )
-    lines, end, place = 0, 0, 0
+    lines, place, ends = 0, 0, []
     with output.open("rb+") as file:
         for line in file:
             place += len(line)
@@ -269,7 +351,7 @@ def _continue_from(output: Path, meta_path: Path, meta: dict, block_lines: int, 
                 break
             lines += 1
             if lines % block_lines == 0 or lines == total:
-                end = place
-        whole = lines if lines == total else lines - lines % block_lines
-        file.truncate(end)
-    return whole
+                ends.append(place)
+        whole = hashes.verified(output, ends)
+        file.truncate(ends[whole - 1] if whole else 0)
+    return min(whole * block_lines, total)

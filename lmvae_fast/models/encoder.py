@@ -130,7 +130,8 @@ class Encoder(nn.Module):
     def _examine(self) -> int:
         """Width of the pooled vector; raises ConfigError where a sentence's vector depends on what it is padded with."""
         if self.device.type == "meta":
-            return self.model.config.hidden_size
+            widths = [module.out_features for module in self.dense or () if isinstance(module, nn.Linear)]
+            return widths[-1] if widths else self.model.config.hidden_size
         name = type(self.model).__name__
         texts = ["a cat", "a cat is a kind of animal that lives with people"]
         try:

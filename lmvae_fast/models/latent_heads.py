@@ -37,7 +37,7 @@ class SkipHead(nn.Module):
 
     def mean(self, z: Tensor) -> Tensor:
         """The mean ``[batch, hidden]`` over samples z ``[samples, batch, latent_dim]``."""
-        states = self.net(z.to(self.net[0].weight.dtype))
+        states = self.net(z.to(next(self.net.parameters()).dtype))
         if len(self.net) > 1:
             normed = nn.functional.rms_norm if self.norm == "rms" else nn.functional.layer_norm
             states = normed(states, states.shape[-1:], eps=self.eps)
@@ -64,7 +64,7 @@ class EmbeddingHead(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
-        return self.net(z.to(self.net[0].weight.dtype))
+        return self.net(z.to(next(self.net.parameters()).dtype))
 
 
 class BagOfWordsHead(nn.Module):
@@ -84,7 +84,7 @@ class BagOfWordsHead(nn.Module):
 
     def forward(self, z: Tensor, words: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of negative log-likelihoods of words int64 ``[K]``, each under its own latent ``[K, latent_dim]``."""
-        hidden = self.net(z.to(self.net[0].weight.dtype))
+        hidden = self.net(z.to(next(self.net.parameters()).dtype))
         return lm_head_loss(hidden.to(self.weight.dtype), self.weight, words, token_weights=weights)[0]
 
 

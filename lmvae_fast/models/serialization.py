@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,25 @@ from torch import Tensor, nn
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
-from lmvae_fast.files import fsync_file, replace_folder, sampled_fingerprint, sha256_file
+from lmvae_fast.files import (
+    check_contents,
+    check_ours,
+    fsync_file,
+    recover_folder,
+    replace_folder,
+    sampled_fingerprint,
+    sha256_file,
+    sweep,
+    temporary_beside,
+)
 from lmvae_fast.models.decoder.tuning import without_adapters
 from lmvae_fast.models.sharded_tensors import in_pieces, whole
 from lmvae_fast.text.tokenizer import SentenceTokenizer
 
 logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, FORMAT = "config.json", "model.safetensors", "lmvae_fast-1"
+CONFIG, WEIGHTS, CARD, FORMAT = "config.json", "model.safetensors", "README.md", "lmvae_fast-1"
+CONTENTS = (CONFIG, WEIGHTS, CARD, "encoder", "decoder")
 _FROZEN = "frozen_sha256"  # by part that is not stored: a fingerprint of its frozen weights
 
 _CARD = """---
@@ -76,12 +86,13 @@ def save_model(
     if sharded and torch.distributed.get_rank() != 0:
         return
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not _is_ours(folder):
-        raise OutputError(f"{folder} exists and holds no model of ours", remedy="choose another folder or empty it")
+    check_model_folder(folder)
+    temporary = temporary_beside(folder.absolute())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        temporary.chmod(0o755)  # mkdtemp makes it private
+        sweep(folder.parent, folder.name)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     except OSError as error:
         raise OutputError(f"cannot write to {folder.parent}: {error}", remedy="choose a writable folder") from error
     try:
@@ -97,7 +108,7 @@ def save_model(
         header = {"format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS)}
         header |= {_FROZEN: frozen} if frozen else {}
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
-        (temporary / "README.md").write_text(_CARD.format(**config.to_dict()))
+        (temporary / CARD).write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
             if file.is_file():
                 fsync_file(file)
@@ -106,6 +117,17 @@ def save_model(
         raise OutputError(f"cannot write {folder}: {error}", remedy="free space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_model_folder(folder: str | os.PathLike[str]) -> None:
+    """Before any work: a model can be saved there. Raises OutputError unless the folder is not there, is empty, or holds a
+    model of ours and nothing else, which will be replaced."""
+    folder = Path(folder)
+    recover_folder(folder)
+    if folder.is_dir() and _is_ours(folder):
+        check_contents(folder, CONTENTS)
+    else:
+        check_ours(folder, "model")
 
 
 @dataclass(frozen=True)
@@ -174,6 +196,7 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
         ConfigError: an override is unknown or contradicts the rest.
     """
     folder = Path(source)
+    recover_folder(folder)
     if not folder.is_dir():
         folder = _download(str(source))
     try:

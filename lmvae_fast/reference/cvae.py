@@ -368,9 +368,10 @@ def load_checkpoint(
             f"cannot read the CVAE in {folder} ({error})",
             remedy="point to a folder with config.json and model.safetensors",
         ) from error
-    decoder = AutoModelForCausalLM.from_pretrained(base_model)
+    decoder = AutoModelForCausalLM.from_pretrained(base_model, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     model = ReferenceCVAE(
-        decoder, AutoTokenizer.from_pretrained(base_model), read_settings(config, padding=padding, **settings),
+        decoder, tokenizer, read_settings(config, padding=padding, **settings),
         max_prompt=max_prompt, max_response=max_response,
     )  # fmt: skip
     buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # masks and angles that old files carry

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmvae_fast.files import fsync_file, replacing
+from lmvae_fast.files import GENERATOR, fsync_file, replacing
 from lmvae_fast.optional import require
 
 _STYLE = """
@@ -19,6 +19,7 @@ body { margin: 0; font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; col
 main { max-width: 1040px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 2rem; margin: 0 0 .25rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 p.lead, .soft { color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
@@ -45,8 +46,17 @@ class Report:
     def heading(self, text: str, note: str = "") -> None:
         """A section, with a sentence on what it shows."""
         self.parts.append(f"<h2>{html.escape(text)}</h2>")
-        if note:
-            self.parts.append(f"<p class=soft>{html.escape(note)}</p>")
+        self.note(note)
+
+    def part(self, text: str, note: str = "") -> None:
+        """A part of a section: a table's title, and a sentence on it."""
+        self.parts.append(f"<h3>{html.escape(text)}</h3>")
+        self.note(note)
+
+    def note(self, text: str) -> None:
+        """A sentence in small print; nothing for an empty one."""
+        if text:
+            self.parts.append(f"<p class=soft>{html.escape(text)}</p>")
 
     def cards(self, figures: Iterable[tuple[str, str]]) -> None:
         """Large figures: (value, what it is)."""
@@ -76,7 +86,8 @@ class Report:
         """Write the page; a reader never sees half of it."""
         path = Path(path)
         page = (
-            f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(self.title)}</title>"
+            f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=generator content={GENERATOR}>"
+            f"<title>{html.escape(self.title)}</title>"
             f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
             f"<body><main>{''.join(self.parts)}</main></body></html>"
         )

@@ -18,6 +18,9 @@ from lmvae_fast.pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
 
+#: A tokenizer of fewer tokens knows no words. transformers makes one of a handful where a folder holds none.
+FEWEST = 100
+
 #: Share of unknown tokens in a data set from which there is a warning.
 MOST_UNKNOWN = 0.03
 
@@ -143,7 +146,7 @@ def check_size(tokenizer: PreTrainedTokenizerBase, vocab_size: int, part: str) -
 
     From a folder without tokenizer files transformers makes one of nothing but special tokens, which knows no word.
     """
-    if 10 * len(tokenizer) < vocab_size:
+    if 10 * len(tokenizer) < vocab_size and len(tokenizer) < FEWEST:
         raise TokenizerError(
             f"the {part}'s tokenizer is not that of its embedding",
             value=f"{len(tokenizer)} tokens",

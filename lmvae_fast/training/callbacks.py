@@ -6,6 +6,7 @@ one transfer from the device has happened before a callback sees them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -61,7 +62,7 @@ class MetricsLog(Callback):
     """Every record as a line of `metrics.jsonl` in the output folder; the history of a run, kept through resumes.
 
     A resumed run first drops the records after its checkpoint (and a line that a kill cut short), so the file reads as
-    if the run had never been interrupted.
+    if the run had never been interrupted. Where there is no checkpoint to resume, the records are kept aside.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,6 +70,9 @@ class MetricsLog(Callback):
         self.history: list[Record] = []
 
     def on_train_begin(self, run: Run) -> None:
+        if not run.step and self.path.is_file() and self.path.stat().st_size:
+            with output_errors(self.path):
+                os.replace(self.path, self.path.with_name(f"aside-{self.path.name}"))
         self.history = [record for record in read_records(self.path) if run.step and record["step"] <= run.step]
         with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.history)
@@ -168,7 +172,8 @@ class ProgressBar(Callback):
         self.bar = tqdm(total=run.total_steps, initial=run.step, desc="train", unit="step", dynamic_ncols=True)
 
     def on_step(self, run: Run) -> None:
-        self.bar.update(1)
+        with contextlib.suppress(OSError):  # the terminal may be gone (SIGHUP), and the step is still to be saved
+            self.bar.update(1)
 
     def on_log(self, run: Run, record: Record) -> None:
         self._show(self.train, record, refresh=False)
@@ -178,8 +183,10 @@ class ProgressBar(Callback):
 
     def _show(self, shown: Shown, record: Record, *, refresh: bool) -> None:
         self.figures.update({label: form.format(record[name]) for label, (name, form) in shown.items()})
-        self.bar.set_postfix(self.figures, refresh=refresh)
+        with contextlib.suppress(OSError):  # as above
+            self.bar.set_postfix(self.figures, refresh=refresh)
 
     def on_train_end(self, run: Run, result: TrainResult | None) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()

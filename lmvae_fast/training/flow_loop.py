@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmvae_fast.config.flow import FlowTrainConfig
+from lmvae_fast.config.flow import FlowConfig, FlowTrainConfig
 from lmvae_fast.data.definitions import DefinitionDataset
 from lmvae_fast.data.word_vectors import VectorSource
 from lmvae_fast.errors import ConfigError, DataError, NumericalError
@@ -33,13 +33,10 @@ from lmvae_fast.training.checkpoints.tensors import (
     seed_all,
 )
 from lmvae_fast.training.feature_cache import TensorCache
-from lmvae_fast.training.flow_data import cached_posteriors, check_not_collapsed
+from lmvae_fast.training.flow_data import bridged, cached_posteriors, check_not_collapsed, flow_figures, run_flow
 from lmvae_fast.training.records import FlowResult, Progress, Record
 from lmvae_fast.training.schedule import Plateau, improves, learning_rate_factor
 from lmvae_fast.training.stopping import StopSignals
-
-#: Pairs evaluated at a time.
-_EVALUATED = 4096
 
 # On the progress bar: of training, of evaluation.
 _SHOWN = (
@@ -176,8 +173,7 @@ class FlowTrainer:
         assert bridge is not None
         bridge.fit(torch.unique(self.train.vectors, dim=0))
         if self.config.initialize:
-            x = self._bridged(self.train.vectors)
-            self.model.flow.initialize(x, self.train.conditions)
+            self.model.flow.initialize(bridged(self.model, self.train.vectors), self.train.conditions)
 
     # -- what callbacks may read -------------------------------------------------------------------------------------
 
@@ -255,30 +251,12 @@ class FlowTrainer:
         size = self.config.batch_size
         return self._order[1][place * size : (place + 1) * size]
 
-    def _bridged(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The flow's input; what pads is drawn from torch's generator, or from the one given."""
-        bridge = self.model.bridge
-        assert bridge is not None
-        noise = None
-        if bridge.kind == "pad":
-            shape = (len(vectors), bridge.dim_out - bridge.dim_in)
-            noise = torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
-        return bridge(vectors, noise)
-
-    def _run(
-        self, pairs: FlowPairs, rows: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Any]:
-        """z and logdet of some pairs under the flow, and their base densities."""
-        conditions = None if pairs.conditions is None else pairs.conditions[rows]
-        z, logdet = self.model.flow(self._bridged(pairs.vectors[rows], generator), conditions)
-        return z, logdet, pairs.base.select(rows)
-
     def optimizer_step(self, rows: Tensor) -> None:
         """One step on these pairs."""
         config = self.config
         factor = learning_rate_factor(self.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps)
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * factor * self.plateau.scale
-        z, logdet, base = self._run(self.train, rows)
+        z, logdet, base = run_flow(self.model, self.train, rows)
         loss = base.nll(z, logdet).mean()
         loss.backward()
         norm = torch.linalg.vector_norm(self.theta.grad)
@@ -320,24 +298,9 @@ class FlowTrainer:
         self._reset_window({})
         self.tell("on_log", record)
 
-    @torch.no_grad()
-    def evaluate(self, pairs: FlowPairs) -> dict[str, float]:
-        """Mean NLL of pairs in nats (``nll``, ``nll_per_dim``) and mean squared distance of T(w) to the base's mean (``mse``).
-
-        The noise that pads is the same at every evaluation.
-        """
-        generator = torch.Generator().manual_seed(self.config.seed)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for start in range(0, len(pairs), _EVALUATED):
-            rows = torch.arange(start, min(start + _EVALUATED, len(pairs)), device=self.device)
-            z, logdet, base = self._run(pairs, rows, generator)
-            total += torch.stack([base.nll(z, logdet).double().sum(), (z - base.mu).double().square().mean(1).sum()])
-        nll, mse = (total / len(pairs)).tolist()
-        return {"nll": nll, "nll_per_dim": nll / self.model.flow.spec.dim, "mse": mse}
-
     def _evaluate(self) -> None:
         assert self.valid is not None
-        figures = self.evaluate(self.valid)
+        figures = flow_figures(self.model, self.valid, seed=self.config.seed)
         value, best = figures["nll"], self.progress.best
         if value != value:
             self._raise_not_finite(None)
@@ -373,7 +336,7 @@ class FlowTrainer:
         self.tell("on_checkpoint", self.last_checkpoint)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        identity.check(found.state["identity"], self.identity)
+        identity.check(found.state["identity"], self.identity, model=FlowConfig, train=FlowTrainConfig)
         load_flow_tensors(self.model, found.tensors["model"])
         self.model.clusters = tuple(found.state["clusters"])
         restore_optimizer(self.optimizer, {"theta": self.theta}, found.tensors["optimizer"])

@@ -20,6 +20,7 @@ import torch
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import NumericalError
 from lmvae_fast.evaluation.collapse import warn_of_collapse
+from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, bounds_of, groups_of, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
 from lmvae_fast.training.checkpoints import folder as checkpoint
@@ -29,12 +30,12 @@ from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
 from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.optimizer import Optimizer
 from lmvae_fast.training.records import Progress, Record, TrainResult
-from lmvae_fast.training.run_checks import check_run
+from lmvae_fast.training.run_checks import check_run, writing_run
 from lmvae_fast.training.running_means import RunningMeans
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
 from lmvae_fast.training.sharding import shard_decoder
 from lmvae_fast.training.step_setup import compiling, frozen_in, keeping_freed_memory, recomputing
-from lmvae_fast.training.stopping import FiniteWatch, StopSignals, memory_guard
+from lmvae_fast.training.stopping import FiniteWatch, memory_guard
 from lmvae_fast.training.validation import validate
 
 _LESS_AT_ONCE = "lower batch_size and raise accumulation as much, set recompute_decoder=True, or precision='bf16'"
@@ -53,15 +54,18 @@ def train(
 
     model: an LMVAE. train_data, eval_data: what `model.tokenize` takes (strings, Examples, a SentenceDataset) or its
     result. Seeds torch's, numpy's and Python's global generators with config.seed. Writes checkpoints, `metrics.jsonl`
-    and TensorBoard files below config.output_dir. Ctrl-C and SIGTERM finish the step, save, and return with
-    `stop_reason` set to the signal.
+    and TensorBoard files below config.output_dir, which must be empty or a run's. Ctrl-C, SIGTERM and SIGHUP finish the step,
+    save, and return with `stop_reason` set to the signal.
 
-    Raises: ConfigError, DataError (nothing to train on), OutputError (folder unwritable or full; before the first step
-    where it can be known, and otherwise with the earlier checkpoints whole), CheckpointError (resume),
+    Raises: ConfigError, DataError (nothing to train on), OutputError (folder unwritable or full, holding anything that
+    is no run, or being trained into by another process; before the first step where it can be known, and otherwise with the
+    earlier checkpoints whole), CheckpointError (resume),
     NumericalError (NaN or infinity: names the step, the dataset rows and the last good checkpoint; carries them as
     `step`, `rows` and `checkpoint`).
     """
-    return Trainer(model, train_data, eval_data, config or TrainConfig(), callbacks).run()
+    config = config or TrainConfig()
+    with writing_run(Path(config.output_dir), Ranks().first):
+        return Trainer(model, train_data, eval_data, config, callbacks).run()
 
 
 class Trainer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmvae_fast.training.stopping import StopSignals
+from lmvae_fast.signals import StopSignals
 
 #: A flat dictionary with `kind` ("train" or "eval"), `step`, `epoch` and figures, all plain numbers.
 Record = dict[str, Any]

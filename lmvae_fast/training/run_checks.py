@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +12,36 @@ from torch import nn
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.files import check_ours, claim, locked, made_as, mark, recover_folder, sweep
+from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.distributed import Ranks
 from lmvae_fast.training.sharding import check_shardable
+
+RUN = "training run"  # what a run's folder is marked as
+
+
+def check_run_folder(folder: Path) -> None:
+    """Before any work: a run can be written there. OutputError unless the folder is not there, is empty, or is a run's."""
+    if made_as(folder) is None and checkpoint.complete(folder / "checkpoints"):
+        mark(folder, RUN)  # written before folders were marked
+    check_ours(folder, RUN)
+
+
+@contextlib.contextmanager
+def writing_run(folder: Path, first: bool) -> Iterator[None]:
+    """Within the block a run's folder is ours, and no other process trains into it; only the first rank looks after that.
+
+    Raises OutputError where the folder is something else's, or another process is training into it.
+    """
+    if not first:
+        yield
+        return
+    check_run_folder(folder)
+    claim(folder, RUN)
+    with locked(folder, "a training run"):
+        recover_folder(folder / "model")
+        sweep(folder)
+        yield
 
 
 def check_run(

@@ -1,14 +1,10 @@
-"""What stands between a run and the ways it can end early: signals and figures that are not finite."""
+"""What stands between a run and the ways it can end early: memory that runs out and figures that are not finite."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,36 +29,6 @@ def memory_guard(what: str, remedy: str, checkpoint: Path | None) -> Iterator[No
             value=lines[0][:300],
             remedy=f"{remedy}; the last checkpoint is {checkpoint or 'none yet'}: go on from it with resume",
         ) from error
-
-
-class StopSignals:
-    """Within the `with` block the first SIGINT (Ctrl-C) or SIGTERM only sets `received`; the loop then ends in order.
-
-    A second Ctrl-C raises KeyboardInterrupt at once, for who cannot wait. Outside the main thread Python has no signal
-    handlers, so the object does nothing there.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            # None: a handler that was not installed from Python and cannot be put back from it
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class FiniteWatch:

@@ -75,6 +75,34 @@ def test_mutual_information_equals_the_sum_over_pairs(chunk):
         assert found == pytest.approx(total / 19, abs=1e-8)
 
 
+def test_total_correlation_and_dimension_wise_kl_equal_the_sums_over_pairs():
+    z, mu, logvar = _posteriors(19, 4)
+    pairs = Normal(mu, torch.exp(0.5 * logvar)).log_prob(z[:, None])  # [N, N, D]
+    joint = torch.logsumexp(pairs.sum(-1), 1) - math.log(19)
+    marginal = torch.logsumexp(pairs, 1) - math.log(19)
+    prior = Normal(torch.zeros_like(z), torch.ones_like(z)).log_prob(z)
+    per_dim = metrics.dimension_wise_kl(z, mu, logvar, chunk=5)
+    torch.testing.assert_close(per_dim, (marginal - prior).mean(0), rtol=1e-12, atol=1e-12)
+    found = metrics.total_correlation(z, mu, logvar, chunk=5)
+    assert found == pytest.approx(float((joint - marginal.sum(-1)).mean()), abs=1e-12)
+    # all three parts of the KL, at the same samples
+    whole = float((Normal(mu, torch.exp(0.5 * logvar)).log_prob(z) - prior).sum(-1).mean())
+    assert metrics.mutual_information(z, mu, logvar) + found + float(per_dim.sum()) == pytest.approx(whole, abs=1e-12)
+
+
+def test_mutual_information_keeps_the_figures_of_the_expanded_products():
+    """The sum over pairs by matrix products about the data's centre, which measured it before: the same to 1e-6."""
+    z, mu, logvar = (x.float() for x in _posteriors(300, 32))
+    own = metrics.gaussian_log_density(z, mu, logvar)
+    centre = mu.double().mean(0)
+    moved, means = z.double() - centre, mu.double() - centre
+    precision = torch.exp(-logvar.double())
+    constant = (means * means * precision + logvar + math.log(2 * math.pi)).sum(-1)
+    log_q = -0.5 * (moved.square() @ precision.T - 2.0 * moved @ (means * precision).T + constant)
+    expected = float((own - torch.logsumexp(log_q, 1) + math.log(300)).mean())
+    assert metrics.mutual_information(z, mu, logvar) == pytest.approx(expected, abs=1e-6)
+
+
 class _LinearGaussian:
     """p(z) = N(0, I), p(x|z) = N(x; W z, s^2 I), diagonal W: marginal and posterior are known exactly."""
 
@@ -148,6 +176,10 @@ def test_shapes_are_checked():
         metrics.kl_divergence(good, torch.zeros(3))
     with pytest.raises(ValueError, match="z must be"):
         metrics.mutual_information(torch.zeros(3, 3), good, good)
+    with pytest.raises(ValueError, match="z must be"):
+        metrics.total_correlation(torch.zeros(0, 3), good[:0], good[:0])
+    with pytest.raises(ValueError, match="z must be"):
+        metrics.dimension_wise_kl(torch.zeros(3, 3), good, good)
     with pytest.raises(ValueError, match="at least one draw"):
         metrics.importance_weighted_log_likelihood(lambda z: z.sum(-1), good, good, [])
     with pytest.raises(ValueError, match="at least one token"):

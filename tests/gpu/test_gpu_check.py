@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import end_to_end
 from benchmarks.kernels import run as kernel_benchmarks
-from lmvae_fast.generation import graphs
+from benchmarks.training import end_to_end
+from lmvae_fast.generation import cuda_graphs as graphs
 from tests.conftest import REPOSITORY
 from tests.processes import PATIENCE, wait_until_gone
 
@@ -35,7 +35,7 @@ def python(code):
 def stage(gpu_check, name, command, least=1, most=PATIENCE):
     def run(context, seconds):
         done = context.run(command, seconds)
-        return {"status": gpu_check.verdict(done), "tail": done.tail}
+        return {"status": sys.modules["gpu_stages"].verdict(done), "tail": done.tail}
 
     return gpu_check.Stage(name, least, most, run)
 
@@ -109,7 +109,7 @@ def test_outcomes_are_read_from_what_pytest_wrote(gpu_check, tmp_path):
     junit = tmp_path / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", "test_some.py"]
     subprocess.run(command, cwd=tmp_path, capture_output=True)
-    found = gpu_check.counts(junit)
+    found = sys.modules["gpu_stages"].counts(junit)
     assert (found["tests"], found["passed"], found["failed"], found["skipped"]) == (3, 1, 1, 1)
     assert found["red"] == ["test_some::test_bad"]
     assert not kernel_benchmarks.recorded_green("test_some.py", junit)
@@ -120,14 +120,14 @@ def test_outcomes_are_read_from_what_pytest_wrote(gpu_check, tmp_path):
 
 def test_tests_that_run_nothing_are_red(gpu_check, tmp_path):
     context = gpu_check.Context(tmp_path, tmp_path)
-    result = gpu_check.run_pytest(
+    result = sys.modules["gpu_stages"].run_pytest(
         context, PATIENCE, tmp_path / "x.xml", ["-k", "no_such_test"], ["tests/gpu/test_gpu_check.py"]
     )
     assert result["status"] == "failed"
 
 
 def test_links_make_an_importable_package(gpu_check, tmp_path):
-    site = gpu_check.link_package(tmp_path)
+    site = sys.modules["gpu_stages"].link_package(tmp_path)
     code = "import lmvae_fast, lmvae_fast.kernels.posterior as p; print(lmvae_fast.__file__, p.__name__)"
     # -S and a bare path: the editable install of this environment must not be what is found
     done = subprocess.run(
@@ -145,7 +145,7 @@ def test_commands_of_a_fallback_build_import_the_linked_package(gpu_check, tmp_p
     isolated = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
     code = isolated + "import benchmarks, lmvae_fast.kernels as k; print(k.__file__, benchmarks.__path__)"
     assert context.run(python(code), 60).code, "this test would show nothing"
-    gpu_check.use_links(context)
+    sys.modules["gpu_stages"].use_links(context)
     done = context.run(python(code), 60)
     assert done.code == 0, done.tail
     assert done.tail.count(str(context.folder)) == 2
@@ -186,7 +186,7 @@ def test_end_to_end_measures_the_paths_that_ours_takes_by_itself(dtype, monkeypa
 
 def test_dry_run_and_a_machine_without_a_device(gpu_check, tmp_path, monkeypatch, capsys):
     facts = {"torch": "2.11.0", "triton": "3.6.0", "available": False}
-    monkeypatch.setattr(gpu_check, "_FACTS", f"print('FACTS ' + {json.dumps(json.dumps(facts))})")
+    monkeypatch.setattr(sys.modules["gpu_stages"], "_FACTS", f"print('FACTS ' + {json.dumps(json.dumps(facts))})")
     only = [s for s in gpu_check.STAGES if s.name in ("environment", "sanitizer")]
     assert gpu_check.main(["--output", str(tmp_path), "--dry-run", "--commit", "abc"], only) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())

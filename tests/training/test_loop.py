@@ -155,11 +155,18 @@ def test_callbacks_see_everything_in_order(tmp_path):
     steps = [("step", i) for i in range(1, 9)]
     expected = [
         ("train_begin", 0), *steps[:4], ("checkpoint", 4), *steps[4:5], ("log", 5), *steps[5:6], ("evaluate", 6),
-        *steps[6:], ("log", 8), ("evaluate", 8), ("checkpoint", 8), ("train_end", 8),
+        ("checkpoint", 6), *steps[6:], ("log", 8), ("evaluate", 8), ("checkpoint", 8), ("train_end", 8),
     ]  # fmt: skip
     assert names == expected
     assert events[-1][2] == result
     assert events[-2][2] == result.checkpoint
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_best_evaluation_has_its_checkpoint(tmp_path, keep_best):
+    result = run(tmp_path, epochs=1, save_every=100, eval_every=3, keep_best=keep_best, learning_rate=0.01)
+    assert result.best is not None
+    assert (result.best_checkpoint is not None) == (keep_best or result.best["step"] == result.step)
 
 
 def test_callbacks_hear_of_the_end_by_an_error(tmp_path):

@@ -22,7 +22,6 @@ import pickle
 import re
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,13 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import CheckpointError, LMVAEError, OutputError
-from lmvae_fast.files import fsync_file, replace_folder, write_json
+from lmvae_fast.files import check_ours, fsync_file, mark, replace_folder, sweep, temporary_beside, write_json
 from lmvae_fast.integrations.langvae.legacy_parts import needs_legacy_copy, write_legacy_copy
 
 FILES = ("model_config.json", "environment.json", "encoder_cfg.json", "encoder.pt", "decoder_cfg.json", "decoder.pt")
+# The names of a folder that is written here, and what it is marked as: only such a folder is ever replaced.
+CONTENTS = (*FILES, "encoder_model", "decoder_model")
+KIND = "LangVAE checkpoint"
 POOLINGS = ("mean", "cls", "last")
 ENCODER_CLASSES = ("AutoModelForTextEncoding", "AutoModel")
 
@@ -152,18 +154,18 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
     it can (``legacy_parts.py``), and referred to there.
 
     Args:
-        overwrite: replace an existing folder; otherwise one that is not empty is an error.
+        overwrite: replace a folder that this function wrote; otherwise one that is not empty is an error.
     Raises:
-        OutputError: the folder exists, or cannot be written (read-only, full).
+        OutputError: the folder exists, holds anything that was not written here, or cannot be written (read-only, full).
     """
     target = Path(folder).absolute()
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError("checkpoint folder exists", value=str(target), remedy="choose another, or overwrite=True")
-    temporary = None
+    check_target(target, overwrite=overwrite)
+    temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        temporary.chmod(0o755)  # mkdtemp makes it private
+        sweep(target.parent, target.name)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         encoder_path = _place_part(contents.encoder_path, "encoder_model", temporary, target)
         decoder_path = _place_part(contents.decoder_path, "decoder_model", temporary, target)
         write_json(
@@ -207,6 +209,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
         )
         for name, state in (("encoder.pt", contents.encoder_state), ("decoder.pt", contents.decoder_state)):
             torch.save(state, temporary / name)
+        mark(temporary, KIND)
         for path in temporary.rglob("*"):
             fsync_file(path)
         replace_folder(temporary, target)
@@ -219,9 +222,17 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
             remedy="check that the disk is writable and not full",
         ) from error
     finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def check_target(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Before any work: a checkpoint can be written there. OutputError unless the folder is not there, is empty, or (with
+    ``overwrite``) was written by :func:`write_folder` and holds nothing else."""
+    target = Path(folder)
+    check_ours(target, KIND, contents=CONTENTS)
+    if not overwrite and target.exists() and any(target.iterdir()):
+        raise OutputError("checkpoint folder exists", value=str(target), remedy="choose another, or overwrite=True")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

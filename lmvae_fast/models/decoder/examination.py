@@ -215,6 +215,10 @@ def _eager_logits(decoder: Examined, config: Any) -> tuple[Tensor, Tensor]:
 def _packed_logits(decoder: Examined) -> tuple[RecordingAttention, Tensor]:
     """The same two sentences packed through our attention: what its layers asked for, and the logits."""
     decoder.model.set_attn_implementation(ATTENTION)
+    if decoder.model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
+        raise UnsupportedDecoderError(
+            f"{type(decoder.model).__name__} has attention of its own, which cannot be exchanged", remedy=_DECODERS
+        )
     lengths = torch.tensor([0, *_EXAMINED], device=decoder.device)
     seen = RecordingAttention(None, "prefix", lengths.cumsum(0).to(torch.int32), max(_EXAMINED))
     # The second sentence stands at positions 1, 3, 5, as tokens between slots do.

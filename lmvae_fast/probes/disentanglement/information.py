@@ -49,21 +49,38 @@ def mutual_information(z: Any, y: Any, bins: int = 20) -> MutualInformation:
     bins = checks.whole("bins", bins, 2)
     pairs = checks.pairs(z, y, min_factors=0)
     found = equal_width_bins(pairs.z, bins)
-    dims = pairs.z.shape[1]
-    value = np.zeros((dims, pairs.y.shape[1]))
-    factor_entropy = np.zeros(pairs.y.shape[1])
-    for factor in pairs.factors:
-        rows, width = pairs.rows(factor), int(pairs.num_values[factor])
-        step = max(1, _BLOCK // (bins * width))
-        for start in range(0, dims, step):
-            part = found[rows, start : start + step]
-            counts = _joint_counts(part, pairs.y[rows, factor], bins, width)
-            value[start : start + step, factor] = _information(counts / len(rows))
-        factor_entropy[factor] = _entropy(np.bincount(pairs.y[rows, factor]) / len(rows))
+    value, factor_entropy = information_of_bins(found, pairs.y, bins)
     value[list(pairs.left_out.get("dimensions", {}))] = 0.0
     share = _joint_counts(found, np.zeros(len(found), dtype=np.int64), bins, 1)[:, :, 0] / len(found)
     choices = {"bins": bins, "binning": "equal width between the extremes of each dimension", "rows": len(pairs.z)}
     return MutualInformation(value, factor_entropy, _entropy(share), pairs.left_out, choices)
+
+
+def information_of_bins(found: Array, y: Array, bins: int) -> tuple[Array, Array]:
+    """Mutual information ``[D, K]`` and factor entropies ``[K]`` in nats, of latents that are binned already.
+
+    Args:
+        found: int64 ``[N, D]`` in [0, bins). y: int64 ``[N, K]``; negative where a row does not count.
+    """
+    value, entropy = np.zeros((found.shape[1], y.shape[1])), np.zeros(y.shape[1])
+    for factor in range(y.shape[1]):
+        rows = np.flatnonzero(y[:, factor] >= 0)
+        if not len(rows):
+            continue
+        column = y[rows, factor]
+        width = int(column.max()) + 1
+        step = max(1, _BLOCK // (bins * width))
+        for start in range(0, found.shape[1], step):
+            counts = _joint_counts(found[rows, start : start + step], column, bins, width)
+            value[start : start + step, factor] = _information(counts / len(rows))
+        entropy[factor] = _entropy(np.bincount(column) / len(rows))
+    return value, entropy
+
+
+def gap(value: Array, entropy: Array) -> Array:
+    """[I(1st dimension) - I(2nd)] / H(factor) of each factor ``[K]``; NaN where the entropy is zero."""
+    first_two = -np.sort(-value, axis=0)[:2]
+    return np.divide(first_two[0] - first_two[1], entropy, out=np.full(len(entropy), np.nan), where=entropy > 0.0)
 
 
 def mig(z: Any, y: Any, bins: int = 20, *, normalise: str = "factor") -> Score:
@@ -83,9 +100,8 @@ def mig(z: Any, y: Any, bins: int = 20, *, normalise: str = "factor") -> Score:
     checks.pairs(z, y, min_dims=2, min_factors=1)
     found = mutual_information(z, y, bins)
     varies = [factor for factor in range(found.shape[1]) if factor not in found.left_out.get("factors", {})]
-    first_two = -np.sort(-found.value, axis=0)[:2]
     per_factor = np.full(found.shape[1], np.nan)
-    per_factor[varies] = (first_two[0] - first_two[1])[varies] / found.factor_entropy[varies]
+    per_factor[varies] = gap(found.value, found.factor_entropy)[varies]
     return Score(
         float(per_factor[varies].mean()),
         per_factor=tuple(per_factor.tolist()),

@@ -28,15 +28,17 @@ class KnownWords:
     """
 
     def __init__(self, vectors: Mapping[str, Any] | VectorSource, *, unit: bool = False):
+        source: Any = vectors
         if isinstance(vectors, Mapping) and vectors:
             matrix = checks.latents(list(vectors.values()), name="vectors")
-            vectors = WordVectors(list(vectors), matrix, source="given")
-        if not hasattr(vectors, "lookup"):
+            source = WordVectors(list(vectors), matrix, source="given")
+        if not hasattr(source, "lookup"):
             raise DataError(
                 "word vectors must be a mapping of words to vectors, or a table of them", value=type(vectors).__name__,
                 remedy='give a dict, or lmvae_fast.read_word_vectors("glove")',
             )  # fmt: skip
-        self.source, self.unit = vectors, unit
+        self.source: VectorSource = source
+        self.unit = unit
         self._row: dict[str, int | None] = {}  # of words as they stand in sentences
         self._form: dict[str, int] = {}  # of words as the source was asked for them
         self._vectors: list[Array] = []

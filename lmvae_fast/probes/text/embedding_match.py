@@ -145,7 +145,8 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        return AutoModel.from_pretrained(str(model)).eval(), tokenizer or AutoTokenizer.from_pretrained(str(model))
+        loaded = AutoModel.from_pretrained(str(model), trust_remote_code=False).eval()
+        return loaded, tokenizer or AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no encoder can be loaded from {model}: {error}", remedy="give a folder or a hub name"

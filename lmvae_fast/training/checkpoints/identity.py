@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from lmvae_fast.config import LMVAEConfig, TrainConfig
+from lmvae_fast.config.base import ConfigBase
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, OutputError
+from lmvae_fast.models.systems import resolve
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints.tensors import frozen_fingerprint
 
@@ -51,6 +53,13 @@ def find(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
     path = Path(config.resume) if isinstance(config.resume, str) else None
     if config.resume is not True:
         elsewhere = path is None or folder.resolve() not in (path.resolve().parent, (path / "checkpoints").resolve())
+        log = folder.parent / "metrics.jsonl"
+        if elsewhere and not checkpoint.complete(folder) and log.is_file() and log.stat().st_size:
+            raise OutputError(
+                "output_dir holds the records of a run, though none of its checkpoints",
+                value=log,
+                remedy="begin it again with resume=True, which keeps them aside, or choose another output_dir",
+            )
         if elsewhere and checkpoint.complete(folder):
             raise OutputError(
                 "output_dir already holds the checkpoints of a run",
@@ -81,16 +90,22 @@ def identity(config: TrainConfig, model: Any, train_data: str, eval_data: str | 
     }
 
 
-def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compare two identities.
+def check(
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    *,
+    model: type[ConfigBase] = LMVAEConfig,
+    train: type[ConfigBase] = TrainConfig,
+) -> None:
+    """Compare two identities, whose configurations are of these classes.
 
     Raises DataError for other training data, CheckpointError for another model, ConfigError for another recipe; warns
     of what changes the run's course without breaking it (length, evaluation, thread count, torch version).
     """
     # Fields that came after a checkpoint was written had the value that is their default now.
     saved = saved | {
-        "model_config": LMVAEConfig().to_dict() | saved["model_config"],
-        "train_config": TrainConfig().to_dict() | saved["train_config"],
+        "model_config": _completed(saved["model_config"], current["model_config"], model()),
+        "train_config": _completed(saved["train_config"], current["train_config"], train()),
     }
     changed = _differences(saved["model_config"], current["model_config"])
     if saved["frozen"] == current["frozen"]:  # the same weights, wherever they lie now
@@ -124,6 +139,14 @@ def check(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"resumed with changes, so the run will not be bit for bit the one begun (saved -> now): {_show(noted)}",
             stacklevel=3,
         )
+
+
+def _completed(saved: dict[str, Any], current: dict[str, Any], made: ConfigBase) -> dict[str, Any]:
+    """A configuration with the fields that it was written before, at their defaults or as its preset fills them."""
+    defaults = made.to_dict()
+    if isinstance(made, LMVAEConfig) and current.keys() == defaults.keys() and saved.keys() <= current.keys():
+        return resolve(LMVAEConfig.from_dict(saved)).to_dict()
+    return {name: value for name, value in defaults.items() if name in current} | saved
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

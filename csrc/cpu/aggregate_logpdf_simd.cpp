@@ -1,0 +1,454 @@
+// aggregate_logpdf: log-densities of rows of z under every posterior of their group, reduced while they are made.
+//
+// A posterior is prepared once (mu, 1 / sqrt(2 e^logvar + min_var), -logvar / 2), so that a density costs one subtraction,
+// two products and a sum; exponentials are e^x of x <= 0. Per dimension, loops run along the dimensions. A joint density
+// sums over them, so there a loop runs along lanes of posteriors, and no sum ever crosses a register.
+#include <limits>
+
+#include "aggregate_logpdf.h"
+#include "simd_math.h"
+
+namespace lmvae::LMVAE_ISA {
+
+template <typename A> constexpr A kInf = std::numeric_limits<A>::infinity();
+template <typename A> constexpr int64_t kLine = kAggLine / static_cast<int64_t>(sizeof(A));  // elements of a line
+
+// ---- elementary functions that vectorise ------------------------------------------------------------------------------
+
+LMVAE_INLINE float exp_lane(float x) { return exp_(x); }
+
+// e^x to about an ulp: range reduction as in exp_, the series to the 13th power (its rest is below 2^-57 at ln 2 / 2).
+LMVAE_INLINE double exp_lane(double x) {
+  double c = x > 710.0 ? 710.0 : x;  // comparisons written so that NaN stays NaN
+  c = c < -746.0 ? -746.0 : c;
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to the nearest integer, kept in the low bits
+  const double n = (c * 1.4426950408889634074 + magic) - magic;
+  double r = c - n * 6.93145751953125e-1;
+  r = r - n * 1.42860682030941723212e-6;
+  double p = 1.6059043836821614599e-10;
+  p = p * r + 2.0876756987868098979e-9;
+  p = p * r + 2.5052108385441718775e-8;
+  p = p * r + 2.7557319223985890653e-7;
+  p = p * r + 2.7557319223985890653e-6;
+  p = p * r + 2.4801587301587301587e-5;
+  p = p * r + 1.9841269841269841270e-4;
+  p = p * r + 1.3888888888888888889e-3;
+  p = p * r + 8.3333333333333333333e-3;
+  p = p * r + 4.1666666666666666667e-2;
+  p = p * r + 1.6666666666666666667e-1;
+  p = p * r + 5.0e-1;
+  p = p * (r * r) + r + 1.0;
+  const double half = (n * 0.5 + magic) - magic;  // scaling in two halves: underflow is gradual
+  uint64_t one, two, zero;
+  const double first = half + magic, second = (n - half) + magic;
+  std::memcpy(&one, &first, 8), std::memcpy(&two, &second, 8), std::memcpy(&zero, &magic, 8);
+  one = (one - zero + 1023) << 52;
+  two = (two - zero + 1023) << 52;
+  double low, high;
+  std::memcpy(&low, &one, 8), std::memcpy(&high, &two, 8);
+  return p * low * high;
+}
+
+// ln x of a sum of exponentials: 0, or 1 and above, or NaN (Cephes' logf, as log_unit).
+LMVAE_INLINE float log_lane(float x) {
+  const int32_t bits = static_cast<int32_t>(float_to_bits(x));
+  const float exponent = static_cast<float>((bits >> 23) - 126);
+  const float half = bits_to_float((static_cast<uint32_t>(bits) & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
+  const bool low = half < 0.707106781186547524f;
+  const float e = low ? exponent - 1.0f : exponent;
+  const float m = (low ? half + half : half) - 1.0f;
+  const float z = m * m;
+  float y = 7.0376836292e-2f * m - 1.1514610310e-1f;
+  y = y * m + 1.1676998740e-1f;
+  y = y * m - 1.2420140846e-1f;
+  y = y * m + 1.4249322787e-1f;
+  y = y * m - 1.6668057665e-1f;
+  y = y * m + 2.0000714765e-1f;
+  y = y * m - 2.4999993993e-1f;
+  y = y * m + 3.3333331174e-1f;
+  y = y * m * z;
+  y = y + e * -2.12194440e-4f;
+  y = y - 0.5f * z;
+  y = (m + y) + e * 0.693359375f;
+  y = x == 0.0f ? -kInf<float> : y;
+  return x < kInf<float> ? y : x;
+}
+LMVAE_INLINE double log_lane(double x) { return std::log(x); }
+
+// k - u^2, fused wherever that is one instruction. Written out, because backward takes e^(density - lse) of densities that it
+// makes again: were they rounded differently there, weights that ought to be 1 would not be.
+LMVAE_INLINE float density_of(float k, float u) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(-u, u, k);
+#else
+  return k - u * u;
+#endif
+}
+LMVAE_INLINE double density_of(double k, double u) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(-u, u, k);
+#else
+  return k - u * u;
+#endif
+}
+
+// ---- rows and posteriors ----------------------------------------------------------------------------------------------
+
+template <typename A>
+LMVAE_INLINE A* at(void* base, int64_t row, int64_t pitch) {
+  return static_cast<A*>(base) + row * pitch;
+}
+
+// Row `r` of a group, counted through its samples: its sample and its row of z.
+struct Place {
+  int64_t sample, row;
+};
+LMVAE_INLINE Place place_of(const AggGroup& g, int64_t r) { return {r / g.z_count, g.z_begin + r % g.z_count}; }
+
+template <typename T>
+LMVAE_INLINE void load_z(const AggArgs& a, Place p, int64_t col, int64_t cols, acc_t<T>* out) {
+  load_row(static_cast<const T*>(a.z) + p.sample * a.z_sample + p.row * a.z_row + col * a.z_col, a.z_col, out, cols);
+}
+
+template <typename T>
+void aggregate_prepare(const AggArgs& a, int64_t group, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const AggGroup& g = a.groups[group];
+  constexpr int64_t line = kLine<A>;
+  const auto *mu = static_cast<const T*>(a.mu), *logvar = static_cast<const T*>(a.logvar);
+  for (int64_t j = begin; j < end; j++) {
+    const int64_t n = g.begin + j;
+    double sum = 0;
+    for (int64_t d = 0; d < a.padded; d++) {
+      A m = 0, lv = 0, scale = 0, ratio = 0;
+      if (d < a.dim) {
+        m = static_cast<A>(mu[n * a.mu_row + d * a.mu_col]), lv = static_cast<A>(logvar[n * a.logvar_row + d * a.logvar_col]);
+        // In double, so that no rounding but the last is added to the density; e^logvar over- and underflows as in A.
+        const double twice = 2.0 * static_cast<double>(static_cast<A>(std::exp(static_cast<double>(lv))));
+        const double root = 1.0 / std::sqrt(twice + a.min_var);
+        scale = static_cast<A>(root), ratio = static_cast<A>(twice * root * root);
+        sum -= 0.5 * static_cast<double>(lv);
+      }
+      if (a.mean) at<A>(a.mean, n, a.padded)[d] = m;
+      if (a.scale) at<A>(a.scale, n, a.padded)[d] = scale;
+      if (a.ratio) at<A>(a.ratio, n, a.padded)[d] = ratio;
+      if (a.constant) at<A>(a.constant, n, a.padded)[d] = A(-0.5) * lv;
+      if (a.lane_mean && d < a.dim) {
+        const int64_t place = ((g.first_line + j / line) * a.dim + d) * line + j % line;
+        static_cast<A*>(a.lane_mean)[place] = m, static_cast<A*>(a.lane_scale)[place] = scale;
+      }
+    }
+    if (a.lane_constant) static_cast<A*>(a.lane_constant)[g.first_line * line + j] = static_cast<A>(sum);
+  }
+  if (end < g.count || !a.lane_constant) return;
+  for (int64_t j = g.count; j % line != 0; j++) {  // lanes without a posterior have density 0
+    static_cast<A*>(a.lane_constant)[g.first_line * line + j] = -kInf<A>;
+    for (int64_t d = 0; d < a.dim; d++) {
+      const int64_t place = ((g.first_line + j / line) * a.dim + d) * line + j % line;
+      static_cast<A*>(a.lane_mean)[place] = 0, static_cast<A*>(a.lane_scale)[place] = 0;
+    }
+  }
+}
+
+// ---- per dimension ----------------------------------------------------------------------------------------------------
+
+template <typename T>
+void marginal_fwd(const AggArgs& a, int64_t group, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const AggGroup& g = a.groups[group];
+  const A log_norm = static_cast<A>(g.log_norm);
+  alignas(64) A z[kAggTile], largest[kAggTile], sum[kAggTile], total[kAggTile];
+  for (int64_t c0 = 0; c0 < a.dim; c0 += kAggTile) {
+    const int64_t cols = std::min(kAggTile, a.dim - c0), n_cols = std::min(kAggTile, a.padded - c0);
+    const A *mean = at<A>(a.mean, g.begin, a.padded) + c0, *scale = at<A>(a.scale, g.begin, a.padded) + c0;
+    const A* constant = at<A>(a.constant, g.begin, a.padded) + c0;
+    std::fill_n(z, n_cols, A(0));
+    for (int64_t r = begin; r < end; r++) {
+      const Place p = place_of(g, r);
+      load_z<T>(a, p, c0, cols, z);
+      std::fill_n(largest, n_cols, -kInf<A>);
+      for (int64_t n = 0; n < g.count; n++) {
+        const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded;
+#pragma omp simd
+        for (int64_t c = 0; c < n_cols; c++) {
+          const A density = density_of(k[c], (z[c] - m[c]) * s[c]);
+          largest[c] = density > largest[c] ? density : largest[c];
+        }
+      }
+#pragma omp simd
+      for (int64_t c = 0; c < n_cols; c++) {
+        largest[c] = std::abs(largest[c]) < kInf<A> ? largest[c] : A(0);  // as in torch: all -Inf gives -Inf, not NaN
+        total[c] = 0;
+      }
+      for (int64_t n0 = 0; n0 < g.count; n0 += kAggChain) {
+        std::fill_n(sum, n_cols, A(0));
+        for (int64_t n = n0; n < std::min(n0 + kAggChain, g.count); n++) {
+          const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded;
+#pragma omp simd
+          for (int64_t c = 0; c < n_cols; c++) {
+            sum[c] += exp_lane(density_of(k[c], (z[c] - m[c]) * s[c]) - largest[c]);
+          }
+        }
+#pragma omp simd
+        for (int64_t c = 0; c < n_cols; c++) total[c] += sum[c];
+      }
+#pragma omp simd
+      for (int64_t c = 0; c < n_cols; c++) {
+        total[c] = largest[c] + log_lane(total[c]);
+        sum[c] = total[c] - log_norm;
+      }
+      const int64_t out = (p.sample * a.rows + p.row) * a.dim + c0;
+      store_row(total, static_cast<A*>(a.lse) + out, cols);
+      store_row(sum, static_cast<A*>(a.logq) + out, cols);
+    }
+  }
+}
+
+// to += from, from = 0
+template <typename A>
+LMVAE_INLINE void add_and_clear(A* from, A* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) to[i] += from[i], from[i] = 0;
+}
+
+// Adds a chain's sums [count, 2, cols] to its place in the partial ones and clears them.
+template <typename A>
+LMVAE_INLINE void flush(const AggArgs& a, const AggTask& task, int64_t count, int64_t col, int64_t cols, A* chain) {
+  for (int64_t n = 0; n < 2 * count; n++)
+    add_and_clear(chain + n * cols, at<A>(a.partial, 2 * task.slot + n, a.padded) + col, cols);
+}
+
+template <typename T, bool kPosteriors>
+void marginal_bwd(const AggArgs& a, const AggTask& task, acc_t<T>* chain) {
+  using A = acc_t<T>;
+  const AggGroup& g = a.groups[task.group];
+  alignas(64) A z[kAggTile], lse[kAggTile], grad[kAggTile], dz[kAggTile], part[kAggTile];
+  for (int64_t c0 = 0; c0 < a.dim; c0 += kAggTile) {
+    const int64_t cols = std::min(kAggTile, a.dim - c0), n_cols = std::min(kAggTile, a.padded - c0);
+    const A *mean = at<A>(a.mean, g.begin, a.padded) + c0, *scale = at<A>(a.scale, g.begin, a.padded) + c0;
+    const A *constant = at<A>(a.constant, g.begin, a.padded) + c0, *ratio = at<A>(a.ratio, g.begin, a.padded) + c0;
+    std::fill_n(z, n_cols, A(0)), std::fill_n(lse, n_cols, A(0)), std::fill_n(grad, n_cols, A(0));
+    if constexpr (kPosteriors) {
+      std::fill_n(chain, 2 * g.count * n_cols, A(0));
+      for (int64_t n = 0; n < 2 * g.count; n++) std::fill_n(at<A>(a.partial, 2 * task.slot + n, a.padded) + c0, n_cols, A(0));
+    }
+    for (int64_t r = task.begin; r < task.end; r++) {
+      const Place p = place_of(g, r);
+      const int64_t row = p.sample * a.rows + p.row;
+      load_z<T>(a, p, c0, cols, z);
+      load_row(static_cast<const A*>(a.lse) + row * a.dim + c0, 1, lse, cols);
+      load_row(static_cast<const A*>(a.grad) + p.sample * a.grad_sample + p.row * a.grad_row + c0 * a.grad_col, a.grad_col, grad, cols);
+      std::fill_n(dz, n_cols, A(0)), std::fill_n(part, n_cols, A(0));
+      for (int64_t n = 0; n < g.count; n++) {
+        const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded, *q = ratio + n * a.padded;
+        A *dm = chain + 2 * n * n_cols, *dv = dm + n_cols;
+#pragma omp simd
+        for (int64_t c = 0; c < n_cols; c++) {
+          const A u = (z[c] - m[c]) * s[c], weight = grad[c] * exp_lane(density_of(k[c], u) - lse[c]), pull = weight * u;
+          part[c] += pull * s[c];
+          if constexpr (kPosteriors) {
+            dm[c] += pull;
+            dv[c] += weight * (q[c] * (u * u) - A(0.5));
+          }
+        }
+        if (n % kAggChain == kAggChain - 1 || n + 1 == g.count) add_and_clear(part, dz, n_cols);
+      }
+      if (a.dz) {
+#pragma omp simd
+        for (int64_t c = 0; c < n_cols; c++) dz[c] *= A(-2);
+        store_row(dz, static_cast<T*>(a.dz) + row * a.dim + c0, cols);
+      }
+      if constexpr (kPosteriors) {
+        if ((r - task.begin) % kAggChain == kAggChain - 1 || r + 1 == task.end) flush(a, task, g.count, c0, n_cols, chain);
+      }
+    }
+  }
+}
+
+// ---- joint ------------------------------------------------------------------------------------------------------------
+
+// Log-densities, without their constant, of kAggRows rows z [kAggRows, padded] under every posterior: out [kAggRows, lanes].
+// Not inlined: forward and backward must get the same bits (see density_of).
+template <typename A>
+static __attribute__((noinline)) void joint_densities(const AggArgs& a, const AggGroup& g, const A* z, A* out) {
+  constexpr int64_t line = kLine<A>;
+  for (int64_t block = 0; block * line < g.count; block++) {
+    const int64_t at_line = g.first_line + block;
+    const A *mean = at<A>(a.lane_mean, at_line, a.dim * line), *scale = at<A>(a.lane_scale, at_line, a.dim * line);
+    const A* constant = at<A>(a.lane_constant, at_line, line);
+    alignas(64) A total[kAggRows * line] = {};
+    for (int64_t d0 = 0; d0 < a.dim; d0 += kAggChain) {
+      alignas(64) A sum[kAggRows * line] = {};
+      for (int64_t d = d0; d < std::min(d0 + kAggChain, a.dim); d++) {
+        const A z0 = z[d], z1 = z[a.padded + d], z2 = z[2 * a.padded + d], z3 = z[3 * a.padded + d];
+        const A *m = mean + d * line, *s = scale + d * line;
+#pragma omp simd
+        for (int64_t l = 0; l < line; l++) {
+          const A u0 = (z0 - m[l]) * s[l], u1 = (z1 - m[l]) * s[l], u2 = (z2 - m[l]) * s[l], u3 = (z3 - m[l]) * s[l];
+          sum[l] += u0 * u0;
+          sum[line + l] += u1 * u1;
+          sum[2 * line + l] += u2 * u2;
+          sum[3 * line + l] += u3 * u3;
+        }
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < kAggRows * line; i++) total[i] += sum[i];
+    }
+    for (int64_t r = 0; r < kAggRows; r++) {
+#pragma omp simd
+      for (int64_t l = 0; l < line; l++) out[r * a.lanes + block * line + l] = constant[l] - total[r * line + l];
+    }
+  }
+}
+
+// Up to kAggRows rows of a group into z [kAggRows, padded]; the rest, and the padding, stays what it is (0 at first).
+template <typename T>
+LMVAE_INLINE void load_rows(const AggArgs& a, const AggGroup& g, int64_t begin, int64_t end, acc_t<T>* z) {
+  for (int64_t r = begin; r < end; r++) load_z<T>(a, place_of(g, r), 0, a.dim, z + (r - begin) * a.padded);
+}
+
+template <typename T>
+void joint_fwd(const AggArgs& a, int64_t group, int64_t begin, int64_t end, acc_t<T>* z) {
+  using A = acc_t<T>;
+  const AggGroup& g = a.groups[group];
+  const int64_t count = (g.count + kLine<A> - 1) / kLine<A> * kLine<A>;
+  A* densities = z + kAggRows * a.padded;
+  std::fill_n(z, kAggRows * a.padded, A(0));
+  for (int64_t r0 = begin; r0 < end; r0 += kAggRows) {
+    const int64_t r1 = std::min(r0 + kAggRows, end);
+    load_rows<T>(a, g, r0, r1, z);
+    joint_densities(a, g, z, densities);
+    for (int64_t r = r0; r < r1; r++) {
+      const A* x = densities + (r - r0) * a.lanes;
+      A largest = -kInf<A>, total = 0;
+#pragma omp simd reduction(max : largest)
+      for (int64_t n = 0; n < count; n++) largest = x[n] > largest ? x[n] : largest;
+      largest = std::abs(largest) < kInf<A> ? largest : A(0);
+      for (int64_t n0 = 0; n0 < count; n0 += kAggTile) {
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t n = n0; n < std::min(n0 + kAggTile, count); n++) sum += exp_lane(x[n] - largest);
+        total += sum;
+      }
+      const Place p = place_of(g, r);
+      const int64_t out = p.sample * a.rows + p.row;
+      const A lse = largest + std::log(total);
+      static_cast<A*>(a.lse)[out] = lse;
+      static_cast<A*>(a.logq)[out] = static_cast<A>(static_cast<double>(lse) - g.log_norm);
+    }
+  }
+}
+
+template <typename T, bool kPosteriors>
+void joint_bwd(const AggArgs& a, const AggTask& task, acc_t<T>* z) {
+  using A = acc_t<T>;
+  const AggGroup& g = a.groups[task.group];
+  const int64_t padded = a.padded, count = (g.count + kLine<A> - 1) / kLine<A> * kLine<A>;
+  A *dz = z + kAggRows * padded, *part = dz + kAggRows * padded, *weights = part + kAggRows * padded;
+  A* chain = weights + kAggRows * a.lanes;
+  std::fill_n(z, kAggRows * padded, A(0));
+  if constexpr (kPosteriors) {
+    std::fill_n(chain, 2 * g.count * padded, A(0));
+    std::fill_n(at<A>(a.partial, 2 * task.slot, padded), 2 * g.count * padded, A(0));
+  }
+  for (int64_t r0 = task.begin; r0 < task.end; r0 += kAggRows) {
+    const int64_t r1 = std::min(r0 + kAggRows, task.end);
+    load_rows<T>(a, g, r0, r1, z);
+    joint_densities(a, g, z, weights);
+    for (int64_t r = r0; r < r1; r++) {
+      const Place p = place_of(g, r);
+      const A lse = static_cast<const A*>(a.lse)[p.sample * a.rows + p.row];
+      const A grad = static_cast<const A*>(a.grad)[p.sample * a.grad_sample + p.row * a.grad_row];
+      A* w = weights + (r - r0) * a.lanes;
+#pragma omp simd
+      for (int64_t n = 0; n < count; n++) w[n] = grad * exp_lane(w[n] - lse);
+    }
+    for (int64_t r = r1; r < r0 + kAggRows; r++) std::fill_n(weights + (r - r0) * a.lanes, count, A(0));
+    std::fill_n(dz, 2 * kAggRows * padded, A(0));  // part too
+    for (int64_t n = 0; n < g.count; n++) {
+      const A *m = at<A>(a.mean, g.begin + n, padded), *s = at<A>(a.scale, g.begin + n, padded), *q = at<A>(a.ratio, g.begin + n, padded);
+      const A w0 = weights[n], w1 = weights[a.lanes + n], w2 = weights[2 * a.lanes + n], w3 = weights[3 * a.lanes + n];
+      A *dm = chain + 2 * n * padded, *dv = dm + padded;
+#pragma omp simd
+      for (int64_t d = 0; d < padded; d++) {
+        const A u0 = (z[d] - m[d]) * s[d], u1 = (z[padded + d] - m[d]) * s[d];
+        const A u2 = (z[2 * padded + d] - m[d]) * s[d], u3 = (z[3 * padded + d] - m[d]) * s[d];
+        const A p0 = w0 * u0, p1 = w1 * u1, p2 = w2 * u2, p3 = w3 * u3;
+        part[d] += p0 * s[d];
+        part[padded + d] += p1 * s[d];
+        part[2 * padded + d] += p2 * s[d];
+        part[3 * padded + d] += p3 * s[d];
+        if constexpr (kPosteriors) {
+          dm[d] += (p0 + p1) + (p2 + p3);
+          dv[d] += q[d] * ((p0 * u0 + p1 * u1) + (p2 * u2 + p3 * u3)) - A(0.5) * ((w0 + w1) + (w2 + w3));
+        }
+      }
+      if (n % kAggChain == kAggChain - 1 || n + 1 == g.count) add_and_clear(part, dz, kAggRows * padded);
+    }
+    if (a.dz) {
+      for (int64_t r = r0; r < r1; r++) {
+        const Place p = place_of(g, r);
+        A* row = dz + (r - r0) * padded;
+#pragma omp simd
+        for (int64_t d = 0; d < padded; d++) row[d] *= A(-2);
+        store_row(row, static_cast<T*>(a.dz) + (p.sample * a.rows + p.row) * a.dim, a.dim);
+      }
+    }
+    if constexpr (kPosteriors) {
+      if ((r1 - task.begin) % kAggChain == 0 || r1 == task.end) flush(a, task, g.count, 0, padded, chain);
+    }
+  }
+}
+
+// ---- what aggregate_logpdf.cpp calls ------------------------------------------------------------------------------------
+
+template <typename T>
+int64_t aggregate_scratch(const AggArgs& a, int64_t longest, bool backward) {
+  if (a.per_dim) return backward ? 2 * longest * std::min(a.padded, kAggTile) : 0;
+  return kAggRows * (a.padded + a.lanes) + (backward ? 2 * kAggRows * a.padded + 2 * longest * a.padded : 0);
+}
+
+template <typename T>
+void aggregate_fwd_rows(const AggArgs& a, int64_t group, int64_t begin, int64_t end, void* scratch) {
+  if (a.per_dim) return marginal_fwd<T>(a, group, begin, end);
+  joint_fwd<T>(a, group, begin, end, static_cast<acc_t<T>*>(scratch));
+}
+
+template <typename T>
+void aggregate_bwd_rows(const AggArgs& a, const AggTask& task, void* scratch) {
+  auto* room = static_cast<acc_t<T>*>(scratch);
+  if (a.per_dim) return a.partial ? marginal_bwd<T, true>(a, task, room) : marginal_bwd<T, false>(a, task, room);
+  return a.partial ? joint_bwd<T, true>(a, task, room) : joint_bwd<T, false>(a, task, room);
+}
+
+template <typename T>
+void aggregate_bwd_posterior(const AggArgs& a, int64_t posterior, int64_t slot, int64_t step, int64_t count) {
+  using A = acc_t<T>;
+  const A* scale = at<A>(a.scale, posterior, a.padded);
+  for (int64_t c0 = 0; c0 < a.dim; c0 += kAggTile) {
+    const int64_t cols = std::min(kAggTile, a.dim - c0);
+    alignas(64) A dmu[kAggTile] = {}, dlogvar[kAggTile] = {};
+    for (int64_t i = 0; i < count; i++) {
+      const A *dm = at<A>(a.partial, 2 * (slot + i * step), a.padded) + c0, *dv = dm + a.padded;
+#pragma omp simd
+      for (int64_t c = 0; c < cols; c++) dmu[c] += dm[c], dlogvar[c] += dv[c];
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < cols; c++) dmu[c] *= A(2) * scale[c0 + c];
+    store_row(dmu, static_cast<T*>(a.dmu) + posterior * a.dim + c0, cols);
+    store_row(dlogvar, static_cast<T*>(a.dlogvar) + posterior * a.dim + c0, cols);
+  }
+}
+
+#define LMVAE_INSTANTIATE(T)                                                                       \
+  template void aggregate_prepare<T>(const AggArgs&, int64_t, int64_t, int64_t);                   \
+  template int64_t aggregate_scratch<T>(const AggArgs&, int64_t, bool);                            \
+  template void aggregate_fwd_rows<T>(const AggArgs&, int64_t, int64_t, int64_t, void*);           \
+  template void aggregate_bwd_rows<T>(const AggArgs&, const AggTask&, void*);                      \
+  template void aggregate_bwd_posterior<T>(const AggArgs&, int64_t, int64_t, int64_t, int64_t);
+LMVAE_INSTANTIATE(float)
+LMVAE_INSTANTIATE(double)
+LMVAE_INSTANTIATE(c10::Half)
+LMVAE_INSTANTIATE(c10::BFloat16)
+
+}  // namespace lmvae::LMVAE_ISA

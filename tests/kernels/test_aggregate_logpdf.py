@@ -1,0 +1,590 @@
+"""aggregate_logpdf against its reference, and that against the formula: values, gradients, groups, layouts, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from lmvae_fast.kernels import backend as registry
+from lmvae_fast.kernels.aggregate_logpdf import aggregate_logpdf
+from lmvae_fast.kernels.aggregate_logpdf.op import LARGEST_JOINT_DIM
+from lmvae_fast.kernels.backend import BackendError, backend
+
+from .common import (
+    LAYOUTS,
+    ODD_SIZES,
+    GuardedAllocations,
+    assert_deterministic,
+    assert_fullgraph_equal,
+    assert_op_within_error_rule,
+    lay_out,
+    on_backend,
+    opcheck,
+    raises_naming,
+    require,
+    run_with_grads,
+)
+
+FAST = ("cpp", "triton")
+FORMS = (True, False)  # per_dim
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+PUBLIC_CODE = 1e-4  # the constant of the public CVAE's density
+plain = on_backend(aggregate_logpdf, "reference")
+
+
+def offsets(sizes):
+    return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+
+
+def inputs(z_shape, posteriors, dtype=torch.float32, layout="dense", spread=1.0):
+    """z and posteriors of one cloud, as samples and posteriors are: many densities count in each aggregate."""
+    z = torch.randn(z_shape) * 1.3
+    mu, logvar = torch.randn(posteriors, z_shape[-1]) * spread, 0.5 * torch.randn(posteriors, z_shape[-1]) - 0.5
+    return [lay_out(x.to(dtype), layout) for x in (z, mu, logvar)]
+
+
+def check(name, arguments, **kwargs):
+    assert_op_within_error_rule(
+        on_backend(aggregate_logpdf, name), plain, arguments, ("logq",), ("z", "mu", "logvar"), **kwargs
+    )
+
+
+def dense(z, mu, logvar, cu_z, cu_posteriors, per_dim, min_var):
+    """The formula, group by group and posterior by posterior."""
+    parts = []
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_z.tolist()), itertools.pairwise(cu_posteriors.tolist()), strict=True):
+        rows = z[..., a:b, :]
+        densities = []
+        for n in range(c, d):
+            log_density = (
+                -0.5 * math.log(2 * math.pi) - 0.5 * logvar[n] - (rows - mu[n]) ** 2 / (2 * logvar[n].exp() + min_var)
+            )
+            densities.append(log_density if per_dim else log_density.sum(-1))
+        if densities:
+            parts.append(torch.logsumexp(torch.stack(densities), 0) - math.log(d - c))
+    return torch.cat(parts, -2 if per_dim else -1)
+
+
+# ---- the reference -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_dim", FORMS)
+@pytest.mark.parametrize("min_var", [0.0, PUBLIC_CODE, 0.3])
+def test_reference_is_the_formula(per_dim, min_var):
+    arguments = [x.double() for x in inputs((2, 11, 5), 9)]
+    cu_z, cu_posteriors = offsets([4, 0, 1, 6]), offsets([3, 2, 1, 3])
+    options = {"per_dim": per_dim, "min_var": min_var, "cu_z": cu_z, "cu_posteriors": cu_posteriors}
+    outputs, grads, weights = run_with_grads(plain, arguments, **options)
+    truth, true_grads, _ = run_with_grads(dense, arguments, weights, **options)
+    for ours, expected in zip([*outputs, *grads], [*truth, *true_grads], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_one_posterior_is_its_own_aggregate(name, per_dim):
+    require("aggregate_logpdf", name)
+    z, mu, logvar = inputs((7, 5), 1)
+    expected = Normal(mu, torch.exp(0.5 * logvar)).log_prob(z)
+    with backend(name):
+        found = aggregate_logpdf(z, mu, logvar, per_dim=per_dim)
+    torch.testing.assert_close(found, expected if per_dim else expected.sum(-1), rtol=2e-6, atol=2e-6)
+
+
+def test_the_reference_makes_rows_in_pieces_without_a_trace(monkeypatch):
+    from lmvae_fast.kernels.aggregate_logpdf import reference
+
+    arguments = [x.double() for x in inputs((3, 10, 4), 10)]
+    cu = offsets([4, 6])
+    whole = run_with_grads(plain, arguments, per_dim=False, cu_posteriors=cu)
+    monkeypatch.setattr(reference, "_ELEMENTS", 3 * 3 * 40)  # three rows at a time
+    pieces = run_with_grads(plain, arguments, whole[2], per_dim=False, cu_posteriors=cu)
+    torch.testing.assert_close(whole[:2], pieces[:2], rtol=1e-14, atol=1e-14)
+
+
+# ---- values and gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("dim", ODD_SIZES)
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_error_rule_at_odd_sizes(name, dtype, dim, per_dim):
+    require("aggregate_logpdf", name, dtype)
+    if name == "triton" and dtype != torch.float32 and dim not in (5, 129):
+        pytest.skip("the interpreter takes its time; half types differ from fp32 in loads and stores only")
+    # few dimensions give few numbers: more rows there, since the rule compares the largest of many errors
+    rows, posteriors = (20, 4) if dim < 10 else (5, 4)
+    if name == "cpp":
+        rows, posteriors = 2 * rows, 2 * posteriors
+    check(name, inputs((rows, dim), posteriors, dtype), per_dim=per_dim, min_var=PUBLIC_CODE)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("per_dim", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_of_unequal_sizes(name, per_dim, dtype):
+    """Groups of one, groups without a row, blocks of rows that straddle groups, more rows than a chunk of the backward."""
+    require("aggregate_logpdf", name, dtype)
+    sizes, z_sizes = ([1, 3, 2, 17, 5], [2, 0, 1, 9, 151]) if name == "cpp" else ([1, 3, 2, 7], [2, 0, 1, 5])
+    arguments = inputs((3, sum(z_sizes), 19), sum(sizes), dtype)
+    check(name, arguments, per_dim=per_dim, cu_z=offsets(z_sizes), cu_posteriors=offsets(sizes))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_the_shape_of_a_training_step(name, per_dim):
+    """Samples of posteriors, prompts of 16 responses; the reparameterised z carries its gradient into mu and logvar."""
+    require("aggregate_logpdf", name)
+    prompts, responses, samples = (2, 5, 2) if name == "triton" else (16, 16, 4)
+    count = prompts * responses
+    mu, logvar, noise = torch.randn(count, 32), 0.3 * torch.randn(count, 32) - 1.0, torch.randn(samples, count, 32)
+
+    def loss(function, mu, logvar, noise):
+        z = mu + torch.exp(0.5 * logvar) * noise
+        cu = offsets([responses] * prompts)
+        return function(z, mu, logvar, cu_posteriors=cu, per_dim=per_dim, min_var=PUBLIC_CODE)
+
+    assert_op_within_error_rule(
+        lambda *x: loss(on_backend(aggregate_logpdf, name), *x),
+        lambda *x: loss(plain, *x),
+        [mu, logvar, noise],
+        ("logq",),
+        ("mu", "logvar", "noise"),
+    )
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_dim", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_layout(name, layout, per_dim, dtype):
+    require("aggregate_logpdf", name, dtype)
+    z, mu, logvar = inputs((6, 37), 6, dtype, layout)
+    check(name, [z, mu, logvar], per_dim=per_dim)
+    samples = lay_out(torch.randn(3, 4, 37).to(dtype), layout)
+    check(name, [samples, mu[:4], logvar[:4]], per_dim=per_dim, cu_posteriors=offsets([1, 3]))
+    check(name, [samples.transpose(0, 1), mu[:3], logvar[:3]], per_dim=per_dim)
+
+
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_long_sums(per_dim):
+    """More posteriors, rows and dimensions than any chain, tile or chunk holds; sums that would drift if they were one."""
+    require("aggregate_logpdf", "cpp")
+    check("cpp", inputs((700, 33), 300), per_dim=per_dim)
+    check("cpp", inputs((40, 769), 35, spread=0.1), per_dim=per_dim)
+    check("cpp", inputs((5, 3), 5000), per_dim=per_dim)
+
+
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_long_sums_on_triton(per_dim):
+    require("aggregate_logpdf", "triton")
+    check("triton", inputs((40, 16), 40), per_dim=per_dim, min_var=PUBLIC_CODE)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("per_dim", FORMS)
+@pytest.mark.parametrize("z_shape", [(0, 8), (3, 0, 8), (0, 4, 8), (1, 1), (2, 3, 4, 5)])
+def test_leading_dimensions_and_empty_batches(name, per_dim, z_shape):
+    require("aggregate_logpdf", name)
+    z, mu, logvar = (x.requires_grad_() for x in inputs(z_shape, 4))
+    with backend(name):
+        found = aggregate_logpdf(z, mu, logvar, per_dim=per_dim)
+        grads = torch.autograd.grad(found.sum(), (z, mu, logvar))
+    assert found.shape == (z_shape if per_dim else z_shape[:-1])
+    expected = plain(z, mu, logvar, per_dim=per_dim)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), (z, mu, logvar)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reference", *FAST])
+def test_nothing_at_all(name):
+    require("aggregate_logpdf", name)
+    empty = torch.zeros(0, 3, requires_grad=True)
+    for options in ({}, {"cu_posteriors": offsets([])}, {"cu_posteriors": offsets([0, 0])}, {"groups": torch.zeros(0).long()}):
+        with backend(name):
+            found = aggregate_logpdf(empty, empty, empty, per_dim=True, **options)
+            assert found.shape == (0, 3)
+            assert torch.autograd.grad(found.sum(), empty)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("per_dim", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_magnitudes(name, per_dim, dtype):
+    """Means far apart, variances e^-30 to e^30: densities that under- and overflow exp on their own."""
+    require("aggregate_logpdf", name, dtype)
+    mu = torch.tensor([[1e4, -1e4, 0.0, 1.0, 3e3, -2.0, 0.0]]) * torch.tensor([[1.0], [0.5], [-1.0]])
+    logvar = torch.tensor([[30.0, -30.0, 30.0, -30.0, 0.0, 10.0, -10.0]]) * torch.tensor([[1.0], [0.7], [-0.3]])
+    z = mu + torch.randn(3, 7) * torch.exp(0.5 * logvar)
+    check(name, [x.to(dtype) for x in (z, mu, logvar)], per_dim=per_dim)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("min_var", [0.0, PUBLIC_CODE])
+def test_inf_and_nan_pass_through_as_in_torch(name, min_var):
+    """Every combination as a column of its own, beside a second posterior that is sound."""
+    require("aggregate_logpdf", name)
+    inf, nan = float("inf"), float("nan")
+    values = [0.25, inf, -inf, nan]
+    z, mu, logvar = (x.reshape(1, -1) for x in torch.meshgrid(*[torch.tensor(values)] * 3, indexing="ij"))
+    # 200 is above exp's range, -200 below it; a distance of 0 and one that is not
+    z = torch.cat([z, torch.tensor([[0.5, 0.5, 0.5]])], 1)
+    mu = torch.cat([mu, torch.tensor([[0.25, 0.25, 0.5]])], 1)
+    logvar = torch.cat([logvar, torch.tensor([[200.0, -200.0, -200.0]])], 1)
+    sound = torch.zeros(1, z.shape[1])
+    arguments = [z, torch.cat([mu, sound]), torch.cat([logvar, sound])]
+    results = []
+    for function in (on_backend(aggregate_logpdf, name), plain):
+        outputs, grads, _ = run_with_grads(function, arguments, [torch.ones_like(z)], per_dim=True, min_var=min_var)
+        results.append([*outputs, *grads])
+    for label, out, expected in zip(("logq", "dz", "dmu", "dlogvar"), *results, strict=True):
+        torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=1e-5, msg=lambda m, n=label: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["reference", *FAST])
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_groups_share_nothing(name, per_dim):
+    """NaN in one group, in z or in a posterior, leaves values and gradients of the others as they are."""
+    require("aggregate_logpdf", name)
+    sizes = [3, 4, 2]
+    arguments = inputs((2, 9, 21), 9)
+    clean = run_with_grads(on_backend(aggregate_logpdf, name), arguments, per_dim=per_dim, cu_posteriors=offsets(sizes))
+    dirty = [x.clone() for x in arguments]
+    for x in dirty:
+        x[..., 3:7, :] = float("nan")
+    found = run_with_grads(
+        on_backend(aggregate_logpdf, name), dirty, clean[2], per_dim=per_dim, cu_posteriors=offsets(sizes)
+    )
+    for ours, expected in zip([*found[0], *found[1]], [*clean[0], *clean[1]], strict=True):
+        axis = 1 if ours.shape[0] == 2 else 0
+        for rows in (slice(0, 3), slice(7, 9)):
+            kept, wanted = (x.movedim(axis, 0)[rows] for x in (ours, expected))
+            torch.testing.assert_close(kept, wanted, rtol=0, atol=0)
+        assert ours.movedim(axis, 0)[3:7].isnan().all()
+
+
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_fp64_is_fp64(per_dim):
+    require("aggregate_logpdf", "cpp", torch.float64)
+    arguments = [x.double() for x in inputs((2, 65, 33), 65)]
+    arguments[1] *= 30.0  # exponents of all sizes, many of which underflow
+    options = {"per_dim": per_dim, "cu_posteriors": offsets([40, 25])}
+    outputs, grads, weights = run_with_grads(on_backend(aggregate_logpdf, "cpp"), arguments, **options)
+    truth, true_grads, _ = run_with_grads(plain, arguments, weights, **options)
+    for ours, expected in zip([*outputs, *grads], [*truth, *true_grads], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("per_dim", FORMS)
+@pytest.mark.parametrize("min_var", [0.0, 0.3])
+def test_gradients_in_fp64(name, per_dim, min_var):
+    require("aggregate_logpdf", name, torch.float64)
+    arguments = [x.double().requires_grad_() for x in inputs((2, 5, 3), 4)]
+    groups = {"cu_z": offsets([2, 3]), "cu_posteriors": offsets([1, 3])}
+    with backend(name):
+        assert torch.autograd.gradcheck(
+            lambda *x: aggregate_logpdf(*x, per_dim=per_dim, min_var=min_var, **groups), arguments
+        )
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("per_dim", FORMS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_some_inputs_alone_may_need_a_gradient(name, per_dim, wanted):
+    require("aggregate_logpdf", name)
+    arguments = inputs((6, 9), 5)
+    grads = []
+    for function in (on_backend(aggregate_logpdf, name), plain):
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(arguments)]
+        function(*leaves, per_dim=per_dim).square().sum().backward()
+        assert all((x.grad is not None) == (i in wanted) for i, x in enumerate(leaves))
+        grads.append([leaves[i].grad for i in wanted])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_an_expanded_gradient(name):
+    """sum() gives a gradient with strides of 0."""
+    require("aggregate_logpdf", name)
+    for per_dim in FORMS:
+        leaves = [x.requires_grad_() for x in inputs((2, 4, 7), 4)]
+        results = [
+            torch.autograd.grad(function(*leaves, per_dim=per_dim).sum(), leaves)
+            for function in (on_backend(aggregate_logpdf, name), plain)
+        ]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+# ---- groups by ids -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reference", *FAST])
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_ids_in_any_order_are_the_sorted_offsets(name, per_dim):
+    require("aggregate_logpdf", name)
+    function = on_backend(aggregate_logpdf, name)
+    ids, z_ids = torch.tensor([7, -3, 7, 100, -3, 7]), torch.tensor([100, 7, 7, 7, -3, 7, 7, 100])
+    z, mu, logvar = inputs((2, 8, 5), 6)
+    found = run_with_grads(function, [z, mu, logvar], per_dim=per_dim, groups=(z_ids, ids))
+    order, z_order = ids.argsort(stable=True), z_ids.argsort(stable=True)
+    arguments = [z[:, z_order], mu[order], logvar[order]]
+    weights = [found[2][0][:, z_order]]
+    options = {"cu_z": offsets([1, 5, 2]), "cu_posteriors": offsets([2, 3, 1])}
+    expected = run_with_grads(function, arguments, weights, per_dim=per_dim, **options)
+    for ours, other, places in zip(
+        [*found[0], *found[1]], [*expected[0], *expected[1]], [z_order, z_order, order, order], strict=True
+    ):
+        torch.testing.assert_close(ours.index_select(1 if ours.shape[0] == 2 else 0, places), other, rtol=0, atol=0)
+    one = function(z[:, :6], mu, logvar, per_dim=per_dim, groups=ids.int())
+    pair = function(z[:, :6], mu, logvar, per_dim=per_dim, groups=(ids, ids))
+    torch.testing.assert_close(one, pair, rtol=0, atol=0)
+
+
+def test_an_id_that_no_posterior_has_is_named():
+    z, mu, logvar = inputs((3, 2), 2)
+    with raises_naming(ValueError, "groups", "1 rows of z", "5"):
+        aggregate_logpdf(z, mu, logvar, per_dim=True, groups=(torch.tensor([0, 5, 1]), torch.tensor([1, 0])))
+
+
+# ---- what every op keeps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_nothing_is_written_outside_the_outputs(name):
+    require("aggregate_logpdf", name)
+    for per_dim, dim in itertools.product(FORMS, (1, 5, 130)):
+        arguments = [x.requires_grad_() for x in inputs((2, 7, dim), 7)]
+        with GuardedAllocations() as guards, backend(name):
+            aggregate_logpdf(*arguments, per_dim=per_dim, cu_posteriors=offsets([3, 4])).sum().backward()
+        guards.check()
+
+
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_memory_is_that_of_the_arguments(per_dim):
+    """Nothing of all rows by all posteriors by dimension is allocated, forward or backward."""
+    require("aggregate_logpdf", "cpp")
+    samples, posteriors, dim = 16, 64, 32
+    arguments = [x.requires_grad_() for x in inputs((samples, posteriors, dim), posteriors)]
+    with GuardedAllocations() as made, backend("cpp"):
+        aggregate_logpdf(*arguments, per_dim=per_dim).sum().backward()
+    total = sum(before.untyped_storage().nbytes() for before, _ in made.guards)
+    assert total < 6 * samples * posteriors * dim * 4  # the dense tensor has 64 times the elements of z
+
+
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_same_bits_run_to_run_and_for_any_number_of_threads(per_dim):
+    require("aggregate_logpdf", "cpp")
+    options = {"per_dim": per_dim, "cu_z": offsets([301, 4, 95]), "cu_posteriors": offsets([20, 1, 9])}
+    assert_deterministic(on_backend(aggregate_logpdf, "cpp"), inputs((3, 400, 65), 30), **options)
+
+
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_a_row_does_not_depend_on_its_batch(per_dim):
+    require("aggregate_logpdf", "cpp")
+    z, mu, logvar = inputs((50, 19), 23)
+    whole = aggregate_logpdf(z, mu, logvar, per_dim=per_dim)
+    alone = torch.cat([aggregate_logpdf(z[i : i + 1], mu, logvar, per_dim=per_dim) for i in range(50)])
+    torch.testing.assert_close(whole, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("choice", FAST)
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_opcheck(choice, per_dim):
+    require("aggregate_logpdf", choice)
+    z, mu, logvar = (x.requires_grad_() for x in inputs((2, 3, 6), 4))
+    cu_z, cu_posteriors = offsets([1, 2]), offsets([3, 1])
+    opcheck("aggregate_logpdf_fwd", (z, mu, logvar, None, None, per_dim, 0.0), choice)
+    opcheck("aggregate_logpdf_fwd", (z, mu, logvar, cu_z, cu_posteriors, per_dim, 1e-4), choice)
+    shape = (2, 3, 6) if per_dim else (2, 3)
+    tensors = (torch.randn(shape), torch.randn(shape), z.detach(), mu.detach(), logvar.detach(), cu_z, cu_posteriors)
+    for needed in ((True, True), (True, False), (False, True)):
+        opcheck("aggregate_logpdf_bwd", (*tensors, per_dim, 1e-4, *needed), choice)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpp", "triton", "reference"])
+@pytest.mark.parametrize("per_dim", FORMS)
+def test_fullgraph_compile_gives_the_same(name, per_dim):
+    if name != "auto":
+        require("aggregate_logpdf", name)
+    with backend(name):
+        arguments = inputs((2, 5, 6), 5)
+        assert_fullgraph_equal(aggregate_logpdf, arguments, per_dim=per_dim)
+        assert_fullgraph_equal(aggregate_logpdf, arguments, per_dim=per_dim, cu_posteriors=offsets([2, 3]), min_var=1e-4)
+        assert_fullgraph_equal(aggregate_logpdf, arguments, per_dim=per_dim, groups=torch.tensor([4, 1, 4, 4, 1]))
+
+
+def test_a_changing_constant_and_changing_sizes_do_not_break_the_graph():
+    require("aggregate_logpdf", "cpp")
+    torch._dynamo.reset()
+    compiled = torch.compile(aggregate_logpdf, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, min_var in ((3, 0.1), (5, 0.2), (7, 0.3)):
+        arguments = inputs((rows, 6), 4)
+        expected = aggregate_logpdf(*arguments, per_dim=True, min_var=min_var)
+        torch.testing.assert_close(compiled(*arguments, per_dim=True, min_var=min_var), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The C++ of older CPUs, in a process of its own: the choice is made once."""
+    require("aggregate_logpdf", "cpp")
+    if isa == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this CPU has no AVX-512")
+    code = (
+        "import itertools, torch; from tests.kernels import test_aggregate_logpdf as t;"
+        f"assert torch.ops.lmvae_fast.cpu_isa() == '{isa}';"
+        "[t.check('cpp', t.inputs((9, d), 7, k), per_dim=p, min_var=1e-4)"
+        " for d, k, p in itertools.product((17, 33, 130), (torch.float32, torch.bfloat16, torch.float16), t.FORMS)];"
+        "[t.test_fp64_is_fp64(p) for p in t.FORMS]"
+    )
+    environment = {**os.environ, "LMVAE_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_autocast_keeps_the_input_dtype():
+    arguments = inputs((3, 8), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = aggregate_logpdf(*arguments, per_dim=True)
+    torch.testing.assert_close(found, aggregate_logpdf(*arguments, per_dim=True), rtol=0, atol=0)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------------
+
+
+def test_vmap_is_refused():
+    z, mu, logvar = inputs((2, 3, 8), 4)
+    with raises_naming(TypeError, "aggregate_logpdf", "vmap"):
+        torch.func.vmap(lambda x: aggregate_logpdf(x, mu, logvar, per_dim=True))(z)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_second_derivatives_are_refused_not_wrong(name):
+    require("aggregate_logpdf", name)
+    z, mu, logvar = (x.requires_grad_() for x in inputs((3, 8), 4))
+    with backend(name):
+        found = aggregate_logpdf(z, mu, logvar, per_dim=False)
+    grad = torch.autograd.grad(found.sum(), mu, create_graph=True)[0]
+    with raises_naming(RuntimeError, "aggregate_logpdf", "second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_forward_mode_is_refused_not_wrong(name):
+    require("aggregate_logpdf", name)
+    z, mu, logvar = inputs((3, 8), 4)
+    with backend(name), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
+        with raises_naming(RuntimeError, "aggregate_logpdf", "forward-mode"):
+            aggregate_logpdf(dual, mu, logvar, per_dim=True)
+    with backend("reference"):
+        _, tangent = torch.func.jvp(lambda x: aggregate_logpdf(x, mu, logvar, per_dim=True), (z,), (torch.ones_like(z),))
+    with backend(name), raises_naming(RuntimeError, "aggregate_logpdf", "forward-mode"):
+        torch.func.jvp(lambda x: aggregate_logpdf(x, mu, logvar, per_dim=True), (z,), (torch.ones_like(z),))
+    leaf = z.clone().requires_grad_()
+    grad = torch.autograd.grad(aggregate_logpdf(leaf, mu, logvar, per_dim=True).sum(), leaf)[0]
+    torch.testing.assert_close(tangent, grad)
+
+
+def test_a_changed_input_is_noticed():
+    """Backward reads its inputs again: one that was written to in between would give gradients of other values."""
+    require("aggregate_logpdf", "cpp")
+    z, mu, logvar = (x.requires_grad_() for x in inputs((3, 8), 4))
+    with backend("cpp"):
+        found = aggregate_logpdf(z, mu, logvar, per_dim=True)
+    with torch.no_grad():
+        mu.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.sum().backward()
+
+
+def test_bad_tensors_are_named():
+    z, mu, logvar = inputs((4, 8), 4)
+    with raises_naming(TypeError, "z is torch.float64", "mu torch.float32"):
+        aggregate_logpdf(z.double(), mu, logvar, per_dim=True)
+    with raises_naming(TypeError, "logvar", "list"):
+        aggregate_logpdf(z, mu, [1.0], per_dim=True)
+    with raises_naming(TypeError, "logvar is torch.bfloat16", "mu torch.float32"):
+        aggregate_logpdf(z, mu, logvar.bfloat16(), per_dim=True)
+    with raises_naming(TypeError, "z", "int64"):
+        aggregate_logpdf(z.long(), mu.long(), logvar.long(), per_dim=True)
+    with raises_naming(ValueError, "mu", "[4, 8]", "logvar", "[4, 7]"):
+        aggregate_logpdf(z, mu, logvar[:, :7], per_dim=True)
+    with raises_naming(ValueError, "z", "D = 8", "[4, 7]"):
+        aggregate_logpdf(z[:, :7], mu, logvar, per_dim=True)
+    with raises_naming(ValueError, "z", "[8]"):
+        aggregate_logpdf(z[0], mu, logvar, per_dim=True)
+    with raises_naming(ValueError, "mu", "[N, D]", "[8]"):
+        aggregate_logpdf(z, mu[0], logvar[0], per_dim=True)
+    with raises_naming(ValueError, "mu", "[4, 0]"):
+        aggregate_logpdf(z[:, :0], mu[:, :0], logvar[:, :0], per_dim=True)
+    with raises_naming(ValueError, "z [4, 8]", "mu [0, 8]", "no posterior"):
+        aggregate_logpdf(z, mu[:0], logvar[:0], per_dim=True)
+    with raises_naming(ValueError, "z is on meta", "cpu"):
+        aggregate_logpdf(z.to("meta"), mu, logvar, per_dim=True)
+    for bad in (-1e-4, float("nan"), float("inf"), "0"):
+        with raises_naming(ValueError, "min_var"):
+            aggregate_logpdf(z, mu, logvar, per_dim=True, min_var=bad)
+
+
+@pytest.mark.parametrize("name", ["reference", *FAST])
+def test_bad_groups_are_named(name):
+    require("aggregate_logpdf", name)
+    z, mu, logvar = inputs((5, 8), 4)
+
+    def call(**options):
+        with backend(name):
+            aggregate_logpdf(z, mu, logvar, per_dim=False, **options)
+
+    with raises_naming(ValueError, "z", "5 rows", "4", "cu_z"):
+        call(cu_posteriors=offsets([4]))
+    with raises_naming(ValueError, "z", "5 rows", "4", "groups="):
+        call(groups=torch.zeros(4).long())
+    with raises_naming(ValueError, "cu_z", "without cu_posteriors"):
+        call(cu_z=offsets([5]))
+    with raises_naming(ValueError, "groups", "cu_z", "one of them"):
+        call(cu_z=offsets([5]), cu_posteriors=offsets([4]), groups=torch.zeros(4).long())
+    with raises_naming(ValueError, "cu_z", "[3]", "cu_posteriors", "[2]"):
+        call(cu_z=offsets([5, 0]), cu_posteriors=offsets([4]))
+    with raises_naming(TypeError, "cu_z", "int64"):
+        call(cu_z=offsets([5]).long(), cu_posteriors=offsets([4]))
+    with raises_naming(ValueError, "cu_posteriors", "0 to the 4", "0 to 3"):
+        call(cu_z=offsets([5]), cu_posteriors=offsets([3]))
+    with raises_naming(ValueError, "cu_z", "must not decrease", "group 1", "-1"):
+        call(cu_z=torch.tensor([0, 3, 2, 5], dtype=torch.int32), cu_posteriors=offsets([1, 2, 1]))
+    with raises_naming(ValueError, "group 1", "2 rows of z and no posterior"):
+        call(cu_z=offsets([3, 2]), cu_posteriors=offsets([4, 0]))
+    with raises_naming(TypeError, "groups", "ids of z", "list"):
+        call(groups=([0] * 5, torch.zeros(4).long()))
+    with raises_naming(TypeError, "groups", "float32"):
+        call(groups=(torch.zeros(5), torch.zeros(4).long()))
+    with raises_naming(ValueError, "groups", "ids of the posteriors", "[4]", "[3]"):
+        call(groups=(torch.zeros(5).long(), torch.zeros(3).long()))
+
+
+def test_the_kernel_itself_looks_at_offsets():
+    """Compiled code does not come past the checks in Python."""
+    require("aggregate_logpdf", "cpp")
+    z, mu, logvar = inputs((1, 5, 8), 4)
+    run = torch.ops.lmvae_fast.aggregate_logpdf_fwd
+    for cu_z, cu_posteriors in (([6], [4]), ([5], [3]), ([7, -2], [2, 2]), ([5, 0], [0, 4])):
+        with pytest.raises(ValueError, match=r"must run|must not decrease|no posterior"):
+            run(z, mu, logvar, offsets(cu_z), offsets(cu_posteriors), True, 0.0)
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error():
+    z, mu, logvar = inputs((2, 4), 2)
+    with backend("triton"), raises_naming(BackendError, "aggregate_logpdf", "float64"):
+        aggregate_logpdf(z.double(), mu.double(), logvar.double(), per_dim=True)
+    if registry.why_not("aggregate_logpdf", "triton", "cpu", torch.float32, {}) is None:
+        wide = torch.zeros(1, LARGEST_JOINT_DIM + 1)
+        with backend("triton"), raises_naming(BackendError, "aggregate_logpdf", str(LARGEST_JOINT_DIM)):
+            aggregate_logpdf(wide, wide, wide, per_dim=False)

@@ -1,0 +1,102 @@
+"""tools/test_matrix.py: every row is named at the end, with what came of it or why it was not tried."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    spec = importlib.util.spec_from_file_location("test_matrix_tool", REPOSITORY / "tools" / "test_matrix.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["test_matrix_tool"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["test_matrix_tool"]
+
+
+def outcomes(matrix, monkeypatch, **status):
+    """Rows end as given; the others were not run."""
+
+    def try_row(row, *arguments):
+        return matrix.Outcome(row.name, status.get(row.name, "not run"), "no Python of that version", tests=3)
+
+    monkeypatch.setattr(matrix, "ROWS", tuple(matrix.Row(name, "3.11") for name in ("one", "two", "three")))
+    monkeypatch.setattr(matrix, "try_row", try_row)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        ({"one": "passed"}, 0),
+        ({"one": "passed", "two": "failed"}, 1),
+        ({}, 2),
+        ({"one": "passed", "three": "passed"}, 0),
+    ],
+)
+def test_what_was_not_tried_is_said(matrix, monkeypatch, tmp_path, capsys, status, code):
+    outcomes(matrix, monkeypatch, **status)
+    assert matrix.main(["--folder", str(tmp_path)]) == code
+    summary = capsys.readouterr().out.rsplit("\n\n", 1)[1].splitlines()
+    assert [line.split()[0] for line in summary] == ["one", "two", "three"]
+    for name, line in zip(("one", "two", "three"), summary, strict=True):
+        assert status.get(name, "no Python of that version") in line
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [each["status"] for each in written] == [status.get(name, "not run") for name in ("one", "two", "three")]
+
+
+def test_only_what_is_asked_for(matrix, monkeypatch, tmp_path, capsys):
+    outcomes(matrix, monkeypatch, two="passed")
+    assert matrix.main(["two", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("not asked for") == 2
+    with pytest.raises(SystemExit):
+        matrix.main(["four"])
+
+
+def test_a_python_that_is_not_there(matrix, tmp_path):
+    out = matrix.try_row(matrix.Row("future", "9.9"), tmp_path, 1, download=False, jobs=1)
+    assert out.status == "not run" and "no Python 9.9" in out.reason
+    this = "{}.{}".format(*sys.version_info)
+    assert matrix.find_python(this)
+
+
+def test_large_packages_are_counted_where_they_would_come_over_the_network(matrix, tmp_path, monkeypatch):
+    items = [
+        {"download_info": {"url": url}, "metadata": {"name": name}}
+        for name, url in (("here", "file:///a.whl"), ("far", "https://example.invalid/b.whl"))
+    ]
+    (tmp_path / "report.json").write_text(json.dumps({"install": items}))
+
+    class Answer:
+        def __init__(self):
+            self.headers = {"Content-Length": "700"}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: Answer())
+    assert matrix.fetched_bytes(tmp_path / "report.json") == {"far": 700}
+
+
+def test_skipped_tests_are_no_tests_that_ran(matrix, tmp_path):
+    (tmp_path / "tests.xml").write_text(
+        '<testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c"><skipped/></testcase>'
+        '<testcase classname="a" name="d"><failure/></testcase></testsuite>'
+    )
+    assert matrix.counted(tmp_path / "tests.xml") == (2, ["a::d"])
+    assert matrix.counted(tmp_path / "none.xml") == (0, [])
+
+
+def test_the_package_s_requirements_are_read(matrix):
+    found = matrix._requirements()
+    assert any(name.startswith("safetensors") for name in found)
+    assert not any(name.startswith(("torch", "transformers")) for name in found)
