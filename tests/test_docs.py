@@ -88,7 +88,7 @@ def test_named_modules_exist(path):
 def test_named_commands_exist(path):
     from lmvae_fast.cli.app import COMMANDS
 
-    for name in re.findall(r"(?:\$ |`|^)lmvae-fast (\w+)", TEXT[path], re.M):
+    for name in re.findall(r"(?:\$ |`|^)lmvae-fast (\w[\w-]*)", TEXT[path], re.M):
         assert name in {*COMMANDS, "profile"}, name
 
 

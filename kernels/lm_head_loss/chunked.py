@@ -83,6 +83,22 @@ def token_scale(dloss: Tensor | None, dnll: Tensor | None, token_weights: Tensor
     return scale if dnll is None else scale + dnll
 
 
+def take(ctx: Any, gradient: Tensor | None, factor: Tensor | float) -> Tensor | None:
+    """A gradient that forward made, times `factor`: in its own memory, which is what the caller gets.
+
+    The gradient of a head's weight is as large as the weight: a second copy of it would be the largest tensor of a step.
+    `ctx.taken` then says that what forward made is gone, and a second backward over the same graph makes it anew. While a
+    graph is being traced or transformed the product is a tensor of its own.
+    """
+    if gradient is None or isinstance(factor, float):
+        return gradient  # made just now, with the factor in it
+    if type(gradient) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(gradient):
+        return gradient * factor
+    ctx.taken = True
+    # .data: the graph that saved this tensor is not to notice that it changes; nothing reads it there again
+    return gradient.data.mul_(factor)
+
+
 class _Final(torch.autograd.Function):
     """A gradient made in forward: it depends on `anchor` in a way autograd cannot know, so its derivative is refused."""
 
@@ -121,14 +137,15 @@ class Chunked(torch.autograd.Function):
             return (None,) * 7
         scale = token_scale(dloss, dnll, token_weights, nll)
         dhidden = None if jac is None else (jac * scale[:, None]).to(hidden.dtype)
-        if dnll is not None and (dweight is not None or dbias is not None):
+        again = dnll is not None or getattr(ctx, "taken", False)
+        if again and (dweight is not None or dbias is not None):
             want = (False, dweight is not None, dbias is not None)
             *_, dweight, dbias = forward(hidden, weight, labels, bias, scale, ctx.options, want)
-        factor = dloss if dnll is None else 1.0
+        factor = 1.0 if again else dloss
         if dweight is not None:
-            dweight = (dweight * factor).to(weight.dtype)
+            dweight = take(ctx, dweight, factor).to(weight.dtype)
         if dbias is not None:
-            dbias = (dbias * factor).to(bias.dtype)
+            dbias = take(ctx, dbias, factor).to(bias.dtype)
         dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
         dhidden, dweight, dbias, dtoken = final(
             (dhidden, dweight, dbias, dtoken), (hidden, weight, bias, token_weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backend
 from ..registration import autocast, define, primitives, refuse_vmap
 from .checks import check_labels, check_lm_head_loss
-from .chunked import Chunked, final, token_scale
+from .chunked import Chunked, final, take, token_scale
 
 # ---- primitive -----------------------------------------------------------------------------------------------------
 
@@ -51,14 +51,15 @@ def _backward(ctx: Any, dloss, dnll, *_unused) -> tuple:
     softcap, logit_scale, chunk, want_hidden, want_weight, want_bias = ctx.options
     scale = token_scale(dloss, dnll, token_weights, nll)
     dhidden = (jac * scale[:, None]).to(hidden.dtype) if want_hidden else None
-    if dnll is not None and (want_weight or want_bias):
+    again = dnll is not None or getattr(ctx, "taken", False)
+    if again and (want_weight or want_bias):
         run = ctx.primitives.lm_head_loss_fwd
         *_, dweight, dbias = run(
             hidden, weight, labels, bias, scale, softcap, logit_scale, chunk, False, want_weight, want_bias
         )
-    factor = dloss if dnll is None else 1.0
-    dweight = (dweight * factor).to(weight.dtype) if want_weight else None
-    dbias = (dbias * factor).to(bias.dtype) if want_bias else None
+    factor = 1.0 if again else dloss
+    dweight = take(ctx, dweight, factor).to(weight.dtype) if want_weight else None
+    dbias = take(ctx, dbias, factor).to(bias.dtype) if want_bias else None
     dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
     dhidden, dweight, dbias, dtoken = final((dhidden, dweight, dbias, dtoken), (hidden, weight, bias, token_weights))
     return dhidden, dweight, None, dbias, dtoken, *nothing

@@ -172,7 +172,8 @@ def lm_head_loss_fwd(
     written = hidden.dtype if hidden.is_cuda else torch.float32
 
     jac = torch.empty((tokens if want_hidden else 0, width), dtype=hidden.dtype, device=device)
-    dweight = torch.zeros((vocab if want_weight else 0, width), dtype=torch.float32, device=device)
+    rows_of_weight = vocab if want_weight and tokens == 0 else 0
+    dweight = torch.zeros((rows_of_weight, width), dtype=torch.float32, device=device)
     dbias = torch.zeros(vocab if want_bias else 0, dtype=torch.float32, device=device)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
@@ -191,7 +192,13 @@ def lm_head_loss_fwd(
         if want_hidden:
             torch.mm(grad.to(weight.dtype), weight, out=jac[rows])
         if want_weight:
-            dweight += _product(weighted.to(h.dtype).t(), h)
+            dlogits = weighted.to(h.dtype).t()
+            if start == 0:
+                dweight = _product(dlogits, h)  # no zeros to add it to: they would be a second copy
+            elif h.dtype == torch.float32:
+                dweight.addmm_(dlogits, h)
+            else:
+                dweight += _product(dlogits, h)
         if want_bias:
             launch(
                 lm_head_loss_bias_kernel, (triton.cdiv(vocab, _BIAS.constants["BLOCK_V"]),), device, _BIAS,
