@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, refuse_gradients, refuse_vmap
 from . import reference
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
@@ -71,8 +71,7 @@ def greedy_head(hidden: Tensor, head: GreedyHead) -> Tensor:
         raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(head.weight.shape)}: they must end alike")
     if hidden.dtype != torch.float32 or hidden.device != head.weight.device:
         raise TypeError(f"hidden is {hidden.dtype} on {hidden.device}, weight torch.float32 on {head.weight.device}")
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise ValueError("greedy_head has no gradient: hidden must not require one")
+    refuse_gradients("greedy_head", hidden=hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     choice = backend.choose("greedy_head", hidden)
     if choice == "reference":

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backend, philox
-from ..registration import define, primitives, refuse_vmap
+from ..inplace import check_written, written
+from ..registration import define, primitives, reference_gradients, refuse_vmap, tangents
 from . import reference
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
@@ -59,6 +60,13 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (None,) * 6
     z, weight, seed = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        bias = weight.new_zeros(weight.shape[:-1])  # any: the memory is linear in it
+
+        def function(z, weight, bias):
+            return reference.latent_kv(z, weight, bias, ctx.dropout, seed, grad.dtype)
+
+        return *reference_gradients(function, (z, weight, bias), need, (grad,)), None, None, None
     grads = ctx.primitives.latent_kv_bwd(grad, z, weight, ctx.dropout, seed, *need)
     return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), None, None, None
 
@@ -130,7 +138,8 @@ def latent_kv(
         gradients have their dtypes. dW [.., nz] is as large as the weight: `LatentKVAdamW` trains without making it.
 
     Raises:
-        ValueError: sizes that do not match, dropout outside [0, 1), `out` where a gradient is wanted.
+        ValueError: sizes that do not match, dropout outside [0, 1), `out` where a gradient is wanted, or with elements
+            that share memory.
         TypeError: dtypes that are mixed or not floating, torch.func.vmap.
         BackendError: a forced backend cannot run.
 
@@ -142,7 +151,7 @@ def latent_kv(
     philox.dropout_threshold(dropout)  # raises outside [0, 1)
     z = z.to(weight.dtype)
     stream = stream_tensor(seed, z.device) if dropout > 0.0 else None
-    choice = backend.choose("latent_kv", weight, memory=dtype)
+    choice = backend.choose("latent_kv", weight, memory=dtype, **tangents(z, weight, bias, out))
     if choice == "reference":
         memory = reference.latent_kv(z, weight, bias, dropout, stream, dtype)
         return memory if out is None else out.copy_(memory)
@@ -150,6 +159,7 @@ def latent_kv(
         return primitives(choice, z).latent_kv_fwd(z, weight, bias, dropout, stream, dtype)
     with torch.no_grad():
         primitives(choice, z).latent_kv_out(z, weight, bias, dropout, stream, out)
+    written(out)
     return out
 
 
@@ -209,6 +219,7 @@ def _check(
         raise ValueError(f"out is on {out.device} and z on {z.device}")
     if out.dtype not in backend.FLOATS_AND_DOUBLE or (dtype is not None and dtype != out.dtype):
         raise TypeError(f"out is {out.dtype}, the memory asked for is {dtype or 'floating'}")
+    check_written(out=out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, weight, bias, out)):
         raise ValueError("out= has no gradient, but z, weight, bias or out requires one: use torch.no_grad()")
     return out.dtype

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import autocast, define, primitives, refuse_vmap
-from .chunked import Chunked, final, token_scale
+from ..registration import autocast, define, primitives, refuse_vmap, tangents
+from .chunked import Chunked, final, in_chunks, row_dtype, token_scale
 from .reference import IGNORE_INDEX
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -26,7 +26,7 @@ def _fake_fwd(
     return (
         hidden.new_empty((), dtype=acc),
         hidden.new_empty((tokens,), dtype=acc),
-        hidden.new_empty((tokens if want_hidden else 0, width)),
+        hidden.new_empty((tokens if want_hidden else 0, width), dtype=row_dtype(hidden.dtype)),
         hidden.new_empty((vocabulary if want_weight else 0, width), dtype=acc),
         hidden.new_empty((vocabulary if want_bias else 0,), dtype=acc),
     )
@@ -40,7 +40,10 @@ def _triton_fwd(*args):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, labels, bias, token_weights, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, labels, bias, token_weights, *output[1:])
+    ctx.dtype = hidden.dtype
+    *_, want_weight, want_bias = ctx.options
+    again = (hidden, weight, labels, bias) if want_weight or want_bias else (None,) * 4  # a frozen head needs its rows only
+    ctx.save_for_backward(*again, token_weights, *output[1:])
     ctx.mark_non_differentiable(*output[2:])
 
 
@@ -53,17 +56,17 @@ def _backward(ctx: Any, dloss, dnll, *_unused) -> tuple:
     hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias = ctx.saved_tensors
     softcap, logit_scale, chunk, want_hidden, want_weight, want_bias = ctx.options
     scale = token_scale(dloss, dnll, token_weights, nll)
-    dhidden = (jac * scale[:, None]).to(hidden.dtype) if want_hidden else None
+    dhidden = (jac * scale[:, None]).to(ctx.dtype) if want_hidden else None
     if dnll is not None and (want_weight or want_bias):
         run = ctx.primitives.lm_head_loss_fwd
         *_, dweight, dbias = run(
             hidden, weight, labels, bias, scale, softcap, logit_scale, chunk, False, want_weight, want_bias
         )
     factor = dloss if dnll is None else 1.0
-    dweight = (dweight * factor).to(weight.dtype) if want_weight else None
-    dbias = (dbias * factor).to(bias.dtype) if want_bias else None
+    dweight = (dweight * factor).to(ctx.dtype) if want_weight else None
+    dbias = (dbias * factor).to(ctx.dtype) if want_bias else None
     dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
-    dhidden, dweight, dbias, dtoken = final((dhidden, dweight, dbias, dtoken), (hidden, weight, bias, token_weights))
+    dhidden, dweight, dbias, dtoken = final((dhidden, dweight, dbias, dtoken), nll)
     return dhidden, dweight, None, dbias, dtoken, *nothing
 
 
@@ -128,9 +131,10 @@ def _check(hidden, weight, labels, bias, token_weights, softcap, logit_scale, ch
             raise TypeError(f"lm_head_loss: {name} is {value.dtype}, hidden is {hidden.dtype}")
         if name == "token_weights" and not value.dtype.is_floating_point:
             raise TypeError(f"lm_head_loss: token_weights must be floating, got {value.dtype}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    # not math.isfinite: a graph may hold the numbers as symbols
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"lm_head_loss: softcap must be > 0 and finite, or None, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"lm_head_loss: logit_scale must be finite, got {logit_scale}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"lm_head_loss: chunk must be >= 1 token, got {chunk}")
@@ -169,7 +173,8 @@ def lm_head_loss(
     head is frozen, three when it is trained. Rows of d nll_t / d hidden_t are kept unweighted, so a gradient that
     arrives through nll (alone, or beside the one through loss) is exact for hidden at no cost; for weight and bias it
     makes their gradient anew in backward (two more matrix products), so detach nll where it is only logged and the
-    head is trained. token_weights gets its gradient too. Double backward raises.
+    head is trained. token_weights gets its gradient too. Double backward raises. Forward-mode derivatives are plain
+    torch's, over the same chunks.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together; on CPU also labels out of range.
@@ -183,11 +188,14 @@ def lm_head_loss(
     grad = torch.is_grad_enabled()
     want = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
     cap = 0.0 if softcap is None else float(softcap)
-    choice = backend.choose("lm_head_loss", hidden)
+    dual = tangents(hidden, weight, bias, token_weights)
+    choice = backend.choose("lm_head_loss", hidden, **dual)
     if choice == "reference":
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_labels(labels, weight.shape[0])
         options = (cap, float(logit_scale), chunk or (32 if hidden.device.type == "cpu" else 512))
+        if dual:
+            return in_chunks(hidden, weight, labels, bias, token_weights, options)
         return Chunked.apply(hidden, weight, labels, bias, token_weights, options, want)
     run = primitives(choice, hidden).lm_head_loss_fwd
     return run(hidden, weight, labels, bias, token_weights, cap, float(logit_scale), chunk or 0, *want)[:2]

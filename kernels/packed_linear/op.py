@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, refuse_gradients, refuse_vmap
 from . import reference
 from .reference import ACTIVATIONS, PANEL
 
@@ -114,8 +114,7 @@ def packed_linear(
     for name, other in others.items():
         if other is not None and (other.dtype != x.dtype or other.device != x.device):
             raise TypeError(f"{name} is {other.dtype} on {other.device}, x {x.dtype} on {x.device}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others.values())):
-        raise ValueError("packed_linear has no gradient: x, packed, bias and residual must not require one")
+    refuse_gradients("packed_linear", x=x, **others)
     rows, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, out_features)
     choice = backend.choose("packed_linear", x)
     if choice == "reference":
@@ -140,11 +139,20 @@ class PackedLinear:
         self.activation = activation
         none = packed.new_empty((0, packed.shape[1]))
         packed_linear(none, packed, bias, out_features=out_features, activation=activation)
-        self._choice = backend.choose("packed_linear", packed)
+        self._choices: dict[str, str] = {}  # the backend, for each one that may be forced
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``[M, K]`` to ``[M, N]``, the residual ``[M, N]`` added. Not differentiable, and nothing is checked in Python."""
-        if self._choice == "reference":
-            return reference.packed_linear(x, self.packed, self.bias, residual, self.activation, self.out_features)
-        run = torch.ops.lmvae_fast.packed_linear.default
-        return run(x, self.packed, self.bias, residual, ACTIVATIONS.index(self.activation), self.out_features)
+        """``[..., K]`` to ``[..., N]``, the residual ``[..., N]`` added. Not differentiable; the kernel looks at sizes and
+        dtype. Raises ValueError for a tensor that requires a gradient where gradients are recorded, else as
+        `packed_linear`, or RuntimeError from the kernel."""
+        forced = backend.current()
+        choice = self._choices.get(forced) or self._choices.setdefault(forced, backend.choose("packed_linear", self.packed))
+        if choice == "reference":
+            options = {"out_features": self.out_features, "activation": self.activation, "residual": residual}
+            return packed_linear(x, self.packed, self.bias, **options)
+        refuse_gradients("PackedLinear", x=x, residual=residual)
+        run, number = torch.ops.lmvae_fast.packed_linear.default, ACTIVATIONS.index(self.activation)
+        if x.dim() == 2:
+            return run(x, self.packed, self.bias, residual, number, self.out_features)
+        rows, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, self.out_features)
+        return run(rows, self.packed, self.bias, added, number, self.out_features).view(*x.shape[:-1], self.out_features)

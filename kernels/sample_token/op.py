@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, philox
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, refuse_gradients, refuse_vmap
 from . import reference
 
 LARGEST_VOCABULARY = 2**22  # beyond it the unit of the weights would show in the tails
@@ -83,7 +83,8 @@ def sample_token(
         logprob: also return ln of the chosen token's probability under softmax(logits), nothing penalised or filtered.
 
     Returns:
-        ids int64 [B]; with ``logprob`` also fp32 [B]. Not differentiable.
+        ids int64 [B]; with ``logprob`` also fp32 [B]. Not differentiable: where gradients are recorded, ``logprob`` of logits
+        that require one is refused.
 
     A row whose largest score is not finite (NaN, +inf, all -inf) is not drawn from: its id is the greedy one, where a NaN
     counts as the largest, as in torch.argmax. Probabilities below 2^-52 V of the most probable token's count as 0.
@@ -93,6 +94,8 @@ def sample_token(
     _check(logits, rows, steps, seen)
     _check_options(greedy, temperature, top_k, top_p, min_p, repetition_penalty, seen)
     refuse_vmap("sample_token", logits, seen)
+    if logprob:  # an id is a constant to autograd anyway
+        refuse_gradients("sample_token", logits=logits)
     logits, device = logits.detach(), logits.device
     pair = philox.seed_tensor(0 if greedy else seed, device)
     rows = torch.arange(logits.shape[0], device=device) if rows is None else rows
@@ -143,13 +146,14 @@ def _check(logits: Tensor, rows: Tensor | None, steps: Tensor | None, seen: Tens
 def _check_options(
     greedy: bool, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seen: Tensor | None
 ) -> None:
-    if not (penalty > 0.0 and math.isfinite(penalty)):
+    # not math.isfinite: a graph may hold the numbers as symbols
+    if not 0.0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty={penalty} must be above 0 and finite")
     if penalty != 1.0 and seen is None:
         raise ValueError(f"repetition_penalty={penalty} needs seen, the tokens it applies to")
     if greedy:
         return
-    if not (temperature > 0.0 and math.isfinite(temperature)):
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be above 0 and finite; greedy=True takes the most probable token")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k={top_k!r} must be an int, 0 (all tokens) or more")

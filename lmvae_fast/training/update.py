@@ -121,7 +121,7 @@ class Update:
             self.scaler.step(adamw)
         self.scaler.update()
         if self.fused is not None:
-            self.fused.step(clip)
+            self.fused.step(clip=clip)
         self.zero_grad()
 
     def zero_grad(self) -> None:
