@@ -6,7 +6,8 @@ Backends: `cuda` (csrc/cuda), `triton` (CUDA devices; on CPU tensors only in Tri
 `torch.compile(fullgraph=True)` and never synchronises. Nothing falls back silently: a backend that was forced and cannot
 run raises `BackendError` with the reason, and every choice is logged once at INFO.
 
-`LMVAE_BACKEND=reference|cpp|triton|cuda|auto` sets the process-wide choice, `with backend("reference"):` a block's.
+`LMVAE_BACKEND=reference|cpp|triton|cuda|auto` sets the process-wide choice, `with backend("reference"):` a block's: of the
+process where the main thread enters it, of its own thread where another one does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +45,8 @@ class Support:
     """What one backend of one op can take.
 
     dtypes: of the op's main input. primitives: names of the registered torch ops it needs. check: takes the facts given
-    to `choose` and returns None, or the reason why it cannot run.
+    to `choose` and returns None, or the reason why it cannot run. The fact ``forward_ad`` (an input carries a tangent) is
+    looked at here: no kernel has a formula for it.
     """
 
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -63,6 +66,7 @@ class Row(NamedTuple):
 @dataclass
 class _State:
     forced: str = "auto"
+    own_blocks: int = 0  # `with backend(...)` blocks that are open in threads other than the main one
     ops: dict[str, dict[str, Support]] = field(default_factory=dict)
     missing: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
     chosen: dict[tuple, str] = field(default_factory=dict)
@@ -100,6 +104,13 @@ def _find_triton() -> tuple[bool, str]:
     return True, "triton is installed" + (" (interpreter)" if INTERPRET else "")
 
 
+class _Own(threading.local):
+    """What a block entered by this thread forces, where it is not the main one."""
+
+    forced: str | None = None
+
+
+_own, _own_lock = _Own(), threading.Lock()
 _state = _State(forced=_check_name(os.environ.get("LMVAE_BACKEND", "auto") or "auto", "LMVAE_BACKEND"))
 
 
@@ -134,6 +145,8 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, facts: Mapping[
     support = _state.ops[op].get(name)
     if support is None:
         return f"{op} has no {name} implementation"
+    if facts.get("forward_ad"):
+        return f"{name} has no forward-mode derivatives; the reference has"
     interpreted = name == "triton" and device == "cpu"
     if device not in _DEVICES[name] and not interpreted:
         return f"{name} runs on {' and '.join(_DEVICES[name])} tensors, these are on {device}"
@@ -152,7 +165,7 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, facts: Mapping[
 
 
 def _decide(op: str, device: str, dtype: torch.dtype, facts: Mapping[str, Any]) -> str:
-    forced = _state.forced
+    forced = current()
     if forced != "auto":
         reason = why_not(op, forced, device, dtype, facts)
         if reason is not None:
@@ -168,7 +181,7 @@ def _decide(op: str, device: str, dtype: torch.dtype, facts: Mapping[str, Any]) 
 
 def _choose_and_log(op: str, device: str, dtype: torch.dtype, facts: Mapping[str, Any]) -> str:
     name = _decide(op, device, dtype, facts)
-    _state.chosen[(op, _state.forced, device, dtype, *facts.items())] = name
+    _state.chosen[(op, current(), device, dtype, *facts.items())] = name
     logger.info("%s on %s %s %s: %s", op, device, dtype, dict(facts) or "", name)
     return name
 
@@ -182,7 +195,7 @@ def choose(op: str, tensor: torch.Tensor, **facts: Any) -> str:
     device, dtype = tensor.device.type, tensor.dtype
     if torch.compiler.is_compiling():
         return _decide(op, device, dtype, facts)
-    name = _state.chosen.get((op, _state.forced, device, dtype, *facts.items()))
+    name = _state.chosen.get((op, _own.forced or _state.forced, device, dtype, *facts.items()))
     return name if name is not None else _choose_and_log(op, device, dtype, facts)
 
 
@@ -199,17 +212,40 @@ def namespace(name: str, device: str = "cpu") -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend for every op called inside the block (process-wide, like LMVAE_BACKEND): "reference", "cpp",
-    "triton", "cuda", or "auto". Calls that it cannot run raise BackendError."""
-    previous, _state.forced = _state.forced, _check_name(name, "backend")
+    """Force a backend for every op called inside the block: "reference", "cpp", "triton", "cuda", or "auto".
+
+    A block of the main thread holds for the process, like LMVAE_BACKEND: also for the threads that serve it (autograd's,
+    a server's). A block of another thread is its own, and goes before. Calls that it cannot run raise BackendError.
+    """
+    _check_name(name, "backend")
+    # Inside a traced function the block opens and closes while it is traced: nothing is left behind for other threads.
+    if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
+        before, _state.forced = _state.forced, name
+        try:
+            yield
+        finally:
+            _state.forced = before
+        return
+    previous, _own.forced = _own.forced, name
+    with _own_lock:
+        _state.own_blocks += 1
     try:
         yield
     finally:
-        _state.forced = previous
+        _own.forced = previous
+        with _own_lock:
+            _state.own_blocks -= 1
 
 
 def current() -> str:
-    """The forced backend, or "auto"."""
+    """The backend that is forced here, or "auto"."""
+    if not torch.compiler.is_compiling():
+        return _own.forced or _state.forced
+    if _state.own_blocks:  # a graph is guarded by what the process has, and runs in any thread
+        raise BackendError(
+            "a thread other than the main one is inside `with backend(...)`, which torch.compile cannot follow: enter the "
+            "block in the main thread, or set LMVAE_BACKEND"
+        )
     return _state.forced
 
 
@@ -232,9 +268,9 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32, **facts: Any
         for name in BACKENDS:
             reason = why_not(op, name, device, dtype, facts)
             if name == winner:
-                text = f"forced to {name}" if _state.forced != "auto" else "the fastest that can run"
+                text = f"forced to {name}" if current() != "auto" else "the fastest that can run"
             elif reason is None:
-                text = error or (f"forced to {winner}" if _state.forced != "auto" else f"{winner} comes first")
+                text = error or (f"forced to {winner}" if current() != "auto" else f"{winner} comes first")
             else:
                 text = reason
             rows.append(Row(op, name, name == winner, text))

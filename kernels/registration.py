@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backend
 
@@ -63,6 +65,16 @@ def define(
     return name
 
 
+def define_plain(schema: str, function: Callable[..., Any]) -> None:
+    """Define `name(arguments) -> results` as plain torch, for every device: C++ calls by name what Python has written.
+
+    Differentiable as often as what it is made of.
+    """
+    lib = _library("lmvae_fast")
+    lib.define(schema)
+    lib.impl(schema.split("(", 1)[0].strip(), function, "CompositeImplicitAutograd")
+
+
 def primitives(choice: str, tensor: torch.Tensor) -> Any:
     """The torch.ops namespace in which backend `choice` runs a call on `tensor`'s device."""
     return getattr(torch.ops, backend.namespace(choice, tensor.device.type))
@@ -75,6 +87,67 @@ def refuse_vmap(op: str, *tensors: torch.Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and torch._C._functorch.is_batchedtensor(tensor):
             raise TypeError(f"{op} does not support torch.func.vmap: give it the batch as leading dimensions instead")
+
+
+def tangents(*tensors: Tensor | None) -> dict[str, bool]:
+    """For `backend.choose`: says so where a tensor carries a tangent (forward-mode AD), which our kernels would lose."""
+    if forward_ad._current_level < 0:
+        return {}
+    return {"forward_ad": True} if _has_tangent(tensors) else {}
+
+
+def _has_tangent(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError where an op without derivatives gets a tensor that wants one: the graph would end there unsaid."""
+    graded, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not (graded or dual):
+        return
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if graded and tensor.requires_grad:
+            raise ValueError(
+                f"{op} has no gradient: {name} must not require one (detach it, or call {op} under torch.no_grad())"
+            )
+        if dual and _has_tangent((tensor,)):
+            raise ValueError(f"{op} has no derivative: {name} must not carry a tangent of forward-mode AD")
+
+
+def reference_gradients(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of plain torch's `function(*inputs)`, recorded so that they can be differentiated again.
+
+    What an op's backward gives under ``create_graph``, in place of its own kernel, whose result is a number to autograd.
+
+    Args:
+        function: the op's reference, as a function of its differentiable inputs only; one output or a tuple.
+        inputs: those inputs, as autograd saved them. needed: which of them get a gradient; the others give None.
+        grads: of the outputs, None for what was not used.
+    """
+    with torch.enable_grad():
+        leaves = [
+            x if x is None or not need else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            for x, need in zip(inputs, needed, strict=True)
+        ]
+        outputs = function(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        wanted = [x for x, need in zip(leaves, needed, strict=True) if need and x is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in used], wanted, [g for _, g in used], create_graph=True, materialize_grads=True
+            )
+            if used and wanted
+            else [torch.zeros_like(x) for x in wanted]
+        )
+    return tuple(next(found) if need and x is not None else None for x, need in zip(leaves, needed, strict=True))
 
 
 def autocast(device: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -146,8 +146,8 @@ bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* stat
 
 // Merges the ranges; writes nll and the rows of d nll / d hidden (jac null: none), and what the second pass needs.
 template <typename T, typename C>
-void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, const C* acc, C* nll, T* jac,
-            std::vector<TokenDone<C>>* done) {
+void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, const C* acc, C* nll,
+            HeadRow<T>* jac, std::vector<TokenDone<C>>* done) {
   const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width;
   const int64_t grain = jac == nullptr ? 4096 : std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
@@ -260,8 +260,9 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
                static_cast<C>(softcap)};
 
   at::Tensor nll = at::zeros({tokens}, acc_options);
-  at::Tensor jac = n == tokens ? at::empty({want_hidden ? tokens : 0, width}, hidden.options())
-                               : at::zeros({want_hidden ? tokens : 0, width}, hidden.options());
+  const auto row_options = hidden.options().dtype(c10::CppTypeToScalarType<HeadRow<T>>::value);
+  at::Tensor jac = n == tokens ? at::empty({want_hidden ? tokens : 0, width}, row_options)
+                               : at::zeros({want_hidden ? tokens : 0, width}, row_options);
   at::Tensor dweight = at::empty({want_weight ? vocab : 0, width}, acc_options);
   at::Tensor dbias = at::zeros({want_bias ? vocab : 0}, acc_options);
   if (n == 0) return {at::zeros({}, acc_options), nll, jac, dweight.zero_(), dbias};
@@ -281,7 +282,7 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
       gather(call, plan, amx, states.data(), acc);
     }
     finish<T, C>(call, plan, states.data(), acc, nll.mutable_data_ptr<C>(),
-                 want_hidden ? jac.mutable_data_ptr<T>() : nullptr, second ? &done : nullptr);
+                 want_hidden ? jac.mutable_data_ptr<HeadRow<T>>() : nullptr, second ? &done : nullptr);
   }
   at::Tensor weights;
   if (token_weights.has_value()) weights = token_weights->to(acc_type).contiguous();

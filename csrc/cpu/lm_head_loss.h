@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -27,6 +28,11 @@ struct LogitForm {
   const C* bias;
   C scale, softcap;
 };
+
+// Rows of d nll / d hidden as they wait for the gradient of the loss. A loss scale comes with that one only, and until
+// then fp16 would lose what is small.
+template <typename T>
+using HeadRow = std::conditional_t<std::is_same_v<T, c10::Half>, float, T>;
 
 // What a token has gathered over the vocabulary seen so far, its own label left out: the label's logit is kept apart,
 // so that 1 - p(label) comes out as a sum of what is not the label and not as a difference of nearly equal numbers.
@@ -103,10 +109,10 @@ LMVAE_DECLARE(template <typename C> void head_online(C* s, int64_t ld, int64_t r
 LMVAE_DECLARE(template <typename C> void head_gradient(C* s, int64_t ld, int64_t rows, int64_t columns,
                                                        const ::lmvae::LogitForm<C>& form, const int64_t* labels,
                                                        int64_t first, const ::lmvae::TokenDone<C>* done))
-// out = sum_r factors[r] * parts[r] + label_factor * label_row, rounded to T
+// out = sum_r factors[r] * parts[r] + label_factor * label_row, rounded to HeadRow<T>
 LMVAE_DECLARE(template <typename T, typename C> void head_jacobian(const C* const* parts, const C* factors,
                                                                    int64_t count, const T* label_row, C label_factor,
-                                                                   T* out, int64_t n))
+                                                                   ::lmvae::HeadRow<T>* out, int64_t n))
 // out[j] += sum_i s[i][j]; in double, as thousands of tokens add up
 LMVAE_DECLARE(template <typename C> void head_column_sums(const C* s, int64_t ld, int64_t rows, int64_t columns,
                                                           double* out))

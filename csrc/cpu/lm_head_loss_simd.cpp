@@ -104,8 +104,8 @@ void head_gradient(C* s, int64_t ld, int64_t rows, int64_t columns, const LogitF
 }
 
 template <typename T, typename C>
-void head_jacobian(const C* const* parts, const C* factors, int64_t count, const T* label_row, C label_factor, T* out,
-                   int64_t n) {
+void head_jacobian(const C* const* parts, const C* factors, int64_t count, const T* label_row, C label_factor,
+                   HeadRow<T>* out, int64_t n) {
   constexpr int64_t kStep = 256;
   C sum[kStep], row[kStep];
   for (int64_t base = 0; base < n; base += kStep) {
@@ -154,9 +154,9 @@ void head_narrow(const C* x, C factor, T* y, int64_t n) {
   template void head_gradient<C>(C*, int64_t, int64_t, int64_t, const LogitForm<C>&, const int64_t*, int64_t, \
                                  const TokenDone<C>*);                                                        \
   template void head_column_sums<C>(const C*, int64_t, int64_t, int64_t, double*);
-#define LMVAE_HEAD_T(T, C)                                                                         \
-  template void head_jacobian<T, C>(const C* const*, const C*, int64_t, const T*, C, T*, int64_t); \
-  template void head_widen<T, C>(const T*, C*, int64_t);                                           \
+#define LMVAE_HEAD_T(T, C)                                                                                  \
+  template void head_jacobian<T, C>(const C* const*, const C*, int64_t, const T*, C, HeadRow<T>*, int64_t); \
+  template void head_widen<T, C>(const T*, C*, int64_t);                                                    \
   template void head_narrow<T, C>(const C*, C, T*, int64_t);
 LMVAE_HEAD_C(float)
 LMVAE_HEAD_C(double)

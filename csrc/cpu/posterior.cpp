@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -89,6 +90,16 @@ std::tuple<at::Tensor, at::Tensor> posterior_bwd(const std::optional<at::Tensor>
   return {dmu, dlogvar};
 }
 
+// What backward gives under create_graph: op.py writes it in plain torch, so that it has derivatives itself.
+std::tuple<at::Tensor, at::Tensor> posterior_bwd_again(const std::optional<at::Tensor>& dz, const std::optional<at::Tensor>& dkl,
+                                                       const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed,
+                                                       int64_t samples, int64_t mode, double target) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lmvae_fast::posterior_bwd_again", "")
+                             .typed<decltype(posterior_bwd_again)>();
+  return op.call(dz, dkl, mu, logvar, seed, samples, mode, target);
+}
+
 // The same formula as op.py registers for every device, in C++ for CPU tensors: at [512, 128] the call would otherwise
 // spend a third of its time in Python. Both primitives are called through the dispatcher, so that tracing sees them.
 using torch::autograd::AutogradContext;
@@ -117,9 +128,12 @@ struct Posterior : torch::autograd::Function<Posterior> {
                                .typed<decltype(posterior_bwd)>();
     const auto saved = ctx->get_saved_variables();
     const auto optional = [](const Variable& g) { return g.defined() ? std::optional<at::Tensor>(g) : std::nullopt; };
-    auto [dmu, dlogvar] = op.call(optional(grads[0]), optional(grads[1]), saved[0], saved[1], saved[2], saved[3],
-                                  ctx->saved_data["samples"].toInt(), ctx->saved_data["mode"].toInt(),
-                                  ctx->saved_data["target"].toDouble());
+    const int64_t samples = ctx->saved_data["samples"].toInt(), mode = ctx->saved_data["mode"].toInt();
+    const double target = ctx->saved_data["target"].toDouble();
+    const auto dz = optional(grads[0]), dkl = optional(grads[1]);
+    auto [dmu, dlogvar] = at::GradMode::is_enabled()
+                              ? posterior_bwd_again(dz, dkl, saved[0], saved[1], saved[3], samples, mode, target)
+                              : op.call(dz, dkl, saved[0], saved[1], saved[2], saved[3], samples, mode, target);
     return {dmu, dlogvar, Variable(), Variable(), Variable(), Variable()};
   }
 };

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, reference_gradients, refuse_vmap, tangents
 from . import reference
 from .checks import MEMORY, check_coupling_flow
 from .codes import KEEP_ACTIVATIONS, KEEP_NOTHING, KEEP_OUTPUT
 from .plan import saved_columns
-from .spec import FlowParams
+from .spec import FlowParams, spec_of_plan
 
 _KEEP = dict(zip(MEMORY, (KEEP_ACTIVATIONS, KEEP_OUTPUT), strict=True))
 
@@ -57,11 +57,19 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(saved)
     ctx.batch = x.shape[0]
     keep_y = keep == KEEP_OUTPUT
-    ctx.save_for_backward(y if keep_y else None, saved, cond, theta, constants, indices)
+    ctx.save_for_backward(x, y if keep_y else None, saved, cond, theta, constants, indices)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None, _: Tensor | None) -> tuple:
-    y, saved, cond, *flats = ctx.saved_tensors
+    x, y, saved, cond, *flats = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        spec = spec_of_plan(tuple(ctx.ints), tuple(ctx.floats))
+
+        def function(x, cond, theta):
+            return reference.coupling_flow(x, FlowParams(spec, theta, *flats[1:]), cond=cond, inverse=ctx.inverse)
+
+        needed = ctx.needs_input_grad[:3]
+        return *reference_gradients(function, (x, cond, flats[0]), needed, (dy, dlogdet)), *(None,) * 6
     want_cond = cond is not None and ctx.needs_input_grad[1]
     dx, dcond, dtheta = ctx.primitives.coupling_flow_bwd(
         dy, dlogdet, y, saved, cond, *flats, ctx.ints, ctx.floats, ctx.inverse, ctx.batch, want_cond
@@ -96,16 +104,17 @@ def coupling_flow(
 ) -> tuple[Tensor, Tensor]:
     """The flow y = T(x), or its inverse, and the log-determinant of the Jacobian of the map that was run.
 
-    Differentiable once in x, cond and params.theta, in both directions; soft permutations are fixed. Under autocast it
-    computes in the dtype of params.theta (the inverse of a rounded flow is not its inverse).
+    Differentiable in x, cond and params.theta, in both directions; soft permutations are fixed. Second derivatives and
+    forward-mode ones are plain torch's: right, not fast. Under autocast it computes in the dtype of params.theta (the
+    inverse of a rounded flow is not its inverse).
 
     Args:
         x: [B, dim], dim 2 to 1024; fp32, fp16, bf16 or fp64, any strides, B may be 0.
         params: what the flow is (`params.spec`) and its numbers, in the dtype of x.
         cond: [B, cond_dim], concatenated to the input of every conditional coupling's subnets; None when cond_dim is 0.
         inverse: run T^-1.
-        memory: "save" keeps every stage's activations for backward; "recompute" keeps only the output and rebuilds them
-            by running the flow the other way: memory does not grow with depth, for one more forward's arithmetic.
+        memory: "save" keeps every stage's activations for backward; "recompute" keeps only input and output and rebuilds
+            them by running the flow the other way: memory does not grow with depth, for one more forward's arithmetic.
 
     Returns:
         y: [B, dim] in the dtype of x. logdet: [B] in natural-log units, fp32 (fp64 for fp64 inputs).
@@ -121,7 +130,7 @@ def coupling_flow(
         x = x.to(params.theta.dtype)
         cond = cond if cond is None else cond.to(params.theta.dtype)
     check_coupling_flow(x, params, cond, memory)
-    choice = backend.choose("coupling_flow", x)
+    choice = backend.choose("coupling_flow", x, **tangents(x, cond, params.theta))
     if choice == "reference":
         return reference.coupling_flow(x, params, cond=cond, inverse=inverse)
     needs_grad = torch.is_grad_enabled() and (

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -113,11 +113,19 @@ class Slot:
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """The static description of a flow over `dim` channels (2 to 1024), conditioned on `cond_dim` numbers (0: none)."""
+    """The static description of a flow over `dim` channels (2 to 1024), conditioned on `cond_dim` numbers (0: none).
+
+    `slots` says where everything lies, `sizes` how many elements (theta, constants, indices) have, and `plan` is what the
+    compiled kernels read of it.
+    """
 
     dim: int
     cond_dim: int
     stages: tuple[Stage, ...]
+    # Made at once and not when first asked for, so that a call of a new flow can be traced.
+    slots: tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[Slot, ...]] = field(init=False, repr=False, compare=False)
+    sizes: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+    plan: tuple[list[int], list[float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 2 <= self.dim <= MAX_DIM:
@@ -131,6 +139,10 @@ class FlowSpec:
                 raise ValueError(f"stage {i}: split must lie inside (0, dim={self.dim}), got {stage.coupling.split}")
             if stage.coupling.conditional and self.cond_dim == 0:
                 raise ValueError(f"stage {i}: the coupling is conditional but cond_dim is 0")
+        slots = self._slots()
+        object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "sizes", tuple(s[-1].offset + s[-1].numel if s else 0 for s in slots))
+        object.__setattr__(self, "plan", self._plan())
 
     def active(self, coupling: Coupling) -> tuple[int, int]:
         """(first channel, width) of the half that changes."""
@@ -148,8 +160,7 @@ class FlowSpec:
             widths = [inputs, *subnet.hidden, outputs]
             yield n, list(pairwise(widths))
 
-    @cached_property
-    def slots(self) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[Slot, ...]]:
+    def _slots(self) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[Slot, ...]]:
         """Where everything lies in (theta, constants, indices), stage by stage, in this order:
 
         theta: per subnet and layer `weight` [in, out] and `bias` [out]; then `scale` [dim] and `offset` [dim] of the affine;
@@ -182,13 +193,7 @@ class FlowSpec:
                 put(indices, f"stages.{i}.inverse", self.dim)
         return tuple(theta), tuple(constants), tuple(indices)
 
-    @cached_property
-    def sizes(self) -> tuple[int, int, int]:
-        """Number of elements of (theta, constants, indices)."""
-        return tuple(s[-1].offset + s[-1].numel if s else 0 for s in self.slots)  # type: ignore[return-value]
-
-    @cached_property
-    def plan(self) -> tuple[list[int], list[float]]:
+    def _plan(self) -> tuple[list[int], list[float]]:
         """The spec as the integers and the numbers that the compiled kernels read.
 
         Runs of equal blocks are written once with a count: a call should not pay for parsing ten equal blocks.
@@ -207,6 +212,31 @@ class FlowSpec:
                     floats += [float(stage.coupling.clamp), float(stage.coupling.gain)]
             i += period * repeat
         return ints, floats
+
+
+@lru_cache(maxsize=64)
+def spec_of_plan(ints: tuple[int, ...], floats: tuple[float, ...]) -> FlowSpec:
+    """The spec whose `plan` this is."""
+    numbers, reals = iter(ints), iter(floats)
+    dim, cond_dim = next(numbers), next(numbers)
+
+    def stage() -> Stage:
+        coupling = None
+        if next(numbers):
+            split, active, squash, conditional, count = (next(numbers) for _ in range(5))
+            nets = []
+            for _ in range(count):
+                activation = ACTIVATIONS[next(numbers) - 1]
+                nets.append(Subnet(tuple(next(numbers) for _ in range(next(numbers))), activation))
+            clamp, gain = next(reals), next(reals)
+            coupling = Coupling(split, active, tuple(nets), clamp, SQUASHES[squash - 1], gain, bool(conditional))
+        affine, permutation = next(numbers), next(numbers)
+        return Stage(coupling, SCALES[affine - 1] if affine else None, (None, "hard", "soft")[permutation])
+
+    stages: list[Stage] = []
+    for repeat in numbers:
+        stages += [stage() for _ in range(next(numbers))] * repeat
+    return FlowSpec(dim, cond_dim, tuple(stages))
 
 
 def _best_run(stages: tuple[Stage, ...], start: int) -> tuple[int, int]:
@@ -282,7 +312,9 @@ def soft_permutation(matrix: torch.Tensor, dim: int) -> tuple[torch.Tensor, torc
         raise ValueError("permutation matrix holds NaN or Inf")
     singular_values = torch.linalg.svdvals(exact)
     ratio = (singular_values[-1] / singular_values[0]).item() if singular_values[0] > 0 else 0.0
-    floor = dim * torch.finfo(matrix.dtype).eps
+    # Rounding its entries moves no singular value by more than eps / 2 times the Frobenius norm, which is at most sqrt(dim)
+    # times the largest one: above this the matrix that was rounded had an inverse too.
+    floor = math.sqrt(dim) * torch.finfo(matrix.dtype).eps
     if not ratio > floor:
         raise ValueError(
             f"permutation matrix is singular: smallest / largest singular value {ratio:.2e} <= {floor:.2e}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, refuse_gradients, refuse_vmap
 from . import reference
 from .checks import check_hidden, check_weight
 
@@ -66,6 +66,7 @@ def greedy_head(hidden: Tensor, head: GreedyHead) -> Tensor:
     """
     refuse_vmap("greedy_head", hidden)
     check_hidden(hidden, head.weight)
+    refuse_gradients("greedy_head", hidden=hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     choice = backend.choose("greedy_head", hidden)
     if choice == "reference":

@@ -40,11 +40,11 @@ def _check_rank(rank: int, layout: str, **tensors: Tensor) -> None:
 
 
 def _check_scores(scale: float, window: int | None, softcap: float | None) -> None:
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # not math.isfinite: a graph may hold the number as a symbol
         raise ValueError(f"scale must be finite, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be finite and above 0 (None for none), got {softcap}")
 
 
@@ -168,6 +168,13 @@ def check_new_token(k: Tensor, v: Tensor, k_cache: Tensor, positions: Tensor) ->
         if new.dtype != k_cache.dtype or new.device != k_cache.device:
             raise TypeError(f"{name} is {new.dtype} on {new.device}, k_cache {k_cache.dtype} on {k_cache.device}")
     _check_integer("positions", positions, (torch.int64,), batch, k_cache.device)
+
+
+def check_positions(positions: Tensor, capacity: int) -> None:
+    """ValueError if a row of ``positions`` (on the CPU) is not one of the cache's ``capacity`` positions."""
+    for row, position in enumerate(positions.tolist()):
+        if not 0 <= position < capacity:
+            raise ValueError(f"positions must be 0 to {capacity - 1}, got {position} in row {row}")
 
 
 def check_lengths(lengths: Tensor, positions: int) -> None:

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import autocast, define, primitives, refuse_vmap
+from ..inplace import check_written, written
+from ..registration import autocast, define, primitives, refuse_gradients, refuse_vmap, tangents
 from . import reference
-from .checks import check_decode, check_lengths, check_new_token, check_offsets, check_packed, check_tensors
+from .checks import (
+    check_decode,
+    check_lengths,
+    check_new_token,
+    check_offsets,
+    check_packed,
+    check_positions,
+    check_tensors,
+)
 from .visibility import visibility_code
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
@@ -159,7 +168,7 @@ def latent_attention(
     refuse_vmap("latent_attention", q, k, v, memory_k, memory_v, cu_seqlens)
     q, k, v, memory_k, memory_v = autocast(q.device.type, q, k, v, memory_k, memory_v)
     check_packed(q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_seqlen, window, softcap)
-    choice = backend.choose("latent_attention", q)
+    choice = backend.choose("latent_attention", q, **tangents(q, k, v, memory_k, memory_v))
     if choice != "reference":
         options = (visibility_code(visibility), float(scale), max_seqlen, window, softcap)
         return primitives(choice, q).latent_attention_fwd(q, k, v, memory_k, memory_v, cu_seqlens, *options)[0]
@@ -204,12 +213,13 @@ def latent_attention_decode(
         [B, H, D], in the dtype of q.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit. The values of ``lengths`` are
-            checked on the CPU only.
+        ValueError, TypeError: for shapes, dtypes, devices or values that do not fit, and for a tensor that requires a
+            gradient where gradients are recorded. The values of ``lengths`` are checked on the CPU only.
         BackendError: when a forced backend cannot run.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     refuse_vmap("latent_attention_decode", q, k_cache, v_cache, lengths)
+    refuse_gradients("latent_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache)
     q, k_cache, v_cache = autocast(q.device.type, q, k_cache, v_cache)
     check_decode(q, k_cache, v_cache, lengths, scale, window, softcap)
     choice = backend.choose("latent_attention_decode", q)
@@ -238,19 +248,26 @@ def latent_attention_step(
 
     Args:
         q, k_cache, v_cache, lengths, scale, window, softcap: as for `latent_attention_decode`.
-        k, v: [B, Hkv, D], any strides, in the dtype of the caches, which they are written to in place (so these must not
-            be expanded).
+        k, v: [B, Hkv, D], any strides, in the dtype of the caches, which they are written to in place.
         positions: int64 [B], where each row's token goes, 0 to N - 1.
 
-    Returns and raises as `latent_attention_decode`; ValueError, TypeError also for k, v and positions that do not fit.
+    Returns and raises as `latent_attention_decode`; ValueError, TypeError also for k, v and positions that do not fit, and
+    for caches whose elements share memory (expanded ones). Nothing is written where it raises.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, positions=positions, lengths=lengths)
     check_decode(q, k_cache, v_cache, lengths, scale, window, softcap)
     check_new_token(k, v, k_cache, positions)
+    refuse_vmap("latent_attention_step", q, k, v, k_cache, v_cache)
+    refuse_gradients("latent_attention_step", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    check_written(k_cache=k_cache, v_cache=v_cache)
     if backend.choose("latent_attention_decode", q) == "cpp":
-        refuse_vmap("latent_attention_step", q, k, v, k_cache, v_cache)
         run = torch.ops.lmvae_fast.latent_attention_step.default
-        return run(q, k, v, k_cache, v_cache, positions, lengths, float(scale), window, softcap)
+        out = run(q, k, v, k_cache, v_cache, positions, lengths, float(scale), window, softcap)
+        written(k_cache, v_cache)
+        return out
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # before anything is written
+        check_positions(positions, k_cache.shape[2])
+        check_lengths(lengths, k_cache.shape[2])
     rows = torch.arange(q.shape[0], device=q.device)
     k_cache[rows, :, positions], v_cache[rows, :, positions] = k, v
     return latent_attention_decode(q, k_cache, v_cache, lengths, scale=scale, window=window, softcap=softcap)

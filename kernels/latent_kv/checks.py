@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, philox
+from ..inplace import check_written
 
 
 def check_operands(z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -58,6 +59,7 @@ def check_latent_kv(
         raise ValueError(f"out is on {out.device} and z on {z.device}")
     if out.dtype not in backend.FLOATS_AND_DOUBLE or (dtype is not None and dtype != out.dtype):
         raise TypeError(f"out is {out.dtype}, the memory asked for is {dtype or 'floating'}")
+    check_written(out=out)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, weight, bias, out)):
         raise ValueError("out= has no gradient, but z, weight, bias or out requires one: use torch.no_grad()")
     return out.dtype
@@ -100,3 +102,4 @@ def check_step(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor
         if scalar.numel() != 1 or scalar.device != weight.device:
             have = f"{list(scalar.shape)} on {scalar.device}"
             raise ValueError(f"{name} must be a scalar tensor on {weight.device}, got {have}")
+    check_written(weight=weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

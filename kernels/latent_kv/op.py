@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backend, philox
-from ..registration import define, primitives, refuse_vmap
+from ..inplace import written
+from ..registration import define, primitives, reference_gradients, refuse_vmap, tangents
 from . import reference
 from .checks import check_latent_kv
 
@@ -60,6 +61,13 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple:
         return (None,) * 6
     z, weight, seed = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        bias = weight.new_zeros(weight.shape[:-1])  # any: the memory is linear in it
+
+        def function(z, weight, bias):
+            return reference.latent_kv(z, weight, bias, ctx.dropout, seed, grad.dtype)
+
+        return *reference_gradients(function, (z, weight, bias), need, (grad,)), None, None, None
     grads = ctx.primitives.latent_kv_bwd(grad, z, weight, ctx.dropout, seed, *need)
     return *(g if wanted else None for g, wanted in zip(grads, need, strict=True)), None, None, None
 
@@ -131,7 +139,8 @@ def latent_kv(
         gradients have their dtypes. dW [.., nz] is as large as the weight: `LatentKVAdamW` trains without making it.
 
     Raises:
-        ValueError: sizes that do not match, dropout outside [0, 1), `out` where a gradient is wanted.
+        ValueError: sizes that do not match, dropout outside [0, 1), `out` where a gradient is wanted, or with elements
+            that share memory.
         TypeError: dtypes that are mixed or not floating, torch.func.vmap.
         BackendError: a forced backend cannot run.
 
@@ -143,7 +152,7 @@ def latent_kv(
     philox.dropout_threshold(dropout)  # raises outside [0, 1)
     z = z.to(weight.dtype)
     stream = stream_tensor(seed, z.device) if dropout > 0.0 else None
-    choice = backend.choose("latent_kv", weight, memory=dtype)
+    choice = backend.choose("latent_kv", weight, memory=dtype, **tangents(z, weight, bias, out))
     if choice == "reference":
         memory = reference.latent_kv(z, weight, bias, dropout, stream, dtype)
         return memory if out is None else out.copy_(memory)
@@ -151,6 +160,7 @@ def latent_kv(
         return primitives(choice, z).latent_kv_fwd(z, weight, bias, dropout, stream, dtype)
     with torch.no_grad():
         primitives(choice, z).latent_kv_out(z, weight, bias, dropout, stream, out)
+    written(out)
     return out
 
 

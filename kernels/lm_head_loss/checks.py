@@ -65,9 +65,10 @@ def check_lm_head_loss(
             raise TypeError(f"lm_head_loss: {name} is {value.dtype}, hidden is {hidden.dtype}")
         if name == "token_weights" and not value.dtype.is_floating_point:
             raise TypeError(f"lm_head_loss: token_weights must be floating, got {value.dtype}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    # not math.isfinite: a graph may hold the numbers as symbols
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"lm_head_loss: softcap must be > 0 and finite, or None, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"lm_head_loss: logit_scale must be finite, got {logit_scale}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"lm_head_loss: chunk must be >= 1 token, got {chunk}")

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .reference import IGNORE_INDEX
 
 Options = tuple[float, float, int]  # softcap (0: none), logit_scale, chunk
+
+
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the rows d nll / d hidden while they wait for the gradient of the loss, for hidden of this dtype.
+
+    A loss scale comes with that gradient only: until then fp16 would lose what is small.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def forward(
@@ -27,7 +36,7 @@ def forward(
     """One pass over the tokens.
 
     `want` says which of (hidden, weight, bias) get a gradient. Returns loss; nll [T]; the rows d nll_t / d hidden_t
-    [T, H], *not* weighted; and d loss / d weight [V, H], d loss / d bias [V] in the accumulation type.
+    [T, H] of `row_dtype`, *not* weighted; and d loss / d weight [V, H], d loss / d bias [V] in the accumulation type.
     """
     softcap, logit_scale, chunk = options
     acc = torch.promote_types(hidden.dtype, torch.float32)
@@ -36,7 +45,7 @@ def forward(
     # torch's bf16 product on CPU reads past the rows of strided operands, and what lies there can be NaN (seen in 2.13)
     hidden, weight = hidden.contiguous(), weight.contiguous()
     nll = hidden.new_zeros(tokens, dtype=acc)
-    jac = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+    jac = hidden.new_empty(hidden.shape, dtype=row_dtype(hidden.dtype)) if want_hidden else None
     dweight = torch.zeros_like(weight, dtype=acc, memory_format=torch.contiguous_format) if want_weight else None
     dbias = weight.new_zeros(weight.shape[0], dtype=acc) if want_bias else None
 
@@ -62,7 +71,10 @@ def forward(
         grad = grad.where(valid[:, None], 0)
         if slope is not None:
             grad.mul_(slope)
-        if jac is not None:
+        if jac is not None and hidden.dtype == torch.float16:  # rows of size 1, so that small ones do not vanish
+            size = grad.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(acc).tiny)
+            jac[rows] = ((grad / size).to(weight.dtype) @ weight).to(acc) * (size * logit_scale)
+        elif jac is not None:
             jac[rows] = (grad.to(weight.dtype) @ weight).mul_(logit_scale)
         if dweight is not None or dbias is not None:
             if token_weights is not None:
@@ -73,6 +85,22 @@ def forward(
                 dweight.addmm_(grad.T, h.to(acc), alpha=logit_scale)
     loss = nll.sum() if token_weights is None else (nll * token_weights).sum()
     return loss, nll, jac, dweight, dbias
+
+
+def in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """(loss, nll) by torch's own operators, chunk by chunk: what forward-mode AD goes through."""
+    softcap, logit_scale, chunk = options
+    form: dict[str, Any] = {"bias": bias, "softcap": softcap or None, "logit_scale": logit_scale}
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    nll = torch.cat([reference.lm_head_loss(rows, weight, some, **form)[1] for rows, some in parts])
+    return (nll if token_weights is None else nll * token_weights).sum(), nll
 
 
 def token_scale(dloss: Tensor | None, dnll: Tensor | None, token_weights: Tensor | None, nll: Tensor) -> Tensor:
@@ -111,11 +139,12 @@ class _Final(torch.autograd.Function):
         raise RuntimeError("lm_head_loss: its gradient is made in forward and cannot be differentiated again")
 
 
-def final(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """`gradients`, and where backward itself is being recorded (create_graph) ones that refuse to be differentiated."""
+def final(gradients: tuple[Tensor | None, ...], anchor: Tensor) -> tuple[Tensor | None, ...]:
+    """`gradients`, and where backward itself is being recorded (create_graph) ones that refuse to be differentiated.
+
+    anchor: an output of the op, which therefore has a gradient."""
     if not torch.is_grad_enabled():
         return gradients
-    anchor = next(x for x in inputs if x is not None and x.requires_grad)
     return tuple(g if g is None else _Final.apply(g.detach(), anchor) for g in gradients)
 
 
@@ -125,8 +154,9 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, labels, bias, token_weights, options, want):
         loss, nll, jac, dweight, dbias = forward(hidden, weight, labels, bias, token_weights, options, want)
-        ctx.save_for_backward(hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias)
-        ctx.options = options
+        again = (hidden, weight, labels, bias) if want[1] or want[2] else (None,) * 4  # a frozen head needs its rows only
+        ctx.save_for_backward(*again, token_weights, nll, jac, dweight, dbias)
+        ctx.options, ctx.dtype = options, hidden.dtype
         ctx.set_materialize_grads(False)
         return loss, nll
 
@@ -136,18 +166,16 @@ class Chunked(torch.autograd.Function):
         if dloss is None and dnll is None:
             return (None,) * 7
         scale = token_scale(dloss, dnll, token_weights, nll)
-        dhidden = None if jac is None else (jac * scale[:, None]).to(hidden.dtype)
+        dhidden = None if jac is None else (jac * scale[:, None]).to(ctx.dtype)
         again = dnll is not None or getattr(ctx, "taken", False)
         if again and (dweight is not None or dbias is not None):
             want = (False, dweight is not None, dbias is not None)
             *_, dweight, dbias = forward(hidden, weight, labels, bias, scale, ctx.options, want)
         factor = 1.0 if again else dloss
         if dweight is not None:
-            dweight = take(ctx, dweight, factor).to(weight.dtype)
+            dweight = take(ctx, dweight, factor).to(ctx.dtype)
         if dbias is not None:
-            dbias = take(ctx, dbias, factor).to(bias.dtype)
+            dbias = take(ctx, dbias, factor).to(ctx.dtype)
         dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
-        dhidden, dweight, dbias, dtoken = final(
-            (dhidden, dweight, dbias, dtoken), (hidden, weight, bias, token_weights)
-        )
+        dhidden, dweight, dbias, dtoken = final((dhidden, dweight, dbias, dtoken), nll)
         return dhidden, dweight, None, dbias, dtoken, None, None

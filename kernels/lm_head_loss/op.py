@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import autocast, define, primitives, refuse_vmap
+from ..registration import autocast, define, primitives, refuse_vmap, tangents
 from .checks import check_labels, check_lm_head_loss
-from .chunked import Chunked, final, take, token_scale
+from .chunked import Chunked, final, in_chunks, row_dtype, take, token_scale
 
 # ---- primitive -----------------------------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ def _fake_fwd(
     return (
         hidden.new_empty((), dtype=acc),
         hidden.new_empty((tokens,), dtype=acc),
-        hidden.new_empty((tokens if want_hidden else 0, width)),
+        hidden.new_empty((tokens if want_hidden else 0, width), dtype=row_dtype(hidden.dtype)),
         hidden.new_empty((vocabulary if want_weight else 0, width), dtype=acc),
         hidden.new_empty((vocabulary if want_bias else 0,), dtype=acc),
     )
@@ -37,7 +37,10 @@ def _triton_fwd(*args):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, labels, bias, token_weights, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, labels, bias, token_weights, *output[1:])
+    ctx.dtype = hidden.dtype
+    *_, want_weight, want_bias = ctx.options
+    again = (hidden, weight, labels, bias) if want_weight or want_bias else (None,) * 4  # a frozen head needs its rows only
+    ctx.save_for_backward(*again, token_weights, *output[1:])
     ctx.mark_non_differentiable(*output[2:])
 
 
@@ -50,7 +53,7 @@ def _backward(ctx: Any, dloss, dnll, *_unused) -> tuple:
     hidden, weight, labels, bias, token_weights, nll, jac, dweight, dbias = ctx.saved_tensors
     softcap, logit_scale, chunk, want_hidden, want_weight, want_bias = ctx.options
     scale = token_scale(dloss, dnll, token_weights, nll)
-    dhidden = (jac * scale[:, None]).to(hidden.dtype) if want_hidden else None
+    dhidden = (jac * scale[:, None]).to(ctx.dtype) if want_hidden else None
     again = dnll is not None or getattr(ctx, "taken", False)
     if again and (want_weight or want_bias):
         run = ctx.primitives.lm_head_loss_fwd
@@ -58,10 +61,10 @@ def _backward(ctx: Any, dloss, dnll, *_unused) -> tuple:
             hidden, weight, labels, bias, scale, softcap, logit_scale, chunk, False, want_weight, want_bias
         )
     factor = 1.0 if again else dloss
-    dweight = take(ctx, dweight, factor).to(weight.dtype) if want_weight else None
-    dbias = take(ctx, dbias, factor).to(bias.dtype) if want_bias else None
+    dweight = take(ctx, dweight, factor).to(ctx.dtype) if want_weight else None
+    dbias = take(ctx, dbias, factor).to(ctx.dtype) if want_bias else None
     dtoken = dloss * nll if ctx.needs_input_grad[4] and dloss is not None else None
-    dhidden, dweight, dbias, dtoken = final((dhidden, dweight, dbias, dtoken), (hidden, weight, bias, token_weights))
+    dhidden, dweight, dbias, dtoken = final((dhidden, dweight, dbias, dtoken), nll)
     return dhidden, dweight, None, dbias, dtoken, *nothing
 
 
@@ -116,7 +119,8 @@ def lm_head_loss(
     head is frozen, three when it is trained. Rows of d nll_t / d hidden_t are kept unweighted, so a gradient that
     arrives through nll (alone, or beside the one through loss) is exact for hidden at no cost; for weight and bias it
     makes their gradient anew in backward (two more matrix products), so detach nll where it is only logged and the
-    head is trained. token_weights gets its gradient too. Double backward raises.
+    head is trained. token_weights gets its gradient too. Double backward raises. Forward-mode derivatives are plain
+    torch's, over the same chunks.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together; on CPU also labels out of range.
@@ -130,11 +134,14 @@ def lm_head_loss(
     grad = torch.is_grad_enabled()
     want = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
     cap = 0.0 if softcap is None else float(softcap)
-    choice = backend.choose("lm_head_loss", hidden)
+    dual = tangents(hidden, weight, bias, token_weights)
+    choice = backend.choose("lm_head_loss", hidden, **dual)
     if choice == "reference":
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
             check_labels(labels, weight.shape[0])
         options = (cap, float(logit_scale), chunk or (32 if hidden.device.type == "cpu" else 512))
+        if dual:
+            return in_chunks(hidden, weight, labels, bias, token_weights, options)
         return Chunked.apply(hidden, weight, labels, bias, token_weights, options, want)
     run = primitives(choice, hidden).lm_head_loss_fwd
     return run(hidden, weight, labels, bias, token_weights, cap, float(logit_scale), chunk or 0, *want)[:2]

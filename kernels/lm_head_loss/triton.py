@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from ..triton_math import cast, exp_, log_unit, tanh_
+from .chunked import row_dtype
 from .reference import IGNORE_INDEX
 
 # ---- device code -----------------------------------------------------------------------------------------------------
@@ -50,11 +51,13 @@ def _slope(x, softcap):
 
 @triton.jit
 def lm_head_loss_row_kernel(
-    product, bias, labels, token_weights, nll, grad, weighted, vocab, softcap, logit_scale,
+    product, bias, labels, token_weights, nll, grad, weighted, lowered, lift, vocab, softcap, logit_scale,
     stride_product, stride_grad, stride_weighted,
     IGNORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WANT_GRAD: tl.constexpr,
-    WANT_WEIGHTED: tl.constexpr, BLOCK_V: tl.constexpr,
+    WANT_WEIGHTED: tl.constexpr, LIFT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    # LIFT (fp16): a row of grad is stored times a power of two that brings it to size 1, and `lowered` has the inverse;
+    # weighted is stored times `lift`, one for all. Small numbers would be lost before the loss scale comes.
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     inside = (label >= 0) & (label < vocab)
@@ -96,6 +99,15 @@ def lm_head_loss_row_kernel(
         own_grad = -rest / total * logit_scale + broken
         if HAS_CAP:
             own_grad *= _slope(own, softcap)
+        row_lift = 1.0
+        if LIFT:
+            # what is not the label adds up to this, and the label's own is as large
+            size = tl.abs(rest / total * logit_scale)
+            exponent = tl.minimum(tl.maximum((size.to(tl.int32, bitcast=True) >> 23) & 255, 1), 253)
+            row_lift = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+            tl.store(lowered + row, (exponent << 23).to(tl.float32, bitcast=True))
+            if WANT_WEIGHTED:
+                token_weight *= tl.load(lift)
         for start in range(0, vocab, BLOCK_V):
             col = start + lane
             x = tl.load(base + col, mask=col < vocab, other=0.0)
@@ -107,7 +119,7 @@ def lm_head_loss_row_kernel(
             g = tl.where(col == label, own_grad, g)
             g = tl.where(counted, g, 0.0)
             if WANT_GRAD:
-                tl.store(grad + row * stride_grad + col, cast(g, grad.dtype.element_ty), mask=col < vocab)
+                tl.store(grad + row * stride_grad + col, cast(g * row_lift, grad.dtype.element_ty), mask=col < vocab)
             if WANT_WEIGHTED:
                 g *= token_weight
                 tl.store(weighted + row * stride_weighted + col, cast(g, weighted.dtype.element_ty), mask=col < vocab)
@@ -162,16 +174,25 @@ def lm_head_loss_fwd(
     device = hidden.device
     chunk = chunk or default_chunk(tokens, vocab, want_weight)
     trained = want_weight or want_bias
-    weigh = trained and token_weights is not None
+    half = hidden.dtype == torch.float16
+    weigh = trained and (half or token_weights is not None)
     labels = labels.contiguous()
     bias_row = hidden if bias is None else bias.contiguous()
     nll = torch.empty(tokens, dtype=torch.float32, device=device)
     token_row = nll if token_weights is None else token_weights.contiguous()
+    lowered, lift = nll, nll
+    if half:
+        lowered = torch.ones(tokens, dtype=torch.float32, device=device)
+        lift = torch.ones((), dtype=torch.float32, device=device)
+        if trained and token_weights is None:
+            token_row = torch.ones_like(nll)
+        if trained and tokens:  # the largest entry comes to between 2^13 and 2^14, found on the device
+            lift = torch.exp2(13 - (token_row.abs().amax() * abs(logit_scale)).clamp(1e-30, 1e30).log2().floor())
     config = _ROW[1024 if vocab <= 4096 else 4096]
     # Casts to half types are the kernel's; on the interpreter's machine torch's, as its own do not round to nearest.
     written = hidden.dtype if hidden.is_cuda else torch.float32
 
-    jac = torch.empty((tokens if want_hidden else 0, width), dtype=hidden.dtype, device=device)
+    jac = torch.empty((tokens if want_hidden else 0, width), dtype=row_dtype(hidden.dtype), device=device)
     rows_of_weight = vocab if want_weight and tokens == 0 else 0
     dweight = torch.zeros((rows_of_weight, width), dtype=torch.float32, device=device)
     dbias = torch.zeros(vocab if want_bias else 0, dtype=torch.float32, device=device)
@@ -185,11 +206,14 @@ def lm_head_loss_fwd(
         weighted = torch.empty_like(product, dtype=written) if weigh else grad
         launch(
             lm_head_loss_row_kernel, (count,), device, config,
-            product, bias_row, labels[rows], token_row[rows], nll[rows], grad, weighted, vocab, softcap, logit_scale,
-            product.stride(0), grad.stride(0), weighted.stride(0),
+            product, bias_row, labels[rows], token_row[rows], nll[rows], grad, weighted, lowered[rows], lift,
+            vocab, softcap, logit_scale, product.stride(0), grad.stride(0), weighted.stride(0),
             IGNORE=IGNORE_INDEX, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WANT_GRAD=plain, WANT_WEIGHTED=weigh,
+            LIFT=half,
         )  # fmt: skip
-        if want_hidden:
+        if want_hidden and half:
+            torch.mul(_product(grad.to(weight.dtype), weight), lowered[rows, None], out=jac[rows])
+        elif want_hidden:
             torch.mm(grad.to(weight.dtype), weight, out=jac[rows])
         if want_weight:
             dlogits = weighted.to(h.dtype).t()
@@ -204,6 +228,8 @@ def lm_head_loss_fwd(
                 lm_head_loss_bias_kernel, (triton.cdiv(vocab, _BIAS.constants["BLOCK_V"]),), device, _BIAS,
                 weighted, dbias, count, vocab, weighted.stride(0),
             )  # fmt: skip
+    if half and trained:
+        dweight, dbias = dweight.div_(lift), dbias.div_(lift)
     loss = nll.sum() if token_weights is None else (nll * token_weights).sum()
     return loss, nll, jac, dweight, dbias
 
@@ -216,7 +242,7 @@ def _cases() -> list[CompileCase]:
     for dtype in TRITON_TYPES.values():
         row = {
             "product": "*fp32", "bias": f"*{dtype}", "labels": "*i64", "token_weights": "*fp32", "nll": "*fp32",
-            "grad": f"*{dtype}", "weighted": f"*{dtype}", "vocab": "i32", "softcap": "fp32", "logit_scale": "fp32",
+            "grad": f"*{dtype}", "weighted": f"*{dtype}", "lowered": "*fp32", "lift": "*fp32", "vocab": "i32", "softcap": "fp32", "logit_scale": "fp32",
             "stride_product": "i32", "stride_grad": "i32", "stride_weighted": "i32",
         }  # fmt: skip
         kinds = {  # has bias, has softcap, wants the gradient, wants the weighted one
@@ -226,7 +252,7 @@ def _cases() -> list[CompileCase]:
         for block, config in _ROW.items():
             for tag, flags in kinds.items():
                 constants = dict(zip(("HAS_BIAS", "HAS_CAP", "WANT_GRAD", "WANT_WEIGHTED"), flags, strict=True))
-                constants["IGNORE"] = IGNORE_INDEX
+                constants.update(IGNORE=IGNORE_INDEX, LIFT=dtype == "fp16")
                 cases.append(CompileCase(f"row-{dtype}-{block}-{tag}", lm_head_loss_row_kernel, row, config, constants))
         column = {"grad": f"*{dtype}", "dbias": "*fp32", "tokens": "i32", "vocab": "i32", "stride_grad": "i32"}
         cases.append(CompileCase(f"bias-{dtype}", lm_head_loss_bias_kernel, column, _BIAS))

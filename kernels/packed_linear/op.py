@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, refuse_gradients, refuse_vmap
 from . import reference
 from .checks import check_gated, check_packed_linear, check_weight
 from .reference import ACTIVATIONS
@@ -89,6 +89,7 @@ def packed_linear(
     """
     refuse_vmap("packed_linear", x, packed, bias, residual)
     check_packed_linear(x, packed, bias, residual, out_features, activation)
+    refuse_gradients("packed_linear", x=x, packed=packed, bias=bias, residual=residual)
     rows, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, out_features)
     choice = backend.choose("packed_linear", x)
     if choice == "reference":
@@ -113,11 +114,20 @@ class PackedLinear:
         self.activation = activation
         none = packed.new_empty((0, packed.shape[1]))
         packed_linear(none, packed, bias, out_features=out_features, activation=activation)
-        self._choice = backend.choose("packed_linear", packed)
+        self._choices: dict[str, str] = {}  # the backend, for each one that may be forced
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``[M, K]`` to ``[M, N]``, the residual ``[M, N]`` added. Not differentiable, and nothing is checked in Python."""
-        if self._choice == "reference":
-            return reference.packed_linear(x, self.packed, self.bias, residual, self.activation, self.out_features)
-        run = torch.ops.lmvae_fast.packed_linear.default
-        return run(x, self.packed, self.bias, residual, ACTIVATIONS.index(self.activation), self.out_features)
+        """``[..., K]`` to ``[..., N]``, the residual ``[..., N]`` added. Not differentiable; the kernel looks at sizes and
+        dtype. Raises ValueError for a tensor that requires a gradient where gradients are recorded, else as
+        `packed_linear`, or RuntimeError from the kernel."""
+        forced = backend.current()
+        choice = self._choices.get(forced) or self._choices.setdefault(forced, backend.choose("packed_linear", self.packed))
+        if choice == "reference":
+            options = {"out_features": self.out_features, "activation": self.activation, "residual": residual}
+            return packed_linear(x, self.packed, self.bias, **options)
+        refuse_gradients("PackedLinear", x=x, residual=residual)
+        run, number = torch.ops.lmvae_fast.packed_linear.default, ACTIVATIONS.index(self.activation)
+        if x.dim() == 2:
+            return run(x, self.packed, self.bias, residual, number, self.out_features)
+        rows, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, self.out_features)
+        return run(rows, self.packed, self.bias, added, number, self.out_features).view(*x.shape[:-1], self.out_features)

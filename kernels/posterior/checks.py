@@ -23,5 +23,5 @@ def check_posterior_sample(mu: Tensor, logvar: Tensor, num_samples: int, kl: str
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     if kl not in KL_MODES:
         raise ValueError(f"kl={kl!r} is not one of {', '.join(KL_MODES)}")
-    if not (kl_target >= 0.0 and math.isfinite(kl_target)):
+    if not 0.0 <= kl_target < math.inf:  # not math.isfinite: a graph may hold the number as a symbol
         raise ValueError(f"kl_target={kl_target} must be finite and not negative: a divergence is")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import backend, philox
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, define_plain, primitives, reference_gradients, refuse_vmap, tangents
 from . import reference
 from .checks import check_posterior_sample
 from .modes import KL_MODES
@@ -36,6 +36,15 @@ def _triton_bwd(*args):
     return posterior_bwd(*args)
 
 
+def _gradients_again(dz, dkl, mu, logvar, seed, num_samples, mode, target):
+    """What `posterior_bwd` gives, in a form that can be differentiated: for a backward under create_graph."""
+
+    def function(mu, logvar):
+        return reference.posterior_sample(mu, logvar, seed, num_samples, KL_MODES[mode], target)
+
+    return reference_gradients(function, (mu, logvar), (True, True), (dz, dkl))
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     mu, logvar, seed, *ctx.options = inputs
     ctx.save_for_backward(mu, logvar, output[1], seed)
@@ -43,6 +52,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dz: torch.Tensor | None, dkl: torch.Tensor | None) -> tuple:
     mu, logvar, kl, seed = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *_gradients_again(dz, dkl, mu, logvar, seed, *ctx.options), None, None, None, None
     dmu, dlogvar = ctx.primitives.posterior_bwd(dz, dkl, mu, logvar, kl, seed, *ctx.options)
     return dmu, dlogvar, None, None, None, None
 
@@ -59,6 +70,11 @@ define(
     triton=_triton_fwd,
     setup_context=_setup_context,
     backward=_backward,
+)
+define_plain(
+    "posterior_bwd_again(Tensor? dz, Tensor? dkl, Tensor mu, Tensor logvar, Tensor seed, int num_samples, int mode, "
+    "float target) -> (Tensor, Tensor)",
+    _gradients_again,
 )
 backend.register(
     "posterior_sample",
@@ -95,7 +111,8 @@ def posterior_sample(
     Returns:
         z [..., D], or [num_samples, ..., D] when num_samples > 1, in mu's dtype; kl [...] in nats, fp32 (fp64 for fp64).
 
-    Noise is regenerated in backward from its counter and never stored. Arithmetic is fp32 for half types, rounded once.
+    Noise is regenerated in backward from its counter and never stored; second derivatives and forward-mode ones are plain
+    torch's. Arithmetic is fp32 for half types, rounded once.
     Inf and NaN pass through as in the reference. Raises ValueError or TypeError naming the argument, BackendError when a
     forced backend cannot run. Source: Kingma & Welling 2014, equation 10 and appendix B.
     """
@@ -105,7 +122,7 @@ def posterior_sample(
     lead = mu.shape[:-1]
     if mu.dim() != 2:
         mu, logvar = mu.reshape(-1, mu.shape[-1]), logvar.reshape(-1, logvar.shape[-1])
-    choice = backend.choose("posterior_sample", mu)
+    choice = backend.choose("posterior_sample", mu, **tangents(mu, logvar))
     if choice == "reference":
         z, divergence = reference.posterior_sample(mu, logvar, pair, num_samples, kl, kl_target)
     else:

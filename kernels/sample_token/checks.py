@@ -43,13 +43,14 @@ def check_options(
     greedy: bool, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seen: Tensor | None
 ) -> None:
     """Raise ValueError for a number that is out of its range, or a penalty without the tokens it applies to."""
-    if not (penalty > 0.0 and math.isfinite(penalty)):
+    # not math.isfinite: a graph may hold the numbers as symbols
+    if not 0.0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty={penalty} must be above 0 and finite")
     if penalty != 1.0 and seen is None:
         raise ValueError(f"repetition_penalty={penalty} needs seen, the tokens it applies to")
     if greedy:
         return
-    if not (temperature > 0.0 and math.isfinite(temperature)):
+    if not 0.0 < temperature < math.inf:
         raise ValueError(
             f"temperature={temperature} must be above 0 and finite; greedy=True takes the most probable token"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, philox
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, refuse_gradients, refuse_vmap
 from . import reference
 from .checks import check_options, check_tensors
 
@@ -80,7 +80,8 @@ def sample_token(
         logprob: also return ln of the chosen token's probability under softmax(logits), nothing penalised or filtered.
 
     Returns:
-        ids int64 [B]; with ``logprob`` also fp32 [B]. Not differentiable.
+        ids int64 [B]; with ``logprob`` also fp32 [B]. Not differentiable: where gradients are recorded, ``logprob`` of logits
+        that require one is refused.
 
     A row whose largest score is not finite (NaN, +inf, all -inf) is not drawn from: its id is the greedy one, where a NaN
     counts as the largest, as in torch.argmax. Probabilities below 2^-52 V of the most probable token's count as 0.
@@ -90,6 +91,8 @@ def sample_token(
     check_tensors(logits, rows, steps, seen)
     check_options(greedy, temperature, top_k, top_p, min_p, repetition_penalty, seen)
     refuse_vmap("sample_token", logits, seen)
+    if logprob:  # an id is a constant to autograd anyway
+        refuse_gradients("sample_token", logits=logits)
     logits, device = logits.detach(), logits.device
     pair = philox.seed_tensor(0 if greedy else seed, device)
     rows = torch.arange(logits.shape[0], device=device) if rows is None else rows

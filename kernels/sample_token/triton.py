@@ -115,10 +115,10 @@ def _select(
 
 @triton.jit
 def sample_token_kernel(
-    logits, seed, rows, steps, seen, ids, logprob, vocab, bits, inverse, top_k, top_p, log_min_p, penalty, over_penalty,
+    logits, seed, rows, steps, seen, ids, logprob, vocab, inverse, top_k, top_p, log_min_p, penalty, over_penalty,
     stride_b, stride_v, stride_rows, stride_steps, stride_seen_b, stride_seen_v,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, HAS_SEEN: tl.constexpr,
-    LOGPROB: tl.constexpr, BLOCK: tl.constexpr,
+    LOGPROB: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK).to(tl.int64)
@@ -127,9 +127,8 @@ def sample_token_kernel(
     largest, chosen = _best(at, mark, vocab, stride_v, stride_seen_v, penalty, over_penalty, HAS_SEEN, BLOCK)
     if not GREEDY:  # noqa: SIM102 (a constant and a run-time condition)
         if (largest > float("-inf")) & (largest < float("inf")):
-            # 1.5 * 2^bits, built from its bits; top_p arrives as the bits of an fp64 number
-            exponent = tl.full((), 1023, tl.int64) + bits  # not bits.to(): at a vocabulary of 1 it is a constant
-            magic = ((exponent << 52) | (1 << 51)).to(tl.float64, bitcast=True)
+            # 1.5 * 2^BITS, built from its bits; top_p arrives as the bits of an fp64 number
+            magic = tl.full((), ((BITS + 1023) << 52) | (1 << 51), tl.int64).to(tl.float64, bitcast=True)
             least = largest * 0.0 + float("-inf")
             if TOP_K:
                 low, count = _survey(
@@ -200,11 +199,11 @@ def sample_token(logits, seed, rows, steps, seen, greedy, temperature, top_k, to
     launch(
         sample_token_kernel, (batch,), logits.device, _CONFIG,
         logits, seed, rows, steps, ids if seen is None else seen, ids, logprobs if logprob else ids, vocab,
-        vocab.bit_length(), 1.0 / temperature, top_k, struct.unpack("<q", struct.pack("<d", top_p))[0],
+        1.0 / temperature, top_k, struct.unpack("<q", struct.pack("<d", top_p))[0],
         math.log(min_p) if min_p > 0.0 else -math.inf, penalty, 1.0 / penalty, logits.stride(0), logits.stride(1),
         rows.stride(0), steps.stride(0), *mark,
         GREEDY=greedy, TOP_K=0 < top_k < vocab, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0, HAS_SEEN=seen is not None,
-        LOGPROB=logprob,
+        LOGPROB=logprob, BITS=vocab.bit_length(),
     )  # fmt: skip
     return ids, logprobs
 
@@ -224,14 +223,17 @@ def _cases() -> list[CompileCase]:
     for dtype in TRITON_TYPES.values():
         signature: dict[str, str | int] = {
             "logits": f"*{dtype}", "seed": "*i64", "rows": "*i64", "steps": "*i64", "seen": "*u8", "ids": "*i64",
-            "logprob": "*fp32", "vocab": "i32", "bits": "i32", "inverse": "fp32", "top_k": "i32", "top_p": "i64",
+            "logprob": "*fp32", "vocab": "i32", "inverse": "fp32", "top_k": "i32", "top_p": "i64",
             "log_min_p": "fp32", "penalty": "fp32", "over_penalty": "fp32", "stride_b": "i32", "stride_v": 1,
             "stride_rows": 1, "stride_steps": 1, "stride_seen_b": "i32", "stride_seen_v": 1,
         }  # fmt: skip
         for name, mode in modes.items():
             everything = name == "all"
-            constants = {**mode, "HAS_SEEN": everything, "LOGPROB": everything}
+            constants = {**mode, "HAS_SEEN": everything, "LOGPROB": everything, "BITS": 16}
             cases.append(CompileCase(f"{name}-{dtype}", sample_token_kernel, signature, _CONFIG, constants))
+        one = {**signature, "vocab": 1, "top_k": 1}  # Triton makes a constant of what is 1
+        constants = {**modes["all"], "HAS_SEEN": True, "LOGPROB": True, "BITS": 1}
+        cases.append(CompileCase(f"one-token-{dtype}", sample_token_kernel, one, _CONFIG, constants))
     return cases
 
 

@@ -87,7 +87,8 @@ class CouplingFlow(nn.Module):
         memory: "save" or "recompute", see `coupling_flow`.
 
     The numbers live in one flat parameter `theta` (and the buffers `constants`, `indices`); `named_views()` gives every
-    weight by name, input-major ([in, out]). Random numbers come from torch's default generator.
+    weight by name, input-major ([in, out]). Random numbers come from torch's default generator. A flow built on the meta
+    device has no numbers: after `to_empty`, load a state_dict or call `reset_parameters`.
 
     Raises:
         ConfigError: kind, blocks or the number of permutations do not fit. ValueError, TypeError: a permutation is no
@@ -145,11 +146,17 @@ class CouplingFlow(nn.Module):
         self.theta = nn.Parameter(torch.empty(theta))
         self.register_buffer("constants", torch.empty(constants))
         self.register_buffer("indices", torch.empty(indices, dtype=torch.int32))
-        self.register_load_state_dict_post_hook(lambda module, _: module.check_permutations())
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    def reset_parameters(self) -> None:
+        """Draw everything anew: the subnets as nn.Linear does, scales 1 and offsets 0, random permutations."""
+        self._reset(None)
 
     @torch.no_grad()
     def _reset(self, permutations: list[Tensor] | None) -> None:
         """nn.Linear's initialisation for the subnets, scale 1 and offset 0, random or given permutations."""
+        if self.theta.is_meta:
+            return
         views = self.named_views()
         for name, view in views.items():
             if name.endswith(".weight"):
@@ -192,8 +199,13 @@ class CouplingFlow(nn.Module):
                     raise ValueError(f"stage {i}: the stored inverse permutation does not undo the permutation")
             elif stage.permutation == "soft":
                 matrix, inverse = views[f"stages.{i}.matrix"], views[f"stages.{i}.inverse"]
-                _, exact, _ = soft_permutation(matrix.t(), self.spec.dim)
-                if not torch.allclose(inverse.double(), exact, rtol=1e-2, atol=1e-3 * exact.abs().max().item()):
+                soft_permutation(matrix.t(), self.spec.dim)
+                # Each of the two is rounded by up to eps / 2 of its entries, which moves their product by eps |matrix| |inverse|;
+                # in fp32 an inverse that was also computed in fp32 must pass.
+                allowed = max(2 * torch.finfo(matrix.dtype).eps, 1e-3)
+                a, b = matrix.double(), inverse.double()
+                error = (a @ b - torch.eye(self.spec.dim, dtype=torch.float64, device=a.device)).abs()
+                if not (error <= allowed * (a.abs() @ b.abs())).all():
                     raise ValueError(f"stage {i}: the stored inverse matrix is not the inverse of the stored matrix")
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -231,10 +243,20 @@ class CouplingFlow(nn.Module):
         Sets scale and offset of every stage that has them so that, over the batch x [B, dim], each channel leaves that
         stage with mean 0 and standard deviation 1 (unbiased, as FrEIA's ActNorm takes it).
 
-        Raises DataError when there are fewer than 2 rows, or a channel does not vary (its scale would be infinite).
+        Raises DataError, and changes nothing, when there are fewer than 2 rows, a channel does not vary (its scale would
+        be infinite), or the scale it needs is beyond what the stage's kind of scale (below 10 for "sigmoid") or the
+        flow's dtype can hold.
         """
         if x.shape[0] < 2:
             raise DataError("standard deviations need two rows", value=f"{x.shape[0]} rows", limit=">= 2")
+        before = self.theta.detach().clone()
+        try:
+            return self._initialize(x, cond)
+        except DataError:
+            self.theta.copy_(before)
+            raise
+
+    def _initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
         views = self.named_views()
         for i, stage in enumerate(self.spec.stages):
             if stage.affine is not None:
@@ -245,8 +267,17 @@ class CouplingFlow(nn.Module):
                     raise DataError(
                         f"stage {i}: channel {channel} does not vary over the batch", value=f"{len(x)} rows"
                     )
-                views[f"stages.{i}.scale"].copy_(_raw_scale(1 / deviation, stage.affine))
-                views[f"stages.{i}.offset"].copy_(-mean / deviation)
+                values = {"scale": _raw_scale(1 / deviation, stage.affine), "offset": -mean / deviation}
+                for name, value in values.items():
+                    view = views[f"stages.{i}.{name}"].copy_(value)
+                    if not view.isfinite().all():
+                        channel = int((~view.isfinite()).nonzero()[0])
+                        raise DataError(
+                            f"stage {i}: channel {channel} has a deviation that no {stage.affine} {name} of this flow undoes",
+                            value=f"deviation {deviation[channel]:.3g}, which needs a scale of {1 / deviation[channel]:.3g}",
+                            limit=f"scales below 10, in {view.dtype}" if stage.affine == "sigmoid" else f"{view.dtype}",
+                            remedy='rescale the data, or build the flow with "softplus" or "exp" scales in fp32',
+                        )
             x, _ = coupling_flow(x, self._one(i, stage), cond=cond)
         return x
 
@@ -264,6 +295,12 @@ class CouplingFlow(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"dim={spec.dim}, stages={len(spec.stages)}, cond_dim={spec.cond_dim}, memory={self.memory!r}"
+
+
+def _check_loaded(flow: CouplingFlow, _: object) -> None:
+    """After load_state_dict; a function of the module, so that a flow can be pickled."""
+    if not flow.theta.is_meta:
+        flow.check_permutations()
 
 
 def _raw_scale(scale: Tensor, kind: str) -> Tensor:

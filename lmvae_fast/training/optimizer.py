@@ -123,7 +123,7 @@ class Optimizer:
             self.scaler.step(adamw)
         self.scaler.update()
         if self.fused is not None:
-            self.fused.step(clip)
+            self.fused.step(clip=clip)
         self.zero_grad()
 
     def zero_grad(self) -> None:

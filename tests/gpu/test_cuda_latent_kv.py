@@ -169,7 +169,7 @@ def _fused(weight, data, dropout, max_norm):
         memory = optimizer.project(z, dropout=dropout, seed=torch.tensor([step, 0], device="cuda"))
         (memory.sin() * factor).sum().backward()
         norms.append(optimizer.norm_sq().sqrt())
-        optimizer.step(torch.clamp(max_norm / (norms[-1] + 1e-6), max=1.0))
+        optimizer.step(clip=torch.clamp(max_norm / (norms[-1] + 1e-6), max=1.0))
     return weight.detach(), torch.stack(norms)
 
 
@@ -215,7 +215,7 @@ def test_adamw_step_waits_for_nothing_and_makes_no_gradient_of_the_weights_size(
     def step():
         optimizer.project(z, dropout=0.1, seed=None).backward(dmemory)
         norm = optimizer.norm_sq().sqrt()
-        optimizer.step(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        optimizer.step(clip=torch.clamp(1.0 / (norm + 1e-6), max=1.0))
 
     with backend("triton"):
         step()

@@ -72,7 +72,7 @@ def fused_training(weight, bias, data, max_norm, dropout, loss=loss_of):
         bias.grad.mul_(clip)
         rest.step()
         rest.zero_grad()
-        optimizer.step(clip)
+        optimizer.step(clip=clip)
         assert weight.grad is None
         assert optimizer.rank == 0
     return weight.detach(), torch.stack(norms)
@@ -112,7 +112,7 @@ def test_parts_of_a_batch_are_the_whole(name, batch):
     z, factor = torch.randn(batch, NZ), torch.randn(*SHAPE[:2], batch, *SHAPE[2:])
     initial, found = make_weight(), []
     for world in (1, 2):
-        optimizer = LatentKVAdamW(initial.detach().clone(), **OPTIONS)
+        optimizer = LatentKVAdamW(torch.nn.Parameter(initial.detach().clone()), **OPTIONS)
         with backend(name):
             for rank in range(world):
                 stream = torch.tensor([3, 4, rank, world, batch])
@@ -195,7 +195,7 @@ def test_nothing_of_the_weights_size_is_allocated(name):
     with backend(name), watch:
         optimizer.project(z).sum().backward()
         norm = optimizer.norm_sq()
-        optimizer.step(1.0 / norm)
+        optimizer.step(clip=1.0 / norm)
     watch.check()
     # partial sums of dz and of the Gram matrix are bounded by the splits of this small case, not by the weight
     assert biggest <= max(weight.numel() // nz * batch, 300 * batch * nz if name == "triton" else 64 * nz)
@@ -436,7 +436,7 @@ def test_forwards_over_the_first_slots_equal_those_whose_other_slots_nothing_rea
             torch.testing.assert_close(memory, want)
             want.backward(grad)
         torch.testing.assert_close(fused.norm_sq(), plain.grad.square().sum())
-        fused.step(0.5)
+        fused.step(clip=0.5)
         plain.grad.mul_(0.5)
         other.step()
         other.zero_grad()
