@@ -1,4 +1,4 @@
-"""LatentKVAdamW: AdamW of one latent_kv weight as a torch optimizer, fed by the backward pass (the arithmetic is adamw.py's)."""
+"""LatentKVAdamW: AdamW of one latent_kv weight as a torch optimizer, fed by the backward pass; its arithmetic is adamw.py's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .adamw import latent_kv_adamw, latent_kv_norm
 from .held_gradient import HeldGradient
 from .op import latent_kv, stream_tensor
 
-Factors = tuple[Tensor, Tensor, "Tensor | None"]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2] or [5]
+Factors = tuple[
+    Tensor, Tensor, "Tensor | None"
+]  # dmemory [L, 2, B, Hkv, M, D], z [B, nz], the dropout's seed [2] or [5]
 
 
 class _Carry(torch.autograd.Function):
@@ -40,7 +42,9 @@ _FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": T
 def _check_options(group: dict[str, Any]) -> None:
     for name, value in _FIXED.items():
         if group.get(name, value) != value:
-            raise ValueError(f"LatentKVAdamW has no {name}={group[name]}: only {value}; use torch.optim.AdamW for this weight")
+            raise ValueError(
+                f"LatentKVAdamW has no {name}={group[name]}: only {value}; use torch.optim.AdamW for this weight"
+            )
 
 
 class LatentKVAdamW(torch.optim.Optimizer):
@@ -232,7 +236,9 @@ class LatentKVAdamW(torch.optim.Optimizer):
         its gradients first; its value is returned.
         """
         if closure is not None and not callable(closure):
-            raise TypeError(f"closure must be a function, got {type(closure).__name__}; a factor on the gradient is clip=...")
+            raise TypeError(
+                f"closure must be a function, got {type(closure).__name__}; a factor on the gradient is clip=..."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -242,7 +242,8 @@ def _cases() -> list[CompileCase]:
     for dtype in TRITON_TYPES.values():
         row = {
             "product": "*fp32", "bias": f"*{dtype}", "labels": "*i64", "token_weights": "*fp32", "nll": "*fp32",
-            "grad": f"*{dtype}", "weighted": f"*{dtype}", "lowered": "*fp32", "lift": "*fp32", "vocab": "i32", "softcap": "fp32", "logit_scale": "fp32",
+            "grad": f"*{dtype}", "weighted": f"*{dtype}", "lowered": "*fp32", "lift": "*fp32",
+            "vocab": "i32", "softcap": "fp32", "logit_scale": "fp32",
             "stride_product": "i32", "stride_grad": "i32", "stride_weighted": "i32",
         }  # fmt: skip
         kinds = {  # has bias, has softcap, wants the gradient, wants the weighted one

@@ -121,7 +121,9 @@ class PackedLinear:
         dtype. Raises ValueError for a tensor that requires a gradient where gradients are recorded, else as
         `packed_linear`, or RuntimeError from the kernel."""
         forced = backend.current()
-        choice = self._choices.get(forced) or self._choices.setdefault(forced, backend.choose("packed_linear", self.packed))
+        choice = self._choices.get(forced) or self._choices.setdefault(
+            forced, backend.choose("packed_linear", self.packed)
+        )
         if choice == "reference":
             options = {"out_features": self.out_features, "activation": self.activation, "residual": residual}
             return packed_linear(x, self.packed, self.bias, **options)
@@ -130,4 +132,6 @@ class PackedLinear:
         if x.dim() == 2:
             return run(x, self.packed, self.bias, residual, number, self.out_features)
         rows, added = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, self.out_features)
-        return run(rows, self.packed, self.bias, added, number, self.out_features).view(*x.shape[:-1], self.out_features)
+        return run(rows, self.packed, self.bias, added, number, self.out_features).view(
+            *x.shape[:-1], self.out_features
+        )

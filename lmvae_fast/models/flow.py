@@ -200,8 +200,8 @@ class CouplingFlow(nn.Module):
             elif stage.permutation == "soft":
                 matrix, inverse = views[f"stages.{i}.matrix"], views[f"stages.{i}.inverse"]
                 soft_permutation(matrix.t(), self.spec.dim)
-                # Each of the two is rounded by up to eps / 2 of its entries, which moves their product by eps |matrix| |inverse|;
-                # in fp32 an inverse that was also computed in fp32 must pass.
+                # Each is rounded by up to eps / 2 of its entries, which moves their product by eps |matrix| |inverse|; in fp32
+                # an inverse that was also computed in fp32 must pass.
                 allowed = max(2 * torch.finfo(matrix.dtype).eps, 1e-3)
                 a, b = matrix.double(), inverse.double()
                 error = (a @ b - torch.eye(self.spec.dim, dtype=torch.float64, device=a.device)).abs()

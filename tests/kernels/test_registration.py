@@ -75,7 +75,9 @@ def test_second_derivatives_in_fp64(name):
 
 
 @pytest.mark.parametrize("choice", FAST)
-@pytest.mark.parametrize("name", ["posterior free_bits", "latent_kv, dropout", "flow forward save", "flow inverse recompute"])
+@pytest.mark.parametrize(
+    "name", ["posterior free_bits", "latent_kv, dropout", "flow forward save", "flow inverse recompute"]
+)
 def test_a_penalty_on_the_gradient_is_the_references(name, choice):
     """The loss's gradient, and the gradient of that gradient's square, in fp32 on every backend."""
     op, function, inputs = case(name)
@@ -106,7 +108,8 @@ def test_third_derivatives():
     grads = cubed(z)
     for _ in range(3):
         (grads,) = torch.autograd.grad(grads.sum(), z, create_graph=True)
-    torch.testing.assert_close(grads, (6 * weight.view(-1, 3).pow(1) * weight.view(-1, 3).sum(1, keepdim=True) ** 2).sum(0)[None])
+    rows = weight.view(-1, 3)
+    torch.testing.assert_close(grads, (6 * rows * rows.sum(1, keepdim=True) ** 2).sum(0)[None])
 
 
 @pytest.mark.parametrize("choice", FAST)
@@ -135,7 +138,11 @@ def test_the_spec_of_a_plan():
 FORWARD = {
     **{name: TWICE[name] for name in ("posterior free_bits", "latent_kv, dropout")},
     "attention": ("latent_attention", attend, [(5, 2, 4), (5, 1, 4), (5, 1, 4)]),
-    "loss": ("lm_head_loss", lambda h, w, b: lm_head_loss(h, w, LABELS, bias=b, softcap=3.0)[0], [(5, 8), (7, 8), (7,)]),
+    "loss": (
+        "lm_head_loss",
+        lambda h, w, b: lm_head_loss(h, w, LABELS, bias=b, softcap=3.0)[0],
+        [(5, 8), (7, 8), (7,)],
+    ),
     "nll": ("lm_head_loss", lambda h, w: lm_head_loss(h, w, LABELS, chunk=2)[1], [(5, 8), (7, 8)]),
 }
 
@@ -149,7 +156,7 @@ def forward_case(name):
 
 @pytest.mark.parametrize("name", [*FORWARD, "flow forward save"])
 def test_forward_mode_is_the_directional_derivative(name):
-    op, function, inputs = forward_case(name)
+    _, function, inputs = forward_case(name)
     tangents = [torch.randn_like(x) for x in inputs]
 
     def total(*tensors):
@@ -198,9 +205,15 @@ def without_derivatives():
     def linear(x=q[:, 0], packed=packed, bias=bias, residual=residual):
         return packed_linear(x, packed, bias, out_features=9, residual=residual)
 
-    yield from (("latent_attention_decode", name, decode, x) for name, x in (("q", q), ("k_cache", cache), ("v_cache", cache)))
-    yield from (("latent_attention_step", name, step, x) for name, x in (("q", q), ("k", new), ("v", new), ("k_cache", cache)))
-    yield from (("packed_linear", name, linear, x) for name, x in (("x", q[:, 0]), ("bias", bias), ("residual", residual)))
+    yield from (
+        ("latent_attention_decode", name, decode, x) for name, x in (("q", q), ("k_cache", cache), ("v_cache", cache))
+    )
+    yield from (
+        ("latent_attention_step", name, step, x) for name, x in (("q", q), ("k", new), ("v", new), ("k_cache", cache))
+    )
+    yield from (
+        ("packed_linear", name, linear, x) for name, x in (("x", q[:, 0]), ("bias", bias), ("residual", residual))
+    )
     yield "PackedLinear", "x", lambda x: module(x), q[:, 0]
     yield "PackedLinear", "residual", lambda residual: module(q[:, 0], residual), residual
     yield "greedy_head", "hidden", lambda hidden: greedy_head(hidden, head), q[:, 0]
