@@ -82,7 +82,10 @@ def compute_steps() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        memory = [f"{row[n]['held_bytes'] / 2**20:,.0f} + {row[n]['extra_bytes'] / 2**20:,.0f}" for n in ("langvae", "optimus")]
+        memory = [
+            f"{row[n]['held_bytes'] / 2**20:,.0f} + {row[n]['extra_bytes'] / 2**20:,.0f}"
+            for n in ("langvae", "optimus")
+        ]
         lines.append(
             f"| {row['encoder']} x {row['decoder']} | {row['batch']} | {row['langvae']['seconds'] * 1e3:,.0f} ms | "
             f"{row['optimus']['seconds'] * 1e3:,.0f} ms | {row['optimus_over_langvae']:.2f} | {memory[0]} | {memory[1]} |"

@@ -17,11 +17,17 @@ def long_run() -> str:
     for title, name in (("second tenth of the file", "after_a_tenth"), ("last tenth", "at_the_end")):
         part = held[name]
         rows.append(
-            (f"resident memory, {title}", f"{part['median_bytes'] / 1e6:,.0f} MB (at most {part['peak_bytes'] / 1e6:,.0f} MB)")
+            (
+                f"resident memory, {title}",
+                f"{part['median_bytes'] / 1e6:,.0f} MB (at most {part['peak_bytes'] / 1e6:,.0f} MB)",
+            )
         )
     rows += [
         ("its slope over the whole run", f"{held['growth_bytes_over_the_run'] / 1e6:+,.1f} MB"),
-        ("killed with SIGKILL", f"{len(kills)} times, {record['kills_in_mid_file']} of them with a part of the file written"),
+        (
+            "killed with SIGKILL",
+            f"{len(kills)} times, {record['kills_in_mid_file']} of them with a part of the file written",
+        ),
         ("the file after that", "the same bytes" if record["identical"] else "ANOTHER"),
     ]
     lines = ["| figure | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]

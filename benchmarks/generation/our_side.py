@@ -61,7 +61,9 @@ class OurSide:
         self.z = load_file(case["latents"])["z"]
 
     def _compile(self) -> None:
-        torch._inductor.config.freezing = True  # the weights are constants: their layout is settled once, as packing does
+        torch._inductor.config.freezing = (
+            True  # the weights are constants: their layout is settled once, as packing does
+        )
         torch._dynamo.config.recompile_limit = 64  # one compilation per batch size, and one for a single token's run
         decoder = self.model.decoder
         decoder.body.forward = torch.compile(decoder.body.forward, dynamic=False)

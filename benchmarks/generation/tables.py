@@ -104,7 +104,10 @@ def beginnings() -> str:
         "memory": ("memory projected into the cache", "into a tensor of its own, then copied"),
         "prompt": (f"prompt of {record['prompt']} tokens in one pass", "token by token"),
     }
-    lines = ["| work | against | visibility | precision | times faster | by processor time |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| work | against | visibility | precision | times faster | by processor time |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in record["rows"]:
         work = " | ".join(plain[row["what"]])
         figures = f"{row['visibility']} | {row['precision']} | {row['speedup']:.2f} | {row['cpu_speedup']:.2f}"

@@ -20,7 +20,9 @@ def _case(rows: int, inputs: int, outputs: int, device: str, floor: float | None
     pages = LargePages()  # as decoding keeps them
     packed = [pages.empty(*p.shape).copy_(p) for p in (pack_weight(weight.t()) for weight in weights)]
     x = torch.randn(rows, inputs, device=device)
-    onednn = [torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), rows) for w in weights] if device == "cpu" else []
+    onednn = (
+        [torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), rows) for w in weights] if device == "cpu" else []
+    )
 
     def ours() -> list[torch.Tensor]:
         return [packed_linear(x, weight, out_features=outputs) for weight in packed]

@@ -55,7 +55,9 @@ def latent_attention() -> dict[str, Any]:
             # Alone, so that nothing else takes the cache.
             for piece, function in attention(sentences).items():
                 microseconds = timed({piece: function})[piece]
-                medians[f"{piece}, {name}, {count} threads, per pair"] = round(microseconds * count / sentences / pairs, 2)
+                medians[f"{piece}, {name}, {count} threads, per pair"] = round(
+                    microseconds * count / sentences / pairs, 2
+                )
     whole = bench_latent_attention._packed("prefix", "cpu", torch.float32, None)
     return {**medians, **timed({"whole call, prefix": whole.ours, "padded, masked SDPA": whole.baseline})}
 

@@ -60,7 +60,10 @@ def fit_one(
     """One fit and its figures on the test part."""
     torch.manual_seed(settings["seed"])
     config = FlowConfig(
-        kind=settings["kind"], blocks=settings["blocks"], hidden=(settings["hidden"],), permutation=settings["permutation"]
+        kind=settings["kind"],
+        blocks=settings["blocks"],
+        hidden=(settings["hidden"],),
+        permutation=settings["permutation"],
     )
     model = InvertibleCVAE(vae, config, vectors=vectors)
     name = "-".join(str(value) for value in settings.values())
@@ -113,7 +116,9 @@ def main() -> int:
     options = parser.parse_args()
     vae = load_model(options.model)
     vectors = vector_source(options.vectors, vae, None)
-    found, _ = read_definitions(options.data, limit=options.limit, on_empty="drop").with_vectors(vectors, missing="skip")
+    found, _ = read_definitions(options.data, limit=options.limit, on_empty="drop").with_vectors(
+        vectors, missing="skip"
+    )
     train, valid, test = found.split((0.8, 0.1, 0.1), seed=0)
     parts = {"train": train, "valid": valid, "test": test, "all": found}
     command = f"python -m benchmarks.science.definitions {' '.join(sys.argv[1:])}"
@@ -135,7 +140,9 @@ def main() -> int:
             record["fits"].append(fit_one(vae, vectors, parts, settings, options, folder))
             write(record, options.output)
             latest = record["fits"][-1]
-            print(settings, f"NLL {latest['test']['nll']:.3f}", f"sense-BLEU {latest['test']['sense_bleu_standard']:.4f}")
+            print(
+                settings, f"NLL {latest['test']['nll']:.3f}", f"sense-BLEU {latest['test']['sense_bleu_standard']:.4f}"
+            )
     return 0
 
 

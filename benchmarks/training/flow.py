@@ -158,7 +158,10 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(kind, dim, options, Path(folder)) for kind in options.kinds for dim in options.dims]
-    record = {"command": f"python -m benchmarks.training.flow {' '.join(sys.argv[1:])}".strip(), "machine": machine("cpu")}
+    record = {
+        "command": f"python -m benchmarks.training.flow {' '.join(sys.argv[1:])}".strip(),
+        "machine": machine("cpu"),
+    }
     write({**record, "results": results}, options.output)
     for result in results:
         print(f"{result['kind']:>9} dim {result['dim']:>3}: {result['speedup']:.2f}x of FrEIA + AdamW(fused)")

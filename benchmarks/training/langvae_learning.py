@@ -30,7 +30,9 @@ class LangVAELearning:
         self.model = LangVAE.load_from_folder(case["checkpoint"])
         self.model.encoder.caching = True
         self.model.cur_beta, self.model.target_kl = case["langvae_beta"], 0.0
-        self.data = TokenizedDataSet(case["sentences"], self.model.decoder.tokenizer, self.model.decoder.max_len, caching=True)
+        self.data = TokenizedDataSet(
+            case["sentences"], self.model.decoder.tokenizer, self.model.decoder.max_len, caching=True
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), case["learning_rate"])
         self.model.train()
         self.rows: list[int] = []

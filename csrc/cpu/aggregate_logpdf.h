@@ -7,9 +7,11 @@
 
 namespace lmvae {
 
-constexpr int64_t kAggLine = 64;   // bytes: prepared posteriors are padded to whole lines of dimensions, or of posteriors
-constexpr int64_t kAggRows = 4;    // rows of z that a joint density takes at a time
-constexpr int64_t kAggChain = 32;  // terms of a running sum before it is added to its total: long fp32 chains would drift
+constexpr int64_t kAggLine =
+    64;                          // bytes: prepared posteriors are padded to whole lines of dimensions, or of posteriors
+constexpr int64_t kAggRows = 4;  // rows of z that a joint density takes at a time
+constexpr int64_t kAggChain =
+    32;  // terms of a running sum before it is added to its total: long fp32 chains would drift
 constexpr int64_t kAggTile = 256;  // columns that a per-dimension density takes at a time
 
 // Rows of z [z_begin, z_begin + z_count) of every sample and posteriors [begin, begin + count). first_line: where the
@@ -28,7 +30,8 @@ struct AggTask {
 struct AggArgs {
   const void *z, *mu, *logvar;
   int64_t z_sample, z_row, z_col, mu_row, mu_col, logvar_row, logvar_col;
-  int64_t rows, dim, padded, lanes;  // z is [samples, rows, dim]; padded: dim in whole lines; lanes: of the longest group
+  int64_t rows, dim, padded,
+      lanes;  // z is [samples, rows, dim]; padded: dim in whole lines; lanes: of the longest group
   bool per_dim;
   double min_var;
   const AggGroup* groups;
@@ -46,11 +49,16 @@ struct AggArgs {
 }  // namespace lmvae
 
 // Posteriors [begin, end) of a group, counted within it.
-LMVAE_DECLARE(template <typename T> void aggregate_prepare(const ::lmvae::AggArgs& a, int64_t group, int64_t begin, int64_t end))
+LMVAE_DECLARE(template <typename T> void aggregate_prepare(const ::lmvae::AggArgs& a, int64_t group, int64_t begin,
+                                                           int64_t end))
 // Elements of A that a thread needs for the two functions below: forward, backward.
-LMVAE_DECLARE(template <typename T> int64_t aggregate_scratch(const ::lmvae::AggArgs& a, int64_t longest, bool backward))
+LMVAE_DECLARE(template <typename T> int64_t aggregate_scratch(const ::lmvae::AggArgs& a, int64_t longest,
+                                                              bool backward))
 // Rows [begin, end) of a group, counted through its samples.
-LMVAE_DECLARE(template <typename T> void aggregate_fwd_rows(const ::lmvae::AggArgs& a, int64_t group, int64_t begin, int64_t end, void* scratch))
-LMVAE_DECLARE(template <typename T> void aggregate_bwd_rows(const ::lmvae::AggArgs& a, const ::lmvae::AggTask& task, void* scratch))
+LMVAE_DECLARE(template <typename T> void aggregate_fwd_rows(const ::lmvae::AggArgs& a, int64_t group, int64_t begin,
+                                                            int64_t end, void* scratch))
+LMVAE_DECLARE(template <typename T> void aggregate_bwd_rows(const ::lmvae::AggArgs& a, const ::lmvae::AggTask& task,
+                                                            void* scratch))
 // dmu and dlogvar of one posterior from `count` partial sums, the first at `slot`, then `step` apart.
-LMVAE_DECLARE(template <typename T> void aggregate_bwd_posterior(const ::lmvae::AggArgs& a, int64_t posterior, int64_t slot, int64_t step, int64_t count))
+LMVAE_DECLARE(template <typename T> void aggregate_bwd_posterior(const ::lmvae::AggArgs& a, int64_t posterior,
+                                                                 int64_t slot, int64_t step, int64_t count))

@@ -1,8 +1,8 @@
 // aggregate_logpdf: log-densities of rows of z under every posterior of their group, reduced while they are made.
 //
-// A posterior is prepared once (mu, 1 / sqrt(2 e^logvar + min_var), -logvar / 2), so that a density costs one subtraction,
-// two products and a sum; exponentials are e^x of x <= 0. Per dimension, loops run along the dimensions. A joint density
-// sums over them, so there a loop runs along lanes of posteriors, and no sum ever crosses a register.
+// A posterior is prepared once (mu, 1 / sqrt(2 e^logvar + min_var), -logvar / 2), so that a density costs one
+// subtraction, two products and a sum; exponentials are e^x of x <= 0. Per dimension, loops run along the dimensions. A
+// joint density sums over them, so there a loop runs along lanes of posteriors, and no sum ever crosses a register.
 #include <limits>
 
 #include "aggregate_logpdf.h"
@@ -13,7 +13,8 @@ namespace lmvae::LMVAE_ISA {
 template <typename A> constexpr A kInf = std::numeric_limits<A>::infinity();
 template <typename A> constexpr int64_t kLine = kAggLine / static_cast<int64_t>(sizeof(A));  // elements of a line
 
-// ---- elementary functions that vectorise ------------------------------------------------------------------------------
+// ---- elementary functions that vectorise
+// ------------------------------------------------------------------------------
 
 LMVAE_INLINE float exp_lane(float x) { return exp_(x); }
 
@@ -75,8 +76,8 @@ LMVAE_INLINE float log_lane(float x) {
 }
 LMVAE_INLINE double log_lane(double x) { return std::log(x); }
 
-// k - u^2, fused wherever that is one instruction. Written out, because backward takes e^(density - lse) of densities that it
-// makes again: were they rounded differently there, weights that ought to be 1 would not be.
+// k - u^2, fused wherever that is one instruction. Written out, because backward takes e^(density - lse) of densities
+// that it makes again: were they rounded differently there, weights that ought to be 1 would not be.
 LMVAE_INLINE float density_of(float k, float u) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(-u, u, k);
@@ -92,7 +93,8 @@ LMVAE_INLINE double density_of(double k, double u) {
 #endif
 }
 
-// ---- rows and posteriors ----------------------------------------------------------------------------------------------
+// ---- rows and posteriors
+// ----------------------------------------------------------------------------------------------
 
 template <typename A>
 LMVAE_INLINE A* at(void* base, int64_t row, int64_t pitch) {
@@ -122,7 +124,8 @@ void aggregate_prepare(const AggArgs& a, int64_t group, int64_t begin, int64_t e
     for (int64_t d = 0; d < a.padded; d++) {
       A m = 0, lv = 0, scale = 0, ratio = 0;
       if (d < a.dim) {
-        m = static_cast<A>(mu[n * a.mu_row + d * a.mu_col]), lv = static_cast<A>(logvar[n * a.logvar_row + d * a.logvar_col]);
+        m = static_cast<A>(mu[n * a.mu_row + d * a.mu_col]),
+        lv = static_cast<A>(logvar[n * a.logvar_row + d * a.logvar_col]);
         // In double, so that no rounding but the last is added to the density; e^logvar over- and underflows as in A.
         const double twice = 2.0 * static_cast<double>(static_cast<A>(std::exp(static_cast<double>(lv))));
         const double root = 1.0 / std::sqrt(twice + a.min_var);
@@ -150,7 +153,8 @@ void aggregate_prepare(const AggArgs& a, int64_t group, int64_t begin, int64_t e
   }
 }
 
-// ---- per dimension ----------------------------------------------------------------------------------------------------
+// ---- per dimension
+// ----------------------------------------------------------------------------------------------------
 
 template <typename T>
 void marginal_fwd(const AggArgs& a, int64_t group, int64_t begin, int64_t end) {
@@ -230,21 +234,25 @@ void marginal_bwd(const AggArgs& a, const AggTask& task, acc_t<T>* chain) {
     std::fill_n(z, n_cols, A(0)), std::fill_n(lse, n_cols, A(0)), std::fill_n(grad, n_cols, A(0));
     if constexpr (kPosteriors) {
       std::fill_n(chain, 2 * g.count * n_cols, A(0));
-      for (int64_t n = 0; n < 2 * g.count; n++) std::fill_n(at<A>(a.partial, 2 * task.slot + n, a.padded) + c0, n_cols, A(0));
+      for (int64_t n = 0; n < 2 * g.count; n++)
+        std::fill_n(at<A>(a.partial, 2 * task.slot + n, a.padded) + c0, n_cols, A(0));
     }
     for (int64_t r = task.begin; r < task.end; r++) {
       const Place p = place_of(g, r);
       const int64_t row = p.sample * a.rows + p.row;
       load_z<T>(a, p, c0, cols, z);
       load_row(static_cast<const A*>(a.lse) + row * a.dim + c0, 1, lse, cols);
-      load_row(static_cast<const A*>(a.grad) + p.sample * a.grad_sample + p.row * a.grad_row + c0 * a.grad_col, a.grad_col, grad, cols);
+      load_row(static_cast<const A*>(a.grad) + p.sample * a.grad_sample + p.row * a.grad_row + c0 * a.grad_col,
+               a.grad_col, grad, cols);
       std::fill_n(dz, n_cols, A(0)), std::fill_n(part, n_cols, A(0));
       for (int64_t n = 0; n < g.count; n++) {
-        const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded, *q = ratio + n * a.padded;
+        const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded,
+                *q = ratio + n * a.padded;
         A *dm = chain + 2 * n * n_cols, *dv = dm + n_cols;
 #pragma omp simd
         for (int64_t c = 0; c < n_cols; c++) {
-          const A u = (z[c] - m[c]) * s[c], weight = grad[c] * exp_lane(density_of(k[c], u) - lse[c]), pull = weight * u;
+          const A u = (z[c] - m[c]) * s[c], weight = grad[c] * exp_lane(density_of(k[c], u) - lse[c]),
+                  pull = weight * u;
           part[c] += pull * s[c];
           if constexpr (kPosteriors) {
             dm[c] += pull;
@@ -259,16 +267,18 @@ void marginal_bwd(const AggArgs& a, const AggTask& task, acc_t<T>* chain) {
         store_row(dz, static_cast<T*>(a.dz) + row * a.dim + c0, cols);
       }
       if constexpr (kPosteriors) {
-        if ((r - task.begin) % kAggChain == kAggChain - 1 || r + 1 == task.end) flush(a, task, g.count, c0, n_cols, chain);
+        if ((r - task.begin) % kAggChain == kAggChain - 1 || r + 1 == task.end)
+          flush(a, task, g.count, c0, n_cols, chain);
       }
     }
   }
 }
 
-// ---- joint ------------------------------------------------------------------------------------------------------------
+// ---- joint
+// ------------------------------------------------------------------------------------------------------------
 
-// Log-densities, without their constant, of kAggRows rows z [kAggRows, padded] under every posterior: out [kAggRows, lanes].
-// Not inlined: forward and backward must get the same bits (see density_of).
+// Log-densities, without their constant, of kAggRows rows z [kAggRows, padded] under every posterior: out [kAggRows,
+// lanes]. Not inlined: forward and backward must get the same bits (see density_of).
 template <typename A>
 static __attribute__((noinline)) void joint_densities(const AggArgs& a, const AggGroup& g, const A* z, A* out) {
   constexpr int64_t line = kLine<A>;
@@ -366,7 +376,8 @@ void joint_bwd(const AggArgs& a, const AggTask& task, acc_t<T>* z) {
     for (int64_t r = r1; r < r0 + kAggRows; r++) std::fill_n(weights + (r - r0) * a.lanes, count, A(0));
     std::fill_n(dz, 2 * kAggRows * padded, A(0));  // part too
     for (int64_t n = 0; n < g.count; n++) {
-      const A *m = at<A>(a.mean, g.begin + n, padded), *s = at<A>(a.scale, g.begin + n, padded), *q = at<A>(a.ratio, g.begin + n, padded);
+      const A *m = at<A>(a.mean, g.begin + n, padded), *s = at<A>(a.scale, g.begin + n, padded),
+              *q = at<A>(a.ratio, g.begin + n, padded);
       const A w0 = weights[n], w1 = weights[a.lanes + n], w2 = weights[2 * a.lanes + n], w3 = weights[3 * a.lanes + n];
       A *dm = chain + 2 * n * padded, *dv = dm + padded;
 #pragma omp simd
@@ -400,7 +411,8 @@ void joint_bwd(const AggArgs& a, const AggTask& task, acc_t<T>* z) {
   }
 }
 
-// ---- what aggregate_logpdf.cpp calls ------------------------------------------------------------------------------------
+// ---- what aggregate_logpdf.cpp calls
+// ------------------------------------------------------------------------------------
 
 template <typename T>
 int64_t aggregate_scratch(const AggArgs& a, int64_t longest, bool backward) {
@@ -440,11 +452,11 @@ void aggregate_bwd_posterior(const AggArgs& a, int64_t posterior, int64_t slot, 
   }
 }
 
-#define LMVAE_INSTANTIATE(T)                                                                       \
-  template void aggregate_prepare<T>(const AggArgs&, int64_t, int64_t, int64_t);                   \
-  template int64_t aggregate_scratch<T>(const AggArgs&, int64_t, bool);                            \
-  template void aggregate_fwd_rows<T>(const AggArgs&, int64_t, int64_t, int64_t, void*);           \
-  template void aggregate_bwd_rows<T>(const AggArgs&, const AggTask&, void*);                      \
+#define LMVAE_INSTANTIATE(T)                                                             \
+  template void aggregate_prepare<T>(const AggArgs&, int64_t, int64_t, int64_t);         \
+  template int64_t aggregate_scratch<T>(const AggArgs&, int64_t, bool);                  \
+  template void aggregate_fwd_rows<T>(const AggArgs&, int64_t, int64_t, int64_t, void*); \
+  template void aggregate_bwd_rows<T>(const AggArgs&, const AggTask&, void*);            \
   template void aggregate_bwd_posterior<T>(const AggArgs&, int64_t, int64_t, int64_t, int64_t);
 LMVAE_INSTANTIATE(float)
 LMVAE_INSTANTIATE(double)

@@ -146,8 +146,8 @@ bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* stat
 
 // Merges the ranges; writes nll and the rows of d nll / d hidden (jac null: none), and what the second pass needs.
 template <typename T, typename C>
-void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, const C* acc, C* nll,
-            HeadRow<T>* jac, std::vector<TokenDone<C>>* done) {
+void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, const C* acc, C* nll, HeadRow<T>* jac,
+            std::vector<TokenDone<C>>* done) {
   const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width;
   const int64_t grain = jac == nullptr ? 4096 : std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {

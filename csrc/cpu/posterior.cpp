@@ -91,8 +91,9 @@ std::tuple<at::Tensor, at::Tensor> posterior_bwd(const std::optional<at::Tensor>
 }
 
 // What backward gives under create_graph: op.py writes it in plain torch, so that it has derivatives itself.
-std::tuple<at::Tensor, at::Tensor> posterior_bwd_again(const std::optional<at::Tensor>& dz, const std::optional<at::Tensor>& dkl,
-                                                       const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& seed,
+std::tuple<at::Tensor, at::Tensor> posterior_bwd_again(const std::optional<at::Tensor>& dz,
+                                                       const std::optional<at::Tensor>& dkl, const at::Tensor& mu,
+                                                       const at::Tensor& logvar, const at::Tensor& seed,
                                                        int64_t samples, int64_t mode, double target) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("lmvae_fast::posterior_bwd_again", "")

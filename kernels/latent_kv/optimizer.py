@@ -1,4 +1,4 @@
-"""LatentKVAdamW: AdamW of one latent_kv weight as a torch optimizer, fed by the backward pass; its arithmetic is adamw.py's."""
+"""LatentKVAdamW: AdamW of one latent_kv weight as a torch optimizer, fed by the backward pass; adamw.py has the arithmetic."""
 
 from __future__ import annotations
 

@@ -154,7 +154,9 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, labels, bias, token_weights, options, want):
         loss, nll, jac, dweight, dbias = forward(hidden, weight, labels, bias, token_weights, options, want)
-        again = (hidden, weight, labels, bias) if want[1] or want[2] else (None,) * 4  # a frozen head needs its rows only
+        again = (
+            (hidden, weight, labels, bias) if want[1] or want[2] else (None,) * 4
+        )  # a frozen head needs its rows only
         ctx.save_for_backward(*again, token_weights, nll, jac, dweight, dbias)
         ctx.options, ctx.dtype = options, hidden.dtype
         ctx.set_materialize_grads(False)

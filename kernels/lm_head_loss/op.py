@@ -39,7 +39,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, labels, bias, token_weights, *ctx.options = inputs
     ctx.dtype = hidden.dtype
     *_, want_weight, want_bias = ctx.options
-    again = (hidden, weight, labels, bias) if want_weight or want_bias else (None,) * 4  # a frozen head needs its rows only
+    again = (
+        (hidden, weight, labels, bias) if want_weight or want_bias else (None,) * 4
+    )  # a frozen head needs its rows only
     ctx.save_for_backward(*again, token_weights, *output[1:])
     ctx.mark_non_differentiable(*output[2:])
 

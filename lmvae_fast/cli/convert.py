@@ -17,7 +17,9 @@ def convert(
     to: Annotated[str, typer.Option(help="lmvae_fast or langvae.")] = "lmvae_fast",
     encoder: Annotated[str | None, typer.Option(help="Encoder in place of the recorded one.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Decoder in place of the recorded one.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that an earlier conversion wrote.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a target that an earlier conversion wrote.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert a LangVAE checkpoint to a model folder, or back; nothing is unpickled.

@@ -39,7 +39,9 @@ PARTS = ("train", "valid", "test", "all")
 
 Vectors = Annotated[
     str | None,
-    typer.Option(help="Word vectors: `glove`, `encoder` and `decoder` (the model's own), or a file (text, npy, npz, safetensors, CODWOE's json)."),  # noqa: E501
+    typer.Option(
+        help="Word vectors: `glove`, `encoder` and `decoder` (the model's own), or a file (text, npy, npz, safetensors, CODWOE's json)."  # noqa: E501
+    ),
 ]
 Skip = Annotated[bool, typer.Option("--skip-missing", help="Leave words without a vector out, and count them.")]
 Flow = Annotated[Path, typer.Argument(help="Folder that `fit-flow` wrote.")]
@@ -49,8 +51,12 @@ def fit_flow(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Definitions: tsv, csv, jsonl, or CODWOE's json.")] = None,
     vectors: Vectors = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `flow/` at the end.")] = None,
-    word_column: Annotated[str | None, typer.Option(help="Column or field with the word; default: word, lemma, term.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `flow/` at the end.")
+    ] = None,
+    word_column: Annotated[
+        str | None, typer.Option(help="Column or field with the word; default: word, lemma, term.")
+    ] = None,
     gloss_column: Annotated[str | None, typer.Option(help="With the gloss; default: definition, gloss.")] = None,
     pos_column: Annotated[str | None, typer.Option(help="With the label (part of speech); default: pos.")] = None,
     field: Annotated[str | None, typer.Option(help="Of CODWOE's vectors: sgns, char or electra.")] = None,
@@ -69,8 +75,12 @@ def fit_flow(
     early_stop: Annotated[int | None, typer.Option(help="Evaluations without progress before stopping.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the split, the flow's start and the order.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON with sections flow, train and data; flags override.")] = None,  # noqa: E501
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any field: --set flow.permutation=soft (repeatable).")] = None,  # noqa: E501
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON with sections flow, train and data; flags override.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field: --set flow.permutation=soft (repeatable).")
+    ] = None,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -150,7 +160,9 @@ def define(
     samples: Annotated[int, typer.Option(help="Glosses drawn per word.")] = 1,
     vectors: Vectors = None,
     condition: Annotated[str | None, typer.Option(help="Label of all words, for a conditional flow (n, say).")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens per gloss; default: the model's max_len.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens per gloss; default: the model's max_len.")
+    ] = None,
     skip_missing: Skip = False,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     backend: Backend = "auto",
@@ -254,7 +266,9 @@ def read_data(options: dict[str, Any]) -> DefinitionDataset:
         raise ConfigError("unknown field(s) in section data", value=sorted(unknown), limit=", ".join(sorted(known)))
     if not options.get("path"):
         raise ConfigError("no definitions", remedy="give --data FILE")
-    reading = {name: value for name, value in options.items() if value is not None and name not in ("path", "vectors", "field")}
+    reading = {
+        name: value for name, value in options.items() if value is not None and name not in ("path", "vectors", "field")
+    }
     for name in ("word_column", "gloss_column", "pos_column"):
         if name in reading:
             reading[name] = column_name(reading[name])

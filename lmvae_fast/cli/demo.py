@@ -26,11 +26,20 @@ LEARNING_RATE, BETA = 5e-3, 0.05
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(help="Training steps of the VAE; default: 1300, or 200 with --decoder.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of the VAE; default: 1300, or 200 with --decoder.")
+    ] = None,
     language_model_epochs: Annotated[int, typer.Option(help="Epochs of the decoder's own training.")] = 1,
     sentences: Annotated[int, typer.Option(help="Sentences of the bundled corpus.")] = SENTENCES,
-    encoder: Annotated[str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")] = MINILM,
-    decoder: Annotated[str | None, typer.Option(help="Pretrained decoder (smollm2-135m, a .gguf file, a folder, a hub name) in place of the small one that is trained.")] = None,  # noqa: E501
+    encoder: Annotated[
+        str, typer.Option(help="Frozen encoder; without the MiniLM package a small one is trained.")
+    ] = MINILM,
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Pretrained decoder (smollm2-135m, a .gguf file, a folder, a hub name) in place of the small one that is trained."  # noqa: E501
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -195,7 +204,9 @@ class _Demo:
 
         self.tell("[bold]6[/] against the eager reference")
         started = time.perf_counter()
-        size, runs = (32, 5) if self.decoder_name is None else (8, 1)  # the reference reads a large decoder token by token
+        size, runs = (
+            (32, 5) if self.decoder_name is None else (8, 1)
+        )  # the reference reads a large decoder token by token
         self.parity = compare(self.model, self.held_out.texts[:size], self.output, seed=self.seed, runs=runs)
         self.timings["comparison"] = time.perf_counter() - started
         self.figures |= {"parity": self.parity}

@@ -16,8 +16,15 @@ DEFAULT_METRICS = "elbo,active_units,mutual_information,bleu,exact_match,token_a
 
 def evaluate(
     model: Model,
-    data: Annotated[str | None, typer.Argument(help="Sentences: a file, or `corpus`. With --definitions: a file of definitions; default: the flow's own.")] = None,  # noqa: E501
-    of_definitions: Annotated[bool, typer.Option("--definitions", help="Measure how a folder of `fit-flow` defines words.")] = False,  # noqa: E501
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="Sentences: a file, or `corpus`. With --definitions: a file of definitions; default: the flow's own."
+        ),
+    ] = None,
+    of_definitions: Annotated[
+        bool, typer.Option("--definitions", help="Measure how a folder of `fit-flow` defines words.")
+    ] = False,
     column: Annotated[str | None, typer.Option(help="Column or field with the sentence.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most this many sentences.")] = None,
     metrics: Annotated[str | None, typer.Option(help="Comma-separated, or `all`.")] = None,
@@ -25,8 +32,12 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Sentences per pass.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     part: Annotated[str, typer.Option(help="With --definitions: train, valid, test or all.")] = "test",
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="With --definitions: leave words without a vector out.")] = False,  # noqa: E501
-    mover_model: Annotated[str | None, typer.Option(help="With --definitions: encoder of MoverScore (name or folder).")] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="With --definitions: leave words without a vector out.")
+    ] = False,
+    mover_model: Annotated[
+        str | None, typer.Option(help="With --definitions: encoder of MoverScore (name or folder).")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="With --definitions: write an HTML page.")] = None,
     backend: Backend = "auto",
     as_json: Json = False,
@@ -48,7 +59,9 @@ def evaluate(
                 skip_missing=skip_missing, seed=seed, batch_size=batch_size, report=report, as_json=as_json,
             )  # fmt: skip
     if data is None:
-        raise ConfigError("no sentences", remedy="name a file, or `corpus`; with --definitions a flow's folder is enough")
+        raise ConfigError(
+            "no sentences", remedy="name a file, or `corpus`; with --definitions a flow's folder is enough"
+        )
     from lmvae_fast.evaluation.evaluate import METRICS
     from lmvae_fast.evaluation.evaluate import evaluate as run
 

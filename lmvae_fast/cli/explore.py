@@ -76,7 +76,12 @@ def traverse(
     dims: Annotated[str, typer.Option(help="Dimensions, as 0,3,5-7; default: the first eight.")] = "",
     steps: Annotated[int, typer.Option(help="Values per dimension.")] = 7,
     span: Annotated[float, typer.Option(help="How far to go, in standard deviations of the prior.")] = 3.0,
-    quantiles_of: Annotated[Path | None, typer.Option(help="Go over quantiles of the aggregate posterior of these instead: a file of sentences, of latents (.npy, .safetensors), or of `mu` and `logvar` (.safetensors).")] = None,  # noqa: E501
+    quantiles_of: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go over quantiles of the aggregate posterior of these instead: a file of sentences, of latents (.npy, .safetensors), or of `mu` and `logvar` (.safetensors)."  # noqa: E501
+        ),
+    ] = None,
     column: Annotated[str | None, typer.Option(help="With --quantiles-of: column or field with the sentence.")] = None,
     tail: Annotated[float, typer.Option(help="With --quantiles-of: the probability left out at either end.")] = 0.05,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
@@ -98,9 +103,7 @@ def traverse(
         loaded = load_model(model)
         chosen = parse_dims(dims) if dims else list(range(min(8, loaded.config.latent_dim)))
         aggregate = None if quantiles_of is None else _aggregate(loaded, quantiles_of, column)
-        out = run(
-            loaded, _sentence(loaded, text), chosen, steps, span=span, aggregate=aggregate, tail=tail, **options
-        )
+        out = run(loaded, _sentence(loaded, text), chosen, steps, span=span, aggregate=aggregate, tail=tail, **options)
     table = Table("dim", "value", "text")
     for dim, values, texts in zip(out.dims, out.values, out.texts, strict=True):
         for value, decoded in zip(values, texts, strict=True):
@@ -145,7 +148,12 @@ def neighbourhood(
     model: Model,
     text: Annotated[str, typer.Argument(help="The sentence to draw around.")],
     samples: Annotated[int, typer.Option(help="How many latents to draw.")] = 16,
-    scale: Annotated[float | None, typer.Option(help="Standard deviation of the draws, in those of the prior; default: the sentence's own posterior.")] = None,  # noqa: E501
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of the draws, in those of the prior; default: the sentence's own posterior."
+        ),
+    ] = None,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     output: Output = None,
     backend: Backend = "auto",
@@ -169,7 +177,9 @@ def neighbourhood(
         for distance, decoded, latent in zip(out.distances, out.texts, out.latents.tolist(), strict=True)
     ]
     document = {"text": out.text, "center": out.center.tolist(), "neighbours": rows}
-    _show(document, _distances(out.text, out.distances, out.texts), lambda: drawings.neighbourhood(out), output, as_json)
+    _show(
+        document, _distances(out.text, out.distances, out.texts), lambda: drawings.neighbourhood(out), output, as_json
+    )
 
 
 def average(

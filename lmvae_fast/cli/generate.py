@@ -34,19 +34,32 @@ def generate(
     latents: Annotated[Path | None, typer.Option(help="Latents to decode: safetensors, npy or jsonl.")] = None,
     prior: Annotated[int | None, typer.Option(help="Decode this many latents drawn from the prior instead.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Reconstruct the sentences of a file instead.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write (jsonl, or txt for bare texts); continues one begun.")] = None,  # noqa: E501
+    output: Annotated[
+        Path | None, typer.Option(help="File to write (jsonl, or txt for bare texts); continues one begun.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the output anew.")] = False,
     batch_size: Annotated[int, typer.Option(help="Sentences decoded at a time.")] = 64,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens per sentence; default: the model's max_len.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens per sentence; default: the model's max_len.")
+    ] = None,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     min_p: Annotated[float, typer.Option(help="Drop tokens less than this many times as probable as the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that came before become less probable.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that came before become less probable.")
+    ] = 1.0,
     num_samples: Annotated[int, typer.Option(help="Sentences drawn per latent.")] = 1,
     prompt: Annotated[str | None, typer.Option(help="Text that every sentence begins with.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of one prompt per latent: lines of txt, or jsonl.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="For conditional decoders, per latent: its words' labels (lines of txt), or pooled labels (npy, safetensors, jsonl).")] = None,  # noqa: E501
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="For conditional decoders, per latent: its words' labels (lines of txt), or pooled labels (npy, safetensors, jsonl)."  # noqa: E501
+        ),
+    ] = None,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Write each token's log-probability too.")] = False,
-    workers: Annotated[int, typer.Option(help="Processes that decode (with --output); one GPU each where there are any.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes that decode (with --output); one GPU each where there are any.")
+    ] = 1,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -92,7 +105,12 @@ def generate(
     bar = tqdm(total=source.total * num_samples, unit="sentence", disable=as_json and output is None)
     # Ctrl-C ends at once; who asks for an end in order, or whose terminal is gone, gets the block that is being decoded
     signals = StopSignals(signal.SIGTERM, *HANGUP)
-    with use_backend(backend), bar, several or contextlib.nullcontext(), signals if output else contextlib.nullcontext():
+    with (
+        use_backend(backend),
+        bar,
+        several or contextlib.nullcontext(),
+        signals if output else contextlib.nullcontext(),
+    ):
         tokens, begun = 0, time.perf_counter()
 
         def progress(sentences: int, new_tokens: int | None) -> None:
@@ -125,4 +143,3 @@ def generate(
     if signals.received is not None and lines < source.total * num_samples:
         console.print(f"{signals.received}: the same command continues", style="yellow")
         raise typer.Exit(INTERRUPTED)
-

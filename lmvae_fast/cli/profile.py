@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 
 KIND = "profile"  # what the folder of a profile is marked as
 
-app = typer.Typer(no_args_is_help=True, help="Where time, bytes and FLOPs go: the fast path beside the eager reference.")
+app = typer.Typer(
+    no_args_is_help=True, help="Where time, bytes and FLOPs go: the fast path beside the eager reference."
+)
 
 
-Source = Annotated[str | None, typer.Argument(help="Folder of a trained model, or a hub name; none with --tiny or --preset.")]
+Source = Annotated[
+    str | None, typer.Argument(help="Folder of a trained model, or a hub name; none with --tiny or --preset.")
+]
 Tiny = Annotated[bool, typer.Option("--tiny", help="A tiny random model, to see what the report looks like.")]
-Preset = Annotated[str | None, typer.Option(help="Random weights of published shapes: ENCODER,DECODER (bert-base-cased,gpt2).")]
+Preset = Annotated[
+    str | None, typer.Option(help="Random weights of published shapes: ENCODER,DECODER (bert-base-cased,gpt2).")
+]
 System = Annotated[str, typer.Option(help="With --tiny and --preset: langvae or optimus.")]
 LatentDim = Annotated[int, typer.Option(help="With --tiny and --preset: width of the latent.")]
 MaxLen = Annotated[int, typer.Option(help="With --tiny and --preset: most tokens per sentence.")]
@@ -52,7 +58,12 @@ def train(
     max_len: MaxLen = 32,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, both sides together.")] = 10.0,
-    reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Measure the eager reference as well (a second copy of both models).")] = True,  # noqa: E501
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference/--no-reference", help="Measure the eager reference as well (a second copy of both models)."
+        ),
+    ] = True,
     output: Output = Path("runs/profile"),
     backend: Backend = "auto",
     as_json: Json = False,
@@ -93,13 +104,19 @@ def generate(
     preset: Preset = None,
     system: System = "langvae",
     batch_sizes: Annotated[str, typer.Option(help="Sentences at a time, as 1,32,256.")] = "1,32,256",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens per sentence; default: the model's max_len.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per sentence; default: the model's max_len.")
+    ] = None,
     latent_dim: LatentDim = 128,
     max_len: MaxLen = 32,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16: what the decoder's weights are held in; default: as they are.")] = None,  # noqa: E501
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16: what the decoder's weights are held in; default: as they are.")
+    ] = None,
     sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, all sides and sizes together.")] = 20.0,
-    reference: Annotated[bool, typer.Option("--reference/--no-reference", help="Measure the eager loop as well.")] = True,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="Measure the eager loop as well.")
+    ] = True,
     output: Output = Path("runs/profile-generate"),
     backend: Backend = "auto",
     as_json: Json = False,
@@ -129,9 +146,7 @@ def generate(
         subject = _subject(model, tiny, preset, system, latent_dim, max_len, _texts("corpus", None, 32)).eval()
         if precision is not None:
             torch.nn.Module.to(subject.decoder.model, dtypes[precision])
-        record = profile_generate(
-            subject, config, batches=sizes, folder=output, seconds=seconds, reference=reference
-        )
+        record = profile_generate(subject, config, batches=sizes, folder=output, seconds=seconds, reference=reference)
     if _written(record, write_generate, output, as_json):
         return
     for row in record["batches"]:
@@ -145,7 +160,9 @@ def generate(
             console.print(f"the engine is {row['speedup']:.2f} times as fast")
 
 
-def _written(record: dict[str, Any], write: Callable[[dict[str, Any], Path], Path], output: Path, as_json: bool) -> bool:
+def _written(
+    record: dict[str, Any], write: Callable[[dict[str, Any], Path], Path], output: Path, as_json: bool
+) -> bool:
     """Write record and report; whether nothing is left to print."""
     (output / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
     report = write(record, output / "report.html")
@@ -172,7 +189,9 @@ def _sizes(text: str) -> list[int]:
     """Batch sizes of a text: ``"1,32"`` -> ``[1, 32]``. Raises ConfigError for anything but numbers of at least 1."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError("--batch-sizes wants numbers", value=text, limit="at least 1 each", remedy="for example 1,32,256")
+        raise ConfigError(
+            "--batch-sizes wants numbers", value=text, limit="at least 1 each", remedy="for example 1,32,256"
+        )
     return [int(part) for part in parts]
 
 
@@ -181,8 +200,12 @@ def _texts(data: str, column: str | None, batch_size: int) -> list[str]:
     from lmvae_fast.data import generate_corpus, read
     from lmvae_fast.errors import DataError
 
-    wanted = 16 * batch_size  # as many as one window of the batch plan: batches then are of even lengths, as in training
-    dataset = generate_corpus(wanted, seed=0) if data == "corpus" else read(data, limit=wanted, column=column_name(column))
+    wanted = (
+        16 * batch_size
+    )  # as many as one window of the batch plan: batches then are of even lengths, as in training
+    dataset = (
+        generate_corpus(wanted, seed=0) if data == "corpus" else read(data, limit=wanted, column=column_name(column))
+    )
     texts = list(dataset.texts)
     if len(texts) < batch_size:
         raise DataError(

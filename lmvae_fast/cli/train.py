@@ -13,17 +13,25 @@ SECTIONS = ("model", "train", "data")
 
 
 def train(
-    data: Annotated[str | None, typer.Option(help="Sentences: a txt, jsonl, csv, tsv or SRL file; or `corpus`, the bundled one.")] = None,  # noqa: E501
-    eval_data: Annotated[str | None, typer.Option(help="Held-out sentences; default: 10 % of the data, by seed.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Sentences: a txt, jsonl, csv, tsv or SRL file; or `corpus`, the bundled one.")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Held-out sentences; default: 10 % of the data, by seed.")
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Column or field with the sentence (csv, tsv, jsonl).")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many sentences.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `model/` at the end.")] = None,  # noqa: E501
+    output: Annotated[
+        str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `model/` at the end.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="Preset: langvae, optimus or llamavae.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Hugging Face encoder: name or folder.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Hugging Face decoder: name or folder.")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
     max_len: Annotated[int | None, typer.Option(help="Most tokens per sentence, its end included.")] = None,
-    annotations: Annotated[bool, typer.Option("--annotations", help="Condition on the data's per-word labels.")] = False,
+    annotations: Annotated[
+        bool, typer.Option("--annotations", help="Condition on the data's per-word labels.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; overrides epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sentences per batch.")] = None,
@@ -32,11 +40,22 @@ def train(
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order, noise, dropout and initialisation.")] = None,
     on_long: Annotated[str | None, typer.Option(help="Sentences over max_len: truncate, drop or error.")] = None,
-    start: Annotated[str | None, typer.Option("--from", help="Saved model to go on from; model flags given change it (train_decoder, decoder_part ...).")] = None,  # noqa: E501
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Saved model to go on from; model flags given change it (train_decoder, decoder_part ...)."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
-    shard: Annotated[bool, typer.Option("--shard", help="Hold the decoder's layers in pieces, one on each process of torchrun.")] = False,  # noqa: E501
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON with sections model, train and data; flags override.")] = None,  # noqa: E501
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Hold the decoder's layers in pieces, one on each process of torchrun.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON with sections model, train and data; flags override.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")
+    ] = None,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -89,7 +108,9 @@ def train(
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if ranks.first and not as_json:
-            console.print(f"{len(train_data)} sentences to train on, {len(held_out)} held out; {trainable:,} parameters train")
+            console.print(
+                f"{len(train_data)} sentences to train on, {len(held_out)} held out; {trainable:,} parameters train"
+            )
         result = run_training(model, train_data, held_out, train_config)
         saved = "last"
         if train_config.final_model == "best" and result.best_checkpoint is not None:

@@ -137,7 +137,9 @@ def evaluate(
     count_start = bool(getattr(model.config, "count_start_token", False))
     result = _summary(table, metrics, sentences, samples, seed, count_start)
     for name in ("perplexity", "elbo_perplexity"):
-        if result.get(name) == math.inf and math.isfinite(result["elbo" if name == "elbo_perplexity" else "log_likelihood"]):
+        if result.get(name) == math.inf and math.isfinite(
+            result["elbo" if name == "elbo_perplexity" else "log_likelihood"]
+        ):
             logger.warning("%s is too large for a number and is left out", name)
             del result[name]
     require_finite(result, "check the model's weights; a training run's last good checkpoint is in its folder")

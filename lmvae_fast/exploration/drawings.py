@@ -38,9 +38,7 @@ class Drawing:
             report.table(self.header, self.rows)
             return report.write(path)
         with replacing(path) as temporary:
-            self.figure.savefig(
-                temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": GENERATOR}
-            )
+            self.figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": GENERATOR})
         return path
 
 
@@ -100,7 +98,9 @@ def traversal(out: Traversal) -> Drawing:
                 axis.text(column, row, words, ha="center", va="center", fontsize=6, parse_math=False)
     axis.grid(visible=False)
     names = _column_names(out)
-    axis.set(xticks=range(steps), xticklabels=names, yticks=range(len(out.dims)), yticklabels=[f"z[{d}]" for d in out.dims])
+    axis.set(
+        xticks=range(steps), xticklabels=names, yticks=range(len(out.dims)), yticklabels=[f"z[{d}]" for d in out.dims]
+    )
     own = out.probabilities is not None
     cells = [
         [f"{text} ({value:+.2f})" if own else text for value, text in zip(values, texts, strict=True)]
@@ -154,6 +154,8 @@ def _scatter(latents: Sequence[Tensor], names: Sequence[str]) -> Any:
     axis.scatter(points[1:, 0], points[1:, 1], s=26, alpha=0.8)
     axis.scatter(points[:1, 0], points[:1, 1], s=110, marker="*")
     for point, name in zip(points, names, strict=True):
-        axis.annotate(textwrap.shorten(name, 50), point, (5, 4), textcoords="offset points", fontsize=8, parse_math=False)
+        axis.annotate(
+            textwrap.shorten(name, 50), point, (5, 4), textcoords="offset points", fontsize=8, parse_math=False
+        )
     axis.set(xlabel="first main direction", ylabel="second")
     return figure

@@ -92,7 +92,13 @@ class Average:
 
 
 def interpolate(
-    model: LMVAE, a: Item, b: Item, steps: int = 11, *, spherical: bool = False, annotations: Tensor | None = None,
+    model: LMVAE,
+    a: Item,
+    b: Item,
+    steps: int = 11,
+    *,
+    spherical: bool = False,
+    annotations: Tensor | None = None,
     **options: Any,
 ) -> Interpolation:
     """Decode ``steps`` points on the way from a to b, both ends included.
@@ -273,7 +279,12 @@ def average(
     Raises LatentError for no items or weights that do not fit; LatentError and DataError for items that do not.
     """
     shares = [1.0] * len(items) if weights is None else [float(weight) for weight in weights]
-    if isinstance(items, (str, Tensor)) or len(shares) != len(items) or not all(w >= 0.0 for w in shares) or not sum(shares):
+    if (
+        isinstance(items, (str, Tensor))
+        or len(shares) != len(items)
+        or not all(w >= 0.0 for w in shares)
+        or not sum(shares)
+    ):
         raise LatentError(
             "an average is over items, each with a weight", value=f"{len(items)} items, weights {weights}",
             limit="as many weights, none negative, of a sum above 0", remedy="give a list of sentences",

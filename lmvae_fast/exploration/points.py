@@ -70,12 +70,16 @@ def _labels(model: LMVAE, items: Sequence[Item], annotations: Tensor | None) -> 
     width = len(model.config.annotations)
     if not model.config.conditional_decoder:
         if annotations is not None:
-            raise LatentError("this decoder takes no labels", value=list(annotations.shape), remedy="leave annotations out")
+            raise LatentError(
+                "this decoder takes no labels", value=list(annotations.shape), remedy="leave annotations out"
+            )
         return None
     if annotations is not None:
         if annotations.shape not in ((width,), (len(items), width)) or not bool(torch.isfinite(annotations).all()):
             raise LatentError(
-                "pooled labels do not fit", value=list(annotations.shape), limit=f"finite [{width}] or [{len(items)}, {width}]"
+                "pooled labels do not fit",
+                value=list(annotations.shape),
+                limit=f"finite [{width}] or [{len(items)}, {width}]",
             )
         return annotations.expand(len(items), width)
     latents = [row for row, item in enumerate(items) if isinstance(item, Tensor)]
@@ -101,7 +105,9 @@ def aggregate_quantiles(
     mu, logvar = (aggregate.mu, aggregate.logvar) if isinstance(aggregate, Posterior) else (aggregate, None)
     parts = [mu] if logvar is None else [mu, logvar]
     if any(part.dim() != 2 or not part.numel() or not bool(torch.isfinite(part).all()) for part in parts):
-        raise LatentError("no aggregate to take quantiles of", value=list(mu.shape), limit="finite [N >= 1, latent_dim]")
+        raise LatentError(
+            "no aggregate to take quantiles of", value=list(mu.shape), limit="finite [N >= 1, latent_dim]"
+        )
     if not probabilities or not all(0.0 < p < 1.0 for p in probabilities):
         raise LatentError("quantiles are taken at probabilities", value=list(probabilities), limit="within (0, 1)")
     chosen = list(range(mu.shape[1])) if dims is None else list(dims)

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 Rows = dict[str, Any]  # a batch of Ray Data: numpy arrays by column
 LOOPBACK = "127.0.0.1"
-_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for: nodes are known by addresses that other machines reach
+_CLUSTERS = (
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for: nodes are known by addresses that other machines reach
+)
 
 
 def decode(

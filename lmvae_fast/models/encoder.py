@@ -233,7 +233,11 @@ class Encoder(nn.Module):
         state = self.model.state_dict()
         if self.dense is not None or self.stated_tokens is not None or self.lower:
             digest.update(f" {self.stated_tokens} {self.lower} {self.dense}".encode())
-            state |= {} if self.dense is None else {f"dense.{name}": value for name, value in self.dense.state_dict().items()}
+            state |= (
+                {}
+                if self.dense is None
+                else {f"dense.{name}": value for name, value in self.dense.state_dict().items()}
+            )
         for name, parameter in sorted(state.items()):
             digest.update(name.encode())
             digest.update(tensor_bytes(parameter))

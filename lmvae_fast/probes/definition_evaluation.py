@@ -91,7 +91,9 @@ def evaluate_definitions(
     if (vectors := vectors or model.vectors) is None:
         raise DataError("there are no word vectors to look the words up in", remedy="give vectors=")
     if "mover_score" in metrics and mover_model is None:
-        raise DataError("MoverScore needs an encoder of its own", remedy="give mover_model=, a Hugging Face name or folder")
+        raise DataError(
+            "MoverScore needs an encoder of its own", remedy="give mover_model=, a Hugging Face name or folder"
+        )
     part, found = definitions.with_vectors(vectors, missing=missing)
     labels = [str(pos) for pos in part.pos] if model.config.conditions and part.pos is not None else None
     z = model.latents(found, labels)
@@ -107,7 +109,9 @@ def evaluate_definitions(
     if "encoder_cosine" in metrics:
         ours, theirs = _sentence_vectors(model, generated), _sentence_vectors(model, part.glosses)
         cosines = torch.nn.functional.cosine_similarity(ours, theirs).double().numpy()
-        figures["encoder_cosine"] = Score(float(cosines.mean()), choices={"encoder": "the VAE's"}, details={"items": cosines})
+        figures["encoder_cosine"] = Score(
+            float(cosines.mean()), choices={"encoder": "the VAE's"}, details={"items": cosines}
+        )
     if "mover_score" in metrics:
         figures["mover_score"] = mover_score(generated, part.glosses, mover_model)
     if "nll" in metrics or "reverse_dictionary" in metrics:
@@ -118,9 +122,7 @@ def evaluate_definitions(
                 figures[name] = Score(value, seed=seed, choices={"base": model.config.base})
         if "reverse_dictionary" in metrics:
             figures |= _reverse(model, found, posterior.mu, labels)
-    return DefinitionReport(
-        figures, len(part), len(set(part.words)), len(definitions) - len(part), generated, part
-    )
+    return DefinitionReport(figures, len(part), len(set(part.words)), len(definitions) - len(part), generated, part)
 
 
 def _sentence_vectors(model: InvertibleCVAE, texts: list[str]) -> torch.Tensor:

@@ -130,5 +130,3 @@ def _plain(model: LMVAE, texts: Sequence[str]) -> tuple[nn.Module, Callable[[], 
     pooled = None if model.encoder.trains else model.pool(sentences)
     batch = model.make_batch(sentences, pooled=pooled).to(model.device)
     return model.train(), lambda: model(batch, beta=1.0).loss
-
-

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 
-def joules_per_call(function: Callable[[], Any], device: torch.device, seconds: float = 2.0) -> tuple[float | None, str]:
+def joules_per_call(
+    function: Callable[[], Any], device: torch.device, seconds: float = 2.0
+) -> tuple[float | None, str]:
     """Joules of a call and "", from the GPU's own counter over about ``seconds`` of calls; or None and the reason why not."""
     if device.type != "cuda":
         return None, "energy is counted on NVIDIA GPUs only"

@@ -110,7 +110,13 @@ def _one_batch(
 
 
 def _decode(
-    model: LMVAE, z: Tensor, labels: Tensor | None, config: GenerationConfig, tokens: int, *, eager: bool = False,
+    model: LMVAE,
+    z: Tensor,
+    labels: Tensor | None,
+    config: GenerationConfig,
+    tokens: int,
+    *,
+    eager: bool = False,
     **other: Any,
 ) -> None:
     config = config.replace(max_new_tokens=tokens, pack_weights=config.pack_weights and not eager, **other)

@@ -26,9 +26,7 @@ class TrainingStep:
     one batch here).
     """
 
-    def __init__(
-        self, model: LMVAE, texts: Sequence[str], config: TrainConfig, folder: Path | None = None
-    ) -> None:
+    def __init__(self, model: LMVAE, texts: Sequence[str], config: TrainConfig, folder: Path | None = None) -> None:
         if config.accumulation != 1:
             raise ConfigError("a profiled step is one batch", value=f"accumulation={config.accumulation}", limit=1)
         self._folder = None if folder else tempfile.TemporaryDirectory(prefix="lmvae-step-")

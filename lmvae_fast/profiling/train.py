@@ -53,7 +53,9 @@ def profile_train(
     # copied before training prepares the model for its steps (another dtype of what is frozen, a fused optimizer)
     eager = EagerStep(model, batch.texts, config) if reference else None
     with fast:
-        watch = functools.partial(_watching_step, model=model, owner=fast.trainer.state.optimizer, methods=("norm", "step"))
+        watch = functools.partial(
+            _watching_step, model=model, owner=fast.trainer.state.optimizer, methods=("norm", "step")
+        )
         sides = {"fast": Side("lmvae_fast", fast, device, watch, fast.held_bytes)}
         if eager is not None:
             watch = functools.partial(_watching_step, model=eager.model, owner=eager, methods=("update",))

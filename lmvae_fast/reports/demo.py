@@ -34,7 +34,9 @@ def write(run: Any) -> Path:
         [(item["text"], item["decoded"], "same" if item["text"] == item["decoded"] else "") for item in
          evaluation.examples[:12]],
     )  # fmt: skip
-    report.heading("The latent space", "Posterior means of held-out sentences, their two main directions, coloured by factor.")
+    report.heading(
+        "The latent space", "Posterior means of held-out sentences, their two main directions, coloured by factor."
+    )
     report.figure(_map(run), "Two-dimensional map of the posterior means")
     report.heading("Interpolation", "On the line between two posterior means.")
     report.table(["way", "decoded"], [(f"{w:.2f}", t) for w, t in zip(run.interpolation.weights, run.interpolation.texts,
@@ -45,7 +47,9 @@ def write(run: Any) -> Path:
         [(f"z[{dim}]", *texts) for dim, texts in zip(run.traversal.dims, run.traversal.texts, strict=True)],
     )
     report.heading("Arithmetic")
-    report.table(["term", "sentence"], [*((f"{factor:+g}", text) for factor, text in run.sum.terms), ("=", run.sum.text)])
+    report.table(
+        ["term", "sentence"], [*((f"{factor:+g}", text) for factor, text in run.sum.terms), ("=", run.sum.text)]
+    )
     _parity(report, figures["parity"])
     report.heading("Where the time went")
     report.table(["part", "seconds"], [(name, round(seconds, 1)) for name, seconds in run.timings.items()])

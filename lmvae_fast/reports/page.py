@@ -61,7 +61,8 @@ class Report:
     def cards(self, figures: Iterable[tuple[str, str]]) -> None:
         """Large figures: (value, what it is)."""
         cells = (
-            f"<div class=card><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in figures
+            f"<div class=card><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
+            for value, name in figures
         )
         self.parts.append(f"<div class=cards>{''.join(cells)}</div>")
 

@@ -33,7 +33,9 @@ def write_train(record: dict[str, Any], path: Path) -> Path:
     for side in sides.values():
         report.heading(side["name"])
         _parts_table(report, side)
-    report.heading("How near to the machine's limits", "The least time its matrix rate or bandwidth allows, over time taken.")
+    report.heading(
+        "How near to the machine's limits", "The least time its matrix rate or bandwidth allows, over time taken."
+    )
     report.figure(_limits(sides), "share of the limit by part")
     report.heading("Whole steps")
     report.table(

@@ -60,7 +60,8 @@ def test_what_a_step_reads(tmp_path, shape):
     assert all(other == first for other in others)
     assert [len(ids) for ids in first] == [5, 5]
     ours, theirs = (
-        OurSide(json.loads(file.read_text()), "fp32", form, "prefix")._decode(2, 5) for form in ("engine", "transformers")
+        OurSide(json.loads(file.read_text()), "fp32", form, "prefix")._decode(2, 5)
+        for form in ("engine", "transformers")
     )
     assert ours == theirs
 

@@ -93,9 +93,9 @@ def test_generate_from_the_prior_is_one_stream(capsys, folder, tmp_path):
 
 
 def test_generate_with_prompts_and_annotations(capsys, tmp_path):
-    make_model("gpt2", latent_dim=4, max_len=12, annotations=("NOUN", "VERB"), conditional_decoder=True).save_pretrained(
-        tmp_path / "model"
-    )
+    make_model(
+        "gpt2", latent_dim=4, max_len=12, annotations=("NOUN", "VERB"), conditional_decoder=True
+    ).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("the\n\nthe sun\n")
     (tmp_path / "labels.txt").write_text("NOUN VERB\nVERB\nNOUN NOUN\n")
     (tmp_path / "labelled.srl").write_text("the sun & NOUN VERB\na cat eats & NOUN NOUN VERB\n")
@@ -120,14 +120,18 @@ def test_generate_with_prompts_and_annotations(capsys, tmp_path):
 
 def test_train_eval_and_resume(capsys, folder, tmp_path):
     data = tmp_path / "data.txt"
-    data.write_text("".join(f"a {animal} eats {food}\n" for animal in ("cat", "dog", "bee") for food in ("meat", "corn")))
+    data.write_text(
+        "".join(f"a {animal} eats {food}\n" for animal in ("cat", "dog", "bee") for food in ("meat", "corn"))
+    )
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{encoder: {folder}/encoder, decoder: {folder}/decoder, latent_dim: 3, max_len: 14}}\n"
         f"train: {{batch_size: 2, tensorboard: false, log_every: 1}}\ndata: {{path: {data}}}\n"
     )
     run = tmp_path / "run"
-    out = as_json(capsys, "train", "--config", config, "--output", run, "--max-steps", "2", "--set", "train.grad_clip=0.5")
+    out = as_json(
+        capsys, "train", "--config", config, "--output", run, "--max-steps", "2", "--set", "train.grad_clip=0.5"
+    )
     assert out["step"] == 2 and out["stopped"] == "completed"
     out = as_json(capsys, "train", "--config", config, "--output", run, "--max-steps", "2", "--resume",
                   "--set", "train.grad_clip=0.5")  # fmt: skip
@@ -199,5 +203,7 @@ def test_dims_and_merging(tmp_path):
 
 
 def test_the_command_is_installed_and_quick_to_help():
-    done = subprocess.run([sys.executable, "-m", "lmvae_fast.cli", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lmvae_fast.cli", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "0.1.0"

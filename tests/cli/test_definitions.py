@@ -22,7 +22,9 @@ def place(tmp_path_factory):
     model = make_model(max_len=12)
     model.posterior_head.weight.data.mul_(3)
     model.save_pretrained(folder / "vae", include_frozen=True)
-    rows = [f"{word}\t{'nv'[i % 2]}\t{SENTENCES[(i + k) % 8]}" for i, word in enumerate(WORDS) for k in range(1 + i % 2)]
+    rows = [
+        f"{word}\t{'nv'[i % 2]}\t{SENTENCES[(i + k) % 8]}" for i, word in enumerate(WORDS) for k in range(1 + i % 2)
+    ]
     (folder / "definitions.tsv").write_text("\n".join(["lemma\tpos\tdefinition", *rows]) + "\n")
     vectors = np.random.default_rng(0).normal(size=(19, 9)).astype(np.float32)
     WordVectors(WORDS[:-1], vectors).save(folder / "vectors.safetensors")
@@ -96,7 +98,9 @@ def test_eval_definitions(place, flow, capsys, tmp_path):
     assert {"sense_bleu_codwoe", "lemma_bleu_standard", "encoder_cosine", "nll", "reverse_rank"} <= test.keys()
     assert test["lemma_bleu_standard"] >= test["sense_bleu_standard"]
     assert "reverse dictionary: rank" in page.read_text()
-    valid = as_json(capsys, "eval", place / "flow", "--definitions", "--skip-missing", "--part", "valid", "--metrics", "nll")
+    valid = as_json(
+        capsys, "eval", place / "flow", "--definitions", "--skip-missing", "--part", "valid", "--metrics", "nll"
+    )
     assert valid["nll"] == pytest.approx(flow["best"]["nll"], rel=1e-5)
     whole = as_json(
         capsys, "eval", place / "flow", place / "definitions.tsv", "--definitions", "--skip-missing", "--part", "all",

@@ -55,7 +55,9 @@ def test_traversal_over_quantiles(capsys, folder, tmp_path):
     of_texts = as_json(capsys, *start, tmp_path / "few.txt")
     assert of_texts["probabilities"] == pytest.approx([0.25, 0.5, 0.75])
     assert of_texts["values"][0] == sorted(of_texts["values"][0])
-    assert as_json(capsys, *start, tmp_path / "posterior.safetensors")["values"][0] == pytest.approx(of_texts["values"][0])
+    assert as_json(capsys, *start, tmp_path / "posterior.safetensors")["values"][0] == pytest.approx(
+        of_texts["values"][0]
+    )
     assert as_json(capsys, *start, tmp_path / "z.npy")["values"] == [[5.0, 9.0, 13.0]]
 
 
@@ -94,7 +96,10 @@ def test_labels_stand_behind_the_sentence(capsys, labelled):
     a, b = "a cat eats & ARG0 ARG0 V", "water boils & ARG0 V"
     assert len(as_json(capsys, "interpolate", labelled, a, b, "--steps", "3")) == 3
     assert len(as_json(capsys, "traverse", labelled, a, "--dims", "0", "--steps", "2")["texts"][0]) == 2
-    assert as_json(capsys, "arithmetic", labelled, f"{a} - {b}")["terms"] == [[1.0, "a cat eats"], [-1.0, "water boils"]]
+    assert as_json(capsys, "arithmetic", labelled, f"{a} - {b}")["terms"] == [
+        [1.0, "a cat eats"],
+        [-1.0, "water boils"],
+    ]
     assert len(as_json(capsys, "neighbourhood", labelled, a, "--samples", "2")["neighbours"]) == 2
     assert len(as_json(capsys, "average", labelled, a, b)["sentences"]) == 2
 

@@ -169,7 +169,9 @@ def test_a_traversal_of_quantiles(model):
     posterior = model.encode([A, B])
     out = lf.traverse(model, A, dims=[3, 1], steps=5, aggregate=posterior, tail=0.1)
     assert out.probabilities == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
-    torch.testing.assert_close(torch.tensor(out.values).double(), aggregate_quantiles(posterior, out.probabilities, [3, 1]))
+    torch.testing.assert_close(
+        torch.tensor(out.values).double(), aggregate_quantiles(posterior, out.probabilities, [3, 1])
+    )
     torch.testing.assert_close(out.latents[0, :, 3], torch.tensor(out.values[0]))
     from_latents = lf.traverse(model, A, dims=[1], steps=3, aggregate=torch.arange(44.0).view(11, 4), tail=0.1)
     assert from_latents.values[0] == pytest.approx([5.0, 21.0, 37.0])
@@ -196,7 +198,9 @@ def test_labels_go_along(conditional, monkeypatch):
     model, seen = conditional, []
     labels = model.tokenize([A_LABELLED, B_LABELLED]).annotations
     monkeypatch.setattr(
-        type(model), "decode", lambda self, z, *, annotations=None, **_: seen.append(annotations) or ["x"] * len(z.view(-1, 4))
+        type(model),
+        "decode",
+        lambda self, z, *, annotations=None, **_: seen.append(annotations) or ["x"] * len(z.view(-1, 4)),
     )
     lf.interpolate(model, A_LABELLED, B_LABELLED, steps=3)
     torch.testing.assert_close(seen[-1], torch.stack([labels[0], labels.mean(0), labels[1]]))

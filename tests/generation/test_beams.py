@@ -60,7 +60,9 @@ def test_one_beam_is_greedy_and_more_are_no_worse():
     wide = list(generate(model, z, config))
     assert [out.index for out in wide] == list(range(9))
     better = [total(row, out) - total(row, before) for row, (out, before) in enumerate(zip(wide, greedy, strict=True))]
-    assert sum(better) > 0.1 and sum(gain > -1e-4 for gain in better) >= 8  # a beam may lose the greedy sentence on the way
+    assert (
+        sum(better) > 0.1 and sum(gain > -1e-4 for gain in better) >= 8
+    )  # a beam may lose the greedy sentence on the way
     for batch_size in (1, 8, 20):
         other = generate(model, z, config.replace(batch_size=batch_size))
         assert [out.ids for out in other] == [out.ids for out in wide]

@@ -91,7 +91,9 @@ def test_a_decoder_that_looks_at_a_value_is_run_as_it_is(recordings, caplog):
     config = GenerationConfig(batch_size=4, pack_weights=False)
     expected = list(generate(model, z, config.replace(cuda_graphs=False)))
     forward = model.decoder.body.forward
-    model.decoder.body.forward = lambda **inputs: forward(**inputs) if float(inputs["inputs_embeds"].sum()) > -1e9 else None
+    model.decoder.body.forward = lambda **inputs: (
+        forward(**inputs) if float(inputs["inputs_embeds"].sum()) > -1e9 else None
+    )
     assert list(generate(model, z, config)) == expected
     assert list(generate(model, z, config)) == expected
     said = [record.message for record in caplog.records if "kernel by kernel" in record.message]

@@ -226,7 +226,9 @@ def test_stop_tokens_end_a_sentence():
 def test_repetition_penalty_forbids_what_was_said():
     model = make_model("gpt2").eval()
     z = 2 * torch.randn(8, 6)
-    assert any(len(set(out.ids)) < len(out.ids) for out in generate(model, z)), "nothing repeats: it would prove nothing"
+    assert any(len(set(out.ids)) < len(out.ids) for out in generate(model, z)), (
+        "nothing repeats: it would prove nothing"
+    )
     strict = GenerationConfig(repetition_penalty=1e30, batch_size=3)
     # a penalty beyond all bounds leaves a said token only where no other has a positive score
     for out in generate(model, z, strict):

@@ -98,8 +98,6 @@ def test_a_refill_of_some_rows_takes_from_a_projected_block(monkeypatch):
     end_with_a_common_token(model, z)
     sizes = []
     project = model.projector.forward
-    monkeypatch.setattr(
-        model.projector, "forward", lambda z, **options: sizes.append(len(z)) or project(z, **options)
-    )
+    monkeypatch.setattr(model.projector, "forward", lambda z, **options: sizes.append(len(z)) or project(z, **options))
     list(generate(model, z, GenerationConfig(batch_size=6)))
     assert [size for size in sizes if size] == [6] * 5  # every latent once, a whole block at a time

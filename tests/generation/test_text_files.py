@@ -204,7 +204,12 @@ def test_annotations_of_a_conditional_decoder(latents, tmp_path):
         run(conditional, tmp_path / "z.npy", output, annotations=labels.flip(0))
     broken = labels.clone()
     broken[7, 1] = float("nan")
-    for wrong, message in [(None, "needs annotations"), (labels[1:], f"{N}, 2"), (labels[:, :1], f"{N}, 2"), (broken, "row 7")]:
+    for wrong, message in [
+        (None, "needs annotations"),
+        (labels[1:], f"{N}, 2"),
+        (labels[:, :1], f"{N}, 2"),
+        (broken, "row 7"),
+    ]:
         with pytest.raises(LatentError, match=message):
             run(conditional, tmp_path / "z.npy", tmp_path / "other.jsonl", annotations=wrong)
     assert not (tmp_path / "other.jsonl").exists()
@@ -290,7 +295,10 @@ def test_workers_end_when_their_parent_is_killed(model, tmp_path):
     model.save_pretrained(tmp_path / "model", include_frozen=True)
     (tmp_path / "parent.py").write_text(ORPHANS)
     root = Path(__file__).resolve().parents[2]
-    command, environment = [sys.executable, tmp_path / "parent.py", tmp_path / "model"], os.environ | {"PYTHONPATH": str(root)}
+    command, environment = (
+        [sys.executable, tmp_path / "parent.py", tmp_path / "model"],
+        os.environ | {"PYTHONPATH": str(root)},
+    )
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         workers = [int(number) for number in parent.stdout.readline().split()]
         parent.kill()
@@ -315,7 +323,10 @@ def test_workers_write_the_same_file_also_after_one_has_died(model, tmp_path):
         if len(seen) == 1:
             os.kill(next(iter(workers._pool._processes)), signal.SIGKILL)
 
-    with Workers(from_folder, str(tmp_path / "model"), 2) as workers, pytest.raises(OutputError, match="worker process"):
+    with (
+        Workers(from_folder, str(tmp_path / "model"), 2) as workers,
+        pytest.raises(OutputError, match="worker process"),
+    ):
         run(model, tmp_path / "z.npy", output, workers=workers, progress=kill_one, **options)
     written = output.read_bytes().count(b"\n")
     assert 0 < written < total

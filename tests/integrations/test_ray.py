@@ -68,7 +68,9 @@ def cluster(place):
         patch.setenv("RAY_gcs_server_port_wait_time_s", str(PATIENCE))
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setattr(importlib.import_module("ray._private.ray_constants"), "ENABLE_RAY_CLUSTER", False)
-        patch.setattr(importlib.import_module("ray._private.services"), "get_node", _patient(ray._private.services.get_node))
+        patch.setattr(
+            importlib.import_module("ray._private.services"), "get_node", _patient(ray._private.services.get_node)
+        )
         started, nodes = _started()
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield started, nodes
@@ -109,7 +111,9 @@ def _started():
         "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4,
         "worker_register_timeout_seconds": PATIENCE,
     }  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": config, **_agents(), **common})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": config, **_agents(), **common}
+    )
     try:
         cluster.wait_for_nodes(PATIENCE)
         # this process joins while there is the head alone: with a node that is lost, it would be lost too
@@ -158,9 +162,16 @@ def test_a_local_ray_is_one_of_its_own_on_loopback(cluster, place):
     home = Path(tempfile.mkdtemp(dir=place))
     # as a user has it: Ray is imported before it is told where to listen
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"HOME": str(home), "RAY_TMPDIR": str(home), "RAY_ADDRESS": "192.0.2.255:1", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {
+        "HOME": str(home),
+        "RAY_TMPDIR": str(home),
+        "RAY_ADDRESS": "192.0.2.255:1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
     for _ in range(20):
-        done = subprocess.run([sys.executable, "-c", LOCAL], env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            [sys.executable, "-c", LOCAL], env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
         if "timed out during startup" not in done.stderr:  # Ray's own limits, too short for a loaded machine
             break
     assert done.returncode == 0, done.stderr[-3000:]
@@ -219,7 +230,14 @@ def test_a_node_is_lost_and_nothing_else(model, folder, cluster, tmp_path):
 
 def decoder(folder, **options):
     """A process of the pool, made here."""
-    plain = {"config": GenerationConfig(), "z": "z", "prompt": None, "prompts": None, "annotations": None, "text": "text"}
+    plain = {
+        "config": GenerationConfig(),
+        "z": "z",
+        "prompt": None,
+        "prompts": None,
+        "annotations": None,
+        "text": "text",
+    }
     options = {**plain, "index": "index", **options}
     return _Decode(folder, options, [options["z"], "index"], ["text"], 1, "reference")
 
@@ -268,7 +286,9 @@ def test_prompts_logprobs_and_labels(model, folder, tmp_path):
     assert out["text"].tolist() == [sentence.text for sentence in expected]
     for got, sentence in zip(out["logprobs"], expected, strict=True):
         np.testing.assert_allclose(got, sentence.logprobs, rtol=1e-5, atol=1e-5)
-    labelled = make_model("gpt2", latent_dim=4, max_len=6, annotations=("NOUN", "VERB"), conditional_decoder=True).eval()
+    labelled = make_model(
+        "gpt2", latent_dim=4, max_len=6, annotations=("NOUN", "VERB"), conditional_decoder=True
+    ).eval()
     labelled.save_pretrained(tmp_path / "labelled")
     rows = {"text": np.array(["the sun", "cats sleep"], dtype=object), "index": np.arange(2)}
     rows["roles"] = np.array(["NOUN NOUN", ["NOUN", "VERB"]], dtype=object)

@@ -24,7 +24,9 @@ def toy_op():
     registry.register(
         "toy",
         cpp=Support(primitives=("toy_that_no_one_built",)),
-        triton=Support(check=lambda facts: None if facts["head_dim"] <= 64 else f"head_dim={facts['head_dim']} is above 64"),
+        triton=Support(
+            check=lambda facts: None if facts["head_dim"] <= 64 else f"head_dim={facts['head_dim']} is above 64"
+        ),
     )
     yield "toy"
     del registry._state.ops["toy"]
@@ -103,7 +105,9 @@ def test_a_compiled_function_follows_a_change_of_backend():
     """The forced backend is a guard of the graph: switching it recompiles instead of keeping the old choice."""
     x = torch.randn(4, 8)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda a: posterior_sample(a, a, seed=torch.tensor([1, 2])), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda a: posterior_sample(a, a, seed=torch.tensor([1, 2])), fullgraph=True, backend="eager"
+    )
     plain = compiled(x)[0]
     with backend("cuda"), pytest.raises(Exception, match="posterior_sample has no cuda implementation"):
         compiled(x)

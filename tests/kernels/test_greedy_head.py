@@ -74,7 +74,10 @@ def test_gaps_that_bf16_does_not_see(gap):
 
 def test_entries_of_very_different_size():
     require("greedy_head", "cpp")
-    hidden, weight = torch.randn(16, 128), torch.randn(3000, 128) * torch.logspace(-6, 4, 3000)[torch.randperm(3000), None]
+    hidden, weight = (
+        torch.randn(16, 128),
+        torch.randn(3000, 128) * torch.logspace(-6, 4, 3000)[torch.randperm(3000), None],
+    )
     assert_argmax(on_backend(greedy_head, "cpp")(hidden, pack_head(weight)), hidden, weight)
     hidden = hidden * torch.logspace(-30, 15, 16)[:, None]
     assert_argmax(on_backend(greedy_head, "cpp")(hidden, pack_head(weight)), hidden, weight)

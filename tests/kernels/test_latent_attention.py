@@ -97,11 +97,15 @@ def check(name, tensors, cu_seqlens, visibility="prefix", **kwargs):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("visibility", VISIBILITIES)
-@pytest.mark.parametrize("window", [None, 1, 2, 3, 6])  # 1: itself; 2: rolling's token before; 6: reaches into the slots
+@pytest.mark.parametrize(
+    "window", [None, 1, 2, 3, 6]
+)  # 1: itself; 2: rolling's token before; 6: reaches into the slots
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_rules_windows_and_soft_caps(name, visibility, window, softcap):
     require("latent_attention", name)
-    tensors, cu = inputs([3, 1, 0, 9], heads=4)  # 9 tokens on 9 slots: the most that rolling allows; 0: an empty sentence
+    tensors, cu = inputs(
+        [3, 1, 0, 9], heads=4
+    )  # 9 tokens on 9 slots: the most that rolling allows; 0: an empty sentence
     check(name, tensors, cu, visibility, window=window, softcap=softcap)
 
 
@@ -116,7 +120,9 @@ def test_error_rule_in_every_dtype(name, dtype, visibility):
 
 
 @pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("head_dim", [1, 2, 5, 17, 31, 32, 80, 127, 128, 130, 256])  # tails of every vector; 80: GPT-NeoX
+@pytest.mark.parametrize(
+    "head_dim", [1, 2, 5, 17, 31, 32, 80, 127, 128, 130, 256]
+)  # tails of every vector; 80: GPT-NeoX
 def test_head_dims(name, head_dim):
     require("latent_attention", name)
     tensors, cu = inputs([5, 2], head_dim=head_dim, slots=6)
@@ -135,7 +141,9 @@ def test_lengths(name, length, visibility):
 
 
 @pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (5, 1), (14, 2)])  # multi-head, grouped, multi-query, Qwen2's 7
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (3, 3), (4, 2), (5, 1), (14, 2)]
+)  # multi-head, grouped, multi-query, Qwen2's 7
 def test_groups(name, heads):
     require("latent_attention", name)
     tensors, cu = inputs([7, 4], heads=heads[0], kv_heads=heads[1], slots=7)
@@ -256,9 +264,11 @@ def test_values_of_other_sentences_never_leak(name):
 def test_nothing_to_attend(name, lengths):
     require("latent_attention", name)
     tensors, cu = inputs(lengths)
-    outputs, grads, _ = run_with_grads(
-        on_backend(attend, name), tensors, cu_seqlens=cu, visibility="rolling", scale=1.0
-    ) if name != "reference" else run_with_grads(attend, tensors, cu_seqlens=cu, visibility="rolling", scale=1.0)
+    outputs, grads, _ = (
+        run_with_grads(on_backend(attend, name), tensors, cu_seqlens=cu, visibility="rolling", scale=1.0)
+        if name != "reference"
+        else run_with_grads(attend, tensors, cu_seqlens=cu, visibility="rolling", scale=1.0)
+    )
     assert outputs[0].shape == tensors[0].shape
     for grad, x in zip(grads, tensors, strict=True):
         assert grad.shape == x.shape

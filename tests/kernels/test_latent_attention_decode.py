@@ -48,7 +48,9 @@ def test_mask_runs_and_positions_agree_with_the_cache(visibility, window, tokens
             if column < slots:
                 assert slot_position(column, visibility, step=i) == position
     steps = torch.arange(tokens)
-    assert token_position(steps, slots, visibility).tolist() == [token_position(i, slots, visibility) for i in range(tokens)]
+    assert token_position(steps, slots, visibility).tolist() == [
+        token_position(i, slots, visibility) for i in range(tokens)
+    ]
 
 
 def test_rules_as_their_sources_word_them():
@@ -185,7 +187,9 @@ def test_decode_of_nothing(name):
     out = on_backend(latent_attention_decode, name)(q, k_cache, v_cache, torch.tensor([0, 3, 0]), scale=0.25)
     assert (out[[0, 2]] == 0).all()
     assert (out[1] != 0).all()
-    empty = on_backend(latent_attention_decode, name)(q[:0], k_cache[:0], v_cache[:0], torch.tensor([]).long(), scale=1.0)
+    empty = on_backend(latent_attention_decode, name)(
+        q[:0], k_cache[:0], v_cache[:0], torch.tensor([]).long(), scale=1.0
+    )
     assert empty.shape == (0, 4, 16)
 
 
@@ -207,7 +211,9 @@ def test_steps_over_a_cache_are_the_parallel_pass(name, visibility, window):
             elif i == 0:
                 cache[0, :, :7] = memory[0]
             cache[0, :, at] = tokens[i]
-        step = on_backend(latent_attention_decode, name)(q[i : i + 1], k_cache, v_cache, torch.tensor([at + 1]), **options)
+        step = on_backend(latent_attention_decode, name)(
+            q[i : i + 1], k_cache, v_cache, torch.tensor([at + 1]), **options
+        )
         torch.testing.assert_close(step[0], expected[i])
 
 
@@ -217,7 +223,9 @@ def test_decode_writes_stay_inside(name):
     with GuardedAllocations() as guarded:
         space = getattr(torch.ops, registry.namespace(name))
         for positions in (20, 1030):  # the second is split in the Triton form
-            space.latent_attention_decode(*caches(positions=positions, head_dim=19), torch.tensor([1, 20, 7]), 0.25, None, None)
+            space.latent_attention_decode(
+                *caches(positions=positions, head_dim=19), torch.tensor([1, 20, 7]), 0.25, None, None
+            )
     guarded.check()
 
 
@@ -261,7 +269,9 @@ BAD = {
 def test_decode_bad_input(name, case):
     require("latent_attention_decode", name)
     spoil, error, words = BAD[case]
-    arguments = dict(zip(("q", "k_cache", "v_cache"), caches(), strict=True), lengths=torch.tensor([1, 20, 7]), scale=1.0)
+    arguments = dict(
+        zip(("q", "k_cache", "v_cache"), caches(), strict=True), lengths=torch.tensor([1, 20, 7]), scale=1.0
+    )
     on_backend(latent_attention_decode, name)(**arguments)
     spoil(arguments)
     with raises_naming(error, *words):
@@ -291,7 +301,10 @@ def test_step_writes_then_attends(name, layout, dtype):
     assert torch.equal(v_cache, expected[1])
     # Bits are asked for over the very caches that were written: torch's own product need not have the same in other strides.
     assert torch.equal(out, on_backend(latent_attention_decode, name)(q, k_cache, v_cache, lengths, **options))
-    eager, truth = plain(q, *expected, lengths, **options), plain(*(x.double() for x in (q, *expected)), lengths, **options)
+    eager, truth = (
+        plain(q, *expected, lengths, **options),
+        plain(*(x.double() for x in (q, *expected)), lengths, **options),
+    )
     assert_within_error_rule("out", out, eager, truth)
 
 

@@ -61,7 +61,9 @@ def test_cpp_gives_the_same_words_and_normals(seed, cols):
     words = torch.ops.lmvae_fast.philox_words(pair(seed), 5, cols)
     assert torch.equal(words.long() & 0xFFFFFFFF, philox.words(pair(seed), 5, cols))
     normal = torch.ops.lmvae_fast.philox_normal(pair(seed), 5, cols)
-    torch.testing.assert_close(normal.double(), philox.normal(pair(seed), (5, cols), torch.float64), rtol=4e-7, atol=1e-9)
+    torch.testing.assert_close(
+        normal.double(), philox.normal(pair(seed), (5, cols), torch.float64), rtol=4e-7, atol=1e-9
+    )
 
 
 def test_triton_gives_the_same_words_and_normals():

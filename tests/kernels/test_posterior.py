@@ -114,7 +114,9 @@ def test_inf_and_nan_pass_through_as_in_torch(name, kl):
         z, k = function(m, lv, seed=SEED, kl=kl, kl_target=0.25)
         results.append((z, k, *torch.autograd.grad((z.sum(), k.sum()), (m, lv))))
     for label, out, expected in zip(("z", "kl", "dmu", "dlogvar"), *results, strict=True):
-        torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=1e-5, msg=lambda m, n=label: f"{n}: {m}")
+        torch.testing.assert_close(
+            out, expected, equal_nan=True, rtol=1e-5, atol=1e-5, msg=lambda m, n=label: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
@@ -199,7 +201,9 @@ def test_opcheck(choice):
 @pytest.mark.parametrize("name", ["cpp", "triton", "reference"])
 def test_fullgraph_compile_gives_the_same(name):
     require("posterior_sample", name)
-    assert_fullgraph_equal(on_backend(posterior_sample, "auto"), inputs(5, 6), seed=torch.tensor([3, 4]), kl="free_bits")
+    assert_fullgraph_equal(
+        on_backend(posterior_sample, "auto"), inputs(5, 6), seed=torch.tensor([3, 4]), kl="free_bits"
+    )
     with backend(name):
         assert_fullgraph_equal(posterior_sample, inputs(5, 6), seed=torch.tensor([3, 4]), num_samples=2)
 

@@ -141,9 +141,7 @@ def test_a_draw_depends_on_its_row_and_step_only(name):
         assert torch.equal(moved, whole)
         many = logits[:1].expand(24, -1)
         assert len(set(sample_token(many, seed=9).tolist())) > 10
-        assert not torch.equal(
-            sample_token(many, seed=9, steps=torch.ones(24).long()), sample_token(many, seed=9)
-        )
+        assert not torch.equal(sample_token(many, seed=9, steps=torch.ones(24).long()), sample_token(many, seed=9))
 
 
 @pytest.mark.parametrize("name", ALL)

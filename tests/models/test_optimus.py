@@ -27,7 +27,12 @@ def pair(family, *, memory=True, embedding=True, **options):
         memory=memory, embedding=embedding,
     )  # fmt: skip
     config = lf.LMVAEConfig(
-        system="optimus", latent_dim=6, max_len=12, projector=None if memory else "none", embedding_shift=embedding, **options
+        system="optimus",
+        latent_dim=6,
+        max_len=12,
+        projector=None if memory else "none",
+        embedding_shift=embedding,
+        **options,
     )
     model = lf.LMVAE(
         config, encoder=Encoder(encoder, tiny_tokenizer(), pooling="pooler", train=True),

@@ -57,7 +57,9 @@ def test_profile_of_batch_sizes(tmp_path, model, options):
             assert parts["products"]["flops"] == 2 * batch * TOKENS * body
             assert parts["head"]["flops"] == 2 * batch * TOKENS * head
             # slots that no token will see are not made
-            assert parts["latent_kv"]["flops"] == 2 * batch * model.projector.weight.numel() * TOKENS // model.config.slots
+            assert (
+                parts["latent_kv"]["flops"] == 2 * batch * model.projector.weight.numel() * TOKENS // model.config.slots
+            )
             assert parts["attention"]["flops"] > 0
             # greedy decoding has the head say the token
             assert all(part["seconds"] > 0 for part in side["parts"] if options or part["part"] != "choosing")
@@ -117,7 +119,11 @@ def test_command_writes_report_record_and_traces(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--batch-sizes", "1,x"], "numbers"), (["--precision", "fp8"], "fp32, bf16"), (["--top-p", "2", "--sample"], "top_p")],
+    [
+        (["--batch-sizes", "1,x"], "numbers"),
+        (["--precision", "fp8"], "fp32, bf16"),
+        (["--top-p", "2", "--sample"], "top_p"),
+    ],
 )
 def test_bad_arguments_are_named(arguments, says):
     result = CliRunner().invoke(app, ["profile", "generate", "--tiny", *arguments])

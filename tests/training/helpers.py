@@ -47,7 +47,9 @@ def prompt_pairs(prompts: int, seed: int = 0) -> list[PromptResponse]:
     draw = random.Random(seed)
     rows = []
     for number in range(prompts):
-        prompt = " ".join([words[number % len(words)], words[number // len(words)], *draw.choices(words, k=draw.randint(1, 2))])
+        prompt = " ".join(
+            [words[number % len(words)], words[number // len(words)], *draw.choices(words, k=draw.randint(1, 2))]
+        )
         rows += [PromptResponse(prompt, " " + text) for text in plain_sentences(draw.randint(1, 5), seed=number)]
     draw.shuffle(rows)
     return rows

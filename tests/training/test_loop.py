@@ -1,6 +1,5 @@
 """The training loop: what it computes, how it ends, and what it refuses."""
 
-
 import pytest
 import torch
 

@@ -95,7 +95,9 @@ def test_out_of_memory_says_what_took_it(tmp_path, error):
 
 def test_other_errors_of_a_model_are_its_own(tmp_path):
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        train(Greedy(RuntimeError("mat1 and mat2 shapes cannot be multiplied")), sentences(60), None, settings(tmp_path))
+        train(
+            Greedy(RuntimeError("mat1 and mat2 shapes cannot be multiplied")), sentences(60), None, settings(tmp_path)
+        )
 
 
 def test_evaluation_that_is_not_finite(tmp_path):

@@ -48,7 +48,9 @@ def test_what_trains_learns_the_rest_stays_and_a_resumed_run_is_the_same(tmp_pat
     for name, value in model.named_parameters():
         assert value.dtype == torch.float32
         assert value.requires_grad or torch.equal(value, before[name]), name
-    moved = [name for name, value in model.decoder.named_parameters() if not torch.equal(value, before[f"decoder.{name}"])]
+    moved = [
+        name for name, value in model.decoder.named_parameters() if not torch.equal(value, before[f"decoder.{name}"])
+    ]
     assert moved
     first, last = [record["loss"] for record in whole.history if record["kind"] == "train"]
     assert last < first
