@@ -22,6 +22,7 @@ from lmvae_fast.errors import ConfigError, DataError, NumericalError
 from lmvae_fast.files import fingerprint_tensors
 from lmvae_fast.models.flow_files import flow_tensors, load_flow_tensors, vae_fingerprint
 from lmvae_fast.models.systems.invertible_cvae import FlowPairs, InvertibleCVAE
+from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity
@@ -36,7 +37,6 @@ from lmvae_fast.training.feature_cache import TensorCache
 from lmvae_fast.training.flow_data import bridged, cached_posteriors, check_not_collapsed, flow_figures, run_flow
 from lmvae_fast.training.records import FlowResult, Progress, Record
 from lmvae_fast.training.schedule import Plateau, improves, learning_rate_factor
-from lmvae_fast.training.stopping import StopSignals
 
 # On the progress bar: of training, of evaluation.
 _SHOWN = (
