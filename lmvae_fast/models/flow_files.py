@@ -25,9 +25,11 @@ from lmvae_fast.data.word_vector_files import PACKAGED, read_word_vectors
 from lmvae_fast.data.word_vectors import EncoderVectors, TokenEmbeddingVectors, VectorSource, WordVectors
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
 from lmvae_fast.files import (
+    check_contents,
     fingerprint_tensors,
     fsync_file,
     output_errors,
+    recover_folder,
     replace_folder,
     sha256_file,
     write_json,
@@ -153,8 +155,11 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
     if model.bridge is None:
         raise ConfigError("this flow was not fitted yet, so there is nothing to save", remedy="call fit")
     folder = Path(folder)
+    recover_folder(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and _read_config(folder, None) is None:
         raise OutputError(f"{folder} exists and holds no flow of ours", remedy="choose another folder or empty it")
+    if folder.exists():
+        check_contents(folder, (CONFIG, WEIGHTS, VECTORS, "README.md", "vae"))
     bridge = model.bridge
     with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +222,7 @@ def load_flow(
             was fitted on.
     """
     folder = Path(folder)
+    recover_folder(folder)
     values = _read_config(folder, CheckpointError)
     assert values is not None
     tensors = _read_weights(folder / WEIGHTS, values.get("weights_sha256"))

@@ -22,6 +22,7 @@ from lmvae_fast.errors import ConfigError, DataError, NumericalError
 from lmvae_fast.files import fingerprint_tensors
 from lmvae_fast.models.flow_files import flow_tensors, load_flow_tensors, vae_fingerprint
 from lmvae_fast.models.systems.invertible_cvae import FlowPairs, InvertibleCVAE
+from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity
@@ -35,8 +36,8 @@ from lmvae_fast.training.checkpoints.tensors import (
 from lmvae_fast.training.feature_cache import TensorCache
 from lmvae_fast.training.flow_data import bridged, cached_posteriors, check_not_collapsed, flow_figures, run_flow
 from lmvae_fast.training.records import FlowResult, Progress, Record
+from lmvae_fast.training.run_checks import writing_run
 from lmvae_fast.training.schedule import Plateau, improves, learning_rate_factor
-from lmvae_fast.training.stopping import StopSignals
 
 # On the progress bar: of training, of evaluation.
 _SHOWN = (
@@ -68,14 +69,28 @@ def fit_flow(
 
     Raises:
         DataError: no vectors, a word without one, an empty gloss, or **a collapsed VAE**, whose posteriors say nothing of
-            their glosses. ConfigError: widths that do not fit, early_stop or plateau without `valid`. OutputError,
-            CheckpointError, NumericalError: as of `train`.
+            their glosses. ConfigError: widths that do not fit, early_stop or plateau without `valid`. OutputError
+            (a folder that holds anything else, or is being written by another process), CheckpointError, NumericalError: as
+            of `train`.
     """
     config = config or FlowTrainConfig()
     vectors = vectors if vectors is not None else model.vectors
     if vectors is None:
         raise DataError("there are no word vectors to fit to", remedy="give vectors=")
     _check_evaluable(config, valid is not None)
+    with writing_run(Path(config.output_dir), True):
+        return _fit(model, definitions, vectors, valid, config, missing, callbacks)
+
+
+def _fit(
+    model: InvertibleCVAE,
+    definitions: DefinitionDataset,
+    vectors: VectorSource,
+    valid: DefinitionDataset | None,
+    config: FlowTrainConfig,
+    missing: str,
+    callbacks: Sequence[Callback],
+) -> FlowResult:
     cache = TensorCache(Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache")
     print_of_vae = vae_fingerprint(model.vae)
     parts: list[FlowPairs] = []

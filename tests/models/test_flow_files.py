@@ -84,6 +84,9 @@ def test_damaged_folders(tmp_path):
         InvertibleCVAE.from_pretrained(tmp_path)
     with pytest.raises(OutputError, match="no flow of ours"):
         model.save_pretrained(tmp_path)
+    (tmp_path / "flow" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        model.save_pretrained(tmp_path / "flow")
 
 
 @pytest.mark.parametrize("kind", KINDS)
