@@ -73,7 +73,7 @@ def dequantized(path: Path) -> Path:
             f"cannot read the GGUF file {path}: {error}", remedy="take a file transformers knows"
         ) from error
     # It is float32 now: it must be written, and must not be quantised again when it is loaded.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with output_errors(folder):

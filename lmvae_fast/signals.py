@@ -11,6 +11,10 @@ from typing import Any
 HANGUP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
 
 
+#: Signals that end a run in order unless others are given.
+USUAL = (signal.SIGINT, signal.SIGTERM, *HANGUP)
+
+
 class StopSignals:
     """Within the `with` block the first of some signals only sets `received`; the loop then ends in order.
 
@@ -20,7 +24,7 @@ class StopSignals:
 
     def __init__(self, *signals: int) -> None:
         """signals: SIGINT (Ctrl-C), SIGTERM and SIGHUP unless given."""
-        self.signals = signals or (signal.SIGINT, signal.SIGTERM, *HANGUP)
+        self.signals = signals or USUAL
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
 

@@ -104,7 +104,7 @@ def train(
     folder = Path(train_config.output_dir) / "model"
     with process_group() as device, use_backend(backend):
         ranks = Ranks()
-        model = LMVAE.from_pretrained(start, **values["model"]) if model_config is None else LMVAE(model_config)
+        model = LMVAE(model_config) if model_config else LMVAE.from_pretrained(str(start), **values["model"])
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if ranks.first and not as_json:
@@ -141,7 +141,9 @@ def with_recipe(values: dict[str, dict]) -> None:
     """Fill a system's own sizes and training recipe, where it has one, under what was said."""
     from lmvae_fast.models.systems import RECIPES
 
-    for section, fields in zip(("model", "train"), RECIPES.get(values["model"].get("system"), ({}, {})), strict=True):
+    for section, fields in zip(
+        ("model", "train"), RECIPES.get(str(values["model"].get("system")), ({}, {})), strict=True
+    ):
         values[section] = {**fields, **values[section]}
 
 

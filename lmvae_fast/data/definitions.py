@@ -346,7 +346,8 @@ def _read_codwoe(
                 value=", ".join(record),
                 remedy="name the field of the entries",
             )
-        pair = Definition(record[word], record[gloss], record.get(pos), record.get("id"))
+        fields: dict[Any, Any] = record
+        pair = Definition(fields[word], fields[gloss], fields.get(pos), fields.get("id"))
         _collect(pair, f"entry {i}", on_empty, report, kept)
         if len(kept) == limit:
             report.stopped_at_limit = True

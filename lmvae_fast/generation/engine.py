@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,8 @@ def _prompts(model: LMVAE, latents: Tensor | Iterable[Tensor], prompts: Prompts 
             remedy="or give one string for all",
         )
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    read = beginnings(texts, model.config, model.decoder) if texts else [tuple(ids) for ids in prompts]  # type: ignore[arg-type]
+    given: Any = prompts
+    read = beginnings(texts, model.config, model.decoder) if texts else [tuple(ids) for ids in given]
     return [Prompt(ids, () if model.config.prompted else ids[1:]) for ids in read]
 
 

@@ -99,7 +99,8 @@ class Encoder(nn.Module):
         that trains is held in float32 at least: half precision is then a matter of autocast.
         """
         dtype = torch.promote_types(dtype, torch.float32) if train else dtype
-        source, modules, extra = name, read_modules(name), {}
+        source, modules = name, read_modules(name)
+        extra: dict[str, Any] = {}
         if modules is not None:
             name = modules.transformer
             extra = {"dense": load_dense(modules), "max_tokens": modules.max_tokens, "lower": modules.lower}

@@ -217,7 +217,7 @@ class QueryHead(nn.Module):
             nn.init.zeros_(parameter)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """Of the last layer: its device and dtype are the posterior's."""
         return self.out.weight
 
@@ -265,7 +265,7 @@ def first_layers(model: PreTrainedModel, count: int) -> Any:
     parent, name = lists[0]
     later = list(getattr(parent, name))[count:]
     left_out = [*later, model.get_input_embeddings(), getattr(parent, norm)]
-    copied = copy.deepcopy(body, {id(module): nn.Identity() for module in left_out})
+    copied: Any = copy.deepcopy(body, {id(module): nn.Identity() for module in left_out})
     for module in copied.modules():
         if isinstance(getattr(module, name, None), nn.ModuleList) and len(getattr(module, name)) == total:
             setattr(module, name, nn.ModuleList(list(getattr(module, name))[:count]))

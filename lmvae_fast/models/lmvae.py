@@ -70,11 +70,12 @@ class LMVAE(nn.Module):
         with building():
             self._build(resolve(parts.located(config)), encoder, decoder)
 
-    def _build(self, config: LMVAEConfig, encoder: Encoder | None, decoder: Decoder | None) -> None:
+    def _build(self, config: LMVAEConfig, encoder: Encoder | LayerEncoder | None, decoder: Decoder | None) -> None:
         decoder = parts.load_decoder(config) if decoder is None else decoder
         encoder = parts.load_encoder(config, decoder) if encoder is None else encoder
         parts.check_parts(config, encoder, decoder)
-        self.config, self.encoder, self.decoder = config, encoder, decoder
+        self.config, self.decoder = config, decoder
+        self.encoder: Any = encoder  # an Encoder, or a LayerEncoder
         self.beta: float | Tensor = 1.0
         self.free_running = FreeRunning()
         self.posterior_head: Any = parts.build_posterior_head(config, encoder, decoder)
@@ -209,7 +210,10 @@ class LMVAE(nn.Module):
         posterior = self._posterior(batch)
         latents = draw_latents(config, posterior, batch, beta=beta, noise=eps, seed=seed)
         injection = self._injected(latents, batch, seed=shared_seed(batch.share, seed, self.device), tokens=tokens)
-        options = {"objective": str(config.objective), "length_normalize": bool(config.length_normalize)}
+        options: dict[str, Any] = {
+            "objective": str(config.objective),
+            "length_normalize": bool(config.length_normalize),
+        }
         lengths = batch.tokens + int(config.count_start_token)
         weights = token_weights(lengths.to(self._master_dtype), batch.rows, **options)
         read = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids

@@ -100,8 +100,8 @@ def own_pooling(name: str) -> dict[str, Any]:
 def _pooling(path: Path) -> str:
     values = _json(path)
     if isinstance(values, dict) and isinstance(values.get("pooling_mode"), str):
-        chosen = {"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(values["pooling_mode"], values["pooling_mode"])
-        found = [chosen]
+        mode = str(values["pooling_mode"])
+        found = [{"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(mode, mode)]
     else:
         flags = values if isinstance(values, dict) else {}
         found = [_POOLINGS.get(k, k) for k, v in flags.items() if k.startswith("pooling_mode_") and v is True]

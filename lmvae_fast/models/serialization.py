@@ -105,7 +105,7 @@ def save_model(
             elif not sharded:
                 frozen[name] = {"dtype": config.dtype, "sha256": frozen_fingerprint(name, part.model, state)}
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
-        header = {"format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS)}
+        header: dict[str, Any] = {"format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS)}
         header |= {_FROZEN: frozen} if frozen else {}
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / CARD).write_text(_CARD.format(**config.to_dict()))

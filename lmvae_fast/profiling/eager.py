@@ -112,7 +112,7 @@ def _langvae(model: LMVAE, texts: Sequence[str]) -> tuple[nn.Module, Callable[[]
 def _optimus(model: LMVAE, texts: Sequence[str]) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     config, projector, shift = model.config, model.projector, model.embedding_shift
     assert isinstance(projector, SharedProjector)
-    reference = ReferenceOptimus(
+    reference: Any = ReferenceOptimus(
         *_copies(model), latent_dim=config.latent_dim, max_len=config.max_len, embedding=shift is not None
     ).to(model.device)
     with torch.no_grad():

@@ -8,6 +8,7 @@ the public code's files.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ class GPT2Encoder(nn.Module):
 
     def __init__(self, decoder: PreTrainedModel, settings: CVAESettings):
         super().__init__()
-        body, config = decoder.transformer, copy.deepcopy(decoder.config)
+        body: Any = decoder.transformer
+        config = copy.deepcopy(decoder.config)
         config._attn_implementation = "eager"  # scores plus the mask we give: nothing else decides what is seen
         self.queries, self.bidirectional = settings.queries, settings.bidirectional
-        self.wte = copy.deepcopy(body.wte)
+        self.wte: Any = copy.deepcopy(body.wte)
         self.latent_queries = nn.Parameter(torch.randn(1, settings.queries, config.n_embd) * config.initializer_range)
         self.ln_input = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.blocks = nn.ModuleList(copy.deepcopy(block) for block in body.h[: settings.encoder_layers])
@@ -60,7 +62,8 @@ class GPT2Adapter(nn.Module):
             nn.Linear(config.n_embd, config.n_embd * self.slots),
         )
         self.ln = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = copy.deepcopy(decoder.transformer.h[layer].attn)
+        body: Any = decoder.transformer
+        self.attn = copy.deepcopy(body.h[layer].attn)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [B, H, P, d], of z [B, nz]."""
@@ -90,7 +93,7 @@ class GPT2LatentDecoder(nn.Module):
             self.skip_connection = nn.Sequential(
                 nn.Linear(settings.latent_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)
             )
-        self.transformer = decoder.transformer
+        self.transformer: Any = decoder.transformer
         self.lm_head = copy.deepcopy(decoder.lm_head)
 
     @property

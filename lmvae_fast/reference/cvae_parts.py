@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def first_queries(embedding: Tensor, queries: int) -> Tensor:
 
 def posterior_head(hidden: int, settings: CVAESettings, activation: nn.Module, std: float) -> nn.Sequential:
     """Hidden state of a query to its share of mu and logvar; begins at mu = logvar = 0."""
-    head = nn.Sequential(
+    head: Any = nn.Sequential(
         nn.Linear(hidden, hidden), activation, nn.Linear(hidden, 2 * settings.latent_dim // settings.queries)
     )
     for layer, deviation in ((head[0], std), (head[2], 0.0)):
@@ -99,7 +100,8 @@ class LlamaEncoder(nn.Module):
 
     def __init__(self, decoder: PreTrainedModel, settings: CVAESettings):
         super().__init__()
-        body, config = decoder.model, copy.deepcopy(decoder.config)
+        body: Any = decoder.model
+        config = copy.deepcopy(decoder.config)
         config._attn_implementation = "eager"  # scores plus mask, softmax, values: what the released mask needs
         hidden = config.hidden_size
         self.queries, self.padding = settings.queries, settings.padding

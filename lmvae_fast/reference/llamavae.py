@@ -53,7 +53,7 @@ class ReferenceLlamaVAE(ReferenceOptimus):
             entries = self.layers * 2 * self.kv_heads * self.head_dim
             self.mlp_memory = nn.Sequential(nn.Linear(latent_dim, hidden), nn.GELU(), nn.Linear(hidden, entries))
         self.requires_grad_(False)
-        trained = [self.linear, self.linear_memory, self.mlp_memory]
+        trained: list[nn.Module | None] = [self.linear, self.linear_memory, self.mlp_memory]
         trained += [decoder_model.get_input_embeddings(), decoder_model.get_output_embeddings()]
         for module in trained:
             if module is not None:

@@ -236,7 +236,7 @@ def _smoothness(pictures: Mapping[str, Any]) -> tuple[Any, str] | None:
     if len(values) < 4:
         return None
     figure, axis = plt.subplots(figsize=(6, 2.2))
-    axis.hist(values, bins=np.linspace(0.0, 1.0, 21))
+    axis.hist(values, bins=np.linspace(0.0, 1.0, 21).tolist())
     axis.set(xlabel="smoothness of a path", ylabel="paths", xlim=(0, 1))
     return figure, "Smoothness of the paths"
 

@@ -32,7 +32,7 @@ def make_decoder(
         train, tuning: as Decoder takes them. options: of ``tiny_decoder``.
     """
     tokenizer = tiny_tokenizer()
-    model = tiny_decoder(family, **{"vocab_size": len(tokenizer), **options})
+    model: Any = tiny_decoder(family, **{"vocab_size": len(tokenizer), **options})
     # Hugging Face's norms and eager attention work in fp32 inside, whatever the dtype of the weights.
     model = double_precision(model) if dtype == torch.float64 else model.to(dtype)
     return model, Decoder(model, SentenceTokenizer(tokenizer), train=train, tuning=tuning)
@@ -60,7 +60,7 @@ def make_model(
         return model
     tokenizer = tiny_tokenizer()
     part = Encoder(
-        tiny_encoder(encoder, vocab_size=len(tokenizer)).to(dtype), tokenizer, pooling=str(full.pooling),
+        tiny_encoder(encoder, vocab_size=len(tokenizer)).to(dtype=dtype), tokenizer, pooling=str(full.pooling),
         normalize=bool(full.normalize), train=bool(full.train_encoder),
     )  # fmt: skip
     return LMVAE(short, encoder=part, decoder=decoder)

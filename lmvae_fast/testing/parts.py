@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers as hf
@@ -43,15 +44,21 @@ def tiny_decoder(
         raise ValueError(f"family {family!r} is none of {FAMILIES}")
     if window is not None and family not in WINDOWED:
         raise ValueError(f"family {family!r} has no sliding window; those that do: {WINDOWED}")
-    common = dict(vocab_size=vocab_size, num_hidden_layers=layers, attn_implementation=attention, **SPECIAL)
-    rotary = dict(
+    common: dict[str, Any] = dict(
+        vocab_size=vocab_size, num_hidden_layers=layers, attn_implementation=attention, **SPECIAL
+    )
+    rotary: dict[str, Any] = dict(
         hidden_size=HIDDEN, intermediate_size=48, num_attention_heads=4, max_position_embeddings=max_positions, **common
     )
-    gqa = dict(num_key_value_heads=2, **rotary)
+    gqa: dict[str, Any] = dict(num_key_value_heads=2, **rotary)
     # Odd layers slide, even ones see everything: both kinds in one model.
     types = ["sliding_attention" if i % 2 else "full_attention" for i in range(layers)]
-    gemma = dict(head_dim=8, sliding_window=window or 4096, layer_types=types, query_pre_attn_scalar=12, **gqa)
-    qwen = dict(use_sliding_window=True, sliding_window=window, layer_types=types, **gqa) if window else gqa
+    gemma: dict[str, Any] = dict(
+        head_dim=8, sliding_window=window or 4096, layer_types=types, query_pre_attn_scalar=12, **gqa
+    )
+    qwen: dict[str, Any] = (
+        dict(use_sliding_window=True, sliding_window=window, layer_types=types, **gqa) if window else gqa
+    )
     config = {
         "gpt2": lambda: hf.GPT2Config(
             vocab_size=vocab_size, n_layer=layers, n_embd=HIDDEN, n_head=4, n_positions=max_positions,
@@ -75,7 +82,7 @@ def tiny_decoder(
 
 def tiny_encoder(family: str = "bert", *, vocab_size: int = VOCABULARY, seed: int = 1) -> hf.PreTrainedModel:
     """A random text encoder in eval mode, fp32, hidden size 24: ``bert``, ``t5`` or ``qwen2`` (no other: KeyError)."""
-    common = dict(vocab_size=vocab_size, **SPECIAL)
+    common: dict[str, Any] = dict(vocab_size=vocab_size, **SPECIAL)
     build = {
         "bert": lambda: hf.BertModel(
             hf.BertConfig(

@@ -345,7 +345,7 @@ class FlowTrainer:
         }  # fmt: skip
         if self.best_theta is not None:
             groups["best"] = {"theta": self.best_theta}
-        state = {"progress": progress, "plateau": self.plateau.state_dict(), "identity": self.identity}
+        state: dict[str, Any] = {"progress": progress, "plateau": self.plateau.state_dict(), "identity": self.identity}
         state["clusters"] = list(self.model.clusters)
         self.last_checkpoint = checkpoint.save(self.folder, self.step, groups, state, keep=self.config.keep_checkpoints)
         self.tell("on_checkpoint", self.last_checkpoint)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmvae_fast.signals import StopSignals
+from lmvae_fast.signals import USUAL
 
 #: A flat dictionary with `kind` ("train" or "eval"), `step`, `epoch` and figures, all plain numbers.
 Record = dict[str, Any]
@@ -39,7 +39,7 @@ class TrainResult:
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended the run; `resume=True` continues it."""
-        return self.stop_reason in [number.name for number in StopSignals.SIGNALS]
+        return self.stop_reason in [number.name for number in USUAL]
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,7 +70,7 @@ class FlowResult:
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended the run; `resume=True` continues it."""
-        return self.stop_reason in [number.name for number in StopSignals.SIGNALS]
+        return self.stop_reason in [number.name for number in USUAL]
 
 
 @dataclass

@@ -29,7 +29,7 @@ def frozen_fingerprint(model: nn.Module, samples: int = 256) -> str:
     return sampled_fingerprint(frozen, samples)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's state, flattened to "<parameter name>/<key>" -> tensor."""
     flat = {}
     for name, parameter in names.items():
@@ -39,7 +39,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.P
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], flat: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], flat: Mapping[str, Tensor]
 ) -> None:
     """Put a flattened state back; each tensor goes to the device torch keeps it on (`step` stays where AdamW wants it).
 
