@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 # SIGHUP: the terminal is gone. Windows has none.
-HANGUP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
+HANGUP: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
 
 
 class StopSignals:
@@ -18,9 +18,11 @@ class StopSignals:
     Outside the main thread Python has no signal handlers, so the object does nothing there.
     """
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, *HANGUP)
+
     def __init__(self, *signals: int) -> None:
-        """signals: SIGINT (Ctrl-C), SIGTERM and SIGHUP unless given."""
-        self.signals = signals or (signal.SIGINT, signal.SIGTERM, *HANGUP)
+        """signals: those of SIGNALS (Ctrl-C is SIGINT) unless given."""
+        self.signals = signals or self.SIGNALS
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
 
