@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 # SIGHUP: the terminal is gone. Windows has none.
-HANGUP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
+HANGUP: tuple[signal.Signals, ...] = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
 
 
 #: Signals that end a run in order unless others are given.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,11 @@ def test_a_foreign_output_is_refused_and_left_alone(model, latents, tmp_path):
     output.write_text("mine\n")
     with pytest.raises(OutputError, match="nothing says what made it"):
         run(model, tmp_path / "z.npy", output)
+    with pytest.raises(OutputError, match="nothing says what made it"):
+        run(model, tmp_path / "z.npy", output, overwrite=True)
     assert output.read_text() == "mine\n"
+    output.unlink()
+    run(model, tmp_path / "z.npy", output)
     run(model, tmp_path / "z.npy", output, overwrite=True)
     before = output.read_bytes()
     with pytest.raises(OutputError, match="another generation"):
@@ -337,3 +342,44 @@ def test_workers_write_the_same_file_also_after_one_has_died(model, tmp_path):
     assert seen[0] == (written, None) and len(seen) == 1 + total - written
     with pytest.raises(ConfigError, match="workers"):
         Workers(from_folder, str(tmp_path / "model"), 0)
+
+
+def test_blocks_that_were_changed_are_found(model, latents, tmp_path):
+    """Their number and lines are as they were, one letter is not."""
+    write_latents(tmp_path / "z.npy", latents)
+    output = tmp_path / "out.jsonl"
+    run(model, tmp_path / "z.npy", output)
+    whole = output.read_bytes()
+    output.write_bytes(whole.replace(b'"finished": ', b'"Finished": ', 1))
+    with pytest.raises(OutputError, match=r"block 1 .* is not what was written"):
+        run(model, tmp_path / "z.npy", output)
+    run(model, tmp_path / "z.npy", output, overwrite=True)
+    assert output.read_bytes() == whole
+    hashes = tmp_path / "out.jsonl.blocks"
+    recorded = hashes.read_text()
+    assert recorded.count("\n") == -(-N // 16)
+    hashes.write_text("".join(recorded.splitlines(keepends=True)[:2]))  # killed between a block and its hash
+    run(model, tmp_path / "z.npy", output)
+    assert (output.read_bytes(), hashes.read_text()) == (whole, recorded)
+
+
+def test_an_output_removed_meanwhile_is_an_error(model, latents, tmp_path):
+    write_latents(tmp_path / "z.npy", latents)
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "out.jsonl"
+
+    def remove(sentences, tokens):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+    with pytest.raises(OutputError, match="was removed or replaced"):
+        run(model, tmp_path / "z.npy", output, progress=remove)
+    assert not output.exists()
+
+
+def test_a_run_that_is_asked_to_stop_ends_behind_a_block(model, latents, tmp_path):
+    write_latents(tmp_path / "z.npy", latents)
+    output = tmp_path / "out.jsonl"
+    assert run(model, tmp_path / "z.npy", output, stop=lambda: True) == 16 == output.read_bytes().count(b"\n")
+    assert run(model, tmp_path / "z.npy", output) == N
+    run(model, tmp_path / "z.npy", tmp_path / "whole.jsonl")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -12,7 +12,9 @@ import sys
 import pytest
 import torch
 
+from lmvae_fast import files
 from lmvae_fast.errors import CheckpointError, OutputError
+from lmvae_fast.files import MARK, TEMPORARY
 from lmvae_fast.integrations.langvae import files as langvae_files
 from lmvae_fast.integrations.langvae import load_reference
 from lmvae_fast.integrations.langvae.files import FILES, LangVAEFolder, read_folder, write_folder
@@ -52,7 +54,7 @@ def edit(path, **changes):
 def test_round_trip(tmp_path):
     original = contents()
     folder = write_folder(original, tmp_path / "deep" / "model")
-    assert sorted(os.listdir(folder)) == sorted(FILES)
+    assert sorted(os.listdir(folder)) == sorted([*FILES, MARK])
     got = read_folder(folder)
     for field in dataclasses.fields(LangVAEFolder):
         want, value = getattr(original, field.name), getattr(got, field.name)
@@ -199,10 +201,22 @@ class TestWriting:
 
     def test_overwrite_replaces_the_whole_folder(self, saved):
         (saved / "stray").write_text("x")
+        with pytest.raises(OutputError, match="would be replaced"):
+            write_folder(contents(pooling="cls"), saved, overwrite=True)
+        assert read_folder(saved).pooling == "last"
+        (saved / "stray").unlink()
         write_folder(contents(pooling="cls"), saved, overwrite=True)
         assert read_folder(saved).pooling == "cls"
-        assert sorted(os.listdir(saved)) == sorted(FILES)
+        assert sorted(os.listdir(saved)) == sorted([*FILES, MARK])
         assert os.listdir(saved.parent) == ["model"]
+
+    def test_what_was_not_written_here_is_never_replaced(self, tmp_path):
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        (mine / "decoder.pt").write_text("mine")
+        with pytest.raises(OutputError, match="left alone"):
+            write_folder(contents(), mine, overwrite=True)
+        assert os.listdir(mine) == ["decoder.pt"]
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_failure_leaves_what_was_there(self, saved, monkeypatch, overwrite):
@@ -222,10 +236,11 @@ class TestWriting:
         rename = langvae_files.Path.rename
 
         def fails(path, target):
-            if path.name.startswith(".model.") and not path.name.startswith(".model.old"):
+            if path.name.startswith(TEMPORARY):
                 raise OSError(5, "Input/output error")
             return rename(path, target)
 
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)  # as on a system without renameat2
         monkeypatch.setattr(langvae_files.Path, "rename", fails)
         with pytest.raises(OutputError, match="Input/output"):
             write_folder(contents(pooling="cls"), saved, overwrite=True)
