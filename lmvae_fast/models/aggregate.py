@@ -98,9 +98,7 @@ def dg_kl(
     Its mean over a group of N posteriors with M samples each is 1/(N M) sum_k sum_d [logsumexp_n lp(z_kd; mu_nd, lv_nd)
     - ln N - lp(z_kd; 0, 0)]. In a group of one it is the plain KL of that posterior, estimated at its samples.
     """
-    return aggregate_kl_per_dim(
-        z, mu, logvar, groups=groups, cu_posteriors=cu_posteriors, min_var=min_var
-    ).sum(-1)
+    return aggregate_kl_per_dim(z, mu, logvar, groups=groups, cu_posteriors=cu_posteriors, min_var=min_var).sum(-1)
 
 
 def mutual_information(

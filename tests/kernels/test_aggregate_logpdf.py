@@ -59,7 +59,9 @@ def check(name, arguments, **kwargs):
 def dense(z, mu, logvar, cu_z, cu_posteriors, per_dim, min_var):
     """The formula, group by group and posterior by posterior."""
     parts = []
-    for (a, b), (c, d) in zip(itertools.pairwise(cu_z.tolist()), itertools.pairwise(cu_posteriors.tolist()), strict=True):
+    for (a, b), (c, d) in zip(
+        itertools.pairwise(cu_z.tolist()), itertools.pairwise(cu_posteriors.tolist()), strict=True
+    ):
         rows = z[..., a:b, :]
         densities = []
         for n in range(c, d):
@@ -208,7 +210,12 @@ def test_leading_dimensions_and_empty_batches(name, per_dim, z_shape):
 def test_nothing_at_all(name):
     require("aggregate_logpdf", name)
     empty = torch.zeros(0, 3, requires_grad=True)
-    for options in ({}, {"cu_posteriors": offsets([])}, {"cu_posteriors": offsets([0, 0])}, {"groups": torch.zeros(0).long()}):
+    for options in (
+        {},
+        {"cu_posteriors": offsets([])},
+        {"cu_posteriors": offsets([0, 0])},
+        {"groups": torch.zeros(0).long()},
+    ):
         with backend(name):
             found = aggregate_logpdf(empty, empty, empty, per_dim=True, **options)
             assert found.shape == (0, 3)
@@ -246,7 +253,9 @@ def test_inf_and_nan_pass_through_as_in_torch(name, min_var):
         outputs, grads, _ = run_with_grads(function, arguments, [torch.ones_like(z)], per_dim=True, min_var=min_var)
         results.append([*outputs, *grads])
     for label, out, expected in zip(("logq", "dz", "dmu", "dlogvar"), *results, strict=True):
-        torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=1e-5, msg=lambda m, n=label: f"{n}: {m}")
+        torch.testing.assert_close(
+            out, expected, equal_nan=True, rtol=1e-5, atol=1e-5, msg=lambda m, n=label: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["reference", *FAST])
@@ -418,7 +427,9 @@ def test_fullgraph_compile_gives_the_same(name, per_dim):
     with backend(name):
         arguments = inputs((2, 5, 6), 5)
         assert_fullgraph_equal(aggregate_logpdf, arguments, per_dim=per_dim)
-        assert_fullgraph_equal(aggregate_logpdf, arguments, per_dim=per_dim, cu_posteriors=offsets([2, 3]), min_var=1e-4)
+        assert_fullgraph_equal(
+            aggregate_logpdf, arguments, per_dim=per_dim, cu_posteriors=offsets([2, 3]), min_var=1e-4
+        )
         assert_fullgraph_equal(aggregate_logpdf, arguments, per_dim=per_dim, groups=torch.tensor([4, 1, 4, 4, 1]))
 
 
@@ -486,7 +497,9 @@ def test_forward_mode_is_refused_not_wrong(name):
         with raises_naming(RuntimeError, "aggregate_logpdf", "forward-mode"):
             aggregate_logpdf(dual, mu, logvar, per_dim=True)
     with backend("reference"):
-        _, tangent = torch.func.jvp(lambda x: aggregate_logpdf(x, mu, logvar, per_dim=True), (z,), (torch.ones_like(z),))
+        _, tangent = torch.func.jvp(
+            lambda x: aggregate_logpdf(x, mu, logvar, per_dim=True), (z,), (torch.ones_like(z),)
+        )
     with backend(name), raises_naming(RuntimeError, "aggregate_logpdf", "forward-mode"):
         torch.func.jvp(lambda x: aggregate_logpdf(x, mu, logvar, per_dim=True), (z,), (torch.ones_like(z),))
     leaf = z.clone().requires_grad_()
