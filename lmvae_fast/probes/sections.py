@@ -149,10 +149,13 @@ class Context:
             rare = np.flatnonzero((counts > 0) & (counts < self.settings.min_rows))
             y[np.isin(y[:, place], rare), place] = checks.ABSENT
             values = int((counts >= self.settings.min_rows).sum())
+            lost = counts[rare].sum() / max(counts.sum(), 1)
             if values < 2:
                 left_out[name] = f"{values} value with {self.settings.min_rows} sentences or more"
             elif values > self.settings.max_values:
                 left_out[name] = f"{values} values, more than {self.settings.max_values}"
+            elif lost > 0.5:
+                left_out[name] = f"{lost:.0%} of the sentences have a value of fewer than {self.settings.min_rows}"
             else:
                 kept.append(name)
         if not kept:

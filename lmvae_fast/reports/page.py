@@ -29,6 +29,7 @@ table { border-collapse: collapse; width: 100%; background: #fff; font-size: .93
 th, td { text-align: left; padding: .38rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td small { display: block; color: var(--soft); font-size: .85rem; line-height: 1.35; }
 .scroll { overflow-x: auto; }
 figure { margin: .8rem 0; } figure svg { width: 100%; height: auto; }
 code { background: #eef2f8; padding: .1rem .3rem; border-radius: 4px; font-size: .9em; }
@@ -70,6 +71,17 @@ class Report:
         """A table; numbers are aligned to the right."""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
         body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+        self.parts.append(f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>")
+
+    def figures(self, rows: Iterable[tuple[str, str, Any, Any, str]]) -> None:
+        """Figures with their meaning: (name, what it says, value, spread, range); the sentence stands below the name, so that
+        a narrow screen need not scroll."""
+        head = "<th>figure</th><th>value</th><th>+-</th><th>range</th>"
+        body = "".join(
+            f"<tr><td>{html.escape(name)}<small>{html.escape(text)}</small></td>"
+            f"{_cell(value)}{_cell(spread)}<td>{html.escape(limits)}</td></tr>"
+            for name, text, value, spread, limits in rows
+        )
         self.parts.append(f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>")
 
     def figure(self, figure: Any, description: str) -> None:

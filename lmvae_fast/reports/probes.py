@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmvae_fast.probes.compare import Comparison
-from lmvae_fast.probes.meanings import HEADINGS, meaning
+from lmvae_fast.probes.meanings import HEADINGS, MEANINGS, meaning
 from lmvae_fast.reports.page import Report, style
 
 _LARGE = {  # probe, figure, how it is written: what stands at the top of the page
@@ -96,9 +96,9 @@ def _section(report: Report, probe: str, section: Mapping[str, Any]) -> None:
     rows = []
     for name, score in shown.items():
         about = meaning(probe, name)
-        rows.append((about.title, _number(score["value"]), _spread(score, section), about.range, about.text))
+        rows.append((about.title, about.text, _number(score["value"]), _number(score["spread"]), about.range))
     if rows:
-        report.table(("figure", "value", "+-", "range", "what it says"), rows)
+        report.figures(rows)
     pictures = section["pictures"]
     for draw in _DRAWINGS.get(probe, ()):
         drawn = draw(section if draw is _task_bars else pictures)
@@ -106,7 +106,8 @@ def _section(report: Report, probe: str, section: Mapping[str, Any]) -> None:
             report.figure(*drawn)
     for title, table in section["tables"].items():
         report.part(title, table["note"])
-        report.table(table["header"], table["rows"])
+        known = MEANINGS.get(probe, {})
+        report.table([known[name].title if name in known else name for name in table["header"]], table["rows"])
     for note in section["notes"]:
         report.note(note)
     if section["left_out"]:
@@ -138,10 +139,6 @@ def _fine_print(report: Report, found: Mapping[str, Any]) -> None:
 
 def _number(value: Any) -> Any:
     return "" if value is None else float(value)
-
-
-def _spread(score: Mapping[str, Any], section: Mapping[str, Any]) -> Any:
-    return "" if score["spread"] is None else float(score["spread"])
 
 
 def _interval(gap: Any) -> tuple[Any, Any, str]:
@@ -177,7 +174,7 @@ def _matrix(pictures: Mapping[str, Any], name: str, title: str) -> tuple[Any, st
     order = np.sort(np.argsort(-matrix.max(axis=0))[:96]) if matrix.shape[1] > 96 else order
     order = order[np.lexsort((-matrix[:, order].max(axis=0), matrix[:, order].argmax(axis=0)))]
     shown = matrix[:, order]
-    figure, axis = plt.subplots(figsize=(max(5.0, 1.8 + _CELL * shown.shape[1]), 1.2 + 0.26 * len(factors)))
+    figure, axis = plt.subplots(figsize=(max(9.0, 1.8 + _CELL * shown.shape[1]), 1.2 + 0.26 * len(factors)))
     image = axis.imshow(shown, aspect="auto", cmap="Blues", vmin=0.0, vmax=max(float(shown.max()), 1e-9))
     axis.grid(visible=False)
     axis.set(yticks=range(len(factors)), yticklabels=factors, title=title)
