@@ -1,4 +1,4 @@
-"""Prompts with responses as ids and batches: where they are parted and cut, and that the released layout is the public code's."""
+"""Prompts with responses as ids and batches: where they are parted and cut; the released layout is the public code's."""
 
 from __future__ import annotations
 
