@@ -52,9 +52,11 @@ def generation_quality(
             raise DataError("a paired comparison needs references", value="references=None")
         found |= overlap.reference_overlap(texts, references)
         if encoder is not None:
-            layers = require("transformers", "BERTScore").AutoConfig.from_pretrained(
-                str(encoder), trust_remote_code=False
-            ).num_hidden_layers
+            layers = (
+                require("transformers", "BERTScore")
+                .AutoConfig.from_pretrained(str(encoder), trust_remote_code=False)
+                .num_hidden_layers
+            )
             found["bert_score"] = embedding_match.bert_score(texts, references, encoder, layer=layers)
             found["mover_score"] = embedding_match.mover_score(texts, references, encoder)
     if (embeddings is None) != (reference_embeddings is None):

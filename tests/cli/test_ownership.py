@@ -63,7 +63,18 @@ def test_a_foreign_model_in_a_run_is_refused_before_training(capsys, mine):
     (mine / "run" / "model").mkdir()
     (mine / "run" / "model" / "notes").write_text("mine")
     before = contents(mine)
-    words = ["train", "--data", "corpus", "--encoder", "none", "--decoder", "none", "--resume", "--output", mine / "run"]
+    words = [
+        "train",
+        "--data",
+        "corpus",
+        "--encoder",
+        "none",
+        "--decoder",
+        "none",
+        "--resume",
+        "--output",
+        mine / "run",
+    ]
     assert "left alone" in call(capsys, *words, code=3)[1]
     assert contents(mine) == before
 
