@@ -104,7 +104,7 @@ def _pooling(path: Path) -> str:
         found = [{"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(mode, mode)]
     else:
         flags = values if isinstance(values, dict) else {}
-        found = [_POOLINGS.get(k, k) for k, v in flags.items() if k.startswith("pooling_mode_") and v is True]
+        found = [str(_POOLINGS.get(k, k)) for k, v in flags.items() if k.startswith("pooling_mode_") and v is True]
     if len(found) != 1 or found[0] not in _POOLINGS.values():
         raise CheckpointError(
             f"{path}: we do not pool so", value=", ".join(found) or "(nothing)", limit="one of mean, cls, last token",

@@ -127,7 +127,7 @@ def evaluate_definitions(
 
 def _sentence_vectors(model: InvertibleCVAE, texts: list[str]) -> torch.Tensor:
     with evaluating(model.vae):
-        return model.vae.encoder.pool_texts(texts, [len(text) for text in texts])  # type: ignore[union-attr]
+        return model.vae.encoder.pool_texts(texts, [len(text) for text in texts])
 
 
 @torch.no_grad()

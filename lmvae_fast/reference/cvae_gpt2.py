@@ -31,7 +31,8 @@ class GPT2Encoder(nn.Module):
         self.latent_queries = nn.Parameter(torch.randn(1, settings.queries, config.n_embd) * config.initializer_range)
         self.ln_input = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.blocks = nn.ModuleList(copy.deepcopy(block) for block in body.h[: settings.encoder_layers])
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             block.attn.config = config
         self.ln_output = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.h2z = posterior_head(config.n_embd, settings, nn.GELU(), config.initializer_range)

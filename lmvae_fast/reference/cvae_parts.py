@@ -108,7 +108,8 @@ class LlamaEncoder(nn.Module):
         self.embed_tokens = copy.deepcopy(body.embed_tokens)
         self.embed_tokens.padding_idx = config.eos_token_id  # so the end-of-text's row does not train, as released
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[: settings.encoder_layers])
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             layer.self_attn.config = config
         self.rotary_emb = copy.deepcopy(body.rotary_emb)
         self.embed_latent_queries = nn.Embedding(settings.queries, hidden)

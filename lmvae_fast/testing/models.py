@@ -59,8 +59,9 @@ def make_model(
             model.posterior_head.out.weight.normal_(std=0.2)
         return model
     tokenizer = tiny_tokenizer()
+    text_encoder: Any = tiny_encoder(encoder, vocab_size=len(tokenizer))
     part = Encoder(
-        tiny_encoder(encoder, vocab_size=len(tokenizer)).to(dtype=dtype), tokenizer, pooling=str(full.pooling),
+        text_encoder.to(dtype), tokenizer, pooling=str(full.pooling),
         normalize=bool(full.normalize), train=bool(full.train_encoder),
     )  # fmt: skip
     return LMVAE(short, encoder=part, decoder=decoder)

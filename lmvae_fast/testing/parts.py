@@ -15,7 +15,7 @@ import transformers as hf
 FAMILIES = ("gpt2", "llama", "gemma2", "gemma3", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "opt")
 WINDOWED = ("gemma2", "gemma3", "mistral", "phi3", "qwen2", "qwen3")
 VOCABULARY, HIDDEN = 101, 32
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def tiny_decoder(

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Prompts with responses as ids and batches: where they are parted and cut, and the public code's own layout."""
-=======
-"""Prompts with responses as ids and batches: where they are parted and cut; the released layout is the public code's."""
->>>>>>> refs/heads/cvae
 
 from __future__ import annotations
 
