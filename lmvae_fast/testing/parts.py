@@ -62,7 +62,7 @@ def tiny_decoder(
     config = {
         "gpt2": lambda: hf.GPT2Config(
             vocab_size=vocab_size, n_layer=layers, n_embd=HIDDEN, n_head=4, n_positions=max_positions,
-            attn_implementation=attention, **SPECIAL,
+            **(SPECIAL | {"attn_implementation": attention}),
         ),
         "llama": lambda: hf.LlamaConfig(**gqa),
         "gemma2": lambda: hf.Gemma2Config(attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **gemma),
