@@ -42,7 +42,9 @@ class LinearGaussian(nn.Module):
 
     def make_batch(self, sentences, rows, pooled=None):
         x = torch.tensor([[float(word) for word in sentences.texts[row].split()] for row in rows], dtype=torch.float64)
-        batch = SimpleNamespace(x=x if pooled is None else pooled[list(rows)], tokens=torch.full((len(rows),), 3))
+        batch = SimpleNamespace(
+            x=x if pooled is None else pooled[list(rows)], tokens=torch.full((len(rows),), 3), prompt_ids=None
+        )
         batch.to = lambda device: batch
         return batch
 
