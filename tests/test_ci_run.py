@@ -72,25 +72,25 @@ def test_a_run_begins_with_empty_folders_and_leaves_none(start, tmp_path):
     assert start(0).wait() == 0
     lint, test = notes(tmp_path)
     assert (lint[0], test[0]) == (["lint"], ["test"])
-    environment = lint[1]
-    places = [Path(environment[name]) for name in FOLDERS]
+    given = lint[1]
+    places = [Path(given[name]) for name in FOLDERS]
     assert len(set(places)) == len(places) and len({place.parent for place in places}) == 1
     assert not any(place.exists() for place in places) and not places[0].parent.exists()
-    assert len(environment["RAY_TMPDIR"]) < 40, "Ray's sockets would have paths that are too long"
+    assert len(given["RAY_TMPDIR"]) < 40, "Ray's sockets would have paths that are too long"
     assert lint[2] == {
         name: ["pip"] if name == "XDG_CONFIG_HOME" else [".pip"] if name == "HOME" else [] for name in FOLDERS
     }
-    assert not set(GONE) & set(environment)
+    assert not set(GONE) & set(given)
     assert not lint[4], "tests that send interrupts would wait for ever"
 
 
 def test_the_package_client_keeps_its_settings(start, tmp_path):
     assert start(0).wait() == 0
-    environment, settings = notes(tmp_path)[0][1], notes(tmp_path)[0][3]
+    given, settings = notes(tmp_path)[0][1], notes(tmp_path)[0][3]
     assert sorted(settings) == ["[global]\nretries = 8\n", "[global]\ntimeout = 7\n"]
-    assert environment["PIP_CERT"] == "/some/file"
-    assert environment["PYENV_ROOT"] == str(tmp_path / "home" / ".pyenv")
-    assert environment["PATH"].startswith(str(tmp_path / "bin"))
+    assert given["PIP_CERT"] == "/some/file"
+    assert given["PYENV_ROOT"] == str(tmp_path / "home" / ".pyenv")
+    assert given["PATH"].startswith(str(tmp_path / "bin"))
 
 
 def test_a_red_target_is_a_red_run(start, tmp_path):

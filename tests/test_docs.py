@@ -94,8 +94,8 @@ def test_named_commands_exist(path):
 
 @pages(r"`make [a-z]")
 def test_named_targets_exist(path):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`make ([a-z-]+)", TEXT[path])) <= targets
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z0-9-]+)", TEXT[path])) <= targets
 
 
 def test_what_is_wrong_is_seen():

@@ -16,12 +16,23 @@ READERS = {"get", "setdefault", "pop", "getenv"}
 def read_by_python(text: str) -> set[str]:
     """Variables that a file reads: ``environ.get("X")`` and the like, ``environ["X"]``, ``getenv("X")``, ``envvar="X"``."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(text)
+    constants = {  # X = "NAME" at the top of a file
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             owner = ast.unparse(node.func)
             name, first = owner.rpartition(".")[2], node.args[0] if node.args else None
-            if name in READERS and ("environ" in owner or name == "getenv") and isinstance(first, ast.Constant):
-                found.add(first.value)
+            if name in READERS and ("environ" in owner or name == "getenv"):
+                if isinstance(first, ast.Constant):
+                    found.add(first.value)
+                elif isinstance(first, ast.Name):
+                    found.add(constants.get(first.id))
             found |= {k.value.value for k in node.keywords if k.arg == "envvar" and isinstance(k.value, ast.Constant)}
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
             value = node.slice.value if isinstance(node.slice, ast.Constant) else None
@@ -65,7 +76,7 @@ def test_the_list_is_what_the_source_reads():
     "text",
     [
         "import os\nos.environ.get('A')", "from os import environ\nx = environ['A']", "import os\nos.getenv('A', '1')",
-        "os.environ.setdefault('A', '1')", "context.environment.get('A', '')", "typer.Option(envvar='A')",
+        "os.environ.setdefault('A', '1')", "B = 'A'\nos.environ.get(B)", "context.environment.get('A', '')", "typer.Option(envvar='A')",
     ],
 )  # fmt: skip
 def test_a_read_is_seen(text):

@@ -118,7 +118,7 @@ def _tsne(
 def _umap(x: Array, seed: int, near: int = 15, min_dist: float = 0.1) -> tuple[Array, dict[str, Any], dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a seed makes it run on one thread
-        library = require("umap", "UMAP")
+        library = require("umap", "UMAP", "umap")
         near = min(near, len(x) - 1)
         points = library.UMAP(n_neighbors=near, min_dist=min_dist, random_state=seed).fit_transform(x)
     return np.asarray(points, dtype=np.float64), {"near": near, "min_dist": min_dist}, {}

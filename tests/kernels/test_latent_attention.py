@@ -395,7 +395,8 @@ def test_bad_input(name, case):
     spoil, error, words = BAD[case]
     tensors, cu = inputs([3, 4])
     arguments = dict(zip(NAMES, tensors, strict=True), cu_seqlens=cu, visibility="prefix", scale=0.25)
-    on_backend(latent_attention, name)(**arguments)
+    function = on_backend(latent_attention, name)
+    function(**arguments)
     spoil(arguments)
     with raises_naming(error, *words):
-        on_backend(latent_attention, name)(**arguments)
+        function(**arguments)
