@@ -76,7 +76,8 @@ def test_the_list_is_what_the_source_reads():
     "text",
     [
         "import os\nos.environ.get('A')", "from os import environ\nx = environ['A']", "import os\nos.getenv('A', '1')",
-        "os.environ.setdefault('A', '1')", "B = 'A'\nos.environ.get(B)", "context.environment.get('A', '')", "typer.Option(envvar='A')",
+        "os.environ.setdefault('A', '1')", "B = 'A'\nos.environ.get(B)",
+        "context.environment.get('A', '')", "typer.Option(envvar='A')",
     ],
 )  # fmt: skip
 def test_a_read_is_seen(text):
