@@ -84,7 +84,7 @@ def aggregate_logpdf_bwd(grad, lse, z, mu, logvar, cu_z, cu_posteriors, per_dim,
     dmu, dlogvar = (torch.empty(shape, dtype=mu.dtype, device=mu.device) for _ in range(2))
     cu_z, cu_posteriors, groups, steps, has_groups = _groups(cu_z, cu_posteriors, z, mu)
     root, ratio = _prepared(logvar, min_var, backward=True)
-    strides = (*grad.stride(), *(() if per_dim else (0,)), *z.stride(), *mu.stride(), *logvar.stride())
+    strides = (*grad.stride(), *(() if per_dim else (1,)), *z.stride(), *mu.stride(), *logvar.stride())
     if need_z:
         config = _ROWS[_block(dim, per_dim)]
         blocks = triton.cdiv(rows, config.constants["ROWS"])
@@ -133,7 +133,7 @@ def _cases() -> list[CompileCase]:
                     "grad": "*fp32",
                     "stride_g_s": "i32",
                     "stride_g_k": "i32",
-                    "stride_g_d": 1 if per_dim else "i32",
+                    "stride_g_d": 1,
                 }
                 tag = f"{dtype}-{block}-{'marginal' if per_dim else 'joint'}"
                 chosen = {"HAS_GROUPS": True, "PER_DIM": per_dim}

@@ -72,13 +72,14 @@ def test_attention_is_compiled_for_groups_of_query_heads(gate):
 
 
 def test_a_vocabulary_of_one_compiles(gate, tmp_path):
-    """At 1 token `bits` is a constant to Triton, which has no methods of a tensor."""
+    """At 1 token the sizes are constants to Triton, which have no methods of a tensor, and the bits of the size are 1."""
     cases = gate.cases_of("sample_token")
-    index = next(i for i, case in enumerate(cases) if case.name == "draw-fp32")
+    index = next(i for i, case in enumerate(cases) if case.name == "one-token-fp32")
+    general = next(i for i, case in enumerate(cases) if case.name == "draw-fp32")
     code = (
         f"import sys; sys.path.insert(0, {str(GATE.parent)!r}); import compile_gate as gate\n"
-        f"for ones in (('bits',), {tuple(gate.integers_of(cases[index]))!r}):\n"
-        f"    key, row = gate.compile_case(gate.Job('sample_token', {index}, 90, False, ones=ones))\n"
+        f"for index, ones in (({index}, ()), ({general}, {tuple(gate.integers_of(cases[general]))!r})):\n"
+        f"    key, row = gate.compile_case(gate.Job('sample_token', index, 90, False, ones=ones))\n"
         "    assert 'error' not in row and not row['spill_bytes'], row\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
