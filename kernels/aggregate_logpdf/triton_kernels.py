@@ -46,7 +46,7 @@ def _members(index, ok, cu_own, cu_other, groups, steps, count, HAS_GROUPS: tl.c
 @triton.jit
 def _row(at, stride, col, ok):
     """One row [BLOCK_D] in fp32, zero where not ok."""
-    return tl.load(at + col * stride, mask=ok, other=0.0).to(tl.float32)
+    return tl.load(at + col.to(tl.int64) * stride, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit

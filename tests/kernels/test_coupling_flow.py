@@ -138,8 +138,9 @@ def test_error_rule_for_every_kind_of_stage(name, spec, inverse, memory):
 @pytest.mark.parametrize("inverse", DIRECTIONS)
 def test_recompute_far_from_initialisation(inverse):
     require("coupling_flow", "cpp")
-    for spec in SPECS.values():
-        bound = Bound(spec)
+    for name, spec in SPECS.items():
+        # without a clamp, values there are 1e49, which fp32 does not hold
+        bound = Bound(spec, spread=SPREAD["recompute"]) if name.startswith("no clamp") else Bound(spec)
         inputs = bound.inputs(19)
         outputs, grads, weights = run_with_grads(
             on_backend(bound.op, "cpp"), inputs, inverse=inverse, memory="recompute"
