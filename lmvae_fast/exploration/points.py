@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmvae_fast.data.dataset import Example
 from lmvae_fast.errors import LatentError
+from lmvae_fast.evaluation.collapse import warn_of_prior
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.posterior import Posterior
 
@@ -38,7 +39,8 @@ def locate(model: LMVAE, items: Sequence[Item], annotations: Tensor | None = Non
 
     Args:
         model: any LMVAE.
-        items: sentences or latents, mixed as you like; all sentences are encoded together.
+        items: sentences or latents, mixed as you like; all sentences are encoded together, and a posterior that has
+            collapsed is logged as a warning.
         annotations: pooled labels of a conditional decoder, ``[labels]`` for all items or ``[N, labels]``. Without them,
             items must be examples with labels.
 
@@ -53,6 +55,7 @@ def locate(model: LMVAE, items: Sequence[Item], annotations: Tensor | None = Non
     posterior = None
     if sentences:
         posterior = model.encode([items[row] for row in sentences])
+        warn_of_prior(posterior, "these sentences")  # a walk between points of the prior says nothing of them
         z[sentences] = posterior.mu
     for row, item in enumerate(items):
         if isinstance(item, Tensor):

@@ -29,3 +29,13 @@ def test_the_prior_as_posterior():
     zeros = torch.zeros(2, 6)
     assert warn_of_prior(Posterior(zeros, zeros), "interpolation")
     assert not warn_of_prior(Posterior(zeros + 2.0, zeros), "interpolation")
+
+
+def test_a_walk_between_collapsed_posteriors_warns(caplog):
+    model = make_model("gpt2").eval()
+    lf.interpolate(model, *SENTENCES[:2], steps=3)
+    assert "collapsed" not in caplog.text
+    with torch.no_grad():
+        model.posterior_head.weight.zero_()
+    lf.interpolate(model, *SENTENCES[:2], steps=3)
+    assert "these sentences: the posterior has collapsed" in caplog.text
