@@ -41,10 +41,12 @@ def some(name, count):
 
 
 def same(name, logits, **options):
-    """Ids of a backend and of the reference are equal, log-probabilities equal to fp32 rounding."""
+    """Ids of a backend and of the reference are equal, log-probabilities those of fp64 to fp32 rounding: torch's own fp32
+    sum over a vocabulary is off by more on CPUs where it does not vectorise."""
     arguments = {"seed": SEED, "logprob": True, **options}
     ids, logprob = on_backend(sample_token, name)(logits, **arguments)
-    expected, expected_logprob = on_backend(sample_token, "reference")(logits, **arguments)
+    expected, _ = on_backend(sample_token, "reference")(logits, **arguments)
+    expected_logprob = logits.double().log_softmax(-1).gather(-1, expected.unsqueeze(-1)).squeeze(-1).float()
     assert torch.equal(ids, expected)
     torch.testing.assert_close(logprob, expected_logprob, rtol=2e-6, atol=2e-6, equal_nan=True)
     return ids
@@ -279,9 +281,12 @@ def test_fullgraph_compile_gives_the_same(name):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_no_gradient_is_made():
+def test_logits_that_want_a_gradient_are_refused():
     logits = torch.randn(3, 8, requires_grad=True)
-    assert not sample_token(logits, seed=1, logprob=True)[1].requires_grad
+    with raises_naming(ValueError, "sample_token", "logits", "detach"):
+        sample_token(logits, seed=1, logprob=True)
+    with torch.no_grad():
+        assert not sample_token(logits, seed=1, logprob=True)[1].requires_grad
 
 
 def test_vmap_is_refused():

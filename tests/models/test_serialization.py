@@ -59,13 +59,13 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious.txt").write_text("keep")
-    with pytest.raises(OutputError, match="no model of ours"):
+    with pytest.raises(OutputError, match="nor a model of ours"):
         model.save_pretrained(other)
     assert (other / "precious.txt").read_text() == "keep"
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="writable"):
         model.save_pretrained(tmp_path / "file" / "m")
-    with pytest.raises(OutputError, match="no model of ours"):
+    with pytest.raises(OutputError, match="nor a model of ours"):
         model.save_pretrained(tmp_path / "file")
 
 
