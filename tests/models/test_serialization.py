@@ -65,7 +65,7 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="writable"):
         model.save_pretrained(tmp_path / "file" / "m")
-    with pytest.raises(OutputError, match="nor a model of ours"):
+    with pytest.raises(OutputError, match="is no folder"):
         model.save_pretrained(tmp_path / "file")
 
 
