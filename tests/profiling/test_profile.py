@@ -13,6 +13,7 @@ from lmvae_fast.cli.app import app
 from lmvae_fast.config import LMVAEConfig, TrainConfig
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.files import MARK
 from lmvae_fast.profiling import train as profiling
 from lmvae_fast.profiling.cost import Cost
 from lmvae_fast.profiling.eager import EagerStep
@@ -110,7 +111,7 @@ def test_command_writes_report_record_and_traces(tmp_path):
     assert "<svg" in page
     assert "token by token" in page
     assert {path.name for path in out.iterdir()} == {
-        "report.html", "profile.json", "trace-fast.json", "trace-reference.json"
+        MARK, "report.html", "profile.json", "trace-fast.json", "trace-reference.json"
     }  # fmt: skip
 
 

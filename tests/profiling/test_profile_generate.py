@@ -12,6 +12,7 @@ from lmvae_fast.cli.app import app
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.files import MARK
 from lmvae_fast.generation import decode_rows as rows
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.profiling import generate as profiling
@@ -114,7 +115,7 @@ def test_command_writes_report_record_and_traces(tmp_path):
     page = Path(printed["report"]).read_text()
     assert page.count("<svg") == 3
     traces = {f"trace-{side}-{batch}.json" for side in ("fast", "reference") for batch in (1, 2)}
-    assert {path.name for path in out.iterdir()} == {"report.html", "profile.json", *traces}
+    assert {path.name for path in out.iterdir()} == {MARK, "report.html", "profile.json", *traces}
 
 
 @pytest.mark.parametrize(
