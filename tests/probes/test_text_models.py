@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lmvae_fast.errors import ConfigError, DataError
-from lmvae_fast.models.loading import resolve_source
+from lmvae_fast.pretrained import resolve_source
 from lmvae_fast.probes.text import bert_score, fed, mover_score
 
 

@@ -46,6 +46,7 @@ def test_beside_a_trained_part_only_matrices_are_held_in_half_precision():
 
 def test_compiled_layers_train_the_same_weights(tmp_path, monkeypatch):
     """Steps through torch.compile against eager ones; evaluation, without gradients, is not compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # a killed run leaves half-written code
     calls = []
     compiler = torch.compile
 
