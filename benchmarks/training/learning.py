@@ -148,7 +148,7 @@ def main() -> int:
                 row |= {name: getattr(figures, name) for name in (*FIGURES, "elbo")}
     record = {
         "command": "python -m benchmarks.training.learning " + " ".join(sys.argv[1:]), "machine": machine("cpu"),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "options": {key: value for key, value in vars(options).items() if key != "output"},  # no path of a machine
         "train_sentences": len(case["sentences"]), "held_out_sentences": len(sentences), "sides": points,
     }  # fmt: skip
     records.write(record, options.output)
