@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import backend
-from ..registration import define, primitives, refuse_vmap
+from ..registration import define, primitives, refuse_vmap, tangents
 from . import reference
 from .checks import check_ids, check_offsets, check_tensors
 from .groups import Sorted, sort_by_group
@@ -94,14 +93,6 @@ backend.register(
 )
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
-    """A tangent of forward-mode AD would be lost in our kernels without a word."""
-    if torch.compiler.is_compiling() or backend.current() == "reference" or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError("aggregate_logpdf has no forward-mode derivative; backend('reference') has one")
-
-
 # ---- the public function ---------------------------------------------------------------------------------------------
 
 
@@ -178,7 +169,6 @@ def aggregate_logpdf(
             f"the posteriors need {'cu_z' if by_offsets else 'groups=(ids of z, ids of the posteriors)'}"
         )
     refuse_vmap("aggregate_logpdf", z, mu, logvar)
-    _refuse_tangents(z, mu, logvar)
     z_place = None
     if groups is not None:
         z_order, z_place, order, cu_z, cu_posteriors = _by_ids(z, mu, groups)
@@ -190,7 +180,9 @@ def aggregate_logpdf(
     lead = z.shape[:-2]
     if z.dim() != 3:
         z = z.reshape(lead.numel(), *z.shape[-2:])
-    choice = backend.choose("aggregate_logpdf", mu, wide_joint=not per_dim and mu.shape[1] > LARGEST_JOINT_DIM)
+    choice = backend.choose(
+        "aggregate_logpdf", mu, wide_joint=not per_dim and mu.shape[1] > LARGEST_JOINT_DIM, **tangents(z, mu, logvar)
+    )
     if choice == "reference":
         logq = reference.aggregate_logpdf(z, mu, logvar, cu_z, cu_posteriors, per_dim, float(min_var))
     else:
