@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
+.PHONY: help setup demo test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -30,6 +30,9 @@ demo: $(READY)   ## train a small LangVAE on the bundled corpus and write runs/d
 # One thread per worker: two workers of two threads each would wait for one another on 2 cores.
 test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## the tests marked slow, which `make test` leaves out
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests
 
 test-isa: $(READY)  ## the kernel tests as older CPUs run them: ours and torch's code for baseline x86-64, then for AVX2
 	for isa in default avx2; do \

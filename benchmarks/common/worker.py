@@ -17,11 +17,15 @@ import time
 class Worker:
     """The caller's end: starts the process, and asks it."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], name: str) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], name: str, folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        """folder: where the process runs, and so whose `benchmarks` it imports; default this process's own."""
         self.name = name
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+            cwd=folder,
+        )  # fmt: skip
 
     def ask(self, request: str, **arguments: object) -> dict:
         """Send a request and wait for its answer; RuntimeError if the process has failed."""

@@ -108,7 +108,7 @@ def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
         workers["LangVAE"] = langvae_worker(Path(__file__).with_name("langvae_side.py"), file, environment)
     ours, baseline = PAIRS[against]
     try:
-        differences = _differences(workers[ours], workers[baseline], file.parent)
+        differences = gradient_differences(workers[ours], workers[baseline], file.parent)
         if differences["gradients"] > GRADIENTS:
             raise SystemExit(f"{ours} and {baseline} disagree on {file.parent.name}, nothing is timed: {differences}")
         (times,) = time_request(workers, "step", rounds)
@@ -131,7 +131,7 @@ def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _differences(ours: Worker, baseline: Worker, folder: Path) -> dict[str, float]:
+def gradient_differences(ours: Worker, baseline: Worker, folder: Path) -> dict[str, float]:
     """Relative difference of the losses, and the largest one among the gradients."""
     files = [folder / "ours.safetensors", folder / "baseline.safetensors"]
     losses = [
