@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import chart, highlights
+from benchmarks import chart, highlights, makes
 from benchmarks.common.records import ROOT
 from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
 from benchmarks.generation.long_run_table import TABLES as LONG_RUN_TABLES
@@ -25,8 +25,8 @@ from benchmarks.training.tables import TABLES as STEP_TABLES
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # By the name of its markers. All but README's own stand in docs/results.md.
 TABLES: dict[str, Callable[[], str]] = {
-    **highlights.TABLES, **STEP_TABLES, **GENERATION_TABLES, **LONG_RUN_TABLES, **KERNEL_TABLES, **SCALING_TABLES,
-    **COMPUTE_TABLES, **SCIENCE_TABLES,
+    **highlights.TABLES, **makes.TABLES, **STEP_TABLES, **GENERATION_TABLES, **LONG_RUN_TABLES, **KERNEL_TABLES,
+    **SCALING_TABLES, **COMPUTE_TABLES, **SCIENCE_TABLES,
 }  # fmt: skip
 
 
