@@ -236,6 +236,10 @@ class Trainer:
             self._plan = (epoch, plan)
         return self._plan[1].steps[step % self.steps_per_epoch]
 
+    def beta(self) -> float:
+        """Weight of the KL at the coming step."""
+        return beta_at(self.step, self.total_steps, self.config)
+
     def _learning_rate(self) -> float:
         config = self.config
         factor = learning_rate_factor(self.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps)
@@ -247,7 +251,7 @@ class Trainer:
 
     def optimizer_step(self, micro_batches: tuple[Rows, ...]) -> None:
         """One step on these rows of the tokenised training set, within `prepared`."""
-        beta = self.model.beta = beta_at(self.step, self.total_steps, self.config)
+        beta = self.model.beta = self.beta()
         self.state.optimizer.learning_rate = self._learning_rate()
         sentences = sum(len(rows) for rows in micro_batches)
         # Memory for the step's longest sentence and its end token: alike in all micro-batches.

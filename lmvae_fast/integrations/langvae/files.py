@@ -51,6 +51,7 @@ class LangVAEFolder:
         pooling: ``mean``, ``cls`` or ``last``; normalize: L2 norm after pooling.
         encoder_class: how transformers loads the encoder: ``AutoModelForTextEncoding`` or ``AutoModel``.
         conditional: pooled labels are concatenated to z.
+        caching: LangVAE's encoder keeps what it has pooled.
         posterior_weight: [2 nz, h (+ A)].
         projector_weight: [L, 2 Hkv (max_len + 1) D, nz (+ A)]; projector_bias: [L, 2 Hkv (max_len + 1) D].
     """
@@ -66,6 +67,7 @@ class LangVAEFolder:
     normalize: bool = False
     encoder_class: str = "AutoModelForTextEncoding"
     conditional: bool = False
+    caching: bool = False
 
     @property
     def encoder_state(self) -> dict[str, Tensor]:
@@ -144,6 +146,7 @@ def read_folder(
         normalize=normalize,
         encoder_class=encoder_class,
         conditional=conditional,
+        caching=_entry(encoder_cfg, root / "encoder_cfg.json", "caching", bool, False),
     )
 
 
@@ -194,7 +197,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
                 "model_path": encoder_path,
                 "latent_size": contents.latent_dim,
                 "automodel_preset": preset,
-                "caching": False,
+                "caching": contents.caching,
             },
         )
         write_json(

@@ -90,6 +90,11 @@ def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: 
         CheckpointError: the model is something LangVAE cannot express; names the field.
         OutputError: the folder exists (without ``overwrite``) or cannot be written.
     """
+    return write_folder(as_folder(model), folder, overwrite=overwrite)
+
+
+def as_folder(model: LMVAE) -> LangVAEFolder:
+    """What a checkpoint of a model holds. Raises CheckpointError for a model that LangVAE cannot express."""
     config = model.config
     for field, value, limit in (
         ("visibility", config.visibility, ("rolling",)),
@@ -112,11 +117,11 @@ def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: 
     network = model.encoder.model
     whole = type(network) is MODEL_MAPPING.get(type(network.config), None)
     projector = _linear_projector(model)
-    contents = LangVAEFolder(
+    return LangVAEFolder(
         latent_dim=config.latent_dim,
         max_len=config.max_len,
-        encoder_path=_locate(model.encoder.source, "encoder"),
-        decoder_path=_locate(model.decoder.source, "decoder"),
+        encoder_path=locate(model.encoder.source, "encoder"),
+        decoder_path=locate(model.decoder.source, "decoder"),
         pooling=str(config.pooling),
         normalize=bool(config.normalize),
         encoder_class="AutoModel" if whole else "AutoModelForTextEncoding",
@@ -125,7 +130,6 @@ def save_checkpoint(model: LMVAE, folder: str | os.PathLike[str], *, overwrite: 
         projector_weight=projector.weight.detach(),
         projector_bias=projector.bias.detach(),
     )
-    return write_folder(contents, folder, overwrite=overwrite)
 
 
 def load_reference(
@@ -215,7 +219,7 @@ def _check_decoder(contents: LangVAEFolder, layers: int, kv_heads: int, head_dim
         )
 
 
-def _locate(source: str | None, part: str) -> str:
+def locate(source: str | None, part: str) -> str:
     """A hub name as it is, a folder as an absolute path."""
     if source is None:
         raise CheckpointError(

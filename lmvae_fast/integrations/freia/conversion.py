@@ -33,7 +33,7 @@ def convert(sequence_inn: Any, *, memory: str = "save") -> CouplingFlow:
     conditions = {c for c in sequence_inn.conditions if c is not None}
     if len(conditions) > 1:
         raise ConfigError("only one condition can be converted", value=f"condition indices {sorted(conditions)}")
-    builder = _Builder(dims[0])
+    builder = Builder(dims[0])
     for i, module in enumerate(sequence_inn.module_list):
         add = getattr(builder, f"add_{type(module).__name__}", None)
         if add is None:
@@ -46,18 +46,22 @@ def convert(sequence_inn: Any, *, memory: str = "save") -> CouplingFlow:
     flow = flow.to(device=first.device, dtype=first.dtype if first.is_floating_point() else None)
     with torch.no_grad():
         for name, view in flow.named_views().items():
-            value = builder.values[name]
-            view.copy_(value.t() if name.endswith(".weight") else value)
+            view.copy_(builder.values[name])
     return flow.train(sequence_inn.training)
 
 
-class _Builder:
-    """Collects stages and their numbers. One `add_<FrEIA class>` per module that we know."""
+class Builder:
+    """Collects stages and their numbers. One `add_<FrEIA class>` per module that we know.
+
+    Attributes:
+        values: every number by its name in a flow, without a graph. sources: the tensors (parameters) they come from.
+    """
 
     def __init__(self, dim: int):
         self.dim, self.cond_dim, self.where = dim, 0, ""
         self.stages: list[Stage] = []
         self.values: dict[str, Tensor] = {}
+        self.sources: dict[str, Tensor] = {}
 
     def add_AllInOneBlock(self, block: Any) -> None:
         self._refuse(block.GIN, "gin_block")
@@ -96,7 +100,7 @@ class _Builder:
     ) -> None:
         if not 0 < split < self.dim:
             raise ConfigError(f"{self.where}: one half is empty", value=f"split {split} of {self.dim}")
-        parsed = [_parse_subnet(subnet, self.where) for subnet in subnets]
+        parsed = [parse_subnet(subnet, self.where) for subnet in subnets]
         if cond_dim:
             self.cond_dim = cond_dim
         shapes = tuple(shape for shape, _ in parsed)
@@ -104,8 +108,8 @@ class _Builder:
         self.stages.append(Stage(coupling))
         for n, (_, linears) in enumerate(parsed):
             for k, linear in enumerate(linears):
-                self._put(f"subnets.{n}.{k}.weight", linear.weight)
-                self._put(f"subnets.{n}.{k}.bias", linear.bias)
+                self._put(f"subnets.{n}.{k}.weight", linear.weight.t(), linear.weight)
+                self._put(f"subnets.{n}.{k}.bias", linear.bias, linear.bias)
 
     def _affine(self, kind: str, scale: Tensor, offset: Tensor) -> None:
         last = self.stages[-1] if self.stages else None
@@ -113,8 +117,8 @@ class _Builder:
             self.stages[-1] = Stage(last.coupling, kind)
         else:
             self.stages.append(Stage(None, kind))
-        self._put("scale", scale.reshape(-1))
-        self._put("offset", offset.reshape(-1))
+        self._put("scale", scale.reshape(-1), scale)
+        self._put("offset", offset.reshape(-1), offset)
 
     def _permutation(self, weight: Tensor, weight_inverse: Tensor) -> None:
         """AllInOne's matrices: y = weight @ u, u = weight_inverse @ y."""
@@ -151,15 +155,18 @@ class _Builder:
         else:
             self.stages.append(Stage(None, None, permutation))
 
-    def _put(self, name: str, value: Tensor) -> None:
-        self.values[f"stages.{len(self.stages) - 1}.{name}"] = value.detach()
+    def _put(self, name: str, value: Tensor, source: Tensor | None = None) -> None:
+        name = f"stages.{len(self.stages) - 1}.{name}"
+        self.values[name] = value.detach()
+        if source is not None:
+            self.sources[name] = source
 
     def _refuse(self, used: bool, option: str) -> None:
         if used:
             raise ConfigError(f"{self.where} uses {option}, which our flow does not have", limit=f"{option} off")
 
 
-def _parse_subnet(subnet: nn.Module, where: str) -> tuple[Subnet, list[nn.Linear]]:
+def parse_subnet(subnet: nn.Module, where: str) -> tuple[Subnet, list[nn.Linear]]:
     """The shape of an MLP and its linear layers in order."""
     parts = list(_flatten(subnet))
     odd = [type(m).__name__ for m in parts if not isinstance(m, (nn.Linear, *_ACTIVATIONS))]
