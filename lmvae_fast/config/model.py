@@ -20,6 +20,7 @@ STAGES = (0, 1, 2)
 DECODER_PARTS = ("all", "embeddings", "lora")
 OBJECTIVES = ("elbo", "langvae-0.6")
 LATENT_INITS = ("uniform", "normal")
+MEMORY_INITS = ("random", "sink", "mean")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -58,6 +59,11 @@ class LMVAEConfig(ConfigBase):
             in perplexity, as Optimus does: its published figures are of that kind.
         latent_init: how the maps from and to the latent start: ``uniform`` (as nn.Linear does, +-1/sqrt(inputs)) or
             ``normal`` (N(0, 0.02^2), as Optimus does).
+        memory_init: what every memory slot starts as, whatever z: ``random``; ``sink``, the keys and values of the decoder's
+            start token, which change next to nothing of what a decoder says; or ``mean``, those of its tokens on average. With
+            the last two, what depends on z starts small.
+        start_token: the token that a sentence begins with, spelled as in the decoder's vocabulary (``<|endoftext|>``); by
+            default its tokenizer's begin-of-text, or the end token of one that has none.
         train_encoder, train_decoder: fine-tune the encoder or decoder instead of freezing it.
         decoder_part: what of a decoder that trains does: ``all``, ``embeddings`` (token embedding and head, LlaMaVAE) or
             ``lora`` (low-rank adapters; needs the ``lora`` extra).
@@ -101,6 +107,8 @@ class LMVAEConfig(ConfigBase):
     length_normalize: bool | None = None
     count_start_token: bool = False
     latent_init: str = "uniform"
+    memory_init: str | None = None
+    start_token: str | None = None
     free_running: bool | None = None
     train_encoder: bool | None = None
     train_decoder: bool | None = None
@@ -138,6 +146,7 @@ class LMVAEConfig(ConfigBase):
             ("encoder_kind", ENCODERS),
             ("shift_kind", SHIFTS),
             ("output_residual", RESIDUALS),
+            ("memory_init", MEMORY_INITS),
         ):
             self._choice(name, allowed, optional=True)
         self._choice("encoder_padding", ENCODER_PADDINGS)
@@ -158,6 +167,7 @@ class LMVAEConfig(ConfigBase):
         self._number("kl_target", 0.0, optional=True)
         self._text("encoder")
         self._text("decoder")
+        self._text("start_token", optional=True)
         self._flag(
             "normalize",
             "embedding_shift",
@@ -204,6 +214,13 @@ class LMVAEConfig(ConfigBase):
                 "projector_hidden belongs to projector='mlp' and 'adapter'",
                 value=f"projector={self.projector!r}",
                 remedy="set projector to one of them or drop projector_hidden",
+            )
+        if self.memory_init in ("sink", "mean") and self.projector in ("shared", "none"):
+            raise ConfigError(
+                "the memory cannot start as a token's keys and values: "
+                + ("a shared projector has one vector for both" if self.projector == "shared" else "there is none"),
+                value=f"memory_init={self.memory_init!r} with projector={self.projector!r}",
+                remedy="set memory_init='random', or projector='linear', 'mlp' or 'adapter'",
             )
         self._contradictions_of_prompts()
         if self.decoder_part not in (None, "all") and self.train_decoder is False:

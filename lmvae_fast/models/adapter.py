@@ -85,6 +85,19 @@ class AdapterProjector(nn.Module):
         self.own = OwnMaps(maps) if own_projections else None
         self.shared = None if own_projections else maps  # no module: its parameters are the decoder's
 
+    @torch.no_grad()
+    def start_at(self, states: Tensor, scale: float) -> None:
+        """Make the projections of every slot read ``states`` ``[layers, hidden]`` at the start, whatever z, and what z adds
+        before the norm ``scale`` times as large as it was drawn."""
+        states = states.to(self.up_bias)
+        self.up_weight.mul_(scale)
+        self.up_bias.view(len(states), self.slots, -1).copy_(states.unsqueeze(1))
+        middle = states.mean(1) if self.norm_bias is not None else states.new_zeros(len(states))
+        spread = ((states - middle[:, None]).square().mean(1) + self.eps).sqrt()  # the norm undone
+        self.norm_weight.copy_(spread[:, None, None, None].expand_as(self.norm_weight))
+        if self.norm_bias is not None:
+            self.norm_bias.copy_(middle[:, None, None, None].expand_as(self.norm_bias))
+
     def states(self, z: Tensor) -> Tensor:
         """What the projections read, ``[layers, batch, slots, hidden]``, of z ``[batch, latent_dim]``."""
         z = z.to(self.down_weight.dtype)

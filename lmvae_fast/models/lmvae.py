@@ -22,6 +22,7 @@ from lmvae_fast.models.free_running import FreeRunning
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.latents import Latents, Noise, draw_latents, stream
 from lmvae_fast.models.layer_encoder import LayerEncoder
+from lmvae_fast.models.memory_start import start_memory
 from lmvae_fast.models.modes import building, evaluating
 from lmvae_fast.models.objective import combine, segment_sum, token_weights
 from lmvae_fast.models.posterior import Posterior, shared_seed
@@ -87,6 +88,7 @@ class LMVAE(nn.Module):
             if module is not None:
                 parts.start_latent_map(module, config.latent_init)
                 module.to(device=decoder.device, dtype=self._master_dtype)
+        start_memory(config, self.projector, decoder)
         longest = config.max_len + (config.max_prompt_len or 0)
         decoder.check_positions(int(config.slots or 0), longest, str(config.visibility))
 

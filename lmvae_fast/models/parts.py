@@ -40,6 +40,7 @@ def load_decoder(config: LMVAEConfig) -> Decoder:
         train=bool(config.train_decoder),
         tuning=tuning_of(config),
         add_prefix_space=bool(config.add_prefix_space),
+        start_token=config.start_token,
     )
 
 
@@ -183,6 +184,12 @@ def check_parts(config: LMVAEConfig, encoder: AnyEncoder, decoder: Decoder) -> N
             value=str(decoder.tuning),
             limit=str(tuning_of(config)),
             remedy="give Decoder the configuration's tuning",
+        )
+    if decoder.tokenizer.start_token != config.start_token:
+        raise ConfigError(
+            "the decoder given and the configuration disagree about the start token",
+            value=f"tokenizer.start_token={decoder.tokenizer.start_token!r}, start_token={config.start_token!r}",
+            remedy="make them equal",
         )
     for name in ("pooling", "normalize") if isinstance(encoder, Encoder) else ():
         if getattr(encoder, name) != getattr(config, name):

@@ -48,6 +48,13 @@ class LinearProjector(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
+    @torch.no_grad()
+    def start_at(self, memory: Tensor, scale: float) -> None:
+        """Make every slot start as ``memory`` ``[layers, 2, kv_heads, head_dim]``, and what z adds to it ``scale`` times as
+        large as it was drawn."""
+        self.weight.mul_(scale)
+        self.bias.view(self.shape).copy_(memory.unsqueeze(3))
+
     def forward(
         self,
         z: Tensor,

@@ -31,9 +31,13 @@ class SentenceTokenizer:
     Args:
         tokenizer: the Hugging Face tokenizer.
         bos_token_id, eos_token_id, pad_token_id: fall-backs from the model's configuration.
+        start_token: the token that sentences begin with, as the vocabulary spells it; None for the tokenizer's own.
+
+    Attributes:
+        starts_with_end: whether sentences begin with the end token, for want of another.
 
     Raises:
-        TokenizerError: there is no token to end a sentence with.
+        TokenizerError: there is no token to end a sentence with, or no ``start_token`` in the vocabulary.
     """
 
     def __init__(
@@ -43,8 +47,9 @@ class SentenceTokenizer:
         bos_token_id: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        start_token: str | None = None,
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.start_token = tokenizer, start_token
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else eos_token_id
         if not isinstance(eos, (int, type(None))):
             eos = eos[0] if len(eos) else None
@@ -57,14 +62,18 @@ class SentenceTokenizer:
         self.eos_token_id: int = eos
         # LangVAE's choice: sentences begin with bos, or with eos where a tokenizer (Qwen, say) has no bos.
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos_token_id
+        first = first if start_token is None else _id_of(tokenizer, start_token)
         self.bos_token_id: int = eos if first is None else first
+        self.starts_with_end = first is None
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else pad_token_id
         self.pad_token_id: int = eos if pad is None else pad
         self.unknown_id: int | None = None if tokenizer.unk_token_id == eos else tokenizer.unk_token_id
         self._special = tuple(token for token in map(str, tokenizer.all_special_tokens) if token)
 
     @classmethod
-    def load(cls, name: str, config: Any, *, add_prefix_space: bool = True) -> SentenceTokenizer:
+    def load(
+        cls, name: str, config: Any, *, add_prefix_space: bool = True, start_token: str | None = None
+    ) -> SentenceTokenizer:
         """Load a decoder's tokenizer; ``config`` is the model's, for special tokens the tokenizer does not name."""
         tokenizer = load_pretrained(AutoTokenizer, name, "decoder tokenizer", add_prefix_space=add_prefix_space)
         # transformers 5 drops the option for tokenizers that are a plain tokenizer.json; 4 set it on the pre-tokenizer.
@@ -77,7 +86,7 @@ class SentenceTokenizer:
             tokenizer = plain if _round_trips(plain) else tokenizer
         config = config.get_text_config(decoder=True)
         tokens = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return cls(tokenizer, **tokens)
+        return cls(tokenizer, start_token=start_token, **tokens)
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises TokenizerError when a special token lies outside an embedding of ``vocab_size`` rows, or when the tokenizer is
@@ -132,6 +141,18 @@ class SentenceTokenizer:
         return self.tokenizer.batch_decode(
             [list(row) for row in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Id of a token by its spelling in the vocabulary; TokenizerError where there is none."""
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        raise TokenizerError(
+            "the start token is none of the decoder's vocabulary", value=repr(token),
+            limit=f"{', '.join(map(str, tokenizer.all_special_tokens))}, or another of its {len(vocabulary)} tokens",
+            remedy="spell it as the vocabulary does, or leave start_token unset",
+        )  # fmt: skip
+    return vocabulary[token]
 
 
 def _round_trips(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -74,15 +74,19 @@ class Decoder(nn.Module):
         train: bool = False,
         tuning: Tuning | None = None,
         add_prefix_space: bool = True,
+        start_token: str | None = None,
     ) -> Decoder:
-        """Load from a Hugging Face name or folder; raises CheckpointError when it cannot be had.
+        """Load from a Hugging Face name or folder; raises CheckpointError when it cannot be had, TokenizerError for a start
+        token that it does not know.
 
         A decoder that trains is held in float32 at least: half precision is then a matter of autocast.
         """
         dtype = torch.promote_types(dtype, torch.float32) if train else dtype
         config = load_pretrained(AutoConfig, name, "decoder")
         model = load_pretrained(AutoModelForCausalLM, name, "decoder", dtype=dtype)
-        tokenizer = SentenceTokenizer.load(name, config, add_prefix_space=add_prefix_space)
+        tokenizer = SentenceTokenizer.load(
+            name, config, add_prefix_space=add_prefix_space, start_token=start_token
+        )
         return cls(model, tokenizer, train=train, tuning=tuning, source=name)
 
     @property

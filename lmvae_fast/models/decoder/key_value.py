@@ -38,7 +38,7 @@ class LayerKeyValue(NamedTuple):
 
 
 @dataclass
-class _Seen(RecordingAttention):
+class SeenKeysValues(RecordingAttention):
     """Every layer's keys and values ``[T, kv_heads, head_dim]`` as attention gets them."""
 
     keys: dict[int, Tensor] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class KeyValueMaps:
         return LayerKeyValue(key, value, getattr(module, "k_norm", None))
 
     @torch.no_grad()
-    def _prove(self, layer: int, state: Tensor, seen: _Seen) -> None:
+    def _prove(self, layer: int, state: Tensor, seen: SeenKeysValues) -> None:
         turn = None if self.turns is None else self.turns[layer]
         key, value = keys_and_values(self.layer(layer), state, self.kv_heads, turn)
         for name, got, want in (("keys", key, seen.keys[layer]), ("values", value, seen.values[layer])):
@@ -114,13 +114,24 @@ def turned(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([part, rest], dim=-1) if rest.shape[-1] else part
 
 
-@torch.no_grad()
-def _examine(decoder: Decoder, slots: int) -> tuple[list[Tensor], _Seen, Tensor | None]:
-    """What every layer's attention reads ``[1, slots, hidden]`` and makes of it, in one pass over ``slots`` tokens; and the
-    cosines and sines that it is given for positions 0 .. slots - 1."""
+def _examine(decoder: Decoder, slots: int) -> tuple[list[Tensor], SeenKeysValues, Tensor | None]:
+    """`states_of` one sentence of ``slots`` tokens at positions 0 .. slots - 1."""
     device = decoder.device
     ids = torch.arange(1, slots + 1, device=device) * 7 % decoder.vocab_size
-    seen = _Seen(None, "prefix", torch.tensor([0, slots], dtype=torch.int32, device=device), slots)
+    seen = SeenKeysValues(None, "prefix", torch.tensor([0, slots], dtype=torch.int32, device=device), slots)
+    states, turns = states_of(decoder, ids, torch.arange(slots, device=device), seen)
+    return states, seen, turns
+
+
+@torch.no_grad()
+def states_of(
+    decoder: Decoder, ids: Tensor, positions: Tensor, seen: SeenKeysValues
+) -> tuple[list[Tensor], Tensor | None]:
+    """What every layer's attention reads ``[1, T, hidden]`` in one pass over packed tokens, and the cosines and sines that it
+    is given for their positions ``[layers, 2, T, width]``, or None; ``seen`` notes what it makes of them.
+
+    Raises UnsupportedDecoderError for an attention without key and value projections of a known name.
+    """
     states: dict[int, Tensor] = {}
     turns: dict[int, Tensor] = {}
 
@@ -135,7 +146,7 @@ def _examine(decoder: Decoder, slots: int) -> tuple[list[Tensor], _Seen, Tensor 
         if hasattr(module, "layer_idx") and any(hasattr(module, name) for name in _NAMES)
     ]
     try:
-        decoder.run(ids, torch.arange(slots, device=device), None, seen)
+        decoder.run(ids, positions, None, seen)
     finally:
         for hook in hooks:
             hook.remove()
@@ -147,7 +158,7 @@ def _examine(decoder: Decoder, slots: int) -> tuple[list[Tensor], _Seen, Tensor 
                 value=f"layer {layer}", limit=f"one of {', '.join(_NAMES)}", remedy=_REMEDY,
             )  # fmt: skip
     found = torch.stack([turns[layer] for layer in layers]) if len(turns) == len(layers) else None
-    return [states[layer] for layer in layers], seen, found
+    return [states[layer] for layer in layers], found
 
 
 # What families call the module with the maps; the first that a module has is taken.

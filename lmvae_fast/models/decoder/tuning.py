@@ -26,7 +26,11 @@ class Tuning:
     alpha: float = 16.0
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Mark what trains, after putting adapters in where they are asked for. Raises ConfigError without ``peft``."""
+        """Mark what trains, after putting adapters in where they are asked for.
+
+        Raises ConfigError without ``peft``, and for quantised weights, which neither train nor take adapters exactly.
+        """
+        _refuse_quantised(model, self.part)
         model.requires_grad_(self.part == "all")
         if self.part == "embeddings":
             for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -45,6 +49,18 @@ class Tuning:
             options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "fan_in_fan_out": transposed}
             config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
             inject_adapter_in_model(config, model)  # freezes all but the adapters
+
+
+def _refuse_quantised(model: PreTrainedModel, part: str) -> None:
+    names = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    if getattr(model, "is_quantized", False) or names:
+        method = getattr(model, "quantization_method", None)
+        raise ConfigError(
+            "a quantised decoder cannot train, adapters included",
+            value=f"decoder_part={part!r} with {method or names[0]}",
+            limit="floating-point weights",
+            remedy="load it without quantisation (a GGUF file's weights are made float32), or set train_decoder=False",
+        )
 
 
 def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:

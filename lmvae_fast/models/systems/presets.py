@@ -18,6 +18,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"llamavae": llamava
 # Of fields that most systems have no choice about either.
 _COMMON: dict[str, Any] = {
     "encoder_kind": "text", "shift_kind": "linear", "output_residual": "none", "decoder_part": "all",
+    "memory_init": "random",
 }  # fmt: skip
 
 # Sentence-embedding models that were trained for a pooling of their own (their model cards).
