@@ -49,9 +49,10 @@ def token_memory(decoder: Decoder, kind: str) -> Tensor:
     kind: ``sink``: of the start token by itself, at position 0; ``mean``: the mean over tokens spread evenly over the
     vocabulary, each behind a start token, at position 0 like it, so that no key is turned.
     """
-    seen = _seen(decoder, *(packed := _tokens(decoder, kind)))
-    decoder.run(*packed[:2], None, seen)
-    kept = packed[2][1:].long() - 1  # the last token of every sentence
+    ids, positions, lengths = _tokens(decoder, kind)
+    seen = _seen(lengths)
+    decoder.run(ids, positions, None, seen)
+    kept = lengths[1:].long() - 1  # the last token of every sentence
     return torch.stack(
         [
             torch.stack([part[kept].mean(0) for part in (seen.keys[layer], seen.values[layer])])
@@ -66,7 +67,7 @@ def token_states(decoder: Decoder, kind: str) -> Tensor:
     Raises UnsupportedDecoderError for a decoder without such projections.
     """
     ids, positions, lengths = _tokens(decoder, kind)
-    states, _ = states_of(decoder, ids, positions, _seen(decoder, ids, positions, lengths))
+    states, _ = states_of(decoder, ids, positions, _seen(lengths))
     return torch.stack([state[0, lengths[1:].long() - 1].mean(0) for state in states])
 
 
@@ -84,5 +85,5 @@ def _tokens(decoder: Decoder, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.zeros_like(ids), lengths
 
 
-def _seen(decoder: Decoder, ids: Tensor, positions: Tensor, lengths: Tensor) -> SeenKeysValues:
+def _seen(lengths: Tensor) -> SeenKeysValues:
     return SeenKeysValues(None, "prefix", lengths, int(lengths.diff().max()))

@@ -115,7 +115,11 @@ def test_the_mean_is_over_tokens_behind_a_start_token_unturned():
     for token in ids:
         cache = DynamicCache()
         with torch.no_grad():
-            model(input_ids=torch.tensor([[1, token]]), position_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache)
+            model(
+                input_ids=torch.tensor([[1, token]]),
+                position_ids=torch.zeros(1, 2, dtype=torch.int64),
+                past_key_values=cache,
+            )
         found = torch.stack([torch.stack([x.keys[0, :, 1], x.values[0, :, 1]]) for x in cache.layers])
         sums = found if sums is None else sums + found
     torch.testing.assert_close(token_memory(decoder, "mean"), sums / len(ids), rtol=1e-4, atol=1e-5)
@@ -177,8 +181,8 @@ def test_a_start_token_of_a_loaded_model(tmp_path):
 
 
 def test_a_decoder_that_begins_otherwise_than_configured_is_refused():
-    from lmvae_fast.testing import tiny_encoder
     from lmvae_fast.models.encoder import Encoder
+    from lmvae_fast.testing import tiny_encoder
 
     encoder = Encoder(tiny_encoder("bert", vocab_size=len(tiny_tokenizer())), tiny_tokenizer())
     with pytest.raises(ConfigError, match="disagree about the start token"):
@@ -209,7 +213,9 @@ def test_which_token_is_taken_where_there_is_no_start_token_is_said(caplog):
 @pytest.mark.parametrize("projector", ["linear", "mlp", "adapter"])
 def test_a_latent_of_one_number(projector, tmp_path):
     model = make_model("llama", latent_dim=1, memory_init="sink", projector=projector, visibility="prefix", slots=2)
-    config = lf.TrainConfig(output_dir=str(tmp_path / "run"), max_steps=2, batch_size=4, progress=False, tensorboard=False)
+    config = lf.TrainConfig(
+        output_dir=str(tmp_path / "run"), max_steps=2, batch_size=4, progress=False, tensorboard=False
+    )
     lf.train(model, SENTENCES, SENTENCES[:4], config)
     figures = lf.evaluate(model, SENTENCES[:4], metrics=("elbo", "active_units", "mutual_information", "bleu"))
     assert figures.latent_dim == 1 and torch.isfinite(torch.tensor(figures.elbo))
@@ -225,6 +231,8 @@ def test_a_quantised_decoder_does_not_train():
         with pytest.raises(ConfigError, match=f"decoder_part='{part}' with bitsandbytes.*train_decoder=False"):
             Tuning(part).apply(model)
     model = eager("llama")
-    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.ones(4, 4, dtype=torch.int8), requires_grad=False
+    )
     with pytest.raises(ConfigError, match="up_proj"):
         Tuning("lora").apply(model)

@@ -84,9 +84,7 @@ class Decoder(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32) if train else dtype
         config = load_pretrained(AutoConfig, name, "decoder")
         model = load_pretrained(AutoModelForCausalLM, name, "decoder", dtype=dtype)
-        tokenizer = SentenceTokenizer.load(
-            name, config, add_prefix_space=add_prefix_space, start_token=start_token
-        )
+        tokenizer = SentenceTokenizer.load(name, config, add_prefix_space=add_prefix_space, start_token=start_token)
         return cls(model, tokenizer, train=train, tuning=tuning, source=name)
 
     @property
