@@ -19,6 +19,8 @@ _PUBLIC = {
     "LMVAE": "lmvae_fast.models.lmvae",
     "LMVAEOutput": "lmvae_fast.models.lmvae",
     "LMVAEConfig": "lmvae_fast.config",
+    "PlainDecoder": "lmvae_fast.models.plain_decoder",
+    "PlainDecoderConfig": "lmvae_fast.config",
     "TrainConfig": "lmvae_fast.config",
     "GenerationConfig": "lmvae_fast.config",
     "FlowConfig": "lmvae_fast.config",
@@ -99,6 +101,8 @@ __all__ = [
     "MissingPackageError",
     "NumericalError",
     "OutputError",
+    "PlainDecoder",
+    "PlainDecoderConfig",
     "Posterior",
     "PromptDataset",
     "PromptResponse",
@@ -134,7 +138,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lmvae_fast import integrations, kernels, reference, testing
-    from lmvae_fast.config import FlowConfig, FlowTrainConfig, GenerationConfig, LMVAEConfig, TrainConfig
+    from lmvae_fast.config import (
+        FlowConfig,
+        FlowTrainConfig,
+        GenerationConfig,
+        LMVAEConfig,
+        PlainDecoderConfig,
+        TrainConfig,
+    )
     from lmvae_fast.data import (
         Definition,
         DefinitionDataset,
@@ -173,6 +184,7 @@ if TYPE_CHECKING:
     from lmvae_fast.models.flow import CouplingFlow
     from lmvae_fast.models.injection import Injection
     from lmvae_fast.models.lmvae import LMVAE, LMVAEOutput
+    from lmvae_fast.models.plain_decoder import PlainDecoder
     from lmvae_fast.models.posterior import Posterior
     from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
     from lmvae_fast.probes.run import probe

@@ -16,7 +16,19 @@ import typer
 from rich.console import Console
 
 import lmvae_fast
-from lmvae_fast.cli import convert, definitions, demo, env, evaluate, explore, generate, probe, profile, train
+from lmvae_fast.cli import (
+    convert,
+    definitions,
+    demo,
+    env,
+    evaluate,
+    explore,
+    finetune,
+    generate,
+    probe,
+    profile,
+    train,
+)
 from lmvae_fast.cli.common import BACKENDS, INTERRUPTED
 from lmvae_fast.errors import ConfigError, LMVAEError, NumericalError
 
@@ -52,6 +64,7 @@ def root(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo.demo,
     "train": train.train,
+    "finetune": finetune.finetune,
     "generate": generate.generate,
     "interpolate": explore.interpolate,
     "traverse": explore.traverse,

@@ -122,6 +122,30 @@ def load_model(source: Path | str, device: str | None = None):
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
+def load_generator(source: Path | str, device: str | None = None, *, max_prompt_len: int | None = None):
+    """What :func:`load_model` loads, or the decoder without a latent of an ordinary Hugging Face folder."""
+    import torch
+
+    folder = Path(source)
+    inside = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if not _is_decoder(inside):
+        return load_model(source, device)
+    from lmvae_fast.models.plain_decoder import PlainDecoder
+
+    limits = {} if max_prompt_len is None else {"max_prompt_len": max_prompt_len}
+    model = PlainDecoder.from_pretrained(inside, **limits)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _is_decoder(folder: Path) -> bool:
+    """Whether a folder is an ordinary Hugging Face one: its configuration names a kind of model, and is not ours."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config and "format" not in config
+
+
 def merged(config: Path | None, sections: tuple[str, ...], flags: dict[str, dict[str, Any]], sets: list[str]):
     """Configuration by section: the file's, then the flags that were given, then ``--set section.field=value``.
 

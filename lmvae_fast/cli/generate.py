@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -20,10 +22,11 @@ from lmvae_fast.cli.common import (
     Model,
     SamplingOptions,
     console,
-    load_model,
+    load_generator,
     print_json,
     takes_sampling,
 )
+from lmvae_fast.cli.prompt_data import Layout, MaxPromptLen, TurnEnd, read_distinct_prompts
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.signals import HANGUP, StopSignals
 
@@ -47,9 +50,25 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1: tokens that came before become less probable.")
     ] = 1.0,
-    num_samples: Annotated[int, typer.Option(help="Sentences drawn per latent.")] = 1,
+    min_new_tokens: Annotated[int, typer.Option(help="No end or stop token before so many.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Token that ends a sentence, beside the end token: its text (repeatable).")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Sentences drawn per latent, or responses per prompt.")] = 1,
     prompt: Annotated[str | None, typer.Option(help="Text that every sentence begins with.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File of one prompt per latent: lines of txt, or jsonl.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of one prompt per latent: lines of txt, or jsonl. Without latents: of prompts that are answered."
+        ),
+    ] = None,
+    z: Annotated[
+        str | None,
+        typer.Option("--z", help="Latents of a model that answers --prompts: prior (one per response) or zero."),
+    ] = None,
+    layout: Layout = None,
+    turn_end: TurnEnd = None,
+    max_prompt_len: MaxPromptLen = None,
     annotations: Annotated[
         Path | None,
         typer.Option(
@@ -63,20 +82,32 @@ def generate(
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
-    """Decode latents: of a file, from the prior, or of sentences.
+    """Decode latents: of a file, from the prior, or of sentences; or answer prompts, one to many.
+
+    A decoder without a latent (any Hugging Face folder, or what `finetune` wrote), or a model of prompts, answers every
+    prompt of `--prompts` `--num-samples` times; `--output answers.jsonl` is then what `train --system cvae` reads.
 
     With `--output`, texts are written in the order of the latents; the same command run again after a kill continues and
     ends with the same file. Without it they are printed.
 
-    Example: `lmvae-fast generate runs/first --prior 1000 --output samples.jsonl`
+    Example: `lmvae-fast generate runs/first --prior 1000 --output samples.jsonl`,
+    `lmvae-fast generate runs/sft --prompts prompts.txt --num-samples 32 --sample --top-p 0.95 --output answers.jsonl`
     """
-    if sum(source is not None for source in (latents, prior, texts)) != 1:
-        raise ConfigError("one source of latents", limit="--latents FILE, --prior N or --texts FILE", remedy="give one")
+    given = sum(source is not None for source in (latents, prior, texts))
+    if given > 1 or (not given and prompts is None and prompt is None):
+        raise ConfigError(
+            "one source of latents", limit="--latents FILE, --prior N or --texts FILE, or --prompts FILE to be answered",
+            remedy="give one",
+        )  # fmt: skip
     if prompt is not None and prompts is not None:
         raise ConfigError("one source of prompts", limit="--prompt TEXT or --prompts FILE", remedy="give one")
+    if z is not None and given:
+        raise ConfigError(
+            "--z says which latents answer --prompts", value=z, remedy="leave it, or the other latents, out"
+        )
     config = sampling.config(
         batch_size=batch_size, max_new_tokens=max_new_tokens, min_p=min_p, repetition_penalty=repetition_penalty,
-        num_samples=num_samples, logprobs=logprobs,
+        logprobs=logprobs, min_new_tokens=min_new_tokens,
     )  # fmt: skip
     if workers > 1 and output is None:
         raise ConfigError("workers write to a file", value=f"--workers {workers}", remedy="give --output")
@@ -87,21 +118,30 @@ def generate(
 
     if output is not None:
         check_text_file(output, overwrite=overwrite)
-    loaded = load_model(model)
+    load = functools.partial(load_generator, max_prompt_len=max_prompt_len)
+    loaded = load(model)
     width = loaded.config.latent_dim
-    beginnings = prompt if prompts is None else sources.read_prompts(prompts)
+    config = config.replace(stop_tokens=_stop_tokens(loaded, stop or ()))
+    asked = None if given else _asked(loaded, prompts or [prompt or ""], layout=layout, turn_end=turn_end)
+    beginnings: Any = sources.read_prompts(prompts) if asked is None and prompts is not None else prompt
     labels = None
     if annotations is not None:
         labels = sources.read_annotations(annotations, loaded.config.annotations, loaded.config.max_len)
     with use_backend(backend):
-        if latents is not None:
+        if asked is not None:
+            source, beginnings, num_samples = _answering(loaded, asked, z, num_samples, sampling.seed or 0)
+        elif latents is not None:
             source = sources.latents_of_file(latents, width)
         elif prior is not None:
             source = sources.latents_of_prior(prior, width, sampling.seed or 0)
         else:
             assert texts is not None
-            source = sources.latents_of_texts(loaded, texts)
-    several = None if workers == 1 else Workers(load_model, str(model), workers, backend)
+            source = sources.latents_of_texts(loaded, texts, layout=layout)
+            beginnings = beginnings if source.prompts is None or beginnings is not None else source.prompts
+    config = config.replace(num_samples=num_samples)
+    # a file of a model of prompts says what was answered
+    pairs = asked is not None or source.prompts is not None
+    several = None if workers == 1 else Workers(load, str(model), workers, backend)
     bar = tqdm(total=source.total * num_samples, unit="sentence", disable=as_json and output is None)
     # Ctrl-C ends at once; who asks for an end in order, or whose terminal is gone, gets the block that is being decoded
     signals = StopSignals(signal.SIGTERM, *HANGUP)
@@ -126,7 +166,8 @@ def generate(
             for out in generate_all(loaded, source, config, prompts=beginnings, annotations=labels):
                 progress(1, len(out.ids))
                 if as_json:
-                    rows.append({"index": out.index, "text": out.text})
+                    asking = {"prompt": beginnings[out.index]} if pairs and not isinstance(beginnings, str) else {}
+                    rows.append({"index": out.index, **asking, "text": out.text})
                 else:
                     bar.write(out.text, file=sys.stdout)
             if as_json:
@@ -134,7 +175,8 @@ def generate(
             return
         lines = generate_file(
             loaded, source, output, config, prompts=beginnings, annotations=labels, text_only=output.suffix == ".txt",
-            overwrite=overwrite, workers=several, progress=progress, stop=lambda: signals.received,
+            pairs=pairs and output.suffix != ".txt", overwrite=overwrite, workers=several,
+            progress=progress, stop=lambda: signals.received,
         )  # fmt: skip
     if as_json:
         print(json.dumps({"output": str(output), "sentences": lines}))
@@ -143,3 +185,50 @@ def generate(
     if signals.received is not None and lines < source.total * num_samples:
         console.print(f"{signals.received}: the same command continues", style="yellow")
         raise typer.Exit(INTERRUPTED)
+
+
+def _asked(model: Any, prompts: Path | list[str], *, layout: str | None, turn_end: str | None) -> list[str]:
+    """The prompts that are to be answered; ConfigError of a model of sentences."""
+    if not model.config.prompted:
+        raise ConfigError(
+            "this model writes sentences, from latents", limit="--latents FILE, --prior N or --texts FILE beside --prompts",
+            remedy="give one, or take a decoder or a model of prompts",
+        )  # fmt: skip
+    if isinstance(prompts, list):
+        return prompts
+    return read_distinct_prompts(prompts, decoder=model.config.decoder, layout=layout, turn_end=turn_end)
+
+
+def _answering(model: Any, asked: list[str], z: str | None, samples: int, seed: int) -> tuple[Any, list[str], int]:
+    """Latents, their prompts, and the samples of each latent, for so many answers to every prompt."""
+    from lmvae_fast.generation import latent_sources as sources
+
+    width = model.config.latent_dim
+    if width == 0:
+        if z is not None:
+            raise ConfigError("a decoder by itself has no latent", value=f"--z {z}", remedy="leave it out")
+        return sources.latents_of_zero(len(asked), 0), asked, samples
+    if z == "zero":
+        return sources.latents_of_zero(len(asked), width), asked, samples
+    if z != "prior":
+        raise ConfigError(
+            "latents are never chosen silently", value=z, limit="--z prior (a draw for each response), --z zero",
+            remedy="give one; --texts answers from the posteriors of given responses",
+        )  # fmt: skip
+    # every response has a draw of its own, so each is the only one of its latent
+    each = [prompt for prompt in asked for _ in range(samples)]
+    return sources.latents_of_prior(len(each), width, seed), each, 1
+
+
+def _stop_tokens(model: Any, texts: Sequence[str]) -> tuple[int, ...]:
+    """Ids of tokens given as text; ConfigError for a text that is not one token."""
+    found = []
+    for text in texts:
+        ids = model.decoder.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ConfigError(
+                "a stop is one token of the decoder's tokenizer", value=f"{text!r}: {len(ids)} tokens", limit=1,
+                remedy="give the text of one token",
+            )  # fmt: skip
+        found += ids
+    return tuple(found)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmvae_fast.cli.common import INTERRUPTED, Backend, Json, column_name, console, merged, print_json
+from lmvae_fast.cli.prompt_data import Layout, MaxPromptLen, TurnEnd, load_pairs, with_lengths
+
+if TYPE_CHECKING:
+    from lmvae_fast.config import TrainConfig
 
 SECTIONS = ("model", "train", "data")
 
@@ -24,11 +29,17 @@ def train(
     output: Annotated[
         str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `model/` at the end.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="Preset: langvae, optimus or llamavae.")] = None,
+    system: Annotated[str | None, typer.Option(help="Preset: langvae, optimus, llamavae or cvae.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Hugging Face encoder: name or folder.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Hugging Face decoder: name or folder.")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
     max_len: Annotated[int | None, typer.Option(help="Most tokens per sentence, its end included.")] = None,
+    layout: Layout = None,
+    turn_end: TurnEnd = None,
+    max_prompt_len: MaxPromptLen = None,
+    penalty: Annotated[
+        str | None, typer.Option(help="With cvae: objective by its published name: DG-VAE, Vanilla, Optimus, ...")
+    ] = None,
     annotations: Annotated[
         bool, typer.Option("--annotations", help="Condition on the data's per-word labels.")
     ] = False,
@@ -64,59 +75,84 @@ def train(
     Checkpoints are written as it goes; Ctrl-C finishes the step, saves and stops (exit code 130), and `--resume` continues
     bit for bit. The finished model is in `OUTPUT/model`.
 
-    Example: `lmvae-fast train --data sentences.txt --encoder bert-base-cased --decoder gpt2 --output runs/first`
+    Example: `lmvae-fast train --data sentences.txt --encoder bert-base-cased --decoder gpt2 --output runs/first`, or, of
+    prompts with responses, `lmvae-fast train --system cvae --data answers.jsonl --decoder runs/sft/model --output runs/cvae`
 
     In several processes: `torchrun --nproc-per-node 4 -m lmvae_fast.cli train ...` with the same options.
     """
     values = merged(
         config, SECTIONS,
         {
-            "model": {"system": system, "encoder": encoder, "decoder": decoder, "latent_dim": latent_dim, "max_len": max_len},
+            "model": {
+                "system": system, "encoder": encoder, "decoder": decoder, "latent_dim": latent_dim, "max_len": max_len,
+                "max_prompt_len": max_prompt_len,
+            },
             "train": {
                 "output_dir": output, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
                 "learning_rate": lr, "beta": beta, "precision": precision, "seed": seed, "on_long": on_long,
                 "resume": resume or None, "shard": shard or None,
             },
-            "data": {"path": data, "eval_path": eval_data, "column": column, "limit": limit},
+            "data": {
+                "path": data, "eval_path": eval_data, "column": column, "limit": limit, "layout": layout, "turn_end": turn_end,
+            },
         },
         set_ or [],
     )  # fmt: skip
     from lmvae_fast.config import LMVAEConfig, TrainConfig
 
+    prompted = _is_prompted(values["model"], start)
+    if penalty is not None:
+        _with_penalty(values, penalty, prompted)
     with_recipe(values)
+    if prompted:
+        with_lengths(values)
     train_config = TrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
     check_output(Path(train_config.output_dir))
-    train_data, held_out = load_data(values["data"], train_config.seed)
+    if prompted:
+        train_data, held_out = load_pairs(values["data"], values["model"], train_config.seed)
+    else:
+        train_data, held_out = load_data(values["data"], train_config.seed)
     if annotations:
         # Of both parts: a rare label may stand in the held-out part alone.
         values["model"].setdefault("annotations", sorted({*train_data.label_set(), *held_out.label_set()}))
     model_config = None if start is not None else LMVAEConfig.from_dict(values["model"])
 
+    def build() -> Any:
+        from lmvae_fast.models.lmvae import LMVAE
+
+        return LMVAE(model_config) if model_config else LMVAE.from_pretrained(str(start), **values["model"])
+
+    finish(build, train_data, held_out, train_config, backend, as_json)
+
+
+def finish(
+    build: Callable[[], Any], train_data: Any, held_out: Any, config: TrainConfig, backend: str, as_json: bool, *,
+    unit: str = "sentences",
+) -> None:  # fmt: skip
+    """Train what ``build`` makes, in one process or several, save it as the run's model, and say how it ended."""
     import torch
 
     from lmvae_fast.kernels.backend import backend as use_backend
-    from lmvae_fast.models.lmvae import LMVAE
     from lmvae_fast.training.checkpoints.folder import load as load_checkpoint
     from lmvae_fast.training.distributed import Ranks, process_group
     from lmvae_fast.training.loop import train as run_training
 
-    torch.manual_seed(train_config.seed)
-    folder = Path(train_config.output_dir) / "model"
+    torch.manual_seed(config.seed)
+    folder = Path(config.output_dir) / "model"
     with process_group() as device, use_backend(backend):
         ranks = Ranks()
-        model = LMVAE(model_config) if model_config else LMVAE.from_pretrained(str(start), **values["model"])
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = build().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if ranks.first and not as_json:
             console.print(
-                f"{len(train_data)} sentences to train on, {len(held_out)} held out; {trainable:,} parameters train"
+                f"{len(train_data)} {unit} to train on, {len(held_out)} held out; {trainable:,} parameters train"
             )
-        result = run_training(model, train_data, held_out, train_config)
+        result = run_training(model, train_data, held_out, config)
         saved = "last"
-        if train_config.final_model == "best" and result.best_checkpoint is not None:
+        if config.final_model == "best" and result.best_checkpoint is not None:
             model.load_trainable_state_dict(load_checkpoint(result.best_checkpoint).tensors["model"])
             saved = f"best, of step {result.best['step']}" if result.best else "best"
-        if ranks.first or train_config.shard:  # pieces come from all processes
+        if ranks.first or config.shard:  # pieces come from all processes
             model.save_pretrained(folder)
         ranks.gather(None)  # none leaves before the model is written
     if not ranks.first:
@@ -135,6 +171,29 @@ def train(
     if result.interrupted:
         console.print("continue with --resume", style="yellow")
         raise typer.Exit(INTERRUPTED)
+
+
+def _is_prompted(model: dict[str, Any], start: str | None) -> bool:
+    """Whether the model is one of prompts with responses, by its configuration or that of the one it goes on from."""
+    kind, system = model.get("encoder_kind"), model.get("system")
+    if start is not None:
+        from lmvae_fast.config.base import read_mapping
+
+        file = Path(start) / "config.json"
+        saved = read_mapping(file) if file.is_file() else {}
+        kind, system = kind or saved.get("encoder_kind"), system or saved.get("system")
+    return kind == "decoder_layers" or (kind is None and system == "cvae")
+
+
+def _with_penalty(values: dict[str, dict], penalty: str, prompted: bool) -> None:
+    """Put the fields of a published objective under what was said."""
+    from lmvae_fast.errors import ConfigError
+    from lmvae_fast.models.systems.cvae import objective_of
+
+    if not prompted:
+        raise ConfigError("penalties by name are those of prompts with responses", value=penalty, limit="--system cvae")
+    for section, fields in zip(("model", "train"), objective_of(penalty), strict=True):
+        values[section] = {**fields, **values[section]}
 
 
 def with_recipe(values: dict[str, dict]) -> None:

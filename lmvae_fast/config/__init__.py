@@ -7,6 +7,7 @@ made, so that a run never starts on a configuration it would not survive.
 from lmvae_fast.config.flow import FlowConfig, FlowTrainConfig
 from lmvae_fast.config.generation import GenerationConfig
 from lmvae_fast.config.model import DTYPES, KL_MODES, OBJECTIVES, LMVAEConfig
+from lmvae_fast.config.plain_decoder import PlainDecoderConfig
 from lmvae_fast.config.training import TrainConfig
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "FlowTrainConfig",
     "GenerationConfig",
     "LMVAEConfig",
+    "PlainDecoderConfig",
     "TrainConfig",
 ]

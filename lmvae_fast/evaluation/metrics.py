@@ -14,13 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lmvae_fast.kernels.aggregate_logpdf import aggregate_logpdf
+from lmvae_fast.models import aggregate
 from lmvae_fast.models.objective import kl_per_dim
 
 #: Variance of the posterior mean, over the data, from which a dimension counts as active.
 ACTIVE_UNIT_VARIANCE = 0.01
-
-_LOG_2PI = math.log(2.0 * math.pi)
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -31,8 +29,7 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def gaussian_log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """log N(z; mu, diag(exp(logvar))), summed over the last axis; the leading axes broadcast. float64."""
-    z, mu, logvar = z.double(), mu.double(), logvar.double()
-    return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + _LOG_2PI).sum(-1)
+    return aggregate.gaussian_logpdf(z.double(), mu.double(), logvar.double()).sum(-1)
 
 
 def active_units(mu: Tensor, threshold: float = ACTIVE_UNIT_VARIANCE) -> int:
@@ -46,7 +43,8 @@ def active_units(mu: Tensor, threshold: float = ACTIVE_UNIT_VARIANCE) -> int:
     return int((mu.double().var(dim=0) >= threshold).sum())
 
 
-def mutual_information(z: Tensor, mu: Tensor, logvar: Tensor, *, chunk: int = 1024) -> float:
+@torch.no_grad()
+def mutual_information(z: Tensor, mu: Tensor, logvar: Tensor) -> float:
     """I(x; z) under q, estimated against the aggregate posterior of these N sentences; between about 0 and log N.
 
     mean_i [ log q(z_i|x_i) - (logsumexp_j log q(z_i|x_j) - log N) ]. Both terms are taken at the same samples: that has
@@ -55,39 +53,30 @@ def mutual_information(z: Tensor, mu: Tensor, logvar: Tensor, *, chunk: int = 10
     Args:
         z: one sample of each posterior ``[N, D]``.
         mu, logvar: the posteriors ``[N, D]``.
-        chunk: rows of z compared with all posteriors at a time.
     """
     _check_samples(z, mu, logvar)
-    own = gaussian_log_density(z, mu, logvar)
-    return float((own - _aggregate(z, mu, logvar, chunk, per_dim=False)).mean())
+    return float(aggregate.mutual_information(z.double(), mu.double(), logvar.double()).mean())
 
 
-def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor, *, chunk: int = 1024) -> float:
+@torch.no_grad()
+def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor) -> float:
     """KL(q(z) || prod_d q(z_d)) of the aggregate posterior of these N sentences, estimated at their samples.
 
     mean_i [ log q(z_i) - sum_d log q(z_id) ], both against all N posteriors. Arguments as for `mutual_information`.
     """
     _check_samples(z, mu, logvar)
-    joint = _aggregate(z, mu, logvar, chunk, per_dim=False)
-    return float((joint - _aggregate(z, mu, logvar, chunk, per_dim=True).sum(-1)).mean())
+    return float(aggregate.decompose_kl(z.double(), mu.double(), logvar.double()).total_correlation.mean())
 
 
-def dimension_wise_kl(z: Tensor, mu: Tensor, logvar: Tensor, *, chunk: int = 1024) -> Tensor:
+@torch.no_grad()
+def dimension_wise_kl(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """KL(q(z_d) || N(0, 1)) of every dimension's aggregate: ``[D]`` float64, estimated at the samples.
 
     Arguments as for `mutual_information`. With it and the total correlation it adds up to the mean KL of the posteriors
     (Chen et al. 2018).
     """
     _check_samples(z, mu, logvar)
-    prior = -0.5 * (z.double().square() + _LOG_2PI)
-    return (_aggregate(z, mu, logvar, chunk, per_dim=True) - prior).mean(0)
-
-
-@torch.no_grad()
-def _aggregate(z: Tensor, mu: Tensor, logvar: Tensor, chunk: int, *, per_dim: bool) -> Tensor:
-    """log q(z) of every row under the mean of all posteriors, ``chunk`` rows at a time: ``[N]``, or ``[N, D]`` per_dim."""
-    z, mu, logvar = z.double(), mu.double(), logvar.double()
-    return torch.cat([aggregate_logpdf(rows, mu, logvar, per_dim=per_dim) for rows in z.split(chunk)])
+    return aggregate.aggregate_kl_per_dim(z.double(), mu.double(), logvar.double()).mean(0)
 
 
 def importance_weighted_log_likelihood(

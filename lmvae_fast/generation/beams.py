@@ -16,11 +16,12 @@ from lmvae_fast.models.injection import Injection
 
 @dataclass(frozen=True)
 class Sentence:
-    """A complete sentence of a search: its ids without the end token, its score, and whether an end token ended it."""
+    """A complete sentence of a search: its ids without the end token, its score, and the end or stop token that ended it, or
+    None."""
 
     ids: list[int]
     score: float
-    finished: bool
+    end: int | None
 
 
 def search(
@@ -78,7 +79,7 @@ def search(
                 if chosen in stops:
                     if rank < width and score > -torch.inf:
                         value = score / length**config.length_penalty
-                        aside[latent].append(Sentence(beams[latent][beam], value, True))
+                        aside[latent].append(Sentence(beams[latent][beam], value, chosen))
                 elif len(kept) < width:
                     kept.append((score, latent * width + beam, chosen))
                     kept_beams.append([*beams[latent][beam], chosen])
@@ -99,7 +100,7 @@ def search(
     for latent, row in enumerate(scores.tolist()):
         for so_far, score in zip(beams[latent], row, strict=True):
             if len(so_far) == limit and score > -torch.inf:
-                aside[latent].append(Sentence(so_far, score / limit**config.length_penalty, False))
+                aside[latent].append(Sentence(so_far, score / limit**config.length_penalty, None))
     return [max(found, key=lambda sentence: sentence.score) for found in aside]
 
 

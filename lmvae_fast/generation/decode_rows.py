@@ -36,13 +36,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Ended:
-    """A sentence that has ended: how it began, its ids, their log-probabilities where asked for, and whether an end or
-    stop token ended it."""
+    """A sentence that has ended: how it began, its ids, their log-probabilities where asked for, and the end or stop token
+    that ended it, or None."""
 
     start: Start
     ids: list[int]
     logprobs: list[float] | None
-    stopped: bool
+    end: int | None
 
 
 def check_finite(finite: bool, index: int) -> None:
@@ -136,12 +136,29 @@ class Rows:
         state["token"].index_copy_(0, where, torch.tensor([ids[-1] for ids in begins], device=device))
         if any(len(ids) > 1 for ids in begins):
             with exchanged(self.packed):
-                read(self.model.decoder, self.cache, injection, rows, [ids[:-1] for ids in begins])
+                self._read(rows, injection, starts, [ids[:-1] for ids in begins])
             if "seen" in state:
                 pairs = [(row, token) for row, ids in zip(rows, begins, strict=True) for token in ids[1:]]
                 state["seen"][torch.tensor(pairs, device=device).unbind(1)] = 1
         for row, start in zip(rows, starts, strict=True):
             self.starts[row] = start
+
+    def _read(self, rows: list[int], injection: Injection, starts: list[Start], begins: list[tuple[int, ...]]) -> None:
+        """Read the beginnings of new sentences; those of one latent that are the same, once for all its rows."""
+        first: dict[tuple[int, tuple[int, ...]], int] = {}
+        source = [
+            first.setdefault((start.index, ids), place)
+            for place, (start, ids) in enumerate(zip(starts, begins, strict=True))
+        ]
+        read_for = sorted(first.values())
+        if len(read_for) == len(rows):
+            read(self.model.decoder, self.cache, injection, rows, begins)
+            return
+        chosen = injection.select(torch.tensor(read_for, device=self.cache.step.device))
+        read(self.model.decoder, self.cache, chosen, [rows[p] for p in read_for], [begins[p] for p in read_for])
+        copies = [(rows[place], rows[of]) for place, of in enumerate(source) if place != of]
+        to, of = torch.tensor(copies, device=self.cache.step.device).unbind(1)
+        self.cache.copy_tokens(to, of, max(map(len, begins)))
 
     def advance(self) -> None:
         """One token further in every row; nothing is copied to the host."""
@@ -216,7 +233,9 @@ class Rows:
             start, self.starts[row] = self.starts[row], None
             assert start is not None
             own = None if logprobs is None else logprobs[place][: count[place]]
-            taken.append(Ended(start, ids[place][: count[place]], own, stopped[place]))
+            length = count[place]
+            # what ended the sentence stands behind its own tokens
+            taken.append(Ended(start, ids[place][:length], own, ids[place][length] if stopped[place] else None))
         return taken
 
     def shrink(self) -> None:

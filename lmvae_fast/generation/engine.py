@@ -6,7 +6,6 @@ A row whose sentence has ended takes the next latent at once, so the batch stays
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from lmvae_fast.generation.beams import search
 from lmvae_fast.generation.cuda_graphs import capture_for
 from lmvae_fast.generation.decode_rows import Ended, Rows
 from lmvae_fast.generation.queue import Block, Prompt, Prompts, Waiting, blocks_of
+from lmvae_fast.generation.spelling import responses, spelled
 from lmvae_fast.models.decoder.prepared_weights import packed_weights
 from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
@@ -37,7 +37,8 @@ class Generated:
     ``index``: row of its latent in the input; ``sample``: its number among that latent's samples; ``text``, prompt
     included (of a model of prompts: the response alone, up to its first special token); ``ids``: the tokens produced,
     without prompt and end token; ``finished``: ended by an end or stop token; ``logprobs``: natural logarithm of each
-    produced token's probability, where asked for.
+    produced token's probability, where asked for; ``response``, of a model of prompts: all of the response as its tokens
+    spell it behind the prompt, outer spaces and stop token included.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Generated:
     finished: bool
     sample: int = 0
     logprobs: list[float] | None = None
+    response: str | None = None
 
 
 def generate(
@@ -214,28 +216,21 @@ def _beams(
             best = search(
                 model.decoder, injection, shown, config, limit, first_index=index + place, read_first=read_first
             )
-        texts = _spelled(
+        texts = spelled(
             model, [(prompt, found.ids) for prompt, found in zip(shown or [()] * len(best), best, strict=True)]
         )
-        for row, (found, text) in enumerate(zip(best, texts, strict=True)):
-            yield Generated(index + place + row, text, found.ids, found.finished)
+        answered = [
+            (ids, found.ids, found.end) for ids, found in zip(read_first or [()] * len(best), best, strict=True)
+        ]
+        for row, (found, text, answer) in enumerate(zip(best, texts, responses(model, answered), strict=True)):
+            yield Generated(index + place + row, text, found.ids, found.end is not None, response=answer)
         place += len(best)
 
 
 def _texts(model: LMVAE, ended: list[Ended]) -> list[Generated]:
-    texts = _spelled(model, [(out.start.prompt, out.ids) for out in ended])
+    texts = spelled(model, [(out.start.prompt, out.ids) for out in ended])
+    answers = responses(model, [(out.start.read, out.ids, out.end) for out in ended])
     return [
-        Generated(out.start.index, text, out.ids, out.stopped, out.start.sample, out.logprobs)
-        for out, text in zip(ended, texts, strict=True)
+        Generated(out.start.index, text, out.ids, out.end is not None, out.start.sample, out.logprobs, answer)
+        for out, text, answer in zip(ended, texts, answers, strict=True)
     ]
-
-
-def _spelled(model: LMVAE, sentences: list[tuple[tuple[int, ...], list[int]]]) -> list[str]:
-    """Text of each sentence, given as the prompt's ids and its own. A response ends where a special token, that which ends a
-    turn of a dialogue, says so."""
-    tokenizer = model.decoder.tokenizer
-    if model.config.prompted:
-        special = set(tokenizer.tokenizer.all_special_ids)
-        answers = [list(itertools.takewhile(lambda token: token not in special, ids)) for _, ids in sentences]
-        return [text.strip() for text in tokenizer.decode(answers)]
-    return [text.strip() for text in tokenizer.decode([*prompt, *ids] for prompt, ids in sentences)]

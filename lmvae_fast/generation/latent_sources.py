@@ -28,13 +28,14 @@ class LatentSource:
 
     ``total``: how many; ``identity``: what they are (a content hash, say), which a file decoded from them is kept with;
     ``read(block, skip)``: the latents behind the first ``skip``, in blocks ``[block, latent_dim]``; ``annotations``: pooled
-    labels ``[total, labels]`` where they are known.
+    labels ``[total, labels]`` where they are known; ``prompts``: those that were encoded with them, one each, or None.
     """
 
     total: int
     identity: str
     read: Callable[[int, int], Iterable[Tensor]]
     annotations: Tensor | None = None
+    prompts: list[str] | None = None
 
 
 def latents_of_file(path: str | os.PathLike[str], latent_dim: int) -> LatentSource:
@@ -63,10 +64,37 @@ def latents_of_prior(count: int, latent_dim: int, seed: int) -> LatentSource:
     return LatentSource(count, f"prior seed={seed}", read)
 
 
-def latents_of_texts(model: LMVAE, path: str | os.PathLike[str]) -> LatentSource:
-    """Posterior means of a file's sentences, encoded as they are read; with their labels if the model was given labels."""
-    from lmvae_fast.data import read as read_sentences
+def latents_of_zero(count: int, latent_dim: int) -> LatentSource:
+    """``count`` latents at the prior's mean; of a decoder without a latent, what stands for one.
 
+    Raises ConfigError for fewer than one.
+    """
+    if count < 1:
+        raise ConfigError("at least one latent is asked for", value=count, limit=">= 1")
+
+    def read(block: int, skip: int) -> Iterable[Tensor]:
+        for start in range(skip, count, block):
+            yield torch.zeros(min(block, count - start), latent_dim)
+
+    return LatentSource(count, "zero", read)
+
+
+def latents_of_texts(model: LMVAE, path: str | os.PathLike[str], *, layout: str | None = None) -> LatentSource:
+    """Posterior means of a file's sentences, encoded as they are read; with their labels if the model was given labels. Of a
+    model of prompts: of prompts with responses (``layout``: see ``read_prompts`` of the data), together with the prompts."""
+    from lmvae_fast.data import read as read_sentences
+    from lmvae_fast.data import read_prompts as read_pairs
+
+    if model.config.prompted:
+        pairs = read_pairs(path, layout=layout)
+
+        def read_posteriors(block: int, skip: int) -> Iterable[Tensor]:
+            for start in range(skip, len(pairs), block):
+                yield model.encode(pairs[start : start + block]).mu.cpu()
+
+        return LatentSource(
+            len(pairs), file_hash(path), read_posteriors, prompts=[pairs.prompts[row] for row in pairs.prompt_rows]
+        )
     examples = read_sentences(path)
     annotations = model.tokenize(examples, on_empty="error").annotations
 

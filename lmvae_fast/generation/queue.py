@@ -53,7 +53,6 @@ def blocks_of(
             raise LatentError(f"{next(iter(given))} need the latents as one tensor", value=type(latents).__name__)
         return ((block, {}) for block in _regrouped(model, latents, size))
     model.check_latents(latents)
-    weight = model.posterior_head.weight
     if annotations is not None:
         width = len(model.config.annotations) if model.config.conditional_decoder else annotations.shape[-1]
         if annotations.shape != (latents.shape[0], width):
@@ -65,17 +64,19 @@ def blocks_of(
                 f"{name} do not fit the latents", value=list(tensor.shape), limit=f"{latents.shape[0]} rows"
             )
     return (
-        (z.to(weight), {name: tensor[start : start + size].to(weight.device) for name, tensor in given.items()})
+        (
+            z.to(model.device, model.latent_dtype),
+            {name: tensor[start : start + size].to(model.device) for name, tensor in given.items()},
+        )
         for start, z in zip(range(0, len(latents), size), latents.split(size), strict=False)
     )
 
 
 def _regrouped(model: LMVAE, blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    weight = model.posterior_head.weight
     gathered: list[Tensor] = []
     for block in blocks:
         model.check_latents(block)
-        gathered.append(block.to(weight))
+        gathered.append(block.to(model.device, model.latent_dtype))
         if sum(map(len, gathered)) >= size:
             parts = torch.cat(gathered).split(size)
             whole = [part for part in parts if len(part) == size]

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ def generate_file(
     prompts: str | Sequence[str] | None = None,
     annotations: Tensor | None = None,
     text_only: bool = False,
+    pairs: bool = False,
     overwrite: bool = False,
     workers: Workers | None = None,
     progress: Callable[[int, int | None], None] | None = None,
@@ -51,7 +52,8 @@ def generate_file(
         model: any LMVAE.
         latents: where they come from.
         output: ``.jsonl`` with ``index``, ``text``, ``tokens``, ``finished`` per line (and ``sample``, ``logprobs`` where
-            asked for), or one text per line with ``text_only``.
+            asked for), or one text per line with ``text_only``; with ``pairs``, of a model of prompts, ``prompt`` and
+            ``response`` in place of ``text``, as ``read_prompts`` reads them.
         config: how to decode; a draw needs a ``seed``, without which no run could be continued.
         prompts: text that every sentence begins with, or one text per latent.
         annotations: pooled labels ``[N, labels]`` of a conditional decoder; default: those of the source.
@@ -65,7 +67,8 @@ def generate_file(
         number of lines in the file.
 
     Raises, before anything is decoded or written:
-        ConfigError: a draw without a seed; more tokens asked for than model and prompts allow.
+        ConfigError: a draw without a seed; more tokens asked for than model and prompts allow; pairs of a model of sentences,
+            or as bare texts.
         DataError: prompts and latents of different number.
         LatentError: annotations that do not fit model and latents, or with NaN or Inf.
         OutputError: the output cannot be written, is no file of ours, belongs to another model, other latents or other
@@ -73,6 +76,11 @@ def generate_file(
     """
     if config.do_sample and config.seed is None:
         raise ConfigError("a drawn output can only be continued under a seed", value="seed=None", remedy="set seed")
+    if pairs and (text_only or not model.config.prompted):
+        raise ConfigError(
+            "pairs of prompt and response are objects a line, of a model of prompts",
+            value="bare texts" if text_only else "a model of sentences", limit=".jsonl, and a decoder or system='cvae'",
+        )  # fmt: skip
     annotations, limited = _checked(model, latents, config, prompts, annotations)
     output = Path(output)
     block_size = BLOCKS_PER_BATCH * config.batch_size
@@ -89,6 +97,7 @@ def generate_file(
         if annotations is None
         else _digest(annotations.float().cpu().contiguous().numpy().tobytes()),
         "text_only": text_only,
+        **({"pairs": True} if pairs else {}),
         "generation": config.to_dict(),
     }
     try:
@@ -108,7 +117,7 @@ def generate_file(
             for sentences in decoded:
                 lines = []
                 for out in sentences:
-                    lines.append(_line(out, config, text_only))
+                    lines.append(_line(out, config, text_only, _prompt_of(prompts, out.index) if pairs else None))
                     if progress is not None:
                         progress(1, len(out.ids))
                 written = "".join(lines).encode()
@@ -223,10 +232,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _line(out: Generated, config: GenerationConfig, text_only: bool) -> str:
+def _prompt_of(prompts: str | Sequence[str] | None, index: int) -> str:
+    return prompts or "" if prompts is None or isinstance(prompts, str) else prompts[index]
+
+
+def _line(out: Generated, config: GenerationConfig, text_only: bool, prompt: str | None) -> str:
+    """A line of the output; with a prompt, as a pair of it and what was answered."""
     if text_only:
         return " ".join(out.text.splitlines()) + "\n"
-    row = {"index": out.index, "text": out.text, "tokens": len(out.ids), "finished": out.finished}
+    said = {"text": out.text} if prompt is None else {"prompt": prompt, "response": out.response}
+    row: dict[str, Any] = {"index": out.index, **said, "tokens": len(out.ids), "finished": out.finished}
     if config.num_samples > 1:
         row["sample"] = out.sample
     if out.logprobs is not None:

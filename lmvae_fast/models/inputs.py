@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.config import LMVAEConfig, PlainDecoderConfig
 from lmvae_fast.errors import DataError
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
@@ -17,9 +17,11 @@ from lmvae_fast.text import collate, prompts, tokenizer
 from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
+AnyConfig = LMVAEConfig | PlainDecoderConfig
+
 
 def tokenize(
-    examples: Iterable[Any], config: LMVAEConfig, decoder: Decoder, *, on_long: str, on_empty: str
+    examples: Iterable[Any], config: AnyConfig, decoder: Decoder, *, on_long: str, on_empty: str
 ) -> TokenizedSentences:
     """Sentences (:func:`~lmvae_fast.text.tokenizer.tokenize`), or prompts with responses
     (:func:`~lmvae_fast.text.prompts.tokenize_prompts`). Raises DataError for what the other kind of model takes."""
@@ -40,7 +42,7 @@ def tokenize(
     examples = list(examples)
     if prompts.are_prompts(examples):
         raise DataError(
-            "this model takes sentences, not prompts with responses", value=f"system={config.system!r}",
+            "this model takes sentences, not prompts with responses", value=type(examples[0]).__name__,
             remedy="use system='cvae', or give the responses alone",
         )  # fmt: skip
     return tokenizer.tokenize(examples, decoder.tokenizer, labels=config.annotations, **options)
@@ -50,8 +52,8 @@ def make_batch(
     sentences: TokenizedSentences,
     rows: Sequence[int] | np.ndarray | None,
     pooled: Tensor | None,
-    config: LMVAEConfig,
-    encoder: Encoder | LayerEncoder,
+    config: AnyConfig,
+    encoder: Encoder | LayerEncoder | None,
     decoder: Decoder,
 ) -> Batch:
     """Some of the sentences, packed; ``pooled``: features of all of them, or None for the encoder's own input."""
@@ -76,14 +78,14 @@ def make_batch(
     )
 
 
-def batch_to_score(sentences: TokenizedSentences, rows: Sequence[int], config: LMVAEConfig, decoder: Decoder) -> Batch:
+def batch_to_score(sentences: TokenizedSentences, rows: Sequence[int], config: AnyConfig, decoder: Decoder) -> Batch:
     """Some of the sentences, packed to be predicted, end token included as far as there is room, without labels."""
     if isinstance(sentences, prompts.TokenizedPrompts):
         return prompts.make_prompt_batch(sentences, rows, tokenizer=decoder.tokenizer, max_len=config.max_len)
     return collate.batch_to_score([sentences.ids[row] for row in rows], decoder.tokenizer, config.max_len)
 
 
-def beginnings(texts: Sequence[str], config: LMVAEConfig, decoder: Decoder) -> list[tuple[int, ...]]:
+def beginnings(texts: Sequence[str], config: AnyConfig, decoder: Decoder) -> list[tuple[int, ...]]:
     """What the decoder reads of each prompt before it writes, never nothing: a start token and the prompt; of a model of
     prompts, the prompt as the tokenizer writes it by itself, cut at the left to ``max_prompt_len``."""
     if config.prompted:

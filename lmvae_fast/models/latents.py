@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.errors import ConfigError, LatentError
+from lmvae_fast.models.aggregate import dg_kl
 from lmvae_fast.models.objective import kl_mode_at
 from lmvae_fast.models.posterior import Posterior, draw, sample_with_kl
-from lmvae_fast.models.prompt_objective import density_gap
+from lmvae_fast.models.prompt_objective import aggregate_groups
 from lmvae_fast.text.batch import Batch
 
 #: Noise given for comparisons: of z ``[B, latent_dim]``, or by part ``[B, latent_dim, n]``: ``z``, ``emb`` (the embedding's
@@ -81,7 +82,10 @@ def draw_latents(
         z, kl = samples("z", 1)[0], posterior.mu.new_zeros(size)
     elif config.kl_mode == "density_gap":
         z = samples("z", 1)[0]
-        kl = density_gap(samples("kl", config.kl_samples), posterior, batch, config.density_floor)
+        kl = dg_kl(
+            samples("kl", config.kl_samples), posterior.mu, posterior.logvar, min_var=config.density_floor,
+            **aggregate_groups(batch),
+        )  # fmt: skip
     else:
         given = noise_of(noise, "z", size)
         z, kl = sample_with_kl(

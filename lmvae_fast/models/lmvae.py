@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
-from lmvae_fast.kernels.lm_head_loss import lm_head_loss
 from lmvae_fast.models import inputs, parts
 from lmvae_fast.models.auxiliary import told_apart_loss, words_loss
 from lmvae_fast.models.checks import check_labels, check_latents
@@ -28,6 +27,7 @@ from lmvae_fast.models.objective import combine, segment_sum, token_weights
 from lmvae_fast.models.posterior import Posterior, shared_seed
 from lmvae_fast.models.serialization import copy_into, read_model, save_model
 from lmvae_fast.models.systems import resolve
+from lmvae_fast.models.token_losses import token_losses
 from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
@@ -87,7 +87,7 @@ class LMVAE(nn.Module):
         for module in (self.posterior_head, self.projector, self.embedding_shift, self.residual, self.bag_of_words):
             if module is not None:
                 parts.start_latent_map(module, config.latent_init)
-                module.to(device=decoder.device, dtype=self._master_dtype)
+                module.to(device=decoder.device, dtype=self.latent_dtype)
         start_memory(config, self.projector, decoder)
         longest = config.max_len + (config.max_prompt_len or 0)
         decoder.check_positions(int(config.slots or 0), longest, str(config.visibility))
@@ -98,8 +98,8 @@ class LMVAE(nn.Module):
         return self.config.latent_dim + len(self.config.annotations) * self.config.conditional_decoder
 
     @property
-    def _master_dtype(self) -> torch.dtype:
-        """Dtype of what trains: float32, or float64 for a float64 model, whatever the frozen parts are held in."""
+    def latent_dtype(self) -> torch.dtype:
+        """Dtype of latents and of what trains: float32 (float64 of a float64 model), whatever the frozen parts are in."""
         return torch.float64 if self.config.dtype == "float64" else torch.float32
 
     @property
@@ -217,9 +217,9 @@ class LMVAE(nn.Module):
             "length_normalize": bool(config.length_normalize),
         }
         lengths = batch.tokens + int(config.count_start_token)
-        weights = token_weights(lengths.to(self._master_dtype), batch.rows, **options)
+        weights = token_weights(lengths.to(self.latent_dtype), batch.rows, **options)
         read = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids
-        loss, nll = self._token_losses(batch, read, injection, weights)
+        loss, nll = token_losses(self.decoder, batch, read, injection, weights)
         loss = loss + beta * latents.kl.mean()
         auxiliary = self._auxiliary(batch, posterior, nll, eps, seed)
         with torch.no_grad():
@@ -245,7 +245,9 @@ class LMVAE(nn.Module):
 
         def score(latents: Latents) -> Tensor:
             injection = self._injected(latents, batch)
-            return -segment_sum(self._token_losses(batch, batch.input_ids, injection, None)[1], batch.cu_seqlens)
+            return -segment_sum(
+                token_losses(self.decoder, batch, batch.input_ids, injection, None)[1], batch.cu_seqlens
+            )
 
         found = []
         if self.bag_of_words is not None:
@@ -272,36 +274,8 @@ class LMVAE(nn.Module):
     def score(self, batch: Batch, z: Tensor) -> Tensor:
         """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats; differentiable in z."""
         injection = self.inject(z, batch.annotations, tokens=batch.max_seqlen)
-        _, nll = self._token_losses(batch, batch.input_ids, injection, None)
+        _, nll = token_losses(self.decoder, batch, batch.input_ids, injection, None)
         return segment_sum(nll, batch.cu_seqlens)
-
-    def _token_losses(
-        self, batch: Batch, read: Tensor, injection: Injection, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of token losses (scalar) and the NLL of each token ``[T]``, the decoder reading ``read`` ``[T]``."""
-        hidden = self.decoder.hidden(
-            read,
-            injection,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            rows=batch.rows,
-            token_index=batch.token_index,
-        )
-        weight, bias, labels = self.decoder.head_weight, self.decoder.head_bias, batch.labels
-        if batch.targets is not None:  # of a prompt nothing is predicted, so no logit is made
-            hidden, labels = hidden.index_select(0, batch.targets), labels[batch.targets]
-            weights = None if weights is None else weights[batch.targets]
-        loss, nll = lm_head_loss(
-            hidden.to(weight.dtype),
-            weight,
-            labels,
-            bias=bias,
-            token_weights=weights,
-            softcap=self.decoder.softcap,
-        )
-        if batch.targets is not None:
-            nll = nll.new_zeros(batch.num_tokens).index_copy(0, batch.targets, nll)
-        return loss, nll
 
     @torch.no_grad()
     def greedy_inputs(self, batch: Batch, injection: Injection) -> Tensor:
@@ -321,7 +295,7 @@ class LMVAE(nn.Module):
         """Pooled features of a frozen encoder, ``[N, width]`` on the CPU, float32 (float64 of a float64 model)."""
         assert isinstance(self.encoder, Encoder)  # the other kind is never frozen
         return self.encoder.pool_texts(
-            sentences.spelled, sentences.lengths, batch_size=batch_size, dtype=self._master_dtype, progress=progress
+            sentences.spelled, sentences.lengths, batch_size=batch_size, dtype=self.latent_dtype, progress=progress
         )
 
     def make_batch(

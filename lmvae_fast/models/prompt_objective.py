@@ -1,4 +1,4 @@
-"""What an objective asks of the responses to one prompt together: density gap, words without a decoder, contrast.
+"""What an objective asks of the responses to one prompt together: whose aggregate, words without a decoder, contrast.
 
 Of CVAE with G-Skip (IEEE TAI 7(2), 2026; behaviour of zhangjf-nlp/LLM-based-CVAE). Nothing is read on the host. B responses
 in groups that share an aggregate; nats.
@@ -6,32 +6,19 @@ in groups that share an aggregate; nats.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.text.batch import Batch
 
 
-def log_density(z: Tensor, mu: Tensor, logvar: Tensor, floor: float) -> Tensor:
-    """log N(z; mu, exp(logvar)) per dimension, with ``floor`` added to twice the variance; shapes broadcast."""
-    return -0.5 * math.log(2 * math.pi) - 0.5 * logvar - (z - mu).square() / (2 * logvar.exp() + floor)
-
-
-def density_gap(z: Tensor, posterior: Posterior, batch: Batch, floor: float) -> Tensor:
-    """DG-KL's term of each response ``[B]``: its mean over a group is the KL of each dimension's aggregate, summed.
-
-    z: draws from every posterior ``[samples, B, latent_dim]``, reparameterised. Source: the paper's equation for the marginal
-    aggregates; the public code's density has ``floor`` 1e-4 in aggregate and prior.
-    """
-    same = same_group(batch)
-    each = log_density(z.unsqueeze(2), posterior.mu, posterior.logvar, floor)
-    each = each.masked_fill(~same.unsqueeze(-1), -torch.inf)
-    aggregate = torch.logsumexp(each, dim=2) - same.sum(1).to(z.dtype).log().unsqueeze(-1)
-    prior = log_density(z, torch.zeros_like(z), torch.zeros_like(z), floor)
-    return (aggregate - prior).sum(-1).mean(0)
+def aggregate_groups(batch: Batch) -> dict[str, Tensor]:
+    """A batch's groups as `models.aggregate` takes them; each response is one for itself where the batch has none."""
+    if batch.cu_groups is not None:
+        return {"cu_posteriors": batch.cu_groups}
+    if batch.groups is not None:
+        return {"groups": batch.groups}
+    return {"cu_posteriors": torch.arange(batch.batch_size + 1, dtype=torch.int32, device=batch.rows.device)}
 
 
 def same_group(batch: Batch) -> Tensor:

@@ -152,7 +152,7 @@ def tokenize_prompts(
     if not ids:
         raise DataError("no response is left", value=report, remedy="raise max_len or choose on_long='truncate'")
     groups = group_ids(places, group_size)
-    report["single"] = int((np.bincount(groups) == 1).sum())
+    report["single"] = int((np.bincount(groups) == 1).sum()) if group_size > 1 else 0
     if any(report[name] for name in ("truncated", "dropped", "empty", "prompts_cut")):
         logger.warning(
             "of %d responses: %s (max_len %d, max_prompt_len %s)", len(rows), report, max_len, max_prompt_len

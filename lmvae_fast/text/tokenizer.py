@@ -136,10 +136,11 @@ class SentenceTokenizer:
         """Whether the tokenizer puts a begin-of-text before a text by itself."""
         return bool(self.tokenizer("")["input_ids"]) and self.tokenizer("")["input_ids"][0] == self.bos_token_id
 
-    def decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
-        """Text of each sequence of ids, special tokens skipped, spaces as the tokenizer makes them."""
+    def decode(self, ids: Iterable[Sequence[int]], *, keep_special: bool = False) -> list[str]:
+        """Text of each sequence of ids, special tokens skipped unless they are to be kept, spaces as the tokenizer makes
+        them."""
         return self.tokenizer.batch_decode(
-            [list(row) for row in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [list(row) for row in ids], skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False
         )
 
 

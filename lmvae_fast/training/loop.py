@@ -366,7 +366,7 @@ class Trainer:
             self.state.plateau.update(value)
         if self.config.early_stop is not None and self.state.progress.waited >= self.config.early_stop:
             self.request_stop("early_stop")
-        if self.step == self.total_steps and self.ranks.first:
+        if self.step == self.total_steps and self.ranks.first and self.model.config.latent_dim:
             warn_of_collapse(figures["kl"], figures["active_units"], self.model.config.latent_dim, "training ends, and")
         self.tell("on_evaluate", record)
 

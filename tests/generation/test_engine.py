@@ -287,3 +287,25 @@ def test_packed_weights_give_the_same_texts_and_leave_no_trace(family):
     changed = list(generate(model, z, GenerationConfig(pack_weights=False)))
     assert changed != plain
     assert list(generate(model, z)) == changed
+
+
+@pytest.mark.parametrize("options", [{}, {"visibility": "prefix", "slots": 2}, {"visibility": "interleaved"}], ids=str)
+def test_samples_of_one_prompt_read_it_once(monkeypatch, options):
+    """As they would, each by itself, behind prompts of different lengths, refilled rows included."""
+    from lmvae_fast.generation import decode_rows
+
+    model = make_model("llama", max_len=12, **options).eval()
+    z, prompts, read = torch.randn(3, 6), ["the sun is", "a", "plants need light"], []
+    plain = decode_rows.read
+
+    def counting(decoder, cache, injection, rows, ids):
+        read.append(len(rows))
+        plain(decoder, cache, injection, rows, ids)
+
+    monkeypatch.setattr(decode_rows, "read", counting)
+    config = GenerationConfig(do_sample=True, seed=3, num_samples=4, batch_size=6, max_new_tokens=3)
+    found = [(out.index, out.sample, out.ids) for out in generate(model, z, config, prompts=prompts)]
+    assert sum(read) < 12 and max(read) <= 3
+    each = [prompt for prompt in prompts for _ in range(4)]
+    alone = generate(model, z.repeat_interleave(4, 0), config.replace(num_samples=1), prompts=each)
+    assert [ids for _, _, ids in found] == [out.ids for out in alone]

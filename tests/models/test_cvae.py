@@ -126,6 +126,22 @@ def test_no_two_prompts_share_an_aggregate(tmp_path):
     torch.testing.assert_close(moved.loss, got.loss, rtol=1e-5, atol=1e-5)
 
 
+def test_an_aggregate_keeps_nothing_larger_than_its_samples(tmp_path):
+    """The dense form keeps [samples, N, N, D] for backward, several times."""
+    _, model = both(tmp_path)
+    batch = model.make_batch(model.tokenize([*ITEMS, *OTHERS]))
+    posterior, sizes = model.encode(batch), []
+
+    def note(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        draw_latents(model.config, posterior, batch, beta=1.0, noise=None, seed=0).kl.sum().backward()
+    assert max(sizes) <= 32 * 6 * model.decoder.hidden_size  # the residual's draws
+    assert 16 * 6 * 8 in sizes and 16 * 6 * 6 * 8 not in sizes
+
+
 @pytest.mark.parametrize("settings", [{"vae_type": "BOW-VAE", "gskip": 0}, {"family": "gpt2", "contrast": True}])
 def test_auxiliary_terms_are_means_over_prompts(tmp_path, settings):
     settings = dict(settings)

@@ -67,7 +67,8 @@ class PackedAttention:
 
     def __post_init__(self) -> None:
         # Taken apart once: the backward of indexing would fill and add a zero tensor of the whole memory for every layer.
-        self._parts = None if self.memory is None else self.memory.flatten(0, 1).unbind(0)
+        empty = self.memory is None or self.memory.shape[4] == 0
+        self._parts = None if empty or self.memory is None else self.memory.flatten(0, 1).unbind(0)
 
     def attend(self, layer, query, key, value, *, scale, window, softcap):
         """See :class:`AttentionContext`."""

@@ -96,6 +96,13 @@ class LatentCache:
         self.step.copy_(self.step[rows])
         self.finite.copy_(self.finite[rows])
 
+    def copy_tokens(self, to: Tensor, of: Tensor, count: int) -> None:
+        """Rows ``to`` (int64 ``[n]``) have read what rows ``of`` have, at most ``count`` tokens, under an equal memory."""
+        last = 2 if self.visibility == "rolling" else token_position(max(count, 1) - 1, self.slots, self.visibility) + 1
+        view = self.kv[..., :last, :]
+        view.index_copy_(2, to, view.index_select(2, of))
+        self.step.index_copy_(0, to, self.step[of])
+
     def position_ids(self) -> Tensor:
         """Position id of the token each row reads next, int64 ``[batch]``."""
         return token_position(self.step, self.slots, self.visibility)

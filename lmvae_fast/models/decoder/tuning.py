@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,11 +47,29 @@ class Tuning:
                     value="decoder_part='lora'",
                     remedy="pip install 'lmvae_fast[lora]', or choose another decoder_part",
                 ) from error
-            # GPT-2 keeps its linear weights transposed, which peft asks to be told.
-            transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
-            options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "fan_in_fan_out": transposed}
-            config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
-            inject_adapter_in_model(config, model)  # freezes all but the adapters
+            inject_adapter_in_model(LoraConfig(**self._adapter_options(model)), model)  # freezes all but the adapters
+
+    def _adapter_options(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What peft is told of the adapters."""
+        # GPT-2 keeps its linear weights transposed, which peft asks to be told.
+        transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+        kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        return {"r": self.rank, "lora_alpha": self.alpha, "fan_in_fan_out": transposed, **kind}
+
+    def write_adapter(
+        self, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, *, base: str | None
+    ) -> None:
+        """Store a model's adapters by themselves, as peft loads them onto ``base``; ``state`` is all of the model's."""
+        from peft import LoraConfig
+
+        adapters = {name: value.contiguous() for name, value in state.items() if ".lora_" in name}
+        # peft stores them without the name of the one set of adapters that is in use
+        named = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in adapters.items()}
+        options = self._adapter_options(model)
+        options["target_modules"] = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in adapters})
+        folder.mkdir(parents=True)
+        LoraConfig(**options, base_model_name_or_path=base, inference_mode=True).save_pretrained(str(folder))
+        save_file(named, folder / "adapter_model.safetensors")
 
 
 def _refuse_quantised(model: PreTrainedModel, part: str) -> None:
@@ -66,3 +87,15 @@ def _refuse_quantised(model: PreTrainedModel, part: str) -> None:
 def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's state as it was before adapters were put in: they are dropped, names are the original ones."""
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+
+
+def merged(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's whole state under the names it had before adapters were put in, each added to the weight it stands beside."""
+    plain = without_adapters(dict(state))
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weight = plain[f"{name}.weight"]
+            for adapter in module.lora_A:
+                weight = weight + module.get_delta_weight(adapter).detach().to(weight)
+            plain[f"{name}.weight"] = weight
+    return plain

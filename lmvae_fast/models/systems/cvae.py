@@ -57,6 +57,17 @@ PENALTIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+#: What `lmvae-fast train --system cvae` takes where nothing else is said: fields of LMVAEConfig, and of TrainConfig: 16
+#: responses of a prompt at a time and 256 in a step, each of them once, nothing clipped or annealed.
+RECIPE: tuple[dict[str, Any], dict[str, Any]] = (
+    {"latent_dim": 32},
+    {
+        "epochs": 1, "batch_size": 16, "accumulation": 16, "learning_rate": 1e-5, "weight_decay": 0.0, "grad_clip": None,
+        **_CONSTANT, "beta": 1.0,
+    },
+)  # fmt: skip
+
+
 def objective_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of LMVAEConfig and of TrainConfig that make the penalty which the public code calls ``name``.
 

@@ -13,7 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 #: Where a system's own sizes and training recipe are not the defaults: fields of LMVAEConfig, and of TrainConfig.
-RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"llamavae": llamavae.RECIPE}
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"llamavae": llamavae.RECIPE, "cvae": cvae.RECIPE}
 
 # Of fields that most systems have no choice about either.
 _COMMON: dict[str, Any] = {

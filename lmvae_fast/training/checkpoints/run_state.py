@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.config.base import ConfigBase
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity, shards
 from lmvae_fast.training.checkpoints.tensors import random_tensors, restore_random
@@ -84,7 +86,9 @@ def restore(state: RunState, found: checkpoint.Checkpoint, folder: Path) -> None
 
     Newer ones in `folder` are set aside. Raises what `identity.check` raises.
     """
-    identity.check(found.state["identity"], state.identity)
+    kind = type(state.model.config)
+    model = kind if issubclass(kind, ConfigBase) else LMVAEConfig
+    identity.check(found.state["identity"], state.identity, model=model)
     groups = {name: found.tensors[name] for name in ("model", "optimizer")}
     joined = shards.joined(groups, found.pieces, state.parameters)
     state.model.load_trainable_state_dict(joined["model"])
