@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backend
+from . import backend, graph_floats
 
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -47,22 +47,35 @@ def define(
     targets = {"lmvae_fast": "CUDA"}
     if backend.INTERPRET and triton is not None:
         targets["lmvae_fast_interpret"] = "CPU"
+    places = graph_floats.floats(schema)
     for space, triton_key in targets.items():
         lib = _library(space)
         lib.define(schema, tags=tuple(tags))
-        torch.library.register_fake(f"{space}::{name}", fake, lib=lib)
         if triton is not None:
             lib.impl(name, triton, triton_key)
-        if backward is not None:
-
-            def setup(ctx: Any, inputs: tuple, output: Any, space: str = space) -> None:
-                ctx.primitives = getattr(torch.ops, space)
-                ctx.set_materialize_grads(False)
-                if setup_context is not None:
-                    setup_context(ctx, inputs, output)
-
-            torch.library.register_autograd(f"{space}::{name}", backward, setup_context=setup, lib=lib)
+        names = {name: getattr(torch.ops, space)}
+        if places:
+            lib.define(graph_floats.twin_schema(schema), tags=tuple(tags))
+            twin = graph_floats.with_numbers(space, name, places)
+            lib.impl(f"{name}_numbers", twin, "CompositeExplicitAutograd")
+            names[f"{name}_numbers"] = graph_floats.twins(space)
+        for each, primitives_of_backward in names.items():
+            torch.library.register_fake(f"{space}::{each}", fake, lib=lib)
+            if backward is not None:
+                setup = _setup(setup_context, primitives_of_backward)
+                torch.library.register_autograd(f"{space}::{each}", backward, setup_context=setup, lib=lib)
+        graph_floats.enter(space, name, places)
     return name
+
+
+def _setup(setup_context: Callable[..., None] | None, primitives_of_backward: Any) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.primitives = primitives_of_backward
+        ctx.set_materialize_grads(False)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
 
 
 def define_plain(schema: str, function: Callable[..., Any]) -> None:
@@ -76,8 +89,9 @@ def define_plain(schema: str, function: Callable[..., Any]) -> None:
 
 
 def primitives(choice: str, tensor: torch.Tensor) -> Any:
-    """The torch.ops namespace in which backend `choice` runs a call on `tensor`'s device."""
-    return getattr(torch.ops, backend.namespace(choice, tensor.device.type))
+    """The torch.ops namespace in which backend `choice` runs a call on `tensor`'s device; what stands for it in a graph."""
+    space = backend.namespace(choice, tensor.device.type)
+    return graph_floats.in_graphs(space) if torch.compiler.is_compiling() else getattr(torch.ops, space)
 
 
 def refuse_vmap(op: str, *tensors: torch.Tensor | None) -> None:

@@ -261,8 +261,9 @@ def latent_attention_step(
     refuse_gradients("latent_attention_step", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     check_written(k_cache=k_cache, v_cache=v_cache)
     if backend.choose("latent_attention_decode", q) == "cpp":
-        run = torch.ops.lmvae_fast.latent_attention_step.default
-        out = run(q, k, v, k_cache, v_cache, positions, lengths, float(scale), window, softcap)
+        out = primitives("cpp", q).latent_attention_step(
+            q, k, v, k_cache, v_cache, positions, lengths, float(scale), window, softcap
+        )
         written(k_cache, v_cache)
         return out
     if q.device.type == "cpu" and not torch.compiler.is_compiling():  # before anything is written

@@ -101,7 +101,11 @@ def sample_token(
         seen = None
     elif seen is not None and seen.dtype == torch.bool:
         seen = seen.view(torch.uint8)
-    temperature = min(max(float(temperature), 1e-30), 1e30)  # so that its reciprocal is a normal fp32 number
+    # Its reciprocal must be a normal fp32 number. Branches, where min and max would make a constant of a graph's symbol.
+    if temperature < 1e-30:
+        temperature = 1e-30
+    elif temperature > 1e30:
+        temperature = 1e30
     choice = backend.choose("sample_token", logits)
     if choice == "reference":
         ids, logprobs = reference.sample_token(
@@ -110,7 +114,7 @@ def sample_token(
         )  # fmt: skip
     else:
         ids, logprobs = primitives(choice, logits).sample_token(
-            logits, pair, rows, steps, seen, greedy, temperature, top_k, float(top_p), float(min_p),
+            logits, pair, rows, steps, seen, greedy, float(temperature), top_k, float(top_p), float(min_p),
             float(repetition_penalty), logprob,
         )  # fmt: skip
     return (ids, logprobs) if logprob else ids

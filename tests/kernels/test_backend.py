@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -120,3 +121,60 @@ def test_autocast_leaves_fp64_and_integers_alone():
         a, b, c, d = autocast("cpu", torch.zeros(1), torch.zeros(1).double(), torch.zeros(1, dtype=torch.int64), None)
     assert (a.dtype, b.dtype, c.dtype, d) == (torch.bfloat16, torch.float64, torch.int64, None)
     assert autocast("cpu", torch.zeros(1))[0].dtype == torch.float32
+
+
+def test_blocks_of_two_threads_that_overlap_leave_neither_forced():
+    """Each thread sees its own choice, whichever of the two ends first, and the process is left as it was."""
+    before, seen, entered, left = registry.current(), {}, threading.Event(), threading.Event()
+    inside = threading.Barrier(2, timeout=30)
+    x = torch.zeros(2, 3)
+
+    def first() -> None:
+        with backend("reference"):
+            entered.set()
+            inside.wait()
+            seen["first"] = registry.choose("posterior_sample", x)
+        left.set()
+        seen["first, after its block"] = registry.current()
+
+    def second() -> None:
+        entered.wait(30)
+        with backend("cuda"):
+            inside.wait()
+            left.wait(30)
+            with raises_naming(BackendError, "cuda"):
+                registry.choose("posterior_sample", x)
+            seen["second"] = registry.current()
+        seen["second, after its block"] = registry.current()
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == {
+        "first": "reference", "second": "cuda", "first, after its block": before, "second, after its block": before,
+    }  # fmt: skip
+    assert registry.current() == before
+
+
+def test_a_block_of_the_main_thread_and_one_of_another_leave_neither_forced():
+    before, seen = registry.current(), {}
+    inside, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with backend("reference"):
+            inside.set()
+            left.wait(30)
+            seen["other"] = registry.current()
+        seen["other, after its block"] = registry.current()
+
+    thread = threading.Thread(target=other)
+    with backend("cuda"):
+        thread.start()
+        assert inside.wait(30)
+        seen["main"] = registry.current()
+    left.set()
+    thread.join(60)
+    assert seen == {"main": "cuda", "other": "reference", "other, after its block": before}
+    assert registry.current() == before

@@ -61,6 +61,31 @@ def test_backward_again_makes_the_gradient_anew(name, factor):
         torch.testing.assert_close(three, before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_frozen_head_costs_nothing_and_does_not_move(name):
+    """No gradient of it is made, of its size or any other, and an optimizer that was given it leaves it alone."""
+    require("lm_head_loss", name)
+    hidden, weight, labels = problem()
+    weight.requires_grad_(False)
+    before = weight.clone()
+    optimizer = torch.optim.AdamW([hidden, weight], weight_decay=0.1)
+
+    def step() -> None:
+        hidden.grad = None
+        lm_head_loss(hidden, weight, labels)[0].backward()
+
+    with backend(name):
+        step()
+        hidden.grad = None
+        peak = peak_memory(step, "cpu", warm=True)
+    assert peak < COPY, f"{peak / COPY:.2f} times the head"
+    assert weight.grad is None
+    moves = hidden.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight, before)
+    assert not torch.equal(hidden, moves)
+
+
 def test_gradients_add_up_over_micro_batches():
     hidden, weight, labels = problem()
     for scale in (0.25, 0.75):
