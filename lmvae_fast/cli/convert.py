@@ -1,4 +1,4 @@
-"""Command ``lmvae-fast convert``: between our model folders and LangVAE's checkpoints."""
+"""Command ``lmvae-fast convert``: between our model folders and LangVAE's checkpoints, and from Optimus's."""
 
 from __future__ import annotations
 
@@ -12,20 +12,30 @@ from lmvae_fast.errors import ConfigError, OutputError
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A LangVAE 0.6 checkpoint folder, or a model folder of ours.")],
+    source: Annotated[
+        Path, typer.Argument(help="A LangVAE 0.6 or Optimus checkpoint folder, or a model folder of ours.")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="lmvae_fast or langvae.")] = "lmvae_fast",
-    encoder: Annotated[str | None, typer.Option(help="Encoder in place of the recorded one.")] = None,
-    decoder: Annotated[str | None, typer.Option(help="Decoder in place of the recorded one.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Encoder in place of the recorded one; of an Optimus: its BERT (bert-base-cased)."),
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Decoder in place of the recorded one; of an Optimus: its GPT-2 (gpt2).")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a target that an earlier conversion wrote.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a LangVAE checkpoint to a model folder, or back; nothing is unpickled.
+    """Convert a LangVAE checkpoint to a model folder, or back, or an Optimus checkpoint to a model folder.
+
+    Nothing but tensors and plain values is unpickled.
 
     Example: `lmvae-fast convert langvae_checkpoint/ model/`
     """
+    from lmvae_fast.integrations import optimus
     from lmvae_fast.integrations.langvae import load_checkpoint, save_checkpoint
     from lmvae_fast.integrations.langvae.files import check_target
     from lmvae_fast.models.serialization import check_model_folder
@@ -40,15 +50,17 @@ def convert(
             raise OutputError(f"{target} exists", remedy="choose another target, or --overwrite a model of ours")
     if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
         raise OutputError("the target would replace the source", value=target, remedy="choose another target")
+    given = {"encoder": encoder, "decoder": decoder}
+    parts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if (source / "decoder_cfg.json").is_file():
-        given = {"encoder": encoder, "decoder": decoder}
-        parts: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         model = load_checkpoint(source, **parts)
+    elif optimus.is_optimus(source):
+        model = optimus.load_checkpoint(source, **parts)
     else:
         if encoder is not None or decoder is not None:
             raise ConfigError(
-                "--encoder and --decoder replace what a LangVAE checkpoint refers to", value=source,
-                limit="a LangVAE checkpoint folder", remedy="leave them out",
+                "--encoder and --decoder are about what a checkpoint refers to, and a model of ours holds it",
+                value=source, limit="a LangVAE or Optimus checkpoint folder", remedy="leave them out",
             )  # fmt: skip
         model = load_model(source, device="cpu")
     if to == "langvae":
