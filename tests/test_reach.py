@@ -84,6 +84,7 @@ DISTRIBUTIONS = {
     "ot": "pot",
     "umap": "umap-learn",
     "bert_score": "bert-score",
+    "rouge_score": "rouge-score",
 }
 
 

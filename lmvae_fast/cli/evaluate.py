@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from lmvae_fast.cli.common import Backend, Json, Model, console, load_model, print_json, read_sentences
-from lmvae_fast.errors import ConfigError
+from lmvae_fast.cli.prompt_data import Layout, TurnEnd, read_pairs
+from lmvae_fast.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lmvae_fast.data import PromptDataset
 
 DEFAULT_METRICS = "elbo,active_units,mutual_information,bleu,exact_match,token_accuracy"
 
@@ -39,10 +43,25 @@ def evaluate(
         str | None, typer.Option(help="With --definitions: encoder of MoverScore (name or folder).")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="With --definitions: write an HTML page.")] = None,
+    layout: Layout = None,
+    turn_end: TurnEnd = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a model of prompts: responses that `generate` wrote to the data's prompts, measured against its own."
+        ),
+    ] = None,
+    paired: Annotated[
+        bool,
+        typer.Option("--paired", help="The answers are, one by one, to the data's responses (`generate --texts`)."),
+    ] = False,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure a model on sentences: ELBO, KL, active units, mutual information, BLEU; `--metrics perplexity` for IW-PPL.
+
+    Of a model of prompts with responses, also KL, mutual information, active and collapsed units among the responses to a
+    prompt; with `--answers`, self-BLEU, distinct-4 and ROUGE-Lsum of generated ones.
 
     With `--definitions`, of a folder that `fit-flow` wrote: sense-BLEU, lemma-BLEU, cosine, NLL, reverse dictionary.
 
@@ -62,23 +81,56 @@ def evaluate(
         raise ConfigError(
             "no sentences", remedy="name a file, or `corpus`; with --definitions a flow's folder is enough"
         )
-    from lmvae_fast.evaluation.evaluate import METRICS
+    from lmvae_fast.evaluation.evaluate import METRICS, WITHIN_PROMPTS
     from lmvae_fast.evaluation.evaluate import evaluate as run
 
-    sentences = read_sentences(data, column, limit)
-    chosen = METRICS if metrics == "all" else tuple(name.strip() for name in (metrics or DEFAULT_METRICS).split(","))
+    loaded = load_model(model)
+    prompted = loaded.config.prompted
+    if answers is not None and not prompted:
+        raise ConfigError("answers are those to prompts", value="a model of sentences", remedy="leave --answers out")
+    if prompted:
+        options: dict[str, Any] = {"layout": layout, "turn_end": turn_end, "limit": limit}
+        sentences = read_pairs(data, decoder=loaded.config.decoder, model=loaded.config.to_dict(), **options)
+    else:
+        sentences = read_sentences(data, column, limit)
+    known = (*METRICS, WITHIN_PROMPTS) if prompted else METRICS
+    default = DEFAULT_METRICS + (f",{WITHIN_PROMPTS}" if prompted else "")
+    chosen = known if metrics == "all" else tuple(name.strip() for name in (metrics or default).split(","))
     with use_backend(backend):
         result = run(
-            load_model(model), sentences, batch_size=batch_size, num_importance_samples=samples, metrics=chosen, seed=seed,
+            loaded, sentences, batch_size=batch_size, num_importance_samples=samples, metrics=chosen, seed=seed,
             progress=not as_json,
         )  # fmt: skip
+    figures = result.to_dict()
+    if answers is not None:
+        figures["answers"] = _quality(answers, sentences, paired)
     if as_json:
-        print_json(result.to_dict())
+        print_json(figures)
         return
     table = Table("figure", "value")
-    for name, value in result.to_dict().items():
+    inner = {**figures.pop("within_prompts", {}), **figures.pop("answers", {})}
+    for name, value in {**figures, **{f"{name} (within prompts)": value for name, value in inner.items()}}.items():
         if isinstance(value, (int, float)):
             table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
     for example in result.examples[:5]:
         console.print(example, markup=False)
+
+
+def _quality(answers: Path, data: PromptDataset, paired: bool) -> dict[str, float]:
+    """Text measures of generated responses against the data's, prompt by prompt; DataError where a prompt has none."""
+    from lmvae_fast.data import read_prompts
+    from lmvae_fast.probes.response_quality import response_quality
+
+    given = {
+        prompt: [row.response for row in rows] for prompt, rows in read_prompts(answers, on_empty="error").by_prompt()
+    }
+    missing = [prompt for prompt in data.prompts if prompt not in given]
+    if missing:
+        raise DataError(
+            f"{answers} answers not all of the data's prompts", value=f"{len(missing)} without, the first {missing[0][:60]!r}",
+            remedy="generate answers to this data's prompts",
+        )  # fmt: skip
+    own = [[row.response for row in rows] for _, rows in data.by_prompt()]
+    found = response_quality([given[prompt] for prompt in data.prompts], own, paired=paired)
+    return {name: float(score) for name, score in found.items()}

@@ -12,6 +12,7 @@ from lmvae_fast.evaluation.metrics import (
     total_correlation,
 )
 from lmvae_fast.evaluation.text import bleu, exact_match, token_accuracy
+from lmvae_fast.evaluation.within_prompts import within_prompts
 
 __all__ = [
     "METRICS",
@@ -28,4 +29,5 @@ __all__ = [
     "perplexity",
     "token_accuracy",
     "total_correlation",
+    "within_prompts",
 ]

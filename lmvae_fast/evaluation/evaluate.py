@@ -19,12 +19,16 @@ from lmvae_fast.evaluation import metrics as figures
 from lmvae_fast.evaluation import text as text_figures
 from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.evaluation.elbo import require_finite, without_padding
+from lmvae_fast.evaluation.within_prompts import within_prompts
 from lmvae_fast.models.modes import evaluating
 
 logger = logging.getLogger(__name__)
 
 #: What ``evaluate`` can compute, in its order. ``perplexity`` costs ``num_importance_samples`` passes over the data.
 METRICS = ("elbo", "active_units", "mutual_information", "perplexity", "bleu", "exact_match", "token_accuracy")
+
+#: What :func:`~lmvae_fast.evaluation.within_prompts.within_prompts` computes, of a model of prompts only.
+WITHIN_PROMPTS = "within_prompts"
 
 _TEXT_METRICS = ("bleu", "exact_match", "token_accuracy")
 
@@ -45,6 +49,7 @@ class EvaluationResult:
         mutual_information: I(x; z) under q; at most log(sentences).
         log_likelihood: importance-weighted log p(x) of a sentence. perplexity: exp of minus all of it per token.
         num_importance_samples: samples K behind those two.
+        within_prompts: figures of the responses to each prompt, averaged over the prompts, by name.
         bleu, exact_match, token_accuracy: of sentences decoded greedily from the posterior mean, each from 0 to 1.
         dropped: the report of tokenisation (kept, truncated, dropped, empty).
         seed: of the noise.
@@ -69,6 +74,7 @@ class EvaluationResult:
     bleu: float | None = None
     exact_match: float | None = None
     token_accuracy: float | None = None
+    within_prompts: dict[str, float] | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     examples: list[dict[str, str]] = field(default_factory=list)
@@ -103,7 +109,8 @@ def evaluate(
         data: sentences: a SentenceDataset, strings, Examples, or what ``model.tokenize`` returned for them.
         batch_size: sentences per pass.
         num_importance_samples: K of the importance-weighted perplexity.
-        metrics: which of :data:`METRICS`; ``"elbo"`` brings reconstruction and kl, ``"perplexity"`` log_likelihood.
+        metrics: which of :data:`METRICS`, and of a model of prompts ``"within_prompts"``; ``"elbo"`` brings reconstruction and
+            kl, ``"perplexity"`` log_likelihood.
         on_long: what to do with sentences over the model's ``max_len``: ``"truncate"``, ``"drop"`` or ``"error"``.
         pooled: the frozen encoder's features of all sentences, from ``model.pool``; None runs the encoder here.
         max_new_tokens: limit of decoding; None for the model's ``max_len``.
@@ -112,12 +119,12 @@ def evaluate(
         progress: draw a progress bar.
 
     Raises:
-        ConfigError: an unknown metric, or a number out of range.
+        ConfigError: an unknown metric, one of prompts asked of another model, or a number out of range.
         DataError: no sentence, or too few (active_units needs two).
         NumericalError: a figure is not finite.
     """
     started = time.perf_counter()
-    _check(metrics, batch_size, num_importance_samples, seed)
+    _check(metrics, batch_size, num_importance_samples, seed, prompted=bool(getattr(model.config, "prompted", False)))
     with evaluating(model):
         sentences: Any = data if hasattr(data, "ids") else model.tokenize(data, on_long=on_long)
         if len(sentences) < (2 if "active_units" in metrics else 1):
@@ -233,6 +240,8 @@ def _summary(
         result["log_likelihood"] = float(table["log_likelihood"].mean())
         result["perplexity"] = figures.perplexity(table["log_likelihood"], counted)
         result["num_importance_samples"] = samples
+    if WITHIN_PROMPTS in metrics:
+        result[WITHIN_PROMPTS] = within_prompts(mu, logvar, sentences.prompts, seed=seed)
     references = [text.strip() for text in sentences.texts]
     for name in _TEXT_METRICS:
         if name in metrics:
@@ -267,14 +276,15 @@ def _noise(rows: range, samples: int, width: int, seed: int) -> tuple[Tensor, Te
     return first, noise
 
 
-def _check(metrics: Sequence[str], batch_size: int, num_importance_samples: int, seed: int) -> None:
+def _check(metrics: Sequence[str], batch_size: int, num_importance_samples: int, seed: int, *, prompted: bool) -> None:
     names = [metrics] if isinstance(metrics, str) else list(metrics)
-    unknown = [name for name in names if name not in METRICS]
+    known = (*METRICS, WITHIN_PROMPTS) if prompted else METRICS
+    unknown = [name for name in names if name not in known]
     if unknown or not names or isinstance(metrics, str):
         raise ConfigError(
             "unknown metrics" if unknown else "metrics must be a sequence with at least one name",
             value=", ".join(map(repr, unknown or names)) or "()",
-            limit=", ".join(METRICS),
+            limit=", ".join(known),
         )
     for name, value, low in (
         ("batch_size", batch_size, 1),

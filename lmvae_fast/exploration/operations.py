@@ -1,7 +1,8 @@
 """Latent operations: interpolation, traversal, arithmetic, neighbourhoods and averages, each decoded as one batch.
 
 Where a decoder is conditional, its pooled labels go along: they are interpolated and averaged like latents, kept in a
-traversal and a neighbourhood, and a sum has those of its first term. ``annotations`` (``[labels]``) replaces them.
+traversal and a neighbourhood, and a sum has those of its first term. ``annotations`` (``[labels]``) replaces them. Of a
+model of prompts, items are prompts with responses, or latents; what is decoded answers their prompt, or the ``prompts`` given.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import DataError, LatentError
-from lmvae_fast.exploration.points import Item, aggregate_quantiles, locate, slerp
+from lmvae_fast.exploration.points import Item, aggregate_quantiles, asked, locate, slerp
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.posterior import Posterior
 
@@ -123,7 +124,9 @@ def interpolate(
     start, end = ends.z.unbind(0)
     latents = slerp(start, end, weights) if spherical else torch.lerp(start, end, weights[:, None])
     labels = None if ends.labels is None else torch.lerp(ends.labels[0], ends.labels[1], weights[:, None])
-    return Interpolation(weights.tolist(), latents, model.decode(latents, annotations=labels, **options))
+    return Interpolation(
+        weights.tolist(), latents, model.decode(latents, annotations=labels, **asked(model, [a, b], options))
+    )
 
 
 def traverse(
@@ -177,7 +180,7 @@ def traverse(
         latents[row, :, dim] = values[row].to(latents)
     everything = torch.cat([start.z, latents.flatten(0, 1)])
     labels = None if start.labels is None else start.labels.expand(len(everything), -1)
-    first, *texts = model.decode(everything, annotations=labels, **options)
+    first, *texts = model.decode(everything, annotations=labels, **asked(model, [text], options))
     rows = [texts[row * steps : (row + 1) * steps] for row in range(len(dims))]
     return Traversal(dims, values.tolist(), latents, rows, first, probabilities)
 
@@ -210,7 +213,8 @@ def arithmetic(
     labels = None if points.labels is None else points.labels[:1]
     names = [text if isinstance(item, Tensor) else _text(item) for (_, text), item in zip(terms, items, strict=True)]
     named = [(factor, name) for (factor, _), name in zip(terms, names, strict=True)]
-    return Arithmetic(named, points.z, latent, model.decode(latent, annotations=labels, **options)[0])
+    decoded = model.decode(latent, annotations=labels, **asked(model, items, options))
+    return Arithmetic(named, points.z, latent, decoded[0])
 
 
 def neighbourhood(
@@ -255,7 +259,7 @@ def neighbourhood(
     latents = drawn[order]
     everything = torch.cat([point.z, latents])
     labels = None if point.labels is None else point.labels.expand(len(everything), -1)
-    center, *texts = model.decode(everything, annotations=labels, **options)
+    center, *texts = model.decode(everything, annotations=labels, **asked(model, [text], options))
     return Neighbourhood(point.z[0], center, latents, distances[order].tolist(), texts)
 
 
@@ -293,12 +297,12 @@ def average(
     mean = torch.tensor(shares, dtype=points.z.dtype, device=points.z.device) / sum(shares)
     latent = mean @ points.z
     labels = None if points.labels is None else torch.cat([(mean @ points.labels)[None], points.labels])
-    text, *texts = model.decode(torch.cat([latent[None], points.z]), annotations=labels, **options)
+    text, *texts = model.decode(torch.cat([latent[None], points.z]), annotations=labels, **asked(model, items, options))
     return Average(points.z, texts, (points.z - latent).norm(dim=1).tolist(), latent, text)
 
 
 def _text(item: Any) -> str:
-    return item if isinstance(item, str) else item.text
+    return item if isinstance(item, str) else getattr(item, "response", None) or item.text
 
 
 _TERM = re.compile(r"""\s*(?P<sign>[+-](?=\s|["'\d]))?\s*(?:(?P<factor>\d+(?:\.\d+)?)\s*\*\s*)?

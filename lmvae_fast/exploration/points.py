@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmvae_fast.data.dataset import Example
-from lmvae_fast.errors import LatentError
+from lmvae_fast.data.prompts import PromptResponse
+from lmvae_fast.errors import DataError, LatentError
 from lmvae_fast.evaluation.collapse import warn_of_prior
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.posterior import Posterior
 
-#: A sentence (with its labels, where the model has them: an Example), or a latent ``[latent_dim]``.
-Item = str | Example | Tensor
+#: A sentence (with its labels, where the model has them: an Example), a prompt with a response, or a latent ``[latent_dim]``.
+Item = str | Example | PromptResponse | Tensor
 
 _HALVINGS = 60  # of a bracket, in float64: no quantile moves any more
 _CHUNK = 2**22  # elements of one pass over (posteriors, dimensions, probabilities)
@@ -67,6 +69,22 @@ def locate(model: LMVAE, items: Sequence[Item], annotations: Tensor | None = Non
             z[row] = item.view(-1).to(z)
     labels = _labels(model, items, annotations)
     return Points(z, None if labels is None else labels.to(z), posterior if len(sentences) == len(items) else None)
+
+
+def asked(model: LMVAE, items: Sequence[Item], options: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``model.decode`` with the prompt of these items, where the model answers prompts and none was given.
+
+    Raises DataError where the items have no prompt, or different ones.
+    """
+    if not model.config.prompted or options.get("prompts") is not None:
+        return options
+    prompts = {item.prompt for item in items if isinstance(item, PromptResponse)}
+    if len(prompts) != 1:
+        raise DataError(
+            "which prompt is to be answered?", value=f"items of {len(prompts)} prompts", limit=1,
+            remedy="give prompts=, or responses to one prompt",
+        )  # fmt: skip
+    return {**options, "prompts": prompts.pop()}
 
 
 def _labels(model: LMVAE, items: Sequence[Item], annotations: Tensor | None) -> Tensor | None:

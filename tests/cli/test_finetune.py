@@ -150,3 +150,28 @@ def test_a_model_of_prompts_answers_from_no_latent_by_default(place, capsys, tmp
     sentences = tmp_path / "sentences"
     lf.testing.make_model().save_pretrained(sentences)
     assert "writes sentences" in call(capsys, "generate", sentences, "--prompts", place / "pairs.jsonl", code=3)[1]
+
+
+def test_a_model_of_prompts_is_measured_within_prompts_and_by_its_answers(place, capsys, tmp_path):
+    pytest.importorskip("rouge_score")
+    lf.testing.make_model("llama", system="cvae", latent_dim=6, queries=2).save_pretrained(tmp_path / "model")
+    call(
+        capsys, "generate", tmp_path / "model", "--texts", place / "pairs.jsonl", "--min-new-tokens", 2, "--output",
+        tmp_path / "posterior.jsonl",
+    )  # fmt: skip
+    found = as_json(capsys, "eval", tmp_path / "model", place / "pairs.jsonl")
+    pairs = lf.read_prompts(place / "pairs.jsonl")
+    assert found["within_prompts"]["prompts"] == len(pairs.prompts) and found["sentences"] == len(pairs)
+    assert 0 <= found["within_prompts"]["mutual_information"] <= 2
+    several = lf.PromptDataset([row for _, rows in pairs.by_prompt() if len(rows) > 1 for row in rows])
+    several.write_jsonl(tmp_path / "several.jsonl")
+    ask = ("eval", tmp_path / "model", tmp_path / "several.jsonl", "--metrics", "elbo")
+    found = as_json(capsys, *ask, "--answers", tmp_path / "posterior.jsonl", "--paired")
+    assert found["answers"].keys() >= {"self_bleu", "rouge_lsum"} and "within_prompts" not in found
+    assert "within prompts" in call(capsys, *ask, "--answers", tmp_path / "posterior.jsonl", "--paired")[0]
+    lf.PromptDataset([lf.PromptResponse("another", " one")] * 2).write_jsonl(tmp_path / "other.jsonl")
+    assert "answers not all" in call(capsys, *ask, "--answers", tmp_path / "other.jsonl", code=3)[1]
+    lf.testing.make_model().save_pretrained(tmp_path / "sentences")
+    (tmp_path / "s.txt").write_text("the sun is a star\nwater is a liquid\n")
+    for more in (("--answers", tmp_path / "other.jsonl"), ("--metrics", "within_prompts")):
+        assert call(capsys, "eval", tmp_path / "sentences", tmp_path / "s.txt", *more, code=3)[1]

@@ -4,7 +4,7 @@ from lmvae_fast.probes.text.distributions import frechet_distance, mauve, mauve_
 from lmvae_fast.probes.text.diversity import distinct_n, self_bleu
 from lmvae_fast.probes.text.embedding_match import bert_score, mover_score
 from lmvae_fast.probes.text.follow_ups import FOLLOW_UPS, fed
-from lmvae_fast.probes.text.overlap import nltk_bleu, nmt_bleu, reference_overlap
+from lmvae_fast.probes.text.overlap import nltk_bleu, nmt_bleu, reference_overlap, rouge_lsum
 
 __all__ = [
     "FOLLOW_UPS",
@@ -18,5 +18,6 @@ __all__ = [
     "nltk_bleu",
     "nmt_bleu",
     "reference_overlap",
+    "rouge_lsum",
     "self_bleu",
 ]

@@ -79,6 +79,28 @@ def nltk_bleu(hypotheses: Sequence[str], references: Sequence[str], *, method: i
     return Score(float(np.mean(sentences)), choices={"method": method, "n": n, "tokens": "lower case"}, details=details)
 
 
+def rouge_lsum(hypotheses: Sequence[str], references: Sequence[str], *, stemmed: bool = False) -> Score:
+    """ROUGE-Lsum F1: the union of longest common subsequences over the lines of two texts. 0 to 1.
+
+    Args:
+        hypotheses, references: equally many texts; a text's sentences are its lines.
+        stemmed: compare the stems of words (Porter's); Hugging Face's ``evaluate`` does not by default.
+
+    Returns:
+        The mean over pairs; ``details["pairs"]``.
+
+    Source: Lin 2004, by the package rouge-score.
+    """
+    equally_many(hypotheses, references)
+    library = require("rouge_score.rouge_scorer", "ROUGE", "metrics")
+    scorer = library.RougeScorer(["rougeLsum"], use_stemmer=stemmed)
+    pairs = [
+        float(scorer.score(other, text)["rougeLsum"].fmeasure)
+        for text, other in zip(hypotheses, references, strict=True)
+    ]
+    return Score(float(np.mean(pairs)), choices={"stemmed": stemmed, "lines": "sentences"}, details={"pairs": pairs})
+
+
 def nmt_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]], n: int = 4) -> Score:
     """Corpus BLEU of the script of TensorFlow NMT that Hugging Face's ``evaluate`` and the CVAE repository use. 0 to 1.
 
