@@ -42,9 +42,12 @@ class CompileCase:
     name: unique within the op, e.g. "fwd-bf16-128". kernel: the @triton.jit function. signature: Triton types of the
     run-time arguments in any order, e.g. {"x": "*bf16", "rows": "i32", "scale": "fp32", "stride_d": 1}; an int is a value
     that Triton makes a constant of (it does so for 1). constants: the constexpr arguments beside those of `config`.
-    unaligned: pointers that are not 16-byte aligned. tensor_cores: a matrix instruction (mma or wgmma) must appear in the
-    machine code. max_shared: bytes of shared memory the kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100
-    block 227 KiB).
+    unaligned: pointers that are not 16-byte aligned. only_aligned: it is launched with sizes and strides that are multiples
+    of 16 alone. tensor_cores: a matrix instruction (mma or wgmma) must appear in the machine code; warpgroup: on sm_90 it
+    must be wgmma. wide_loads: with sizes and strides that are multiples of 16, most bytes must come by 16-byte loads.
+    max_shared: bytes of shared memory the kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100 block 227 KiB).
+    max_registers: per thread, with sizes and strides that are multiples of 16 on sm_90; what it buys is blocks that run
+    side by side on a multiprocessor.
     """
 
     name: str
@@ -53,8 +56,12 @@ class CompileCase:
     config: Config
     constants: Mapping[str, Any] = field(default_factory=dict)
     unaligned: tuple[str, ...] = ()
+    only_aligned: bool = False
     tensor_cores: bool = False
+    warpgroup: bool = False
+    wide_loads: bool = False
     max_shared: int = 163 * 1024
+    max_registers: int = 255
 
 
 TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

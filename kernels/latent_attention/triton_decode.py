@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import cast, tanh_
-from .triton_kernels import _exp
+from .triton_kernels import _exp, sentence_and_head
 
 
 @triton.jit
@@ -23,16 +23,15 @@ def latent_attention_decode_kernel(
 ):  # fmt: skip
     # GROUP_BLOCK 1: products by multiplication and sum; otherwise a tile of query heads (16 at least) for tl.dot.
     # SPLIT: program_id(1) says which part of the visible positions; the parts are equal, so short rows keep all programs busy.
-    pair = tl.program_id(0).to(tl.int64)
-    b = pair // kv_heads
-    h = pair % kv_heads
+    _, b, h = sentence_and_head(kv_heads)
     length = tl.load(lengths + b * stride_lengths).to(tl.int64)
     low = tl.zeros_like(length)
     if HAS_WINDOW:
         low = tl.maximum(low, length - window)
     stop = length
     if SPLIT:
-        share = (length - low + tl.num_programs(1) - 1) // tl.num_programs(1)
+        positions = (length - low).to(tl.int32)  # 64-bit division is a call
+        share = (positions + tl.num_programs(1) - 1) // tl.num_programs(1)
         share = (share + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         low += tl.program_id(1).to(tl.int64) * share
         stop = tl.minimum(length, low + share)

@@ -25,6 +25,13 @@ def _block_index():
 
 
 @triton.jit
+def sentence_and_head(kv_heads):
+    """(pair, sentence, kv head) of a program as int64; divided as int32, since 64-bit division is a call."""
+    pair = tl.program_id(0)
+    return pair.to(tl.int64), (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+
+
+@triton.jit
 def _exp(x, EXACT: tl.constexpr):
     # The approximate instruction's error is below the rounding of half types, but not of fp32.
     if EXACT:
@@ -117,9 +124,21 @@ def _store_tile(base, index, ok, stride_row, d, d_ok, x):
 
 
 @triton.jit
+def _times_transposed(a, b):
+    """a [M, D] times b [N, D] transposed. fp32 of 256 columns in four parts: without tensor cores a thread holds whole rows
+    of both operands in registers, and Triton 3.6 spills them."""
+    width: tl.constexpr = a.shape[1]
+    if width < 256 or a.dtype != tl.float32:
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
+    rows = tl.permute(tl.reshape(a, (a.shape[0], 4, width // 4)), (1, 0, 2))
+    columns = tl.permute(tl.reshape(b, (b.shape[0], 4, width // 4)), (1, 2, 0))
+    return tl.sum(tl.dot(rows, columns, input_precision="ieee"), 0)
+
+
+@triton.jit
 def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores [rows, keys], and d(score) / d(scaled product)."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    s = _times_transposed(q, k) * scale
     slope = s
     if HAS_SOFTCAP:
         t = tanh_(s / softcap)
@@ -150,9 +169,7 @@ def latent_attention_fwd_kernel(
     VISIBILITY: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
     EXACT: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0).to(tl.int64)
-    b = pair // kv_heads
-    h = pair % kv_heads
+    pair, b, h = sentence_and_head(kv_heads)
     begin = tl.load(cu_seqlens + b).to(tl.int64)
     length = (tl.load(cu_seqlens + b + 1).to(tl.int64) - begin).to(tl.int32)
     row0 = (_block_index() * BLOCK_M).to(tl.int32)
@@ -213,7 +230,7 @@ def _grad_scores(
     s, slope = _scores(q, k, scale, softcap, HAS_SOFTCAP)
     s = tl.where(seen, s, float("-inf"))
     p = _exp(s - largest[:, None], EXACT) * factor[:, None]
-    ds = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]) * scale
+    ds = p * (_times_transposed(grad, v) - delta[:, None]) * scale
     if HAS_SOFTCAP:
         ds = ds * slope
     # Where p is 1 nothing else counts and the gradient is 0; dP and delta, summed in two ways, would leave their rounding.
@@ -234,9 +251,7 @@ def latent_attention_bwd_kernel(
     # Three uses of one kernel. QUERIES and KEYS: the sentence's rows fit in one block; a program takes all keys, block by
     # block, and makes every gradient. QUERIES alone: grad_q of one block of rows, over the keys it sees. KEYS alone: the
     # gradients of one block of keys (slots first, then tokens), over the rows that see it.
-    pair = tl.program_id(0).to(tl.int64)
-    b = pair // kv_heads
-    h = pair % kv_heads
+    pair, b, h = sentence_and_head(kv_heads)
     block = _block_index().to(tl.int32)
     begin = tl.load(cu_seqlens + b).to(tl.int64)
     length = (tl.load(cu_seqlens + b + 1).to(tl.int64) - begin).to(tl.int32)

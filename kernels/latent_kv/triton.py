@@ -6,6 +6,7 @@ Sums over splits are made by torch in a fixed order: bits do not change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,15 +50,25 @@ def _forward_config(batch: int, nz: int, wide: bool) -> Config:
     return Config(sizes, num_warps=8, num_stages=3)
 
 
-def _split_config(batch: int, nz: int, wide: bool) -> Config:
-    rows = 16 if wide else 32
+# large: sizes and strides are multiples of 16 and nothing is dropped (`_large`). What an address or a mask costs is then
+# small enough for twice the rows in half the registers: more bytes under way, and two blocks a multiprocessor.
+
+
+def _bound(wide: bool, large: bool) -> int:
+    if not large:
+        return 255
+    return 152 if wide else 128  # fp32 in halves and small blocks of sentences: some more than 128
+
+
+def _split_config(batch: int, nz: int, wide: bool, large: bool) -> Config:
+    rows = (16 if wide else 32) * (2 if large else 1)
     sizes = {"BLOCK_R": rows, "BLOCK_B": _power(batch, _BATCH_BLOCKS), "BLOCK_K": _power(nz, _DEPTHS)}
-    return Config(sizes, num_warps=8, num_stages=3, max_registers=255)
+    return Config(sizes, num_warps=8, num_stages=3, max_registers=_bound(wide, large))
 
 
-def _gram_config(batch: int, wide: bool) -> Config:
-    sizes = {"BLOCK_R": 16 if wide else 32, "BLOCK_B": _power(batch, _BATCH_BLOCKS)}
-    return Config(sizes, num_warps=8, num_stages=3, max_registers=255)
+def _gram_config(batch: int, wide: bool, large: bool) -> Config:
+    sizes = {"BLOCK_R": (16 if wide else 32) * (2 if large else 1), "BLOCK_B": _power(batch, _BATCH_BLOCKS)}
+    return Config(sizes, num_warps=8, num_stages=3, max_registers=_bound(wide, large))
 
 
 def _tile_config(batch: int, nz: int) -> Config:
@@ -120,6 +131,17 @@ def latent_kv_into(z, weight, bias, dropout, seed, memory) -> None:
     )  # fmt: skip
 
 
+def _aligned(a: _Gradients, *tensors: torch.Tensor) -> bool:
+    """Whether Triton knows all sizes and strides for multiples of 16 and so loads 16 bytes at a time: only then do three
+    tiles of the optimizer's state fit beside the product without spilling."""
+    strides = [stride for x in tensors for stride in _weight_strides(x)]
+    return all(n % 16 == 0 for n in (*a.sizes, *a.strides, *strides))
+
+
+def _large(a: _Gradients, *tensors: torch.Tensor) -> bool:
+    return a.dropout == 0.0 and _aligned(a, *tensors)
+
+
 class _Gradients:
     """The memory's gradients of one or several forwards as one batch, with what every kernel takes of them."""
 
@@ -151,7 +173,7 @@ class _Gradients:
 
 
 def _dz(a: _Gradients, weight: torch.Tensor) -> torch.Tensor:
-    config = _split_config(a.batch, a.nz, a.operand == tl.float32)
+    config = _split_config(a.batch, a.nz, a.operand == tl.float32, _large(a, weight))
     blocks = a.blocks(config)
     splits = max(1, min(SPLITS, blocks))
     partial = torch.empty((splits, a.batch, a.nz), dtype=torch.float32, device=a.device)
@@ -200,7 +222,7 @@ def latent_kv_norm(weight, grads, zs, seeds, dropout):
         programs = torch.empty(a.tile_grid(_tile_config(a.batch, a.nz)), dtype=torch.float32, device=a.device)
         _dw(a, norms=programs)
         return programs.sum(dtype=torch.float64).float()
-    config = _gram_config(a.batch, a.grad.dtype == torch.float32)
+    config = _gram_config(a.batch, a.grad.dtype == torch.float32, _large(a))
     blocks = a.blocks(config)
     splits = max(1, min(SPLITS, blocks))
     partial = torch.empty((splits, a.batch, a.batch), dtype=torch.float32, device=a.device)
@@ -228,7 +250,7 @@ def latent_kv_adamw(
         a.grad, a.z, a.streams, weight, exp_avg, exp_avg_sq, hyper, *a.sizes, a.threshold, a.scale,
         1.0 - beta1, beta2, 1.0 - beta2, eps,
         *a.strides, *_weight_strides(weight), *_weight_strides(exp_avg), *_weight_strides(exp_avg_sq),
-        OPERAND=a.operand, **a.flags,
+        OPERAND=a.operand, EARLY=_aligned(a, weight, exp_avg, exp_avg_sq), **a.flags,
     )  # fmt: skip
 
 
@@ -266,20 +288,23 @@ def _cases() -> list[CompileCase]:
 
             def add(name: str, kernel: Any, config: Config, io=io, tag=tag, flags=flags, **constants: Any) -> None:
                 signature = {n: kind for n, kind in io.items() if n in kernel.arg_names}
-                cases.append(
-                    CompileCase(f"{name}-{tag}", kernel, signature, config, {**flags, **constants}, tensor_cores=True)
-                )
+                case = CompileCase(f"{name}-{tag}", kernel, signature, config, {**flags, **constants}, tensor_cores=True)
+                cases.append(replace(case, only_aligned=name in ("adamw-early", "dz-large", "gram-large")))
 
             wide = operand["OPERAND"] == tl.float32
-            tile, split = _tile_config(batch, nz), _split_config(batch, nz, wide)
+            tile, split = _tile_config(batch, nz), _split_config(batch, nz, wide, False)
             need = {"NEED_WEIGHT": True, "NEED_BIAS": True, "NEED_NORM": False}
             norm = {"NEED_WEIGHT": False, "NEED_BIAS": False, "NEED_NORM": True}
             add("fwd", latent_kv_fwd_kernel, _forward_config(batch, nz, weight == "fp32"), HAS_BIAS=True)
             add("dz", latent_kv_dz_kernel, split, **operand)
             add("dw", latent_kv_dw_kernel, tile, **need, **operand)
             add("norm", latent_kv_dw_kernel, tile, **norm, **operand)
-            add("adamw", latent_kv_adamw_kernel, tile, **operand)
-            add("gram", latent_kv_gram_kernel, _gram_config(batch, memory == "fp32"))
+            add("adamw", latent_kv_adamw_kernel, tile, EARLY=False, **operand)
+            add("adamw-early", latent_kv_adamw_kernel, tile, EARLY=True, **operand)
+            add("gram", latent_kv_gram_kernel, _gram_config(batch, memory == "fp32", False))
+            if not dropout:
+                add("dz-large", latent_kv_dz_kernel, _split_config(batch, nz, wide, True), **operand)
+                add("gram-large", latent_kv_gram_kernel, _gram_config(batch, memory == "fp32", True))
     return cases
 
 

@@ -25,6 +25,15 @@ def _row_offset(row, slots, dim, stride_h, stride_m, stride_d):
 
 
 @triton.jit
+def _share(blocks):
+    """The blocks [first, last) of a program among those along the grid's first axis: int32, with no product to overflow."""
+    splits, split = tl.num_programs(0), tl.program_id(0)
+    each, more = blocks // splits, blocks % splits
+    first = split * each + tl.minimum(split, more)
+    return first, first + each + (split < more).to(tl.int32)
+
+
+@triton.jit
 def _kept(streams, b, b_ok, group, row0, row_blocks, threshold, BLOCK_R: tl.constexpr):
     """Which elements of sentences b [BLOCK_B], rows row0.. of `group`, dropout keeps: boolean [BLOCK_B, BLOCK_R]."""
     at = streams + b * 4
@@ -50,14 +59,14 @@ def latent_kv_fwd_kernel(
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """memory[group, b, row] = dropout(weight[group, row] . z[b] + bias). z: dense [batch, nz]."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     layer = group // 2
     side = group % 2
     batch_blocks = (batch + BLOCK_B - 1) // BLOCK_B
-    row0 = pid // batch_blocks * BLOCK_R  # neighbours share the weights
+    row0 = (pid // batch_blocks).to(tl.int64) * BLOCK_R  # neighbours share the weights
     row = row0 + tl.arange(0, BLOCK_R)
-    b = pid % batch_blocks * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = (pid % batch_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_ok = row < rows
     b_ok = b < batch
     w_row = layer * stride_w_l + side * stride_w_s + _row_offset(row, slots, dim, stride_w_h, stride_w_m, stride_w_d)
@@ -111,15 +120,15 @@ def latent_kv_dz_kernel(
 ):  # fmt: skip
     """partial[split, b, k] = sum over this split's row blocks of grad[b, row] * weight[row, k]."""
     split = tl.program_id(0).to(tl.int64)
-    splits = tl.num_programs(0)
+    first, last = _share(blocks)
     b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     k = tl.program_id(2).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_ok = k < nz
-    group_blocks = (rows + BLOCK_R - 1) // BLOCK_R
+    group_blocks = (rows + BLOCK_R - 1) // BLOCK_R  # int32, like every index of a block
     sums = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
-    for block in range(split * blocks // splits, (split + 1) * blocks // splits):
+    for block in range(first, last):
         group = block // group_blocks
-        row0 = block % group_blocks * BLOCK_R
+        row0 = (block % group_blocks).to(tl.int64) * BLOCK_R
         row = row0 + tl.arange(0, BLOCK_R)
         g = _gradient_tile(
             grad, streams, group, b, batch, row0, rows, slots, dim, threshold,
@@ -194,14 +203,14 @@ def latent_kv_gram_kernel(
 ):  # fmt: skip
     """partial[split, b, c] = sum over this split's row blocks of grad[b, row] * grad[c, row] (not yet scaled)."""
     split = tl.program_id(0).to(tl.int64)
-    splits = tl.num_programs(0)
+    first, last = _share(blocks)
     b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     c = tl.program_id(2).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    group_blocks = (rows + BLOCK_R - 1) // BLOCK_R
+    group_blocks = (rows + BLOCK_R - 1) // BLOCK_R  # int32, like every index of a block
     sums = tl.zeros((BLOCK_B, BLOCK_B), tl.float32)
-    for block in range(split * blocks // splits, (split + 1) * blocks // splits):
+    for block in range(first, last):
         group = block // group_blocks
-        row0 = block % group_blocks * BLOCK_R
+        row0 = (block % group_blocks).to(tl.int64) * BLOCK_R
         left = _gradient_tile(
             grad, streams, group, b, batch, row0, rows, slots, dim, threshold,
             stride_g_l, stride_g_s, stride_g_b, stride_g_h, stride_g_m, DROPOUT, BLOCK_R,
@@ -223,7 +232,7 @@ def latent_kv_adamw_kernel(
     stride_w_l, stride_w_s, stride_w_h, stride_w_m, stride_w_d,
     stride_m_l, stride_m_s, stride_m_h, stride_m_m, stride_m_d,
     stride_v_l, stride_v_s, stride_v_h, stride_v_m, stride_v_d,
-    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, OPERAND: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, OPERAND: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """AdamW of one tile of the weight. hyper: fp32 clip, 1 - lr * decay, lr / (1 - beta1^t), sqrt(1 - beta2^t)."""
@@ -233,25 +242,34 @@ def latent_kv_adamw_kernel(
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_R
     row = row0 + tl.arange(0, BLOCK_R)
     k = tl.program_id(2).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (row < rows)[:, None] & (k < nz)[None, :]
+    at_m = layer * stride_m_l + side * stride_m_s + _row_offset(row, slots, dim, stride_m_h, stride_m_m, stride_m_d)
+    at_m = exp_avg + at_m[:, None] + k[None, :]
+    at_v = layer * stride_v_l + side * stride_v_s + _row_offset(row, slots, dim, stride_v_h, stride_v_m, stride_v_d)
+    at_v = exp_avg_sq + at_v[:, None] + k[None, :]
+    at_w = layer * stride_w_l + side * stride_w_s + _row_offset(row, slots, dim, stride_w_h, stride_w_m, stride_w_d)
+    at_w = weight + at_w[:, None] + k[None, :]
+    if EARLY:  # the product hides the latency of these, which are nearly all of the bytes
+        m_before = tl.load(at_m, mask=mask, other=0.0)
+        v_before = tl.load(at_v, mask=mask, other=0.0)
+        w_before = tl.load(at_w, mask=mask, other=0.0)
     g, _ = _weight_gradient_tile(
         grad, z, streams, group, row0, k, batch, nz, rows, slots, dim, threshold,
         stride_g_l, stride_g_s, stride_g_b, stride_g_h, stride_g_m, DROPOUT, WIDEN, OPERAND, BLOCK_R, BLOCK_B, BLOCK_K,
     )  # fmt: skip
-    mask = (row < rows)[:, None] & (k < nz)[None, :]
     g = g * scale * tl.load(hyper)
-    at_m = layer * stride_m_l + side * stride_m_s + _row_offset(row, slots, dim, stride_m_h, stride_m_m, stride_m_d)
-    at_m = exp_avg + at_m[:, None] + k[None, :]
-    m = tl.load(at_m, mask=mask, other=0.0).to(tl.float32)
+    if not EARLY:
+        m_before = tl.load(at_m, mask=mask, other=0.0)
+    m = m_before.to(tl.float32)
     m = m + rest1 * (g - m)
     tl.store(at_m, cast(m, exp_avg.dtype.element_ty), mask=mask)
-    at_v = layer * stride_v_l + side * stride_v_s + _row_offset(row, slots, dim, stride_v_h, stride_v_m, stride_v_d)
-    at_v = exp_avg_sq + at_v[:, None] + k[None, :]
-    v = tl.load(at_v, mask=mask, other=0.0).to(tl.float32)
-    v = beta2 * v + rest2 * g * g
+    if not EARLY:
+        v_before = tl.load(at_v, mask=mask, other=0.0)
+    v = beta2 * v_before.to(tl.float32) + rest2 * g * g
     tl.store(at_v, cast(v, exp_avg_sq.dtype.element_ty), mask=mask)
-    at_w = layer * stride_w_l + side * stride_w_s + _row_offset(row, slots, dim, stride_w_h, stride_w_m, stride_w_d)
-    at_w = weight + at_w[:, None] + k[None, :]
-    w = tl.load(at_w, mask=mask, other=0.0).to(tl.float32)
+    if not EARLY:
+        w_before = tl.load(at_w, mask=mask, other=0.0)
+    w = w_before.to(tl.float32)
     denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + tl.load(hyper + 3)) + eps
     w = w * tl.load(hyper + 1) - tl.div_rn(tl.load(hyper + 2) * m, denominator)
     tl.store(at_w, cast(w, weight.dtype.element_ty), mask=mask)
