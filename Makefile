@@ -51,8 +51,9 @@ fuzz: $(READY)   ## hypothesis-driven fuzzing, at least 500 cases an op
 check-aarch64: $(READY)  ## csrc/ with a cross compiler (Debian: g++-aarch64-linux-gnu); skipped where there is none
 	$(BIN)/python tools/check_aarch64.py
 
-compile-gate: $(READY)  ## every Triton kernel to sm_80/90/100 cubins: registers, spills, tensor cores
-	$(BIN)/python tools/compile_gate.py
+compile-gate: $(READY)  ## every Triton kernel to cubins, by the newest and the oldest Triton: spills, registers, wgmma, loads
+	$(BIN)/python tools/compile_gate.py $(GATE_ARGS)
+	$(BIN)/python tools/compile_gate.py --triton 3.6 $(GATE_ARGS)
 
 bench-kernels: $(READY) ## every op against its baseline, interleaved, JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks.kernels.run

@@ -16,6 +16,22 @@ _INTERPRETED = tl.constexpr(backend.INTERPRET)
 
 
 @triton.jit
+def divided_program(n):
+    """(id // n, id % n) of the program along the first axis, as int64: divided as int32, since 64-bit division is a call."""
+    program = tl.program_id(0)
+    return (program // n).to(tl.int64), (program % n).to(tl.int64)
+
+
+@triton.jit
+def share_of_program(blocks):
+    """The blocks [first, last) of a program among those along the first axis: int32, with no product to overflow."""
+    splits, split = tl.num_programs(0), tl.program_id(0)
+    each, more = blocks // splits, blocks % splits
+    first = split * each + tl.minimum(split, more)
+    return first, first + each + (split < more).to(tl.int32)
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """fp32 to an output's dtype, to the nearest. Triton's interpreter truncates to bf16 whatever rounding is asked for
     (seen in 3.9), so there the rounding is done in integers first; compiled code is a plain conversion."""

@@ -29,7 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where this file is loaded by its path
 
-from compile_jobs import ROOT, TARGETS, TARGETS_OF_OLDER, Job, cases_of, compile_case, jobs_of, ops
+import compile_jobs
+from compile_jobs import ROOT, TARGETS, TARGETS_OF_OLDER, Job, cases_of, compile_case, jobs_of
 
 TABLE = ROOT / "benchmarks" / "results" / "compile_gate.json"
 #: Of the figures in a row: raised when `compile_jobs.read` counts something else, so that no older row is believed.
@@ -95,11 +96,18 @@ def _line(key: str, row: dict[str, Any], before: dict[str, Any] | None) -> str:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _digest(job: Job) -> str:
-    try:
-        return job.digest()
-    except ValueError:  # a case that gives an argument no type: compiling it says so
-        return ""
+def standing(jobs: dict[str, Job], recorded: Rows) -> Rows:
+    """Rows of the table that are of the code as it is: nothing would come of compiling it again."""
+
+    def digest(job: Job) -> str:
+        try:
+            return job.digest()
+        except ValueError:  # a case that gives an argument no type: compiling it says so
+            return ""
+
+    return {
+        key: recorded[key] for key, job in jobs.items() if key in recorded and recorded[key]["source"] == digest(job)
+    }
 
 
 def run_gate(selected: list[str], match: str, update: bool, fresh: bool, processes: int) -> int:
@@ -118,19 +126,19 @@ def run_gate(selected: list[str], match: str, update: bool, fresh: bool, process
             failures.append(f"{op}: two cases of one name")
         targets = TARGETS if newest else TARGETS_OF_OLDER
         jobs |= {job.key: job for job in jobs_of(op, targets) if match in job.key}
-    rows: Rows = {}
-    for key, job in () if fresh else jobs.items():
-        if key in recorded and recorded[key]["source"] == _digest(job):
-            rows[key] = recorded[key]
+    rows = {} if fresh else standing(jobs, recorded)
     kept = len(rows)
-    print(f"compile gate: Triton {version}, {kept} rows stand for the code as it is, {len(jobs) - kept} to compile", flush=True)
+    print(
+        f"compile gate: Triton {version}, {kept} rows stand for the code as it is, {len(jobs) - kept} to compile",
+        flush=True,
+    )
     left = [job for key, job in jobs.items() if key not in rows]
     with ProcessPoolExecutor(processes) as pool:
         for done, (key, row) in enumerate(pool.map(compile_case, left, chunksize=4), 1):
             rows[key] = row
             print(f"[{done}/{len(left)}] {_line(key, row, recorded.get(key))}", flush=True)
             if update and (done % 100 == 0 or done == len(left)):
-                _update(version, {k: rows[k] for k in rows if "error" not in rows[k]}, set())
+                update_table(version, {k: rows[k] for k in rows if "error" not in rows[k]}, set())
 
     def chosen(key: str) -> bool:
         return key.split("/")[0] in selected and match in key
@@ -142,7 +150,7 @@ def run_gate(selected: list[str], match: str, update: bool, fresh: bool, process
         if not update and key not in recorded:
             failures.append(f"{key}: not in the table (run with --update and commit it)")
     if update:
-        _update(version, {k: rows[k] for k in rows if "error" not in rows[k]}, gone)
+        update_table(version, {k: rows[k] for k in rows if "error" not in rows[k]}, gone)
     else:
         failures += [f"{key}: in the table but no longer compiled (run with --update)" for key in sorted(gone)]
     for failure in failures:
@@ -155,7 +163,7 @@ def _newest(table: dict[str, Rows], version: str) -> str:
     return max((*table, version), key=lambda name: [int(part) for part in name.split(".")[:2]])
 
 
-def _update(version: str, rows: Rows, gone: set[str]) -> None:
+def update_table(version: str, rows: Rows, gone: set[str]) -> None:
     """Write rows into the table, which is read again: another op's update may have been written meanwhile."""
     table = read_table()
     kept = {key: row for key, row in table.get(version, {}).items() if key not in gone}
@@ -192,11 +200,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("compile gate: triton is not installed here, nothing can be compiled", file=sys.stderr)
         return 2
-    unknown = sorted(set(options.ops) - set(ops()))
+    unknown = sorted(set(options.ops) - set(compile_jobs.ops()))
     if unknown:
-        parser.error(f"no Triton kernels for {', '.join(unknown)}; there are {', '.join(ops())}")
+        parser.error(f"no Triton kernels for {', '.join(unknown)}; there are {', '.join(compile_jobs.ops())}")
     began = time.monotonic()
-    failures = run_gate(options.ops or ops(), options.match, options.update, options.fresh, options.jobs)
+    failures = run_gate(options.ops or compile_jobs.ops(), options.match, options.update, options.fresh, options.jobs)
     print(f"compile gate: {time.monotonic() - began:.0f} s")
     return 1 if failures else 0
 

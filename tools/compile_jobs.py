@@ -198,7 +198,7 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _widths(pattern: re.Pattern, sass: str) -> list[int]:
+def widths(pattern: re.Pattern, sass: str) -> list[int]:
     """How many accesses are of 16 bytes, of 8, and of less."""
     counts = [0, 0, 0]
     for match in pattern.finditer(sass):
@@ -231,8 +231,8 @@ def read(made: dict[str, Any]) -> dict[str, Any]:
         "shared": made["shared"],
         "matrix": max(len(MATRIX_SASS.findall(sass)), len(MATRIX_PTX.findall(ptx))),
         "warpgroup": len(WARPGROUP_SASS.findall(sass)),
-        "loads": _widths(LOAD_SASS, sass),
-        "stores": _widths(STORE_SASS, sass),
+        "loads": widths(LOAD_SASS, sass),
+        "stores": widths(STORE_SASS, sass),
         "division64": len(DIVISION_PTX.findall(ptx)),
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import cast, exp_, log_unit
+from ..triton_math import cast, divided_program, exp_, log_unit
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of finite numbers: -Inf - -Inf would be NaN
 _CHAIN = tl.constexpr(32)  # terms of a running sum before it is added to its total
@@ -96,9 +96,8 @@ def aggregate_fwd_kernel(
     stride_z_s, stride_z_k, stride_z_d, stride_mu_n, stride_mu_d, stride_lv_n, stride_lv_d,
     HAS_GROUPS: tl.constexpr, PER_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    sample = (block // blocks).to(tl.int64)  # divided as int32, since 64-bit division is a call
-    row = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    sample, row_block = divided_program(blocks)
+    row = row_block * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     col = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_ok = col < dim
@@ -143,9 +142,8 @@ def aggregate_bwd_z_kernel(
     stride_mu_n, stride_mu_d, stride_lv_n, stride_lv_d,
     HAS_GROUPS: tl.constexpr, PER_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    sample = (block // blocks).to(tl.int64)  # divided as int32, since 64-bit division is a call
-    row = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    sample, row_block = divided_program(blocks)
+    row = row_block * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     col = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_ok = col < dim

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import cast, tanh_
-from .triton_kernels import _exp, sentence_and_head
+from ..triton_math import cast, divided_program, tanh_
+from .triton_kernels import _exp
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def latent_attention_decode_kernel(
 ):  # fmt: skip
     # GROUP_BLOCK 1: products by multiplication and sum; otherwise a tile of query heads (16 at least) for tl.dot.
     # SPLIT: program_id(1) says which part of the visible positions; the parts are equal, so short rows keep all programs busy.
-    _, b, h = sentence_and_head(kv_heads)
+    b, h = divided_program(kv_heads)
     length = tl.load(lengths + b * stride_lengths).to(tl.int64)
     low = tl.zeros_like(length)
     if HAS_WINDOW:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import cast, exp_, tanh_
+from ..triton_math import cast, divided_program, exp_, tanh_
 from .visibility import INTERLEAVED, PREFIX, ROLLING
 
 _PREFIX = tl.constexpr(PREFIX)
@@ -22,13 +22,6 @@ _INTERLEAVED = tl.constexpr(INTERLEAVED)
 def _block_index():
     """A program's block among those of its pair: a grid's second axis is short, so there may be a third (triton.py)."""
     return tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
-
-
-@triton.jit
-def sentence_and_head(kv_heads):
-    """(pair, sentence, kv head) of a program as int64; divided as int32, since 64-bit division is a call."""
-    pair = tl.program_id(0)
-    return pair.to(tl.int64), (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
 
 
 @triton.jit
@@ -169,7 +162,7 @@ def latent_attention_fwd_kernel(
     VISIBILITY: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
     EXACT: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    pair, b, h = sentence_and_head(kv_heads)
+    b, h = divided_program(kv_heads)
     begin = tl.load(cu_seqlens + b).to(tl.int64)
     length = (tl.load(cu_seqlens + b + 1).to(tl.int64) - begin).to(tl.int32)
     row0 = (_block_index() * BLOCK_M).to(tl.int32)
@@ -251,7 +244,8 @@ def latent_attention_bwd_kernel(
     # Three uses of one kernel. QUERIES and KEYS: the sentence's rows fit in one block; a program takes all keys, block by
     # block, and makes every gradient. QUERIES alone: grad_q of one block of rows, over the keys it sees. KEYS alone: the
     # gradients of one block of keys (slots first, then tokens), over the rows that see it.
-    pair, b, h = sentence_and_head(kv_heads)
+    b, h = divided_program(kv_heads)
+    pair = tl.program_id(0).to(tl.int64)
     block = _block_index().to(tl.int32)
     begin = tl.load(cu_seqlens + b).to(tl.int64)
     length = (tl.load(cu_seqlens + b + 1).to(tl.int64) - begin).to(tl.int32)

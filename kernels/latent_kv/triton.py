@@ -288,7 +288,9 @@ def _cases() -> list[CompileCase]:
 
             def add(name: str, kernel: Any, config: Config, io=io, tag=tag, flags=flags, **constants: Any) -> None:
                 signature = {n: kind for n, kind in io.items() if n in kernel.arg_names}
-                case = CompileCase(f"{name}-{tag}", kernel, signature, config, {**flags, **constants}, tensor_cores=True)
+                case = CompileCase(
+                    f"{name}-{tag}", kernel, signature, config, {**flags, **constants}, tensor_cores=True
+                )
                 cases.append(replace(case, only_aligned=name in ("adamw-early", "dz-large", "gram-large")))
 
             wide = operand["OPERAND"] == tl.float32

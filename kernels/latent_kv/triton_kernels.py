@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import cast, keep_tile
+from ..triton_math import cast, divided_program, keep_tile, share_of_program
 
 
 @triton.jit
@@ -22,15 +22,6 @@ def _row_offset(row, slots, dim, stride_h, stride_m, stride_d):
     head = (head_slot // slots).to(tl.int64)
     slot = (head_slot % slots).to(tl.int64)
     return head * stride_h + slot * stride_m + d * stride_d
-
-
-@triton.jit
-def _share(blocks):
-    """The blocks [first, last) of a program among those along the grid's first axis: int32, with no product to overflow."""
-    splits, split = tl.num_programs(0), tl.program_id(0)
-    each, more = blocks // splits, blocks % splits
-    first = split * each + tl.minimum(split, more)
-    return first, first + each + (split < more).to(tl.int32)
 
 
 @triton.jit
@@ -59,14 +50,13 @@ def latent_kv_fwd_kernel(
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """memory[group, b, row] = dropout(weight[group, row] . z[b] + bias). z: dense [batch, nz]."""
-    pid = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     layer = group // 2
     side = group % 2
-    batch_blocks = (batch + BLOCK_B - 1) // BLOCK_B
-    row0 = (pid // batch_blocks).to(tl.int64) * BLOCK_R  # neighbours share the weights
+    row_block, batch_block = divided_program((batch + BLOCK_B - 1) // BLOCK_B)  # neighbours share the weights
+    row0 = row_block * BLOCK_R
     row = row0 + tl.arange(0, BLOCK_R)
-    b = (pid % batch_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = batch_block * BLOCK_B + tl.arange(0, BLOCK_B)
     row_ok = row < rows
     b_ok = b < batch
     w_row = layer * stride_w_l + side * stride_w_s + _row_offset(row, slots, dim, stride_w_h, stride_w_m, stride_w_d)
@@ -120,7 +110,7 @@ def latent_kv_dz_kernel(
 ):  # fmt: skip
     """partial[split, b, k] = sum over this split's row blocks of grad[b, row] * weight[row, k]."""
     split = tl.program_id(0).to(tl.int64)
-    first, last = _share(blocks)
+    first, last = share_of_program(blocks)
     b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     k = tl.program_id(2).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_ok = k < nz
@@ -203,7 +193,7 @@ def latent_kv_gram_kernel(
 ):  # fmt: skip
     """partial[split, b, c] = sum over this split's row blocks of grad[b, row] * grad[c, row] (not yet scaled)."""
     split = tl.program_id(0).to(tl.int64)
-    first, last = _share(blocks)
+    first, last = share_of_program(blocks)
     b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     c = tl.program_id(2).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     group_blocks = (rows + BLOCK_R - 1) // BLOCK_R  # int32, like every index of a block

@@ -309,6 +309,7 @@ def _narrow_addresses(kernel: ast.FunctionDef) -> list[str]:
         return any(
             (isinstance(n, ast.Name) and n.id in wide)
             or (isinstance(n, ast.Attribute) and n.attr in ("int64", "uint64"))
+            or (isinstance(n, ast.Name) and n.id == "divided_program")  # its results are int64
             for n in ast.walk(node)
         )
 

@@ -77,6 +77,33 @@ def test_double_precision(options):
     same("cpp", 3 * torch.randn(9, 777, dtype=torch.float64), **options)
 
 
+@pytest.mark.parametrize(
+    ("scale", "options", "searched"),
+    [
+        (6.0, {"top_k": 40, "top_p": 0.9}, False),
+        (6.0, {"top_p": 0.95, "min_p": 0.01}, False),
+        (40.0, {"top_k": 50}, False),  # fewer than 50 weigh anything
+        (0.01, {"top_k": 2500}, True),
+        (0.01, {"top_p": 0.9}, True),
+        (0.01, {"top_k": 3}, True),  # nearly uniform: one bin of the histogram holds them all
+    ],
+)
+def test_where_a_filter_cuts_is_found_in_registers_or_by_search(scale, options, searched, monkeypatch):
+    require("sample_token", "triton")
+    from lmvae_fast.kernels.sample_token import triton_kernels as kernels
+
+    search, searches = kernels._draw_by_search, []
+    monkeypatch.setattr(kernels, "_draw_by_search", lambda *args: (searches.append(1), search(*args))[1])
+    logits = scale * torch.randn(2, 3000)
+    same("triton", logits, **options)
+    assert len(searches) == (2 if searched else 0)
+    if not searched and "top_k" not in options:  # a bin that does not hold the cut is noticed, and the row is searched
+        last_bin = kernels._last_bin
+        monkeypatch.setattr(kernels, "_last_bin", lambda *args: (last_bin(*args)[0] * 0, 1))
+        same("triton", logits, **options)
+        assert len(searches) == 2
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(name, layout):
