@@ -85,6 +85,7 @@ DISTRIBUTIONS = {
     "umap": "umap-learn",
     "bert_score": "bert-score",
     "rouge_score": "rouge-score",
+    "sentence_transformers": "sentence-transformers",
 }
 
 

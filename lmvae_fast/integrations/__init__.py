@@ -1,7 +1,7 @@
 """Other packages' formats and classes, each in a module of its own.
 
-``lf.integrations.cvae``, ``.langvae``, ``.optimus``, ``.freia`` and ``.ray`` are imported when they are first used; what they
-need beside this package is asked for by name.
+``lf.integrations.langvae``, ``.freia``, ``.hub``, ``.sentence_transformers``, ``.pythae``, ``.cvae``, ``.optimus`` and ``.ray``
+are imported when they are first used; what they need beside this package is asked for by name.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from lmvae_fast import lazy
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from lmvae_fast.integrations import cvae, freia, langvae, optimus, ray
+    from lmvae_fast.integrations import cvae, freia, hub, langvae, optimus, pythae, ray, sentence_transformers
 
-__all__ = ["cvae", "freia", "langvae", "optimus", "ray"]
+__all__ = ["cvae", "freia", "hub", "langvae", "optimus", "pythae", "ray", "sentence_transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -39,6 +39,7 @@ from lmvae_fast.text.tokenizer import SentenceTokenizer
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, CARD, FORMAT = "config.json", "model.safetensors", "README.md", "lmvae_fast-1"
+MODEL_TYPE = "lmvae"  # by which transformers' Auto classes know a folder of ours (integrations/hub)
 CONTENTS = (CONFIG, WEIGHTS, CARD, "encoder", "decoder")
 _FROZEN = "frozen_sha256"  # by part that is not stored: a fingerprint of its frozen weights
 
@@ -105,7 +106,11 @@ def save_model(
             elif not sharded:
                 frozen[name] = {"dtype": config.dtype, "sha256": frozen_fingerprint(name, part.model, state)}
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
-        header: dict[str, Any] = {"format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS)}
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "model_type": MODEL_TYPE,
+            "weights_sha256": sha256_file(temporary / WEIGHTS),
+        }
         header |= {_FROZEN: frozen} if frozen else {}
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / CARD).write_text(_CARD.format(**config.to_dict()))
@@ -124,7 +129,7 @@ def check_model_folder(folder: str | os.PathLike[str]) -> None:
     model of ours and nothing else, which will be replaced."""
     folder = Path(folder)
     recover_folder(folder)
-    if folder.is_dir() and _is_ours(folder):
+    if folder.is_dir() and holds_model(folder):
         check_contents(folder, CONTENTS)
     else:
         check_ours(folder, "model")
@@ -212,6 +217,7 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
             remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
         )
     digest, frozen = values.pop("weights_sha256", None), values.pop(_FROZEN, {})
+    values.pop("model_type", None)
     try:
         config = LMVAEConfig.from_dict(values)
     except ConfigError as error:
@@ -293,7 +299,8 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _is_ours(folder: Path) -> bool:
+def holds_model(folder: Path) -> bool:
+    """Whether a folder's configuration is that of a model of ours."""
     try:
         return json.loads((folder / CONFIG).read_text()).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):

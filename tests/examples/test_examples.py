@@ -59,3 +59,8 @@ def test_train_and_the_quickstart_on_what_it_leaves(tmp_path):
 def test_kernels():
     losses = [float(value) for value in re.findall(r"step \d+: ([\d.]+)", run("kernels.py"))]
     assert len(losses) == 4 and losses[-1] < losses[0] / 10
+
+
+def test_lightning():
+    pytest.importorskip("lightning")
+    assert "loss " in run("lightning_module.py", "6")

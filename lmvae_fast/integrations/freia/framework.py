@@ -105,18 +105,21 @@ class SequenceINN(nn.Module):
         c: conditions ``[B, width]``, by index. jac: without a meaning here; the logdet costs nothing.
         """
         x: Tensor = x_or_z if isinstance(x_or_z, Tensor) else x_or_z[0]
-        if any(isinstance(block, ActNorm) and block.init_on_next_batch for block in self.module_list):
-            y, logdet = self._one_by_one(x, c, rev)
+        blocks: Any = self.module_list
+        logdet = x.new_zeros(x.shape[0])
+        if any(isinstance(block, ActNorm) and block.init_on_next_batch for block in blocks):
+            runs: Any = [([i], None) for i in range(len(blocks))]  # so that it sees what reaches it
         else:
-            if self._runs is None:
-                self._runs = self._plan()
-            y, logdet = x, None
-            for members, fused in reversed(self._runs) if rev else self._runs:
-                cond = self._condition(members, c)
-                y, part = fused(y, cond, rev) if fused is not None else self.module_list[members[0]].plain(y, cond, rev)
-                logdet = part if logdet is None else logdet + part
-            logdet = x.new_zeros(x.shape[0]) if logdet is None else logdet
-        return ((y,) if self.force_tuple_output else y), logdet
+            self._runs = self._runs or self._plan()
+            runs = self._runs
+        for members, fused in reversed(runs) if rev else runs:
+            cond = self._condition(members, c)
+            if fused is not None:
+                x, part = fused(x, cond, rev)
+            else:
+                (x,), part = blocks[members[0]]((x,), c=None if cond is None else [cond], rev=rev)
+            logdet = logdet + part
+        return ((x,) if self.force_tuple_output else x), logdet
 
     def _condition(self, members: Sequence[int], c: Sequence[Tensor] | None) -> Tensor | None:
         for i in members:
@@ -126,12 +129,3 @@ class SequenceINN(nn.Module):
                     raise ConfigError(f"block {i} needs condition {index}", value=f"{len(c or [])} conditions")
                 return joined(self.module_list[i], [c[index]])  # type: ignore[arg-type]
         return None
-
-    def _one_by_one(self, x: Tensor, c: Sequence[Tensor] | None, rev: bool) -> tuple[Tensor, Tensor]:
-        """Block by block, so that an ActNorm that has seen nothing sees what reaches it."""
-        logdet = x.new_zeros(x.shape[0])
-        for i in reversed(range(len(self))) if rev else range(len(self)):
-            cond = self._condition([i], c)
-            (x,), part = self.module_list[i]((x,), c=None if cond is None else [cond], rev=rev)
-            logdet = logdet + part
-        return x, logdet

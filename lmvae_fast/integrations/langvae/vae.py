@@ -96,7 +96,7 @@ class LangVAE(nn.Module):
         self.model_config, self.encoder, self.decoder = model_config, encoder, decoder
         self.input_dim, self.device = None, decoder.device
         self.cur_beta: float = 0.0
-        self._released = {"objective": objective, "free_running": free_running}
+        self._released: dict[str, Any] = {"objective": objective, "free_running": free_running}
         self._target_kl = 1.0
         self._engine: list[LMVAE] = []  # no child: its parameters are those of the parts
 
