@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from lmvae_fast.config.base import ConfigBase
 from lmvae_fast.errors import ConfigError
 
-SYSTEMS = ("langvae", "optimus", "llamavae", "cvae")
+SYSTEMS = ("langvae", "optimus", "llamavae", "cvae", "lmvae")
 VISIBILITIES = ("prefix", "rolling", "interleaved")
-POOLINGS = ("mean", "cls", "last", "pooler")
+POOLINGS = ("mean", "cls", "last", "pooler", "segments")
 PROJECTORS = ("linear", "shared", "mlp", "adapter", "none")
 KL_MODES = ("sum", "dim_threshold", "free_bits", "sample_threshold", "density_gap")
 ENCODERS = ("text", "decoder_layers")
@@ -21,6 +21,7 @@ DECODER_PARTS = ("all", "embeddings", "lora")
 OBJECTIVES = ("elbo", "langvae-0.6")
 LATENT_INITS = ("uniform", "normal")
 MEMORY_INITS = ("random", "sink", "mean")
+POSTERIOR_INITS = ("random", "whitened")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -30,8 +31,8 @@ class LMVAEConfig(ConfigBase):
 
     Attributes:
         system: preset that fills the open fields: ``langvae`` (arXiv 2505.00004), ``optimus`` (arXiv 2004.04092),
-            ``llamavae`` (arXiv 2312.13208) or ``cvae`` (CVAE with G-Skip, IEEE TAI 7(2), 2026), which is trained on prompts
-            with responses.
+            ``llamavae`` (arXiv 2312.13208), ``cvae`` (CVAE with G-Skip, IEEE TAI 7(2), 2026), which is trained on prompts
+            with responses, or ``lmvae``, our own.
         encoder: Hugging Face name or folder of the text encoder; in a folder of sentence-transformers its own pooling, dense
             layers and norm are honoured.
         decoder: Hugging Face name or folder of the causal language model.
@@ -40,7 +41,10 @@ class LMVAEConfig(ConfigBase):
         visibility: what a token sees of the memory: ``prefix``, ``rolling`` or ``interleaved`` (docs/architecture.md).
         slots: memory slots per layer. Rolling and interleaved need ``max_len`` or more and take ``max_len + 1`` by
             default, as LangVAE does; prefix takes 1.
-        pooling: ``mean``, ``cls``, ``last`` or ``pooler`` (BERT's tanh pooler) over the encoder's last hidden states.
+        pooling: ``mean``, ``cls``, ``last`` or ``pooler`` (BERT's tanh pooler) over the encoder's last hidden states, or
+            ``segments``: the means over ``pooling_segments`` equal parts of the sentence, side by side, which keep its order.
+        encoder_layer: whose states are pooled: 1 for those of the encoder's first layer, 0 for what goes into it, None for the
+            last. The lower ones say more of a sentence's words, the last ones of what it means.
         normalize: L2-normalise the pooled vector.
         projector: ``linear`` (own K and V per slot), ``shared`` (one vector as key and as value), ``mlp`` (linear after a
             hidden GELU layer), ``adapter`` (a small network, then the layer's own key and value projections) or ``none``
@@ -62,6 +66,9 @@ class LMVAEConfig(ConfigBase):
         memory_init: what every memory slot starts as, whatever z: ``random``; ``sink``, the keys and values of the decoder's
             start token, which change next to nothing of what a decoder says; or ``mean``, those of its tokens on average. With
             the last two, what depends on z starts small.
+        posterior_init: what the posterior starts as: ``random``, maps drawn by ``latent_init``; or ``whitened``: once data are
+            there, means with unit variance along the principal directions of the encoder's features, and a standard deviation
+            of .3, so that a latent tells sentences apart before anything is learnt.
         start_token: the token that a sentence begins with, spelled as in the decoder's vocabulary (``<|endoftext|>``); by
             default its tokenizer's begin-of-text, or the end token of one that has none.
         train_encoder, train_decoder: fine-tune the encoder or decoder instead of freezing it.
@@ -96,6 +103,8 @@ class LMVAEConfig(ConfigBase):
     visibility: str | None = None
     slots: int | None = None
     pooling: str | None = None
+    pooling_segments: int = 8
+    encoder_layer: int | None = None
     normalize: bool | None = None
     projector: str | None = None
     projector_hidden: int | None = None
@@ -108,6 +117,7 @@ class LMVAEConfig(ConfigBase):
     count_start_token: bool = False
     latent_init: str = "uniform"
     memory_init: str | None = None
+    posterior_init: str | None = None
     start_token: str | None = None
     free_running: bool | None = None
     train_encoder: bool | None = None
@@ -147,6 +157,7 @@ class LMVAEConfig(ConfigBase):
             ("shift_kind", SHIFTS),
             ("output_residual", RESIDUALS),
             ("memory_init", MEMORY_INITS),
+            ("posterior_init", POSTERIOR_INITS),
         ):
             self._choice(name, allowed, optional=True)
         self._choice("encoder_padding", ENCODER_PADDINGS)
@@ -156,12 +167,13 @@ class LMVAEConfig(ConfigBase):
         self._number("lora_alpha", 0.0, open_low=True)
         self._number("latent_dim", 1, integer=True)
         self._number("max_len", 1, integer=True)
-        for name in ("encoder_layers", "queries", "residual_samples", "group_size", "kl_samples"):
+        for name in ("encoder_layers", "queries", "residual_samples", "group_size", "kl_samples", "pooling_segments"):
             self._number(name, 1, integer=True)
         self._number("max_prompt_len", 1, integer=True, optional=True)
         self._number("stage", 0, 2, integer=True, optional=True)
         self._number("density_floor", 0.0)
         self._number("slots", 1, integer=True, optional=True)
+        self._number("encoder_layer", 0, integer=True, optional=True)
         self._number("projector_hidden", 1, integer=True, optional=True)
         self._number("projector_dropout", 0.0, 0.999, optional=True)
         self._number("kl_target", 0.0, optional=True)
@@ -222,6 +234,11 @@ class LMVAEConfig(ConfigBase):
                 value=f"memory_init={self.memory_init!r} with projector={self.projector!r}",
                 remedy="set memory_init='random', or projector='linear', 'mlp' or 'adapter'",
             )
+        if self.posterior_init == "whitened" and self.prompted:
+            raise ConfigError(
+                "a whitened posterior is one of a text encoder's features", value=f"encoder_kind={self.encoder_kind!r}",
+                remedy="set posterior_init='random'; an encoder of the decoder's layers starts at the prior",
+            )  # fmt: skip
         self._contradictions_of_prompts()
         if self.decoder_part not in (None, "all") and self.train_decoder is False:
             raise ConfigError(

@@ -34,7 +34,10 @@ class Encoder(nn.Module):
     Args:
         model: encoder-only model (BERT, MiniLM, T5's encoder) or decoder-type embedding model (Qwen2).
         tokenizer: its tokenizer.
-        pooling: ``mean`` over real tokens, ``cls`` (first), ``last`` (last real token) or ``pooler`` (BERT's).
+        pooling: ``mean`` over real tokens, ``cls`` (first), ``last`` (last real token), ``pooler`` (BERT's) or ``segments``
+            (means over equal parts of the real tokens, side by side).
+        segments: how many parts.
+        layer: whose states are pooled, 0 for the embeddings; None for the last hidden states.
         normalize: L2-normalise the result.
         train: whether its parameters train; frozen and in evaluation mode otherwise.
         source: name or folder it came from, if any.
@@ -54,6 +57,8 @@ class Encoder(nn.Module):
         dense: nn.Sequential | None = None,
         max_tokens: int | None = None,
         lower: bool = False,
+        segments: int = 8,
+        layer: int | None = None,
     ):
         super().__init__()
         if tokenizer.pad_token is None:
@@ -71,7 +76,19 @@ class Encoder(nn.Module):
                 limit="mean, cls, last",
                 remedy="choose another pooling",
             )
+        if (pooling == "segments" or layer is not None) and dense is not None:
+            raise ConfigError(
+                "the encoder's dense layers take its own pooled vector", value=f"pooling={pooling!r}, layer={layer}",
+                remedy="choose the encoder's own pooling, of its last layer",
+            )  # fmt: skip
+        layers = getattr(model.config, "num_hidden_layers", None)
+        if layer is not None and (pooling == "pooler" or (layers is not None and not 0 <= layer <= layers)):
+            raise ConfigError(
+                "the encoder has no such states to pool", value=f"encoder_layer={layer} with pooling={pooling!r}",
+                limit=f"layers 0 to {layers}, and no pooler, which reads the last", remedy="leave encoder_layer unset",
+            )  # fmt: skip
         self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
+        self.segments, self.layer = segments, layer
         embedding: Any = model.get_input_embeddings()
         self._vocabulary: int = embedding.weight.shape[0]
         check_size(tokenizer, self._vocabulary, "encoder")
@@ -91,7 +108,15 @@ class Encoder(nn.Module):
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: torch.dtype, pooling: str = "mean", normalize: bool = False, train: bool = False
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype,
+        pooling: str = "mean",
+        normalize: bool = False,
+        train: bool = False,
+        segments: int = 8,
+        layer: int | None = None,
     ) -> Encoder:
         """Load from a Hugging Face name, a folder, or a packaged model; raises CheckpointError when it cannot be had.
 
@@ -103,7 +128,9 @@ class Encoder(nn.Module):
         extra: dict[str, Any] = {}
         if modules is not None:
             name = modules.transformer
-            extra = {"dense": load_dense(modules), "max_tokens": modules.max_tokens, "lower": modules.lower}
+            own = pooling != "segments" and layer is None  # the vector that its dense layers were made for
+            dense = load_dense(modules) if own else None
+            extra = {"dense": dense, "max_tokens": modules.max_tokens, "lower": modules.lower}
         config = load_pretrained(AutoConfig, name, "encoder")
         # Not by is_encoder_decoder: a saved T5 encoder has it cleared, and AutoModel would make it a whole T5 again.
         auto_class: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
@@ -115,6 +142,7 @@ class Encoder(nn.Module):
             # BART, mBART: the whole model's last hidden state is its decoder's.
             model = model.get_encoder()
         tokenizer = load_pretrained(AutoTokenizer, name, "encoder tokenizer")
+        extra |= {"segments": segments, "layer": layer}
         return cls(model, tokenizer, pooling=pooling, normalize=normalize, train=train, source=source, **extra)
 
     @property
@@ -132,7 +160,8 @@ class Encoder(nn.Module):
         """Width of the pooled vector; raises ConfigError where a sentence's vector depends on what it is padded with."""
         if self.device.type == "meta":
             widths = [module.out_features for module in self.dense or () if isinstance(module, nn.Linear)]
-            return widths[-1] if widths else self.model.config.hidden_size
+            width = widths[-1] if widths else self.model.config.hidden_size
+            return width * self.segments if self.pooling == "segments" else width
         name = type(self.model).__name__
         texts = ["a cat", "a cat is a kind of animal that lives with people"]
         try:
@@ -185,11 +214,13 @@ class Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            more = {} if self.layer is None else {"output_hidden_states": True}
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask, **more)
+            states = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
             pooled = (
                 out.pooler_output
                 if self.pooling == "pooler"
-                else pool(out.last_hidden_state, attention_mask, self.pooling)
+                else pool(states, attention_mask, self.pooling, self.segments)
             )
             pooled = pooled.float() if pooled.dtype in (torch.float16, torch.bfloat16) else pooled
             pooled = pooled if self.dense is None else self.dense(pooled)
@@ -230,7 +261,9 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights and the pooling: features cached under it are this encoder's, hexadecimal."""
-        digest = hashlib.sha256(f"{self.pooling} {self.normalize} {type(self.model).__name__}".encode())
+        parts = f" {self.segments}" if self.pooling == "segments" else ""
+        parts += "" if self.layer is None else f" layer {self.layer}"
+        digest = hashlib.sha256(f"{self.pooling}{parts} {self.normalize} {type(self.model).__name__}".encode())
         state = self.model.state_dict()
         if self.dense is not None or self.stated_tokens is not None or self.lower:
             digest.update(f" {self.stated_tokens} {self.lower} {self.dense}".encode())
@@ -243,6 +276,22 @@ class Encoder(nn.Module):
             digest.update(name.encode())
             digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
+
+
+def segment_means(hidden: Tensor, mask: Tensor, segments: int) -> Tensor:
+    """Means over ``segments`` equal parts of each sentence's real tokens, side by side: ``[batch, segments * width]``.
+
+    A token that lies across a border counts in both parts by its shares; where there are fewer tokens than parts, a token fills
+    several. Every token counts the same in the mean of the parts, which is that of the sentence.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    place = mask.cumsum(1, dtype=dtype) - 1  # of real tokens, whichever side the padding is on
+    share = mask.sum(1, dtype=dtype).clamp_min(1)[:, None] / segments  # tokens of a part
+    start = torch.arange(segments, device=mask.device) * share
+    first = torch.maximum(start[:, :, None], place[:, None])
+    last = torch.minimum((start + share)[:, :, None], place[:, None] + 1)
+    weight = (last - first).clamp_min(0) * mask[:, None] / share[:, :, None]
+    return (weight.to(hidden.dtype) @ hidden).flatten(1)
 
 
 def longest_input(model: nn.Module) -> int | None:
@@ -267,8 +316,11 @@ def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:
     return getattr(module, names[0], None)
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Pool hidden states ``[batch, tokens, width]`` under a 0/1 mask ``[batch, tokens]`` (``mean``, ``cls``, ``last``)."""
+def pool(hidden: Tensor, mask: Tensor, pooling: str, segments: int = 1) -> Tensor:
+    """Pool hidden states ``[batch, tokens, width]`` under a 0/1 mask ``[batch, tokens]`` (``mean``, ``cls``, ``last``,
+    ``segments``); ``[batch, width]``, or ``[batch, segments * width]``."""
+    if pooling == "segments":
+        return segment_means(hidden, mask, segments)
     if pooling == "mean":
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1e-9)
@@ -278,4 +330,4 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
         # The last real token, on whichever side the padding is.
         last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-    raise ConfigError("unknown pooling", value=repr(pooling), limit="mean, cls, last, pooler")
+    raise ConfigError("unknown pooling", value=repr(pooling), limit="mean, cls, last, pooler, segments")

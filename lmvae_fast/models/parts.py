@@ -16,6 +16,7 @@ from lmvae_fast.models.decoder.tuning import Tuning
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.latent_heads import BagOfWordsHead, EmbeddingHead, SkipHead
 from lmvae_fast.models.layer_encoder import LayerEncoder, QueryHead
+from lmvae_fast.models.posterior_head import WhitenedHead
 from lmvae_fast.models.projectors import LinearProjector, SharedProjector
 
 AnyEncoder = Encoder | LayerEncoder
@@ -71,6 +72,8 @@ def load_encoder(config: LMVAEConfig, decoder: Decoder) -> AnyEncoder:
         pooling=str(config.pooling),
         normalize=bool(config.normalize),
         train=bool(config.train_encoder),
+        segments=config.pooling_segments,
+        layer=config.encoder_layer,
     )
 
 
@@ -93,7 +96,10 @@ def build_posterior_head(config: LMVAEConfig, encoder: AnyEncoder, decoder: Deco
         return QueryHead(
             decoder.hidden_size, config.latent_dim, encoder.queries, activation=form.activation, std=form.std
         )
-    return nn.Linear(encoder.width + len(config.annotations), 2 * config.latent_dim, bias=False)
+    width = encoder.width + len(config.annotations)
+    if config.posterior_init == "whitened":
+        return WhitenedHead(width, config.latent_dim)
+    return nn.Linear(width, 2 * config.latent_dim, bias=False)
 
 
 def build_embedding_shift(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Module | None:
@@ -191,11 +197,14 @@ def check_parts(config: LMVAEConfig, encoder: AnyEncoder, decoder: Decoder) -> N
             value=f"tokenizer.start_token={decoder.tokenizer.start_token!r}, start_token={config.start_token!r}",
             remedy="make them equal",
         )
-    for name in ("pooling", "normalize") if isinstance(encoder, Encoder) else ():
-        if getattr(encoder, name) != getattr(config, name):
+    fields = {"pooling": "pooling", "normalize": "normalize", "encoder_layer": "layer"}
+    if config.pooling == "segments":
+        fields["pooling_segments"] = "segments"
+    for field, name in fields.items() if isinstance(encoder, Encoder) else ():
+        if getattr(encoder, name) != getattr(config, field):
             raise ConfigError(
-                f"the encoder given and the configuration disagree about {name}",
-                value=f"encoder.{name}={getattr(encoder, name)!r}, {name}={getattr(config, name)!r}",
+                f"the encoder given and the configuration disagree about {field}",
+                value=f"encoder.{name}={getattr(encoder, name)!r}, {field}={getattr(config, field)!r}",
                 remedy="make them equal",
             )
     if config.projector == "none" and config.visibility != "prefix":

@@ -70,14 +70,21 @@ def _is_langvae(model: LMVAE) -> bool:
     projector, config = model.projector, model.config
     linear = isinstance(projector, LinearProjector) and projector.hidden is None and model.embedding_shift is None
     frozen = not (model.encoder.trains or model.decoder.trains)
-    return linear and frozen and config.visibility == "rolling" and not config.annotations
+    return linear and frozen and config.visibility == "rolling" and _is_published(model)
 
 
 def _is_optimus(model: LMVAE) -> bool:
     return (
         model.config.system == "optimus" and isinstance(model.projector, SharedProjector)
-        and model.encoder.trains and model.decoder.trains and not model.config.annotations
+        and model.encoder.trains and model.decoder.trains and _is_published(model)
     )  # fmt: skip
+
+
+def _is_published(model: LMVAE) -> bool:
+    """Whether a posterior head and what is read are as the eager implementations of published systems have them."""
+    config = model.config
+    plain = config.posterior_init == "random" and config.pooling != "segments" and config.encoder_layer is None
+    return plain and config.start_token is None and not config.annotations
 
 
 def _copies(model: LMVAE) -> tuple[Any, Any, Any, Any]:

@@ -63,5 +63,6 @@ def make_model(
     part = Encoder(
         text_encoder.to(dtype), tokenizer, pooling=str(full.pooling),
         normalize=bool(full.normalize), train=bool(full.train_encoder),
+        segments=full.pooling_segments, layer=full.encoder_layer,
     )  # fmt: skip
     return LMVAE(short, encoder=part, decoder=decoder)

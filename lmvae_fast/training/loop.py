@@ -29,6 +29,7 @@ from lmvae_fast.training.checkpoints.tensors import seed_all, trainable_paramete
 from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
 from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.optimizer import Optimizer
+from lmvae_fast.training.posterior_start import start_posterior
 from lmvae_fast.training.records import Progress, Record, TrainResult
 from lmvae_fast.training.run_checks import check_run, writing_run
 from lmvae_fast.training.running_means import RunningMeans
@@ -121,6 +122,7 @@ class Trainer:
         known = identity.identity(config, model, self.train_set.fingerprint(), eval_print)
         self.ranks.agree(known)
         seed_all(config.seed + self.ranks.rank)  # of dropout inside fine-tuned modules; rank 0 draws the seeds of steps
+        start_posterior(model, self.train_set, self.pooled)
         self.ranks.broadcast(self.parameters.values())
         if config.shard:  # after its weights have been compared
             shard_decoder(model.decoder, self.ranks, AUTOCAST.get(config.precision))

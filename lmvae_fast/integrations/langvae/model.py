@@ -104,6 +104,9 @@ def as_folder(model: LMVAE) -> LangVAEFolder:
         ("pooling", config.pooling, POOLINGS),
         ("train_encoder", config.train_encoder, (False,)),
         ("train_decoder", config.train_decoder, (False,)),
+        ("encoder_layer", config.encoder_layer, (None,)),
+        ("posterior_init", config.posterior_init, ("random",)),  # its head has no bias
+        ("start_token", config.start_token, (None,)),
     ):
         if value not in limit:
             raise CheckpointError(

@@ -6,19 +6,22 @@ from typing import Any
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.models.sentence_modules import own_pooling
-from lmvae_fast.models.systems import cvae, langvae, llamavae, optimus
+from lmvae_fast.models.systems import cvae, langvae, llamavae, lmvae, optimus
 
 PRESETS: dict[str, dict[str, Any]] = {
     "langvae": langvae.PRESET, "optimus": optimus.PRESET, "llamavae": llamavae.PRESET, "cvae": cvae.PRESET,
+    "lmvae": lmvae.PRESET,
 }  # fmt: skip
 
 #: Where a system's own sizes and training recipe are not the defaults: fields of LMVAEConfig, and of TrainConfig.
-RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"llamavae": llamavae.RECIPE, "cvae": cvae.RECIPE}
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llamavae": llamavae.RECIPE, "cvae": cvae.RECIPE, "lmvae": lmvae.RECIPE,
+}  # fmt: skip
 
 # Of fields that most systems have no choice about either.
 _COMMON: dict[str, Any] = {
     "encoder_kind": "text", "shift_kind": "linear", "output_residual": "none", "decoder_part": "all",
-    "memory_init": "random",
+    "memory_init": "random", "posterior_init": "random",
 }  # fmt: skip
 
 # Sentence-embedding models that were trained for a pooling of their own (their model cards).
@@ -35,6 +38,7 @@ ENCODER_POOLING: dict[str, dict[str, Any]] = {
 def resolve(config: LMVAEConfig) -> LMVAEConfig:
     """The configuration with every open field filled from its system's preset and its encoder's own pooling."""
     own = ENCODER_POOLING.get(config.encoder, {}) or own_pooling(config.encoder)
+    own = {} if "encoder_layer" in PRESETS[config.system] else own  # which is for the last layer
     preset = {**_COMMON, **PRESETS[config.system], **own}
     changes = {name: value for name, value in preset.items() if getattr(config, name) is None}
     if config.train_decoder is False:
