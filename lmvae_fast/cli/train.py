@@ -29,7 +29,7 @@ def train(
     output: Annotated[
         str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `model/` at the end.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="Preset: langvae, optimus, llamavae or cvae.")] = None,
+    system: Annotated[str | None, typer.Option(help="Preset: langvae, optimus, llamavae, cvae or lmvae.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Hugging Face encoder: name or folder.")] = None,
     decoder: Annotated[str | None, typer.Option(help="Hugging Face decoder: name or folder.")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Width of the latent.")] = None,
