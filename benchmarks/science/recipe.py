@@ -85,9 +85,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of CPU time")
     parser.add_argument("--marks", type=int, default=6, help="points of the curve")
     parser.add_argument("--held-out", type=int, default=200, help="sentences of a point; the last figures are of all")
+    parser.add_argument("--final", type=int, help="sentences of the last figures; default: all held out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], dest="changes")
-    parser.add_argument("--name", help="of the record; default: the recipe's")
+    parser.add_argument("--name", help="of the record (screens/x: in a folder); default: the recipe's")
     parser.add_argument("--runs", type=Path, default=Path("runs/science"), help="folder of checkpoints")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -117,7 +118,9 @@ def main() -> int:
         return 1
     model.save_pretrained(folder / "model")
     found = lf.evaluate(
-        model, held_out.texts, metrics=("elbo", "active_units", "mutual_information", "bleu", "exact_match")
+        model,
+        held_out.texts[: options.final],
+        metrics=("elbo", "active_units", "mutual_information", "bleu", "exact_match"),
     )
     record["final"] = found.to_dict() | {"steps": result.step, "cpu_minutes": curve.seconds / 60}
     record["interpolations"] = [
@@ -137,7 +140,7 @@ def begun(
         "command": command, "seed": values["train"].get("seed", 0), "minutes": options.minutes, "threads": options.threads,
         "points": [], "training": [], "checkpoints": {},
     }  # fmt: skip
-    found, old = checkpoints.complete(folder / "checkpoints"), records.load(f"science/{file.name}")
+    found, old = checkpoints.complete(folder / "checkpoints"), records.load(str(file.relative_to(records.RESULTS)))
     if not found or old is None:
         return record, 0.0
     step = int(found[0].name.split("-")[1].split(".")[0])
