@@ -49,7 +49,9 @@ class Curve(Callback):
         if not self.marks or self.seconds < self.marks[0]:
             return
         self.marks = [mark for mark in self.marks if mark > self.seconds]
-        self.measure(run.model, run.step, run.model.beta)
+        # While a run lasts, the frozen matrices are held in the precision it computes in.
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.config.precision == "bf16"):
+            self.measure(run.model, run.step, run.model.beta)
         if not self.marks:
             run.request_stop("minutes")
 
