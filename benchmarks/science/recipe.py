@@ -24,6 +24,7 @@ from benchmarks.common import records
 from lmvae_fast.cli.common import merged
 from lmvae_fast.cli.train import SECTIONS, load_data, with_recipe
 from lmvae_fast.profiling.measure import machine
+from lmvae_fast.reports.page import style
 from lmvae_fast.training.callbacks import Callback
 from lmvae_fast.training.checkpoints import folder as checkpoints
 
@@ -75,6 +76,7 @@ class Curve(Callback):
         point |= {name: getattr(found, name) for name in FIGURES}
         self.record["points"].append({**point, "examples": found.examples})
         records.write(self.record, self.file)
+        draw(self.record, self.file.with_suffix(".svg"))
         print({name: round(value, 3) for name, value in point.items()}, flush=True)
         self.evaluating += time.process_time() - started
 
@@ -131,6 +133,23 @@ def main() -> int:
     records.write(record, file)
     print({name: record["final"][name] for name in FIGURES})
     return 0
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Held-out figures over CPU time."""
+    style()
+    import matplotlib.pyplot as plt
+
+    titles = {"reconstruction": "reconstruction, nats a sentence", "bleu": "BLEU-4", "kl": "KL, nats"}
+    figure, axes = plt.subplots(1, len(titles), figsize=(3.6 * len(titles), 3.2))
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        minutes = [point["cpu_minutes"] for point in record["points"]]
+        axis.plot(minutes, [point[name] for point in record["points"]], marker="o", markersize=3)
+        axis.set(title=title, xlabel="minutes of CPU time")
+        axis.set_ylim(bottom=0)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def begun(

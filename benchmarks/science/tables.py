@@ -58,4 +58,57 @@ def training() -> str:
     return "\n".join([*lines, "", *notes]) if notes else "Not measured."
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "interpolation": interpolation, "training": training}
+def recipes() -> str:
+    """Held-out figures of every recorded recipe over minutes of CPU time."""
+    found = _records("science")
+    if not found:
+        return "Not measured."
+    lines = _head("recipe")
+    for name, record in found.items():
+        rows = [(point, "") for point in record["points"]]
+        if "final" in record:
+            rows.append((record["final"] | {"step": record["final"]["steps"]}, f"{record['final']['sentences']:,}"))
+        lines += [_row(name, point, last) for point, last in rows]
+    return "\n".join([*lines, "", *_commands(found)])
+
+
+def screens() -> str:
+    """Figures of changes to a recipe after equal steps."""
+    found = _records("science/screens")
+    if not found:
+        return "Not measured."
+    lines = _head("change")
+    for name, record in sorted(found.items(), key=lambda item: item[1]["final"]["reconstruction"]):
+        final = record["final"]
+        lines.append(_row(name, final | {"step": final["steps"]}, f"{final['sentences']:,}"))
+    return "\n".join([*lines, "", *_commands(found)])
+
+
+def _records(folder: str) -> dict[str, dict]:
+    """Records of recipes in a folder by name; those of screens when they are done."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))}
+    recorded = {name: record for name, record in found.items() if "trainable_parameters" in record}
+    return {name: record for name, record in recorded.items() if record["points"] or "final" in record}
+
+
+def _head(first: str) -> list[str]:
+    columns = (first, "CPU minutes", "steps", "BLEU-4", "exact", "reconstruction, nats (a token)", "KL", "active units",
+               "held out")  # fmt: skip
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def _row(name: str, point: dict, held_out: str) -> str:
+    return (
+        f"| {name} | {point['cpu_minutes']:.1f} | {point['step']} | {point['bleu']:.3f} | {point['exact_match']:.1%} | "
+        f"{point['reconstruction']:.1f} ({point['reconstruction_per_token']:.2f}) | {point['kl']:.0f} | "
+        f"{point['active_units']} | {held_out} |"
+    )
+
+
+def _commands(found: dict[str, dict]) -> list[str]:
+    return [f"- {name}: `{record['command']}` ({where(record['machine'])})" for name, record in found.items()]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
+}  # fmt: skip
