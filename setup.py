@@ -211,7 +211,10 @@ if __name__ == "__main__":  # as pip and the command line run it; tools/check_aa
     setup(
         packages=list(packages),
         package_dir=packages,
-        package_data={"lmvae_fast": ["_build_info.json", "*.so"]},
+        package_data={
+            "lmvae_fast": ["_build_info.json", "*.so"],
+            "lmvae_fast.kernels.packed_linear": ["choices.json"],
+        },
         ext_modules=[Extension("lmvae_fast._C", sources=[])],
         cmdclass={"build_ext": BuildCsrc},
         distclass=WithExtension,

@@ -1,6 +1,6 @@
 #include "amx.h"
 
-#include "dispatch.h"
+#include "cpu_features.h"
 
 #ifdef LMVAE_AMX
 #include <sys/syscall.h>
@@ -12,7 +12,7 @@ namespace lmvae {
 #ifdef LMVAE_AMX
 bool have_amx() {
   static const bool have = [] {
-    if (cpu_isa() != Isa::Avx512) return false;  // LMVAE_CPU_ISA lowers this engine too
+    if (cpu_isa() != Isa::Avx512 || cpu_cap() < Feature::Amx) return false;  // LMVAE_CPU_ISA lowers this engine too
     uint32_t a = 7, b = 0, c = 0, d = 0;
     asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     if (((d >> 22) & 1) == 0 || ((d >> 24) & 1) == 0) return false;  // amx_bf16, amx_tile

@@ -1,8 +1,10 @@
-// What packed_linear.cpp (checks, memory, threads) hands to packed_linear_simd.cpp (arithmetic).
+// What the packed_linear*.cpp files (checks, memory, threads) and the arithmetic of each instruction set share.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+
+#include <c10/util/BFloat16.h>
 
 #include "dispatch.h"
 
@@ -12,17 +14,37 @@ constexpr int64_t kLinearPanel = 32;   // columns that lie together in the packe
 constexpr int64_t kLinearDepth = 128;  // terms of a sum held in registers; a panel's piece of this depth stays in L1
 constexpr int64_t kLinearRows = 128;   // rows of one call
 
+// Weights of 16 bits lie in steps of 32 depths, as AMX tiles read them: [2 halves][16 pairs][16 columns][2 of a pair].
+constexpr int64_t kHalfStep = 32;               // depths
+constexpr int64_t kHalfDepth = 256;             // depths of a piece, which has as many bytes as one in fp32
+constexpr int64_t kHalfBlock = 16 * kHalfStep;  // numbers of 16 columns in a step
+constexpr int64_t kStepNumbers = kLinearPanel * kHalfStep;
+
 // What is done to a product before it is stored; numbers as in kernels/packed_linear/op.py.
 enum class Activation : int64_t { None = 0, GeluTanh = 1, SwiGlu = 2 };
 
-struct PackedLinearArgs {
-  int64_t rows, in, out;
-  Activation activation;  // SwiGlu: a panel holds 16 gates and the 16 columns they are for, and gives 16 outputs
-  const float* x;         // [in / kLinearDepth][rows][kLinearDepth], the last piece filled in part
-  const float* weight;    // [panels][in][kLinearPanel], zeros beyond out
-  const float* bias;      // [out] or null; null with SwiGlu
-  const float* residual;  // [rows, out] or null, added last
-  float* y;               // [rows, out]
+// Where products go, and what is done to them on the way. SwiGlu: a panel holds 16 gates and the 16 columns they are
+// for, and gives 16 outputs.
+template <typename T>
+struct LinearEnd {
+  int64_t rows, out;
+  Activation activation;
+  const T* bias;      // [out] or null; null with SwiGlu
+  const T* residual;  // [rows, out] or null, added last
+  T* y;               // [rows, out]
+};
+
+struct PackedLinearArgs : LinearEnd<float> {
+  int64_t in;
+  const float* x;       // [in / kLinearDepth][rows][kLinearDepth], the last piece filled in part
+  const float* weight;  // [panels][in][kLinearPanel], zeros beyond out
+};
+
+// The same with weights of 16 bits. `x` is of bf16 for the dot products, of fp32 where weights are widened on the way.
+struct HalfLinearArgs : LinearEnd<c10::BFloat16> {
+  int64_t steps;           // of kHalfStep depths
+  const void* x;           // [steps * kHalfStep / kHalfDepth][rows][kHalfDepth], zeros beyond the inputs
+  const uint16_t* weight;  // [panels][steps][kStepNumbers], zeros beyond out and in
 };
 
 // The same on the AMX tiles, where `in` is a multiple of 32: bytes of the rows' parts, the parts of steps [begin, end)
@@ -30,12 +52,21 @@ struct PackedLinearArgs {
 int64_t packed_linear_amx_workspace(int64_t rows, int64_t in);
 void packed_linear_amx_rows(const float* x, int64_t stride, int64_t rows, int64_t in, char* parts, int64_t begin,
                             int64_t end);
+using PanelSums = std::function<void(int64_t panel, float* sums)>;
 void packed_linear_amx_panels(const PackedLinearArgs& a, const char* parts, int64_t begin, int64_t end,
-                              const std::function<void(int64_t panel, float* sums)>& done);
+                              const PanelSums& done);
+// Of bf16 weights and rows, in any number of inputs: `rows` are [blocks of 32 rows][steps][2][16 rows][32 depths].
+void half_linear_amx_panels(const HalfLinearArgs& a, const char* rows, int64_t begin, int64_t end,
+                            const PanelSums& done);
+// By the dot products of AVX512-BF16; `a.x` is of bf16.
+void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end, const PanelSums& done);
 
 }  // namespace lmvae
 
 // The sums [rows][kLinearPanel] of a panel on their way to y; false if one of them is NaN.
-LMVAE_DECLARE(bool packed_linear_finish(const ::lmvae::PackedLinearArgs& a, float* sums, int64_t panel))
+LMVAE_DECLARE(template <typename T>
+              bool packed_linear_finish(const ::lmvae::LinearEnd<T>& a, float* sums, int64_t panel))
 // Panels [begin, end).
 LMVAE_DECLARE(void packed_linear_panels(const ::lmvae::PackedLinearArgs& a, int64_t begin, int64_t end))
+LMVAE_DECLARE(void half_linear_widen(const c10::BFloat16* from, int64_t n, float* to))
+LMVAE_DECLARE(void half_linear_panels(const ::lmvae::HalfLinearArgs& a, int64_t begin, int64_t end))

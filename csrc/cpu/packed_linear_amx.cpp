@@ -87,7 +87,7 @@ TILES void packed_linear_amx_rows(const float* x, int64_t stride, int64_t rows, 
 
 // Sums of panels [begin, end), each given to `done` as [rows][32] when it is complete.
 TILES void packed_linear_amx_panels(const PackedLinearArgs& args, const char* parts, int64_t begin, int64_t end,
-                                    const std::function<void(int64_t panel, float* sums)>& done) {
+                                    const PanelSums& done) {
   alignas(64) char buffers[2][kStep];
   alignas(64) float sums[kLinearRows * kLinearPanel];
   configure_tiles();
@@ -154,11 +154,36 @@ TILES void packed_linear_amx_panels(const PackedLinearArgs& args, const char* pa
   }
   release_tiles();
 }
+
+// bf16 weights are tiles as they lie. A panel is multiplied piece by piece; with every block of rows its share of the
+// lines of a piece further on is fetched.
+TILES void half_linear_amx_panels(const HalfLinearArgs& a, const char* rows, int64_t begin, int64_t end,
+                                  const PanelSums& done) {
+  constexpr int64_t kSteps = 16;
+  alignas(64) float sums[kLinearRows * kLinearPanel];
+  configure_tiles();
+  const int64_t blocks = (a.rows + kBlock - 1) / kBlock;
+  for (int64_t p = begin; p < end; p++) {
+    const char* panel = reinterpret_cast<const char*>(a.weight) + p * a.steps * kPair;
+    for (int64_t s = 0; s < a.steps; s += kSteps) {
+      const int64_t steps = std::min(kSteps, a.steps - s), share = kSteps * kPair / blocks;
+      const char *w = panel + s * kPair, *ahead = w + steps * kPair;
+      for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t line = block * share; line < (block + 1) * share; line += 64)
+          __builtin_prefetch(ahead + line, 0, 2);
+        product32<1>(rows + (block * a.steps + s) * kPair, w, steps, sums + block * kBlock * kLinearPanel, kLinearPanel,
+                     s > 0);
+      }
+    }
+    done(p, sums);
+  }
+  release_tiles();
+}
 #else
 int64_t packed_linear_amx_workspace(int64_t, int64_t) { return 0; }
 void packed_linear_amx_rows(const float*, int64_t, int64_t, int64_t, char*, int64_t, int64_t) {}
-void packed_linear_amx_panels(const PackedLinearArgs&, const char*, int64_t, int64_t,
-                              const std::function<void(int64_t, float*)>&) {}
+void packed_linear_amx_panels(const PackedLinearArgs&, const char*, int64_t, int64_t, const PanelSums&) {}
+void half_linear_amx_panels(const HalfLinearArgs&, const char*, int64_t, int64_t, const PanelSums&) {}
 #endif
 
 }  // namespace lmvae

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, PANEL
+from .reference import ACTIVATIONS, BYTE_STEP, PANEL, STEP
 
 
 def check_weight(name: str, weight: Tensor) -> None:
@@ -28,22 +28,65 @@ def check_packed_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, out_features: int, activation: str
 ) -> None:
     """Raise TypeError for wrong dtypes or devices, ValueError for wrong shapes or names, or where a gradient is wanted."""
+    paired = packed.dtype == torch.bfloat16
+    _check_panels(x, packed, [-1, 2, 16, 16, 2] if paired else [x.shape[-1] if x.dim() else 0, PANEL], STEP)
+    _check_product(x, packed.shape[0], bias, residual, out_features, activation)
+    _check_alike("packed_linear", x, {"packed": packed, "bias": bias, "residual": residual})
+
+
+def check_quantized(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    totals: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    activation: str,
+) -> None:
+    """The same of packed_linear_int8."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(f"x is {x.dtype}, it must be torch.float32 or torch.bfloat16")
+    parts = {"values": (values, torch.int8), "scales": (scales, torch.float32), "totals": (totals, torch.int32)}
+    for name, (part, dtype) in parts.items():
+        if part.dtype != dtype or part.device != x.device:
+            raise TypeError(f"{name} is {part.dtype} on {part.device}, it must be {dtype} on {x.device}")
+    _check_panels(x, values, [-1, 2, 16, 16, 4], BYTE_STEP)
+    for name in ("scales", "totals"):
+        if list(parts[name][0].shape) != [values.shape[0], PANEL]:
+            raise ValueError(f"{name} is {list(parts[name][0].shape)}, it must be {[values.shape[0], PANEL]}")
+    _check_product(x, values.shape[0], bias, residual, out_features, activation)
+    _check_alike("packed_linear_int8", x, {"bias": bias, "residual": residual})
+
+
+def _check_panels(x: Tensor, packed: Tensor, inner: list[int], step: int) -> None:
+    """``inner``: the shape of one panel; -1 for as many steps as hold K."""
+    inputs = x.shape[-1] if x.dim() else 0
+    expected = [-(-inputs // step) if size == -1 else size for size in inner]
+    if x.dim() < 1 or packed.dim() < 1 or list(packed.shape[1:]) != expected:
+        sizes = [f"ceil(K / {step})", *inner[1:]] if inner[0] == -1 else ["K", PANEL]
+        shown = ", ".join(str(size) for size in ("panels", *sizes))
+        raise ValueError(f"x is {list(x.shape)} and packed {list(packed.shape)}: they must be [..., K] and [{shown}]")
+
+
+def _check_product(
+    x: Tensor, panels: int, bias: Tensor | None, residual: Tensor | None, out_features: int, activation: str
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
     gated = activation == "swiglu"
-    if x.dim() < 1 or packed.dim() != 3 or packed.shape[1] != x.shape[-1] or packed.shape[2] != PANEL:
-        have = f"x is {list(x.shape)} and packed {list(packed.shape)}"
-        raise ValueError(f"{have}: they must be [..., K] and [panels, K, {PANEL}]")
     width = PANEL // 2 if gated else PANEL
-    if packed.shape[0] != -(-out_features // width):
-        raise ValueError(f"out_features={out_features} does not fit the {packed.shape[0]} panels of {width} of packed")
+    if panels != -(-out_features // width):
+        raise ValueError(f"out_features={out_features} does not fit the {panels} panels of {width} of packed")
     if bias is not None and (gated or list(bias.shape) != [out_features]):
         raise ValueError(f"bias is {list(bias.shape)}, it must be {'None with swiglu' if gated else [out_features]}")
     if residual is not None and list(residual.shape) != [*x.shape[:-1], out_features]:
         raise ValueError(f"residual is {list(residual.shape)}, it must be {[*x.shape[:-1], out_features]}")
-    others = {"packed": packed, "bias": bias, "residual": residual}
+
+
+def _check_alike(op: str, x: Tensor, others: dict[str, Tensor | None]) -> None:
     for name, other in others.items():
         if other is not None and (other.dtype != x.dtype or other.device != x.device):
             raise TypeError(f"{name} is {other.dtype} on {other.device}, x {x.dtype} on {x.device}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others.values())):
-        raise ValueError("packed_linear has no gradient: x, packed, bias and residual must not require one")
+        raise ValueError(f"{op} has no gradient: x, {', '.join(others)} must not require one")

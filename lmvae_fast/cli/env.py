@@ -24,6 +24,7 @@ def collect() -> dict:
 
     import lmvae_fast.kernels
     from lmvae_fast.kernels import backend
+    from lmvae_fast.kernels.packed_linear.choices import bodies
 
     for module in pkgutil.iter_modules(lmvae_fast.kernels.__path__):
         if module.ispkg:  # an op registers its backends when it is imported
@@ -50,6 +51,7 @@ def collect() -> dict:
         "extension": {"loaded": built, "detail": extension},
         "backend": backend.current(),
         "ops": [row._asdict() for row in backend.report(device)],
+        "packed_weights": bodies(),
     }
 
 
@@ -71,3 +73,8 @@ def env(as_json: Json = False) -> None:
         table.add_row(row["op"], row["backend"], "yes" if row["chosen"] else "", row["reason"],
                       style="bold" if row["chosen"] else "dim")  # fmt: skip
     console.print(table)
+    if facts["packed_weights"]:
+        packed = Table("weights packed for decoding", "rows", "multiplied by", "reason")
+        for line in facts["packed_weights"]:
+            packed.add_row(line["weights"], line["rows"], line["by"], line["reason"])
+        console.print(packed)

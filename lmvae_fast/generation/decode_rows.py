@@ -13,8 +13,9 @@ from lmvae_fast.generation.cuda_graphs import RecordedStep, capture_for, rows_of
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoder.cache import LatentCache
+from lmvae_fast.models.decoder.packed_products import exchanged
 from lmvae_fast.models.decoder.prefill import read
-from lmvae_fast.models.decoder.prepared_weights import exchanged, exchanges
+from lmvae_fast.models.decoder.prepared_weights import exchanges
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
 
@@ -109,7 +110,7 @@ class Rows:
         if config.repetition_penalty != 1.0:
             self.state["seen"] = torch.zeros(size, decoder.vocab_size, dtype=torch.uint8, device=device)
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence
-        self.packed = exchanges(decoder, size, config.pack_weights)
+        self.packed = exchanges(decoder, size, config.pack_weights, config.weights)
         self.recorded = self._recording()
 
     def room(self, first: int, count: int) -> Tensor | None:
@@ -187,7 +188,8 @@ class Rows:
         with exchanged(self.packed):
             plain = not (config.do_sample or config.logprobs or config.min_new_tokens)
             if plain and "seen" not in state:  # no logit is wanted
-                return decoder.greedy_step(state["token"], self.cache, self.injection, config.pack_weights), None
+                head = config.pack_weights and config.weights is None  # another head is among what is exchanged
+                return decoder.greedy_step(state["token"], self.cache, self.injection, head), None
             logits = decoder.step(state["token"], self.cache, self.injection)
         if config.min_new_tokens:
             early = (state["count"] < config.min_new_tokens).unsqueeze(1)
@@ -260,7 +262,7 @@ class Rows:
         self.state = {name: value[where] for name, value in self.state.items()}
         self.starts = [self.starts[row] for row in rows]
         self.size = len(rows)
-        self.packed = exchanges(self.model.decoder, self.size, self.config.pack_weights)
+        self.packed = exchanges(self.model.decoder, self.size, self.config.pack_weights, self.config.weights)
         self.recorded = self._recording()
 
     def _recording(self) -> RecordedStep | None:

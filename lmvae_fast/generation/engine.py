@@ -20,7 +20,7 @@ from lmvae_fast.generation.cuda_graphs import capture_for
 from lmvae_fast.generation.decode_rows import Ended, Rows
 from lmvae_fast.generation.queue import Block, Prompt, Prompts, Waiting, blocks_of
 from lmvae_fast.generation.spelling import responses, spelled
-from lmvae_fast.models.decoder.prepared_weights import packed_weights
+from lmvae_fast.models.decoder.prepared_weights import check_weights, packed_weights
 from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
@@ -80,12 +80,13 @@ def generate(
     Raises:
         LatentError: latents of another width or dtype, or with NaN or Inf; none of that batch is decoded then.
         ConfigError: more tokens asked for than the model's memory or positions allow, or a prompt that leaves none; a
-            stop token beyond the vocabulary; CUDA graphs asked for on another device.
+            stop token beyond the vocabulary; CUDA graphs, or weights in int8, asked for on another device.
         DataError: prompts, or numbers, and latents of different number.
         NumericalError: weights of the head that are NaN or Inf; and, when its sentence ends, a latent whose decoding was.
     """
     config = config or GenerationConfig()
     model.decoder.check_head()
+    check_weights(model.decoder, config.weights)
     given = _prompts(model, latents, prompts)
     longest = max((len(prompt.read) - 1 for prompt in given), default=0)
     limit = token_limit(model, config, longest)
@@ -210,7 +211,10 @@ def _beams(
     for z, given in blocks:
         rows = range(place, place + len(z))
         chosen = [prompts[row if len(prompts) > 1 else 0] for row in rows] if prompts else []
-        with evaluating(model), packed_weights(model.decoder, len(z) * config.num_beams, config.pack_weights):
+        with (
+            evaluating(model),
+            packed_weights(model.decoder, len(z) * config.num_beams, config.pack_weights, config.weights),
+        ):
             injection = model.inject(z, tokens=limit + longest, **given)
             shown, read_first = [prompt.shown for prompt in chosen], [prompt.read for prompt in chosen]
             best = search(

@@ -96,6 +96,10 @@ def _packed_linear(x, packed, bias, residual, activation, out_features, **_: Any
     return 2 * x.numel() * out_features * (2 if ACTIVATIONS[activation] == "swiglu" else 1)
 
 
+def _packed_linear_int8(x, values, scales, totals, *rest: Any, **named: Any) -> int:
+    return _packed_linear(x, values, *rest, **named)
+
+
 def _greedy_head(hidden, weight, *rest: Any, **_: Any) -> int:
     return 2 * hidden.shape[0] * weight.numel()
 
@@ -113,6 +117,7 @@ def _formulas() -> dict[Any, Formula]:
         "latent_kv_adamw": _kv_adamw,
         "lm_head_loss_fwd": _head,
         "packed_linear": _packed_linear,
+        "packed_linear_int8": _packed_linear_int8,
         "greedy_head": _greedy_head,
     }
     by_op: dict[Any, Formula] = {}

@@ -10,7 +10,6 @@ from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.generation import engine
 from lmvae_fast.generation.decode_rows import Rows, Start
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.models.decoder import prepared_weights as packed
 from lmvae_fast.models.free_running import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.stepwise import stepwise_greedy
@@ -268,25 +267,6 @@ def test_log_probabilities_are_the_models():
                 expected = model.decoder.logits(hidden).log_softmax(-1)
             expected = expected.gather(-1, torch.tensor(out.ids)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(out.logprobs), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_packed_weights_give_the_same_texts_and_leave_no_trace(family):
-    model = make_model(family).eval()
-    z = 2 * torch.randn(16, 6)
-    if not packed.pays(model.decoder, 16):
-        pytest.skip("weights are not packed here")
-    plain = list(generate(model, z, GenerationConfig(pack_weights=False)))
-    assert list(generate(model, z)) == plain
-    forwards = [module for module in model.decoder.model.modules() if "forward" in module.__dict__]
-    assert not forwards
-    with packed.packed_weights(model.decoder, 16):
-        assert any("forward" in module.__dict__ for module in model.decoder.model.modules())
-    with torch.no_grad():  # a changed weight is packed again
-        model.decoder.model.get_output_embeddings().weight.mul_(-1)
-    changed = list(generate(model, z, GenerationConfig(pack_weights=False)))
-    assert changed != plain
-    assert list(generate(model, z)) == changed
 
 
 @pytest.mark.parametrize("options", [{}, {"visibility": "prefix", "slots": 2}, {"visibility": "interleaved"}], ids=str)

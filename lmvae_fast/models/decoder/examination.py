@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmvae_fast.errors import UnsupportedDecoderError
@@ -81,7 +81,7 @@ def examine(decoder: Examined) -> Geometry:
     name = type(decoder.model).__name__
     config = decoder.model.config.get_text_config(decoder=True)
     try:
-        with _in_float32(decoder.model):
+        with in_float32(decoder.model):
             expected, plain = _eager_logits(decoder, config)
             fuse_activations(decoder.model)  # here, so that the comparison below covers it
             seen, got = _packed_logits(decoder)
@@ -144,7 +144,7 @@ def _geometry(decoder: Examined, config: Any, seen: RecordingAttention) -> Geome
 
 
 @contextlib.contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+def in_float32(model: nn.Module) -> Iterator[None]:
     """While this lasts, half-precision weights are held in float32; afterwards they are the very tensors they were."""
     kept: list[tuple[Any, Tensor]] = []
     for tensor in (*model.parameters(), *model.buffers()):

@@ -65,7 +65,5 @@ def _prepared_head(module: nn.Module) -> GreedyHead:
     state = (weight.data_ptr(), weight._version)
     if module not in _prepared or _prepared[module][0] != state:
         head = pack_head(weight)
-        elements = head.panels.numel()  # even: a float32's room holds two
-        room = LargePages().empty(elements // 2).view(torch.bfloat16)
-        _prepared[module] = (state, replace(head, panels=room.view_as(head.panels).copy_(head.panels)))
+        _prepared[module] = (state, replace(head, panels=LargePages().copy(head.panels)))
     return _prepared[module][1]

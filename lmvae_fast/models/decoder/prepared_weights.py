@@ -1,32 +1,31 @@
 """Weights of a frozen decoder in a layout of their own, for decoding on a CPU.
 
 A decode step multiplies few rows by every weight, and torch's plain matrix product brings a weight into the layout it
-computes with anew at each call. Here that is done once per decoder: in fp32 for our own product of few rows, in bf16, and
-for many rows, for oneDNN's. Where our product is used and the family is known, a whole body is exchanged (bodies.py);
-otherwise the modules and their code stay Hugging Face's, and only what a linear module calls is exchanged while a step runs.
+computes with anew at each call. Here that is done once per decoder: for our own products, and for more rows than they are
+fastest for (kernels/packed_linear/choices.py) for oneDNN's. Where our product is used and the family is known, a whole body is
+exchanged (prepared_layers.py); otherwise the modules and their code stay Hugging Face's, and only what a linear module calls is
+exchanged while a step runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lmvae_fast.errors import ConfigError
 from lmvae_fast.kernels.backend import current
-from lmvae_fast.kernels.packed_linear import most_rows, packed_linear
+from lmvae_fast.kernels.packed_linear import most_rows
 from lmvae_fast.models.decoder.decoder import Decoder
-from lmvae_fast.models.decoder.large_pages import LargePages
-from lmvae_fast.models.decoder.prepared_layers import body_forward, linear_weight, packed_of
+from lmvae_fast.models.decoder.packed_products import Exchanges, Forward, Linear, Packing, exchanged, linear_weight
+from lmvae_fast.models.decoder.prepared_layers import body_forward
 
-Linear = nn.Linear | Conv1D
-Forward = Callable[..., Any]
-Exchanges = list[tuple[nn.Module, Forward]]
+OURS = (torch.float32, torch.bfloat16)  # dtypes that packed_linear has a kernel for
 _packed: WeakKeyDictionary[Decoder, tuple[tuple, Exchanges]] = WeakKeyDictionary()
 
 
@@ -34,7 +33,7 @@ def pays(decoder: Decoder, rows: int) -> bool:
     """Whether packed weights make a step over this many rows faster (measured: docs/generation.md)."""
     if decoder.trains or decoder.device.type != "cpu" or current() == "reference" or torch.is_autocast_enabled("cpu"):
         return False
-    if decoder.dtype == torch.float32 and rows <= most_rows():
+    if _ours(decoder, rows):
         return True
     if not torch.backends.mkldnn.is_available():
         return False
@@ -45,61 +44,74 @@ def pays(decoder: Decoder, rows: int) -> bool:
     )  # a single row waits for the weight's bytes, whatever their layout
 
 
+def check_weights(decoder: Decoder, weights: str | None) -> None:
+    """Raises ConfigError where a decoder cannot be decoded with these weights: None for its own, or "int8"."""
+    if weights is None:
+        return
+    reasons = {
+        "its decoder trains": decoder.trains,
+        f"its decoder is on {decoder.device}": decoder.device.type != "cpu",
+        f"its decoder is held in {decoder.dtype}": decoder.dtype not in OURS,
+        "autocast is on": torch.is_autocast_enabled("cpu"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"weights={weights!r} decodes a frozen decoder in float32 or bfloat16 on a CPU",
+                value=reason,
+                remedy="leave weights out",
+            )
+
+
+def _ours(decoder: Decoder, rows: int) -> bool:
+    return decoder.dtype in OURS and rows <= most_rows(decoder.dtype)
+
+
 @contextmanager
-def packed_weights(decoder: Decoder, rows: int, wanted: bool = True) -> Iterator[None]:
+def packed_weights(decoder: Decoder, rows: int, wanted: bool = True, weights: str | None = None) -> Iterator[None]:
     """Inside, the decoder's linear maps read packed weights where that is wanted and pays; outside, nothing is changed."""
-    with exchanged(exchanges(decoder, rows, wanted)):
+    with exchanged(exchanges(decoder, rows, wanted, weights)):
         yield
 
 
-def exchanges(decoder: Decoder, rows: int, wanted: bool = True) -> Exchanges:
-    """What `packed_weights` exchanges; a step need not look at every weight again (`exchanged`)."""
+def exchanges(decoder: Decoder, rows: int, wanted: bool = True, weights: str | None = None) -> Exchanges:
+    """What `packed_weights` exchanges; a step need not look at every weight again (`exchanged`).
+
+    weights: "int8" for weights rounded to that, whatever pays. Raises ConfigError as `check_weights`.
+    """
+    if weights is not None:
+        check_weights(decoder, weights)
+        return _forwards(decoder, rows, weights)
     return _forwards(decoder, rows) if wanted and pays(decoder, rows) else []
 
 
-@contextmanager
-def exchanged(forwards: Exchanges) -> Iterator[None]:
-    """Inside, these modules call these functions."""
-    for module, forward in forwards:
-        module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, _ in forwards:
-            module.__dict__.pop("forward", None)
-
-
-def _forwards(decoder: Decoder, rows: int) -> Exchanges:
+def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchanges:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
     linear = [m for m in decoder.model.modules() if isinstance(m, Linear) and type(m) in (nn.Linear, Conv1D)]
     modules = [m for m in linear if m.weight.dtype == dtype]
-    ours = dtype == torch.float32 and rows <= most_rows()
+    ours = weights is not None or _ours(decoder, rows)
     copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
-    state = (ours, *((tensor.data_ptr(), tensor._version) for tensor in copied))
+    state = (ours, weights, *((tensor.data_ptr(), tensor._version) for tensor in copied))
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed.pop(decoder, None)  # before the next copy of the weights is made
-        _packed[decoder] = (state, _ours(decoder, modules) if ours else _onednn(modules, rows))
+        made = _by_our_products(decoder, modules, weights) if ours else _onednn(modules, rows)
+        _packed[decoder] = (state, made)
     return _packed[decoder][1]
 
 
-def _ours(decoder: Decoder, modules: list[Linear]) -> Exchanges:
-    pages = LargePages()
-    body = body_forward(decoder, pages)
+def _by_our_products(decoder: Decoder, modules: list[Linear], weights: str | None) -> Exchanges:
+    packing = Packing(weights)
+    body = body_forward(decoder, packing)
     if body is None:
-        return [(module, _when_called(module, pages)) for module in modules]
+        return [(module, _when_called(module, packing)) for module in modules]
     inside = set(decoder.body.modules())
-    return [(decoder.body, body), *((m, _when_called(m, pages)) for m in modules if m not in inside)]
+    return [(decoder.body, body), *((m, _when_called(m, packing)) for m in modules if m not in inside)]
 
 
-def _when_called(module: Linear, pages: LargePages) -> Forward:
-    # Greedy decoding has another way with the head (head.py): what is not called takes no memory.
-    packed = cache(partial(packed_of, pages, module))
-
-    def forward(x: Tensor) -> Tensor:
-        linear = packed()
-        return packed_linear(x, linear.packed, linear.bias, out_features=linear.out_features)
-
-    return forward
+def _when_called(module: Linear, packing: Packing) -> Forward:
+    # Greedy decoding in fp32 has another way with the head (greedy_token.py): what is not called takes no memory.
+    packed = cache(partial(packing.linear, module))
+    return lambda x: packed().checked(x)
 
 
 def _onednn(modules: list[Linear], rows: int) -> Exchanges:

@@ -1,0 +1,91 @@
+"""Up to how many rows packed_linear is faster than oneDNN's packed product on this machine, by dtype.
+
+    python -m benchmarks.kernels.crossover [--threads 2] [--seconds 2] [--write]
+
+Both sides take turns over the matrices of a layer, enough of them to leave none in a cache. The number is the greatest of
+ROWS up to which packed_linear took no more than TIE of oneDNN's time at every size: where both are level ours is taken, because
+activations and residuals then need no pass of their own. ``--write`` enters it for this machine's instruction set in
+kernels/packed_linear/choices.json, which lmvae_fast reads; other instruction sets keep what they have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+
+import torch
+
+from benchmarks.kernels.bench_packed_linear import MATRICES
+from lmvae_fast.kernels.packed_linear import choices, pack_weight, packed_linear
+from lmvae_fast.models.decoder.large_pages import LargePages
+from lmvae_fast.profiling.measure import interleave, speedup
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+SHAPES = ((768, 2304), (768, 3072), (3072, 768))  # inputs, outputs of GPT-2-small's layers
+TIE = 1.03
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def ratios(rows: int, dtype: torch.dtype, seconds: float) -> list[float]:
+    """oneDNN's time over ours, for every shape."""
+    found = []
+    for inputs, outputs in SHAPES:
+        weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(MATRICES)]
+        pages, x = LargePages(), torch.randn(rows, inputs).to(dtype)
+        packed = [pages.copy(pack_weight(weight)) for weight in weights]
+        blocked = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
+        sides = {
+            "ours": lambda x=x, packed=packed, n=outputs: [packed_linear(x, w, out_features=n) for w in packed],
+            "oneDNN": lambda x=x, blocked=blocked: [_onednn(x, w) for w in blocked],
+        }
+        found.append(speedup(interleave(sides, seconds, "cpu", rounds=9), "ours", "oneDNN"))
+    return found
+
+
+def most_rows(measured: Mapping[int, list[float]]) -> int:
+    """The greatest number of rows up to which ours is never slower than ``TIE`` allows; 0 where the first is."""
+    best = 0
+    for rows, found in sorted(measured.items()):
+        if min(found) < 1 / TIE:
+            break
+        best = rows
+    return best
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each shape and number of rows")
+    parser.add_argument("--write", action="store_true", help="enter what was measured in the table")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    here, found = choices.instruction_set(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name, measured = str(dtype).removeprefix("torch."), {}
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            print(f"{here} bfloat16: oneDNN has no product here, so every number of rows is ours")
+            found[name] = ROWS[-1]
+            continue
+        for rows in ROWS:
+            measured[rows] = ratios(rows, dtype, options.seconds)
+            print(f"{here} {name} {rows} rows: " + ", ".join(f"{r:.2f}x" for r in measured[rows]), flush=True)
+            if most_rows(measured) != rows:
+                break
+        found[name] = most_rows(measured)
+    print(f"{here}: {found}")
+    if options.write:
+        table = choices.table() | {here: found}
+        ordered = {name: table[name] for name in choices.LADDER if name in table}
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(rows)}" for name, rows in ordered.items())
+        choices.TABLE.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

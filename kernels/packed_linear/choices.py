@@ -1,0 +1,77 @@
+"""Up to how many rows `packed_linear` is the fastest product here: a table by instruction set, measured and not guessed.
+
+`python -m benchmarks.kernels.crossover --write` measures the machine it runs on and enters it in `choices.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .. import backend
+
+TABLE = Path(__file__).with_name("choices.json")
+LADDER = ("default", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")  # each has what stands before it
+
+
+def instruction_set() -> str:
+    """The best of `LADDER` that the extension uses here."""
+    return torch.ops.lmvae_fast.cpu_extension()
+
+
+@cache
+def most_rows(dtype: torch.dtype = torch.float32) -> int:
+    """Rows up to which `packed_linear` in this dtype is the fastest product of this machine's CPU; 0 where it has none.
+
+    An instruction set that nobody has measured is given what the next one below it has.
+    """
+    if not backend.extension()[0]:
+        return 0
+    return rows_of(table(), instruction_set(), str(dtype).removeprefix("torch."))
+
+
+def table() -> dict[str, dict[str, int]]:
+    """Rows by instruction set and dtype, as they were measured."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def rows_of(table: dict[str, dict[str, int]], best: str, dtype: str) -> int:
+    """Rows of the instruction set nearest to ``best``, from there down `LADDER`, that ``table`` has for ``dtype``; else 0."""
+    for name in reversed(LADDER[: LADDER.index(best) + 1]):
+        if dtype in table.get(name, {}):
+            return table[name][dtype]
+    return 0
+
+
+def bodies() -> list[dict[str, str]]:
+    """What multiplies by packed weights in decoding on this CPU, a line for each precision: ``weights``, ``rows`` (as text),
+    ``by`` (the kernel) and ``reason`` (why not a faster one); no lines without the C++ extension."""
+    if not backend.extension()[0]:
+        return []
+    rung = LADDER.index(instruction_set())
+
+    def has(name: str) -> bool:
+        return rung >= LADDER.index(name)
+
+    vectors = f"{LADDER[min(rung, 2)]} vectors"
+    half = (
+        ("AMX tiles, below 9 rows AVX512-BF16 dot products", "the fastest there is")
+        if has("amx")
+        else ("AVX512-BF16 dot products", "no AMX")
+        if has("avx512_bf16")
+        else (f"{vectors}, weights widened", "no AVX512-BF16")
+    )
+    whole = (
+        ("AMX tiles from 25 rows, vectors below", "the fastest there is") if has("amx") else (vectors, "no AMX tiles")
+    )
+    bytes_ = (
+        (f"AVX512-VNNI dot products for bf16 decoders, {vectors} for fp32", 'only with weights="int8"')
+        if has("avx512_vnni")
+        else (f"{vectors}, weights widened", 'no AVX512-VNNI; only with weights="int8"')
+    )
+    fp32, bf16 = (f"up to {most_rows(dtype)}" for dtype in (torch.float32, torch.bfloat16))
+    lines = (("float32", fp32, *whole), ("bfloat16", bf16, *half), ("int8", "any", *bytes_))
+    return [dict(zip(("weights", "rows", "by", "reason"), line, strict=True)) for line in lines]
