@@ -17,6 +17,11 @@ TABLE = Path(__file__).with_name("choices.json")
 LADDER = ("default", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")  # each has what stands before it
 
 
+def _known() -> bool:
+    """Whether there is an extension, and not one that was built before it could say what it uses."""
+    return backend.extension()[0] and hasattr(torch.ops.lmvae_fast, "cpu_extension")
+
+
 def instruction_set() -> str:
     """The best of `LADDER` that the extension uses here."""
     return torch.ops.lmvae_fast.cpu_extension()
@@ -28,7 +33,7 @@ def most_rows(dtype: torch.dtype = torch.float32) -> int:
 
     An instruction set that nobody has measured is given what the next one below it has.
     """
-    if not backend.extension()[0]:
+    if not _known():
         return 0
     return rows_of(table(), instruction_set(), str(dtype).removeprefix("torch."))
 
@@ -49,7 +54,7 @@ def rows_of(table: dict[str, dict[str, int]], best: str, dtype: str) -> int:
 def bodies() -> list[dict[str, str]]:
     """What multiplies by packed weights in decoding on this CPU, a line for each precision: ``weights``, ``rows`` (as text),
     ``by`` (the kernel) and ``reason`` (why not a faster one); no lines without the C++ extension."""
-    if not backend.extension()[0]:
+    if not _known():
         return []
     rung = LADDER.index(instruction_set())
 
