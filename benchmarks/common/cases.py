@@ -64,9 +64,20 @@ SHAPES = {
     "tiny": Shape(2, 32, 2, None),
     # as JackFram/llama-160m is; and a tenth of a billion in Qwen2.5's proportions, most of it its vocabulary
     "llama-160m": Shape(12, 768, 12, 32_000, "llama", 12, 3072, tied=False),
+    "smollm2-135m": Shape(30, 576, 9, 49_152, "llama", 3, 1536),
     "qwen-0.1b": Shape(12, 512, 8, 151_936, "qwen2", 2, 1408),
     "tiny-llama": Shape(2, 32, 2, None, "llama", 1, 64, tied=False),
 }
+
+
+def make_decoder_case(folder: Path, name: str, lines: list[str]) -> Path:
+    """Write a random decoder of a shape and a tokenizer made from ``lines`` below `folder`; returns their folder."""
+    shape, folder = SHAPES[name], folder / name / "decoder"
+    tokenizer = _tokenizer(lines)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape.decoder(shape.vocabulary or len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_case(folder: Path, name: str, lines: list[str], batch: int, threads: int) -> Path:
