@@ -130,7 +130,7 @@ class Trainer:
         self.state = run_state.RunState(
             model,
             self.parameters,
-            Optimizer(model, self.parameters, config),
+            Optimizer(model, self.parameters, config, self.ranks),
             Plateau(config.plateau_patience, config.plateau_factor),
             RunningMeans(self.device, self.ranks),
             Progress(),

@@ -22,6 +22,7 @@ from lmvae_fast.models.projectors import LinearProjector
 from lmvae_fast.models.sharded_tensors import in_pieces, whole
 from lmvae_fast.training.checkpoints.tensors import optimizer_tensors, restore_optimizer
 from lmvae_fast.training.distributed import Ranks
+from lmvae_fast.training.row_adamw import RowAdamW, embedding_by_rows
 
 
 class Optimizer:
@@ -30,11 +31,23 @@ class Optimizer:
     Args:
         model: an LMVAE; its projector is looked at.
         parameters: name -> parameter of everything that trains, as it is held during the run.
-        config: learning rate, AdamW's settings, `grad_clip`, `precision` and `fused_projector_update`.
+        config: learning rate, AdamW's settings, `grad_clip`, `precision`, `fused_projector_update`, `embedding_rows_update`.
+        ranks: of the run.
     """
 
-    def __init__(self, model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+    def __init__(
+        self, model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks | None = None
+    ) -> None:
         self.grad_clip = config.grad_clip
+        self.rows: RowAdamW | None = None
+        self._rows_name = ""
+        if config.embedding_rows_update:
+            self._rows_name = embedding_by_rows(model, parameters, config, ranks is None or ranks.alone)
+            options_of_rows: dict[str, Any] = {
+                "lr": config.learning_rate, "betas": config.adam_betas, "eps": config.adam_eps
+            }  # fmt: skip
+            self.rows = RowAdamW(model.decoder.model.get_input_embeddings(), **options_of_rows)
+            parameters = {name: value for name, value in parameters.items() if name != self._rows_name}
         device = next(iter(parameters.values())).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.projector = _fusible(model, parameters, config)
@@ -59,16 +72,18 @@ class Optimizer:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """While this lasts, the projector hands the gradients of its memory to the fused update."""
-        if self.projector is None:
-            yield
-            return
-        self.projector.fused = self.fused
-        try:
-            yield
-        finally:
-            self.projector.fused = None
-            self.zero_grad()
+        """While this lasts, the projector hands the gradients of its memory to the fused update, and an embedding that is
+        updated by rows has a gradient of rows."""
+        with contextlib.nullcontext() if self.rows is None else self.rows.attached():
+            if self.projector is None:
+                yield
+                return
+            self.projector.fused = self.fused
+            try:
+                yield
+            finally:
+                self.projector.fused = None
+                self.zero_grad()
 
     @property
     def learning_rate(self) -> float:
@@ -79,6 +94,8 @@ class Optimizer:
         for optimizer, _ in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = value
+        if self.rows is not None:
+            self.rows.lr = value
 
     @property
     def _optimizers(self) -> list[tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]:
@@ -104,9 +121,11 @@ class Optimizer:
             self.scaler.unscale_(adamw)
             norm = torch.nn.utils.get_total_norm([p.grad for p in part.values() if p.grad is not None])
             norms.append(whole(norm))
-        if len(norms) == 1 and self.fused is None:
+        if len(norms) == 1 and self.fused is None and self.rows is None:
             return norms[0]
         squares = [norm.square() for norm in norms]
+        if self.rows is not None:
+            squares.append(self.rows.norm_sq())
         if self.fused is not None:
             # A sum of squares, but from Gram matrices: rounding may leave a zero slightly negative. NaN passes the clamp.
             squares.append(self.fused.norm_sq().clamp_min(0.0))
@@ -124,27 +143,39 @@ class Optimizer:
         self.scaler.update()
         if self.fused is not None:
             self.fused.step(clip=clip)
+        if self.rows is not None:
+            self.rows.step(clip=clip)
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for optimizer, _ in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if self.rows is not None:
+            self.rows.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state as "<parameter name>/<key>" -> tensor, the same whichever way the weight is updated."""
         flat: dict[str, Tensor] = {}
         for optimizer, part in self._optimizers:
             flat |= optimizer_tensors(optimizer, part)
+        if self.rows is not None:
+            flat |= {f"{self._rows_name}/{key}": value for key, value in self.rows.tensors().items()}
         return flat
 
     def restore(self, flat: Mapping[str, Tensor]) -> None:
         """Put a state of `tensors` back. Raises CheckpointError if it is of other parameters."""
         states: list[dict[str, Tensor]] = [{} for _ in self._optimizers]
+        of_rows: dict[str, Tensor] = {}
         for path, value in flat.items():
-            name = path.rpartition("/")[0]
+            name, _, key = path.rpartition("/")
+            if self.rows is not None and name == self._rows_name:
+                of_rows[key] = value
+                continue
             owner = [name in part for _, part in self._optimizers]
             states[owner.index(True) if any(owner) else 0][path] = value  # what nobody has, the first one refuses
+        if self.rows is not None:
+            self.rows.restore(of_rows)
         if self.fused is not None and not states[-1]:
             raise CheckpointError(
                 "the checkpoint has no optimizer state of the projector's weight",

@@ -38,6 +38,7 @@ CHANGEABLE = {
     "early_stop",
     "monitor",
     "fused_projector_update",
+    "embedding_rows_update",
     "recompute_decoder",
     "compile",
 }
