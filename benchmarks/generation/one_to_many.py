@@ -3,10 +3,10 @@
     python -m benchmarks.generation.one_to_many [--shape smollm2-135m] [--prompts 64] [--samples 32] [--tokens 32] [--rounds 3]
 
 Every side is a process of its own with the same random decoder. Ours is what `lmvae-fast generate --prompts` does:
-`PlainDecoder` under `lf.generate`. transformers gets the prompts padded left, `num_return_sequences` samples of each, in batches
-of the rows at which it is fastest here, and every advantage of equal work: all draw at temperature 1 under top-p .95, and no
-response ends early. Before anything is timed both decode the prompts greedily, and their ids must be equal. Prompts are sentences
-of the bundled corpus, of different lengths. Writes benchmarks/results/generation/one_to_many.json.
+`PlainDecoder` under `lf.generate`. transformers gets the prompts padded left and `num_return_sequences` samples of each, in
+batches of several sizes, of which the fastest counts. All draw at temperature 1 under top-p .95, and no response ends early.
+Before anything is timed both decode the prompts greedily, and their ids must be equal. Prompts are sentences of the bundled
+corpus, of different lengths. Writes benchmarks/results/generation/one_to_many.json.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(options.threads)}
     sides = {"ours": ("ours", case)}
-    sides |= {
-        f"transformers, {rows} rows": ("theirs", {**case, "their_rows": rows}) for rows in options.their_rows
-    }
+    sides |= {f"transformers, {rows} rows": ("theirs", {**case, "their_rows": rows}) for rows in options.their_rows}
     workers = {}
     for name, (kind, own) in sides.items():
         file = folder / f"{len(workers)}.json"

@@ -2,12 +2,13 @@
 
     python -m benchmarks.training.cvae [--data dialogues.txt] [--shape smollm2-135m] [--responses 16] [--rounds 5]
 
-The twin is the public code's formulation: rows padded to one length, logits of every token at once, densities [N M, N, D], modules
-one by one; AdamW is torch's fused one on both sides. A step is the responses of one prompt, forward to update. Every side is a
-process of its own with the same weights and responses; before anything is timed, losses and norms of gradients under the same
-noise are compared. Steps are timed in turn, in random order within each round; peak memory is each process's own. With `--data`
-(a dialogue a line, utterances ending in __eou__) prompt and lengths of responses are those of the dialogue that has most to say
-within the published limits, otherwise they are sentences of the bundled corpus. Writes benchmarks/results/training/cvae.json.
+The twin is the public code's formulation: rows padded to one length, logits of every token at once, densities [N M, N, D],
+modules one by one; AdamW is torch's fused one on both sides. A step is the responses of one prompt, forward to update.
+Every side is a process of its own with the same weights and responses; before anything is timed, losses and norms of
+gradients under the same noise are compared. Steps are timed in turn, in random order within each round; peak memory is each
+process's own. With `--data` (a dialogue a line, utterances ending in __eou__) prompt and lengths of responses are those of
+the dialogue that has most to say within the published limits, otherwise they are sentences of the bundled corpus. Writes
+benchmarks/results/training/cvae.json.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class TrainConfig(ConfigBase):
         shard: hold the decoder's layers in pieces, one on each process (FSDP2); needs torchrun.
         fused_projector_update: update the projector's weight within the backward pass, so that its gradient, as large as
             the weight, is never made (not with fp16, whose scaler must see it). False: torch's AdamW for everything.
-        embedding_rows_update: hold AdamW's moments, and do its work, only for those rows of a trained token embedding that have had
-            a gradient: exact without weight decay, for an embedding that is not the head's weight too; refused otherwise.
+        embedding_rows_update: hold AdamW's moments, and do its work, only for those rows of a trained token embedding that have
+            had a gradient: exact without weight decay, for an embedding that is not the head's weight too; refused otherwise.
         recompute_decoder: keep only what goes into the decoder's layers, and compute the rest anew in backward: less memory
             for long sentences or deep decoders, for one more forward pass.
         compile: run the decoder's layers through torch.compile; it compiles anew, for a while, at the first step and where
