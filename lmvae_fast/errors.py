@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+#: Characters of a value that a message shows; and of anything else in it.
+VALUE_SHOWN, TEXT_SHOWN = 400, 2000
 
 
 class LMVAEError(Exception):
@@ -17,14 +21,58 @@ class LMVAEError(Exception):
 
     def __init__(self, problem: str, *, value: Any = None, limit: Any = None, remedy: str | None = None):
         self.problem, self.value, self.limit, self.remedy = problem, value, limit, remedy
-        parts = [problem]
-        if value is not None:
-            parts.append(f"got: {value}")
-        if limit is not None:
-            parts.append(f"allowed: {limit}")
-        if remedy is not None:
-            parts.append(f"remedy: {remedy}")
-        super().__init__("; ".join(parts))
+        names = {"value": "got: ", "limit": "allowed: ", "remedy": "remedy: "}
+        super().__init__("; ".join(names.get(name, "") + text for name, text in self.fields().items()))
+
+    def fields(self) -> dict[str, str]:
+        """Problem, value, limit and remedy as texts, those that there are; what is too long to be read is shortened."""
+        found = {"problem": shown(self.problem, TEXT_SHOWN)}
+        if self.value is not None:
+            found["value"] = shown(self.value, VALUE_SHOWN)
+        for name in ("limit", "remedy"):
+            if (given := getattr(self, name)) is not None:
+                found[name] = shown(given, TEXT_SHOWN)
+        return found
+
+
+def shown(value: Any, most: int = VALUE_SHOWN) -> str:
+    """A value as a message shows it: at most so many characters, however large it is."""
+    if not isinstance(value, str):
+        value = _text(value, most)
+    return value if len(value) <= most else f"{value[: most - 30]}... ({len(value):,} characters)"
+
+
+def _text(value: Any, most: int) -> str:
+    """``str(value)``, or its kind and size where that would have to be written out to be cut."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4 * most:
+        return f"an integer of {value.bit_length():,} bits"
+    if isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        left = 50 * most
+        for item in _leaves(value):
+            left -= 1 + (len(item) if isinstance(item, (str, bytes)) else 0)
+            if left < 0:
+                return f"a {type(value).__name__} of {len(value):,} entries"
+    try:
+        return str(value)
+    except Exception:  # a message must not fail for what it is about
+        return f"a {type(value).__name__}"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What containers hold, containers within them opened; as long as somebody asks."""
+    stack = [iter((value,))]
+    while stack:
+        item = next(stack[-1], stack)
+        if item is stack:
+            stack.pop()
+        elif isinstance(item, Mapping):
+            stack.append(iter([part for pair in item.items() for part in pair]))
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack.append(iter(item))
+        else:
+            yield item
+            continue
+        yield None
 
 
 class ConfigError(LMVAEError, ValueError):

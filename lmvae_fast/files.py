@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmvae_fast.errors import OutputError
+from lmvae_fast.documents import read_object
+from lmvae_fast.errors import DataError, OutputError
 
 TEMPORARY = ".tmp-"
 MARK, LOCK = ".lmvae_fast.json", ".lmvae_fast.lock"
@@ -103,7 +104,14 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file and fsync it (not atomic by itself: the caller renames)."""
     save_file(storable(tensors), str(path), dict(metadata) if metadata else None)
+    share_as_folder(path)
     fsync_file(path)
+
+
+def share_as_folder(path: Path) -> None:
+    """Give a file its folder's permissions: who may read that may read it. (safetensors keeps files to their owner.)"""
+    with contextlib.suppress(OSError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -126,6 +134,7 @@ def replacing(path: Path, consequence: str = "") -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            share_as_folder(temporary)
             os.replace(temporary, path)
             fsync_folder(path.parent)
         except BaseException:
@@ -231,10 +240,10 @@ def recover_folder(folder: Path) -> None:
 def made_as(folder: Path) -> str | None:
     """The kind of output that a folder was made as; None for one without our mark."""
     try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        mark = read_object(folder / MARK)
+    except DataError:
         return None
-    kind = mark.get("kind") if isinstance(mark, dict) and mark.get("format") == _MARK_FORMAT else None
+    kind = mark.get("kind") if mark.get("format") == _MARK_FORMAT else None
     return kind if isinstance(kind, str) else None
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from lmvae_fast.errors import CheckpointError
+from lmvae_fast.errors import CheckpointError, LMVAEError
 from lmvae_fast.files import TEMPORARY, output_errors, replace_folder, sha256_file
+from lmvae_fast.model_folders import check_folder
+from lmvae_fast.tensor_files import check_finite
 
 # Models that come as a Python package with their weights inside: name -> (module, folder or file in it, how to install it).
 PACKAGED = {
@@ -113,8 +114,12 @@ def load_pretrained(auto_class: Any, name: str, part: str, *, may_lack: tuple[st
     try:
         if not issubclass(auto_class, (_BaseAutoModelClass, PreTrainedModel)):
             return auto_class.from_pretrained(source, **options)
+        if Path(source).is_dir():
+            check_folder(auto_class, Path(source), part, may_lack, options)
         model, found = auto_class.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except (LMVAEError, MemoryError):
+        raise
+    except Exception as error:  # a damaged or foreign folder ends in errors of every kind
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
             raise CheckpointError(
@@ -133,4 +138,5 @@ def load_pretrained(auto_class: Any, name: str, part: str, *, may_lack: tuple[st
             value=f"{len(missing)} missing {missing[:3]}, {len(mismatched)} of another shape {mismatched[:3]}",
             remedy="take a checkpoint of the same architecture; this one is foreign or incomplete",
         )
+    check_finite(dict(model.named_parameters()), f"the {part} {name!r}")
     return model

@@ -1,19 +1,13 @@
-"""The application: commands, errors as messages, exit codes.
-
-Exit codes: 0 done; 1 a fault of ours; 2 usage; 3 bad input (an LMVAEError: what is wrong, the limit, the remedy);
-4 NaN or Inf in training; 130 interrupted, with a usable checkpoint where there is one.
-"""
+"""The application: its commands. How they end, and their exit codes, are in ``ending``."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import typer
-from rich.console import Console
 
 import lmvae_fast
 from lmvae_fast.cli import (
@@ -28,9 +22,11 @@ from lmvae_fast.cli import (
     probe,
     profile,
     train,
+    verify,
 )
-from lmvae_fast.cli.common import BACKENDS, INTERRUPTED
-from lmvae_fast.errors import ConfigError, LMVAEError, NumericalError
+from lmvae_fast.cli.common import BACKENDS
+from lmvae_fast.cli.ending import ending, guarded, prepare_streams, report_usage, wants_json
+from lmvae_fast.errors import ConfigError
 
 app = typer.Typer(
     name="lmvae-fast",
@@ -45,8 +41,6 @@ Start with `lmvae-fast demo`: it trains a small LangVAE on a bundled corpus and 
 `interpolate`, `traverse` and `eval` work on the folder it wrote. Every command takes `--json`; `lmvae-fast env` says what
 runs where, and why.""",
 )
-
-errors = Console(stderr=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -77,51 +71,32 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "probe": probe.probe,
     "env": env.env,
     "convert": convert.convert,
+    "verify": verify.verify,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(guarded(command))
 app.add_typer(profile.app, name="profile")
 
 
 def main() -> None:
-    """Entry point: runs a command and turns errors into messages and exit codes."""
+    """Entry point: runs a command; errors become messages and exit codes."""
     # The hub's own progress bars and the tokenizers' fork warning would tear ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    as_json = "--json" in sys.argv
+    prepare_streams()
+    as_json = wants_json()
     if as_json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with ending(as_json):
         if (forced := os.environ.get("LMVAE_BACKEND") or "auto") not in BACKENDS:
             raise ConfigError("LMVAE_BACKEND is no backend", value=forced, limit=", ".join(BACKENDS), remedy="unset it")
-        app(standalone_mode=True)
-    except LMVAEError as error:
-        code = 4 if isinstance(error, NumericalError) else 3
-        _report(error, as_json)
-        sys.exit(code)
-    except RuntimeError as error:
-        from lmvae_fast.kernels.backend import BackendError  # not above: --help need not wait for torch
-
-        if not isinstance(error, BackendError):
-            raise
-        _report(ConfigError(str(error), remedy="use --backend auto; `lmvae-fast env` says what runs here"), as_json)
-        sys.exit(3)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output (head, say) has gone
-        sys.stderr.close()
-        sys.exit(0)
-
-
-def _report(error: LMVAEError, as_json: bool) -> None:
-    if as_json:
-        fields = {"error": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
-        fields |= {name: str(value) for name in ("value", "limit") if (value := getattr(error, name)) is not None}
-        print(json.dumps(fields), file=sys.stderr)
-        return
-    errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-    errors.print(error.problem, markup=False, highlight=False)
-    for name in ("value", "limit", "remedy"):
-        if (value := getattr(error, name)) is not None:
-            errors.print(f"  {name:>6}: {value}", markup=False, highlight=False)
+        if not as_json:
+            app(standalone_mode=True)
+            return
+        try:
+            code = app(standalone_mode=False)
+        except Exception as error:  # click's, of whichever copy of it typer brings
+            if not report_usage(error):
+                raise
+            code = getattr(error, "exit_code", 2)
+        sys.exit(code if isinstance(code, int) else 0)

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
-import yaml
 from rich.console import Console
 
-from lmvae_fast.config.base import parse_yaml, read_mapping
+from lmvae_fast.config.base import read_mapping
+from lmvae_fast.documents import parse_yaml
 from lmvae_fast.errors import ConfigError
 
-console = Console()
 
-#: Exit code after Ctrl-C or SIGTERM, with a usable checkpoint where there is one.
-INTERRUPTED = 130
+class Terminal(Console):
+    """A console that prints texts as they are, markup and all, and leaves long lines of them to the terminal to wrap."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As Console does."""
+        if all(isinstance(part, str) for part in objects):
+            options.setdefault("soft_wrap", True)
+        # half characters, of names that are no UTF-8, would fail in the stream and stay in the console's buffer
+        shown = [
+            part.encode("utf-8", "backslashreplace").decode() if isinstance(part, str) else part for part in objects
+        ]
+        super().print(*shown, **options)
+
+
+console = Terminal()
+
+#: Exit codes: of bad input; after Ctrl-C or SIGTERM, with a usable checkpoint where there is one.
+BAD_INPUT, INTERRUPTED = 3, 130
+
+# Standard output, while everything but the JSON document goes to standard error.
+_documents: list[TextIO] = []
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -99,10 +122,42 @@ def read_sentences(data: str, column: str | None = None, limit: int | None = Non
     return read(data, **{name: value for name, value in options.items() if value is not None})
 
 
+def notice(text: str) -> None:
+    """What a reader of the terminal should know, on standard error."""
+    Terminal(stderr=True).print(text, style="yellow")
+
+
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    json.dump(value, sys.stdout, indent=2, default=str)
-    sys.stdout.write("\n")
+    """One JSON document on standard output; NaN and Inf, which JSON has not, become null."""
+    try:
+        text = json.dumps(value, indent=2, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(value), indent=2, default=str)
+    stream = _documents[-1] if _documents else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def documents_only(wanted: bool) -> Iterator[None]:
+    """Within the block, if wanted, standard output gets what :func:`print_json` prints and nothing else."""
+    if not wanted:
+        yield
+        return
+    _documents.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _documents.pop()
 
 
 def load_model(source: Path | str, device: str | None = None):
@@ -170,8 +225,5 @@ def merged(config: Path | None, sections: tuple[str, ...], flags: dict[str, dict
                 "--set wants section.field=value", value=item, limit=f"sections {', '.join(sections)}",
                 remedy="for example --set train.grad_clip=0.5",
             )  # fmt: skip
-        try:
-            values[section][field] = parse_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigError("--set wants a YAML value", value=item, remedy="quote it") from error
+        values[section][field] = parse_yaml(text, f"--set {name}, which wants a YAML value,")
     return values

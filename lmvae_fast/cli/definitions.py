@@ -19,6 +19,7 @@ from lmvae_fast.cli.common import (
     console,
     load_model,
     merged,
+    notice,
     print_json,
     takes_sampling,
 )
@@ -149,7 +150,7 @@ def fit_flow(
         console.print(f"best evaluation: {result.best}", markup=False)
         console.print(f"flow: {folder / 'flow'}")
     if result.interrupted:
-        console.print("continue with --resume", style="yellow")
+        notice("continue with --resume")
         raise typer.Exit(INTERRUPTED)
 
 

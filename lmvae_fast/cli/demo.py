@@ -101,7 +101,7 @@ class _Demo:
 
     def tell(self, text: str) -> None:
         if not self.quiet:
-            console.print(text, highlight=False)
+            console.print(text)
 
     def build(self) -> None:
         """Tokenizer, decoder and encoder, saved as ordinary Hugging Face folders, and the model around them."""
@@ -109,7 +109,7 @@ class _Demo:
         from lmvae_fast.pretrained import resolve_source
         from lmvae_fast.training.language_model import make_decoder
 
-        self.tell(f"[bold]1[/] corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
+        self.tell(f"1 corpus of {len(self.corpus):,} sentences; {len(self.held_out):,} of them held out")
         if self.decoder_name is None:
             make_decoder(self.output / "decoder", self.corpus.texts, seed=self.seed)
             source = str(self.output / "decoder")
@@ -130,7 +130,7 @@ class _Demo:
         """The decoder learns the language; then it is frozen for good."""
         from lmvae_fast.training.language_model import train_language_model
 
-        self.tell("[bold]2[/] the decoder learns the language")
+        self.tell("2 the decoder learns the language")
         started = time.perf_counter()
         with self._bar() as bar:
             task = bar.add_task("language model", total=None)
@@ -148,7 +148,7 @@ class _Demo:
         """The posterior head and the projector learn; encoder and decoder stay as they are."""
         import lmvae_fast as lf
 
-        self.tell("[bold]3[/] the LangVAE learns to steer it")
+        self.tell("3 the LangVAE learns to steer it")
         started = time.perf_counter()
         config = lf.TrainConfig(
             output_dir=str(self.output / RUN), max_steps=steps, batch_size=64, learning_rate=LEARNING_RATE, schedule="linear",
@@ -169,7 +169,7 @@ class _Demo:
         """Figures on sentences never trained on."""
         import lmvae_fast as lf
 
-        self.tell("[bold]4[/] held-out sentences")
+        self.tell("4 held-out sentences")
         started = time.perf_counter()
         self.evaluation = lf.evaluate(
             self.model, self.held_out, progress=not self.quiet, num_examples=12,
@@ -184,7 +184,7 @@ class _Demo:
         """Interpolation, traversal and arithmetic."""
         import lmvae_fast as lf
 
-        self.tell("[bold]5[/] walking the latent space")
+        self.tell("5 walking the latent space")
         texts = self.held_out.texts
         self.ends = (texts[0], texts[1])
         self.interpolation = lf.interpolate(self.model, *self.ends, steps=9)
@@ -202,7 +202,7 @@ class _Demo:
         """The parallel pass against a plain, sequential, eager LangVAE with the same weights: figures and time."""
         from lmvae_fast.integrations.langvae.parity import compare
 
-        self.tell("[bold]6[/] against the eager reference")
+        self.tell("6 against the eager reference")
         started = time.perf_counter()
         size, runs = (
             (32, 5) if self.decoder_name is None else (8, 1)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from lmvae_fast.cli.common import (
@@ -64,7 +63,7 @@ def interpolate(
     pairs = list(zip(out.weights, out.texts, strict=True))
     table = Table("weight", "text")
     for weight, text in pairs:
-        table.add_row(f"{weight:.2f}", escape(text))
+        table.add_row(f"{weight:.2f}", text)
     document = [{"weight": weight, "text": text} for weight, text in pairs]
     _show(document, table, lambda: drawings.interpolation(out), output, as_json)
 
@@ -107,7 +106,7 @@ def traverse(
     table = Table("dim", "value", "text")
     for dim, values, texts in zip(out.dims, out.values, out.texts, strict=True):
         for value, decoded in zip(values, texts, strict=True):
-            table.add_row(str(dim), f"{value:+.2f}", escape(decoded))
+            table.add_row(str(dim), f"{value:+.2f}", decoded)
         table.add_section()
     document = {"dims": out.dims, "values": out.values, "texts": out.texts, "start": out.start}
     document |= {} if out.probabilities is None else {"probabilities": out.probabilities}
@@ -137,9 +136,9 @@ def arithmetic(
     document = {"terms": out.terms, "text": out.text, "latent": out.latent.tolist()}
     table = Table("term", "sentence")
     for factor, text in out.terms:
-        table.add_row(f"{factor:+g}", escape(text))
+        table.add_row(f"{factor:+g}", text)
     table.add_section()
-    table.add_row("=", escape(out.text))
+    table.add_row("=", out.text)
     _show(document, table, lambda: drawings.arithmetic(out), output, as_json)
 
 
@@ -219,10 +218,10 @@ def _show(document: Any, table: Table, draw: Callable[[], Drawing], output: Path
 
 def _distances(center: str, distances: list[float], texts: list[str]) -> Table:
     table = Table("distance", "text")
-    table.add_row("0", escape(center))
+    table.add_row("0", center)
     table.add_section()
     for distance, text in zip(distances, texts, strict=True):
-        table.add_row(f"{distance:.2f}", escape(text))
+        table.add_row(f"{distance:.2f}", text)
     return table
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from lmvae_fast.cli.common import (
     SamplingOptions,
     console,
     load_generator,
+    notice,
     print_json,
     takes_sampling,
 )
@@ -179,11 +179,11 @@ def generate(
             progress=progress, stop=lambda: signals.received,
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"output": str(output), "sentences": lines}))
+        print_json({"output": str(output), "sentences": lines})
     else:
         console.print(f"{lines} sentences in {output}")
     if signals.received is not None and lines < source.total * num_samples:
-        console.print(f"{signals.received}: the same command continues", style="yellow")
+        notice(f"{signals.received}: the same command continues")
         raise typer.Exit(INTERRUPTED)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmvae_fast.cli.common import INTERRUPTED, Backend, Json, column_name, console, merged, print_json
+from lmvae_fast.cli.common import INTERRUPTED, Backend, Json, column_name, console, merged, notice, print_json
 from lmvae_fast.cli.prompt_data import Layout, MaxPromptLen, TurnEnd, load_pairs, with_lengths
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def finish(
         console.print(f"{result.stop_reason} at step {result.step}; best evaluation: {result.best}", markup=False)
         console.print(f"model: {folder} (weights: {saved})")
     if result.interrupted:
-        console.print("continue with --resume", style="yellow")
+        notice("continue with --resume")
         raise typer.Exit(INTERRUPTED)
 
 

@@ -6,13 +6,13 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from lmvae_fast.documents import parse_json, parse_yaml, read_text
 from lmvae_fast.errors import ConfigError, OutputError
 
 Config = TypeVar("Config", bound="ConfigBase")
@@ -122,31 +122,12 @@ class ConfigBase:
             )
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.1, with the numbers of YAML 1.2: ``1e-3`` is one, and not the string that PyYAML reads."""
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Yaml)
-
-
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a JSON or YAML file; raises ConfigError if there is none."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read configuration file {path}: {error}", remedy="check the path") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:] or 'YAML'}: {error}", remedy="mend it") from error
+    text = read_text(path, error=ConfigError, most="configuration")
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    values = parse(text, str(path), error=ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} does not hold a mapping", value=type(values).__name__, limit="field: value lines")
     return values

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmvae_fast.data.tables import TEXT_COLUMNS
+from lmvae_fast.documents import check_regular, parse_json, read_text
 from lmvae_fast.errors import DataError
 from lmvae_fast.optional import require
 
@@ -50,23 +50,19 @@ def table_records(table: Any, source: str) -> Iterable[dict[str, Any]]:
 def read_parquet(path: Path) -> Any:
     """A parquet file as a table; DataError where it is damaged, MissingPackageError without pyarrow."""
     parquet = require("pyarrow.parquet", purpose="reading parquet files", package="pyarrow")
+    check_regular(path)
     try:
         table = parquet.read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except Exception as error:  # pyarrow's own errors are of many kinds
         raise DataError(f"cannot read {path}: {error}", remedy="check the path, or write the file again") from error
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def read_json(path: Path) -> list[Any]:
     """A JSON file that is a list of records or sentences, or a mapping of columns; DataError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}", remedy="check the path") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is no JSON file: {error}", remedy="for one object a line use the ending .jsonl"
-        ) from error
+    value = parse_json(
+        read_text(path), f"{path} is no JSON file", remedy="mend it; for one object a line use the ending .jsonl"
+    )
     if isinstance(value, dict):
         return list(table_records(value, str(path)))
     if isinstance(value, list):

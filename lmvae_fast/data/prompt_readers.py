@@ -6,7 +6,6 @@ Layouts and templates of the public code of CVAE with G-Skip (zhangjf-nlp/LLM-ba
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
 from lmvae_fast.data.prompts import PromptDataset, collect
+from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
 
 LAYOUTS = ("jsonl", "tsv", "csv", "dailydialog", "plato")
@@ -169,12 +169,7 @@ def _ending(path: Path) -> str:
 
 
 def _json(line: str, place: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{place}: malformed JSON ({error})", value=shorten(line), remedy="one JSON object a line"
-        ) from None
+    record = parse_json(line, place, remedy="one JSON object a line")
     if not isinstance(record, dict):
         raise DataError(f"{place}: not a JSON object", value=shorten(line), limit="an object with prompt and response")
     return record

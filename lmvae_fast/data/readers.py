@@ -17,6 +17,7 @@ from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check
 from lmvae_fast.data.frames import is_table, read_json, read_parquet, table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
 from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
+from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
 
 #: File ending -> format. ``.txt`` is checked for SRL labels on its first line.
@@ -204,15 +205,8 @@ def _json_rows(
 def _json_records(lines: Iterator[Line], path: Path) -> Iterator[tuple[int, Any]]:
     """What each line holds; an empty line is an empty sentence."""
     for number, line in lines:
-        try:
-            yield number, json.loads(line) if line.strip() else ""
-        except (json.JSONDecodeError, RecursionError) as error:
-            where = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise DataError(
-                f"{path}, line {number}: malformed JSON{where}",
-                value=shorten(line),
-                remedy="one JSON object or string per line",
-            ) from None
+        place = f"{path}, line {number}"
+        yield number, parse_json(line, place, remedy="one JSON object or string per line") if line.strip() else ""
 
 
 def _record_rows(
@@ -281,8 +275,8 @@ def field_names(
         first = next((text for _, text in decoded_lines(file, path) if text.strip()), "")
     if chosen == "jsonl":
         try:
-            record = json.loads(first) if first else {}
-        except json.JSONDecodeError:
+            record = parse_json(first, str(path)) if first else {}
+        except DataError:
             record = {}  # `read` says what is wrong with the line
         return list(record) if isinstance(record, dict) else []
     if chosen not in ("csv", "tsv") or not first:

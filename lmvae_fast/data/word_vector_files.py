@@ -6,7 +6,6 @@ Formats: word2vec's and fastText's text begins with a line `words dim`, GloVe's 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
 from lmvae_fast.data.lines import decoded_lines, open_file
 from lmvae_fast.data.word_vectors import WordVectors
+from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
 from lmvae_fast.optional import require
 
@@ -168,9 +168,9 @@ def _read_text(path: Path, limit: int | None) -> _Table:
 
 def _width(fields: list[str]) -> int:
     """How many of the last fields are numbers, the first field not counted."""
-    width = len(fields) - 1
-    while width > 0 and _numbers(fields[-width:]) is None:
-        width -= 1
+    width = 0
+    while width < len(fields) - 1 and _numbers([fields[-width - 1]]) is not None:
+        width += 1
     return width
 
 
@@ -224,10 +224,7 @@ def _vocabulary(path: Path, given: Any) -> list[str]:
     with open_file(file) as handle:
         lines = [text for _, text in decoded_lines(handle, file)]
     if file.suffix.lower() == ".json":
-        try:
-            words = json.loads("\n".join(lines))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}: malformed JSON at line {error.lineno}", remedy="a JSON list of words") from None
+        words = parse_json("\n".join(lines), str(file), remedy="a JSON list of words")
         if not isinstance(words, list):
             raise DataError(f"{file} is no list of words", value=type(words).__name__, limit="a JSON list of strings")
         return words
@@ -269,8 +266,9 @@ def _read_safetensors(path: Path, field: str | None, vocabulary: Any) -> _Table:
         with safe_open(path, "np") as file:
             vectors = file.get_tensor(_array_name(path, list(file.keys()), field))
             metadata = file.metadata() or {}
-        words = json.loads(metadata["words"]) if vocabulary is None and "words" in metadata else None
-    except (OSError, SafetensorError, json.JSONDecodeError, TypeError) as error:
+        given = vocabulary is None and "words" in metadata
+        words = parse_json(metadata["words"], f"the words in {path}") if given else None
+    except (OSError, SafetensorError, TypeError) as error:
         raise DataError(
             f"{path} is no whole safetensors file of word vectors: {error}", remedy="get it anew"
         ) from error
@@ -305,10 +303,7 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON list. Raises DataError when the file holds anything else, naming the first odd entry."""
     with open_file(path) as file:
         text = "\n".join(line for _, line in decoded_lines(file, path))
-    try:
-        records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: malformed JSON: {error}", remedy="get the file anew") from None
+    records = parse_json(text, str(path), remedy="get the file anew")
     if not isinstance(records, list) or not records:
         raise DataError(f"{path} is no JSON list of entries", value=type(records).__name__, limit="a list, not empty")
     for i, record in enumerate(records):

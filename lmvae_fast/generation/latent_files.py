@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lmvae_fast.data.lines import check_inflated, decoded_lines, open_file
+from lmvae_fast.documents import check_regular, parse_json
 from lmvae_fast.errors import DataError, LatentError
 from lmvae_fast.files import fsync_file, replacing, write_tensors
+from lmvae_fast.tensor_files import read_headers
 
 FORMATS = (".safetensors", ".npy", ".pt", ".csv", ".jsonl")
 _WRITTEN = (".safetensors", ".npy", ".jsonl")
@@ -82,10 +86,22 @@ def write_latents(path: str | os.PathLike[str], latents: Tensor | Iterable[Tenso
         fsync_file(temporary)
 
 
+def width_of(path: str | os.PathLike[str], *, name: str = "z") -> int:
+    """Numbers of a row of a file that :func:`read_latents` reads. Raises what that raises."""
+    path = _checked(path)
+    if path.suffix != ".jsonl":
+        shape = _open_array(path, name)[1]
+        if len(shape) != 2:
+            raise LatentError(f"{path} holds no rows of numbers", value=list(shape), limit="[N, width]")
+        return shape[1]
+    row = next(_jsonl_rows(path, name), None)
+    if row is None:
+        raise DataError(f"{path} holds no rows", remedy="check what wrote it")
+    return len(row[1])
+
+
 def _checked(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no file of latents at {path}", remedy="check the path")
+    path = check_regular(path, what="file of latents")
     if path.suffix not in FORMATS:
         raise DataError("unknown format of a file of latents", value=path.suffix or path.name, limit=", ".join(FORMATS))
     if path.stat().st_size == 0:
@@ -93,98 +109,135 @@ def _checked(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _open_array(path: Path, name: str):
-    """(function (start, stop) -> rows, shape) of a safetensors or npy file."""
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.dtype.kind not in "fiu":
-                raise DataError(f"{path} holds no real numbers", value=array.dtype, limit="floats or integers")
-            return lambda start, stop: torch.from_numpy(np.array(array[start:stop])), array.shape
-        if path.suffix in (".pt", ".csv"):
-            whole = _read_pt(path, name) if path.suffix == ".pt" else _read_csv(path)
-            return lambda start, stop: whole[start:stop], tuple(whole.shape)
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if name not in names and len(names) != 1:
-                raise DataError(
-                    f"{path} holds several tensors and none is named {name}",
-                    value=", ".join(names[:5]),
-                    remedy=f"name it {name}",
-                )
-            stored = name if name in names else names[0]
-            shape = tuple(file.get_slice(stored).get_shape())
+def _open_array(path: Path, name: str) -> tuple[Callable[[int, int], Tensor], tuple[int, ...]]:
+    """(function (start, stop) -> rows, shape) of a file that is no jsonl."""
+    if path.suffix == ".npy":
+        array = read_npy(path)
+        if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
+            raise DataError(f"{path} holds no real numbers", value=array.dtype, limit="floats or integers of 64 bits")
+        return lambda start, stop: torch.from_numpy(np.array(array[start:stop])), array.shape
+    if path.suffix in (".pt", ".csv"):
+        whole = _read_pt(path, name) if path.suffix == ".pt" else _read_csv(path)
+        return lambda start, stop: whole[start:stop], tuple(whole.shape)
+    headers = read_headers(path, error=DataError)
+    if name not in headers and len(headers) != 1:
+        raise DataError(
+            f"{path} holds several tensors and none is named {name}", value=", ".join(list(headers)[:5]),
+            remedy=f"name it {name}",
+        )  # fmt: skip
+    stored = name if name in headers else next(iter(headers))
+    if headers[stored].dtype == "BOOL" or headers[stored].dtype.startswith("C"):
+        raise DataError(f"{path} holds no real numbers", value=headers[stored].dtype, limit="floats or integers")
 
-        def read(start: int, stop: int) -> Tensor:
+    def read(start: int, stop: int) -> Tensor:
+        try:
             with safe_open(path, "pt") as file:
                 return file.get_slice(stored)[start:stop]
+        except (SafetensorError, OSError) as error:  # changed since its header was read
+            raise DataError(f"{path} is truncated or corrupt: {error}", remedy="write it again") from error
 
-        return read, shape
-    except (SafetensorError, ValueError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} is truncated or corrupt: {error}", remedy="write it again") from error
+    return read, headers[stored].shape
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an ``.npy`` file, memory-mapped. Raises DataError for a damaged file, one of another kind under that name,
+    objects, and numbers of another byte order."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header fails in many ways
+        raise DataError(f"{path} is truncated or corrupt, or no .npy: {error}", remedy="write it again") from error
+    if not array.dtype.isnative:
+        raise DataError(
+            f"{path} is of another machine's byte order", value=array.dtype, limit=array.dtype.newbyteorder("="),
+            remedy="write it again with array.astype(array.dtype.newbyteorder('='))",
+        )  # fmt: skip
+    return array
 
 
 def _read_pt(path: Path, name: str) -> Tensor:
     """The tensor of a file that torch.save wrote; unpickles tensors and containers of them only."""
+    check_inflated(path)
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated kinds, which are refused below
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch have errors of many kinds
-        raise DataError(
-            f"{path} is no file of tensors: {str(error).strip().splitlines()[0][:200]}", remedy="save it as safetensors"
-        ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{path} is no file of tensors: {reason}", remedy="save it as safetensors") from error
     if isinstance(value, dict):
         value = value.get(name, next(iter(value.values())) if len(value) == 1 else None)
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_complex():
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.is_quantized
+        or value.is_complex()
+        or value.dtype == torch.bool
+        or value.device.type != "cpu"
+        or value.untyped_storage().nbytes() < value.numel() * value.element_size()
+    ):
         raise DataError(
             f"{path} holds no plain tensor",
-            value=type(value).__name__,
+            value=f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__,
             limit=f"a dense real tensor, or one named {name}",
+            remedy="save it dequantised, dense and real, as safetensors",
         )
     return value.detach()
 
 
 def _read_csv(path: Path) -> Tensor:
-    """Rows of numbers, commas between them."""
-    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    """Rows of numbers, commas between them; a first row without a single number names the columns."""
+    with open_file(path) as file:
+        first = next((text for _, text in decoded_lines(file, path)), "")
+    cells = [_as_number(cell) for cell in first.split(",")]
+    if any(cell is None for cell in cells) and any(cell is not None for cell in cells):
+        raise DataError(f"{path} line 1 is neither numbers nor a header", value=first[:60], remedy="mend that line")
+    header = int(cells[0] is None)
     try:
-        list(map(float, first.split(",")))
-        header = 0
+        rows = np.loadtxt(
+            path, delimiter=",", skiprows=header, ndmin=2, dtype=np.float32, encoding="utf-8-sig", comments=None
+        )
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is truncated or corrupt: {error}", remedy="write it again") from error
+    return torch.from_numpy(rows)
+
+
+def _as_number(cell: str) -> float | None:
+    try:
+        return float(cell)
     except ValueError:
-        header = 1
-    return torch.from_numpy(
-        np.loadtxt(path, delimiter=",", skiprows=header, ndmin=2, dtype=np.float32, encoding="utf-8")
-    )
+        return None
+
+
+def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, list[float]]]:
+    """Number and row of each line that is not empty."""
+    form = f'{{"{name}": [numbers]}}'
+    with open_file(path) as file:
+        for number, line in decoded_lines(file, path):
+            if not line.strip():
+                continue
+            values = parse_json(line, f"{path} line {number} is no row", remedy="mend that line", limit_text=form)
+            values = values.get(name) if isinstance(values, dict) else values
+            # True and "1.5" would become numbers, a mapping's keys too: none of them was written as a latent
+            if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+                raise DataError(
+                    f"{path} line {number} is no row", value=line[:60].strip(), limit=form, remedy="mend that line"
+                )
+            yield number, [float(value) for value in values]
 
 
 def _read_jsonl(path: Path, latent_dim: int, block: int, skip: int, name: str) -> Iterator[Tensor]:
     rows: list[list[float]] = []
     seen = 0
-    with path.open(encoding="utf-8", errors="replace") as file:  # a byte that is no UTF-8 makes its line no JSON
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            seen += 1
-            if seen <= skip:
-                continue
-            try:
-                values = json.loads(line)
-                values = values[name] if isinstance(values, dict) else values
-                row = [float(value) for value in values]
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(
-                    f"{path} line {number} is no row: {error}",
-                    value=line[:60].strip(),
-                    limit=f'{{"{name}": [numbers]}}',
-                    remedy="mend that line",
-                ) from error
-            if len(row) != latent_dim:
-                raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
-            rows.append(row)
-            if len(rows) == block:
-                yield torch.tensor(rows, dtype=torch.float32)
-                rows = []
+    for number, row in _jsonl_rows(path, name):
+        seen += 1
+        if seen <= skip:
+            continue
+        if len(row) != latent_dim:
+            raise LatentError(f"{path} line {number}", value=f"{len(row)} numbers", limit=latent_dim)
+        rows.append(row)
+        if len(rows) == block:
+            yield torch.tensor(rows, dtype=torch.float32)
+            rows = []
     if rows:
         yield torch.tensor(rows, dtype=torch.float32)
     if not seen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lmvae_fast.documents import check_regular, parse_json, read_text
 from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.files import sha256_file
 from lmvae_fast.generation.latent_files import check_latents, read_latents
@@ -115,13 +115,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     prompts = []
     for number, line in _lines(path, (".txt", ".jsonl")):
         if Path(path).suffix == ".jsonl":
-            try:
-                value = json.loads(line)
-                line = value["prompt"] if isinstance(value, dict) else value
-            except (ValueError, KeyError) as error:
-                raise DataError(f"{path} line {number} is no prompt: {error}", limit='{"prompt": "..."}') from error
-            if not isinstance(line, str):
-                raise DataError(f"{path} line {number} is no prompt", value=repr(line)[:60], limit='{"prompt": "..."}')
+            value = parse_json(line, f"{path} line {number} is no prompt", limit_text='{"prompt": "..."}')
+            value = value.get("prompt") if isinstance(value, dict) else value
+            if not isinstance(value, str):
+                raise DataError(f"{path} line {number} is no prompt", value=repr(value)[:60], limit='{"prompt": "..."}')
+            line = value
         prompts.append(line)
     return prompts
 
@@ -149,7 +147,7 @@ def read_annotations(path: str | os.PathLike[str], labels: Sequence[str], max_le
 def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, hexadecimal; DataError when it cannot be read."""
     try:
-        return sha256_file(Path(path))
+        return sha256_file(check_regular(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}", remedy="check the path") from error
 
@@ -158,10 +156,7 @@ def _lines(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[tupl
     """Lines of a text file with their numbers from 1, without line ends."""
     if Path(path).suffix not in suffixes:
         raise DataError(f"{path} is of an unknown format", value=Path(path).suffix, limit=", ".join(suffixes))
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", remedy="check the path; it must be UTF-8") from error
+    text = read_text(path)
     if not text.strip():
         raise DataError(f"{path} is empty", value=f"{len(text)} characters", remedy="check what wrote it")
     return list(enumerate(text.removesuffix("\n").split("\n"), 1))

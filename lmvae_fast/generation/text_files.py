@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
+from lmvae_fast.documents import read_object
 from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
 from lmvae_fast.files import fsync_file, replacing, tensor_bytes, write_json
 from lmvae_fast.generation.engine import Generated, token_limit
@@ -252,24 +253,24 @@ def _line(out: Generated, config: GenerationConfig, text_only: bool, prompt: str
 def check_text_file(output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Before any work: OutputError unless the file is not there, is empty, or is one that :func:`generate_file` writes."""
     output = Path(output)
-    if not output.exists() or (output.is_file() and output.stat().st_size == 0 and not _meta_path(output).exists()):
+    if not output.exists() or (output.is_file() and output.stat().st_size == 0 and not meta_path(output).exists()):
         return
     if not output.is_file():
         raise OutputError(f"{output} is no file", remedy="choose another output")
+    meta, reason = {}, f"{meta_path(output).name} is another program's"
     try:
-        meta = json.loads(_meta_path(output).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        meta, reason = None, f"{_meta_path(output).name}: {error}"
-    else:
-        reason = f"{_meta_path(output).name} is another program's"
-    if not isinstance(meta, dict) or not {"model", "latents", "block_size"} <= meta.keys():
+        meta = read_object(meta_path(output))
+    except DataError as error:
+        reason = error.problem
+    if not {"model", "latents", "block_size"} <= meta.keys():
         raise OutputError(
             f"{output} exists and nothing says what made it ({reason})",
             remedy="choose another output" + ("; only files made here are overwritten" if overwrite else ""),
         )
 
 
-def _meta_path(output: Path) -> Path:
+def meta_path(output: Path) -> Path:
+    """Where it stands what made a file of texts."""
     return output.with_name(output.name + ".meta.json")
 
 
@@ -313,13 +314,19 @@ class BlockHashes:
         with replacing(self.path) as temporary:
             temporary.touch()
 
+    def recorded(self) -> list[str] | None:
+        """The hashes that were recorded, in order; None where nothing was."""
+        if not self.path.is_file():
+            return None
+        return self.path.read_text(encoding="ascii", errors="replace").splitlines()
+
     def verified(self, output: Path, ends: list[int]) -> int:
         """How many of the blocks that end at these bytes are as they were written; the records of others are dropped.
 
         A file without records was begun before there were any, and is recorded now. Raises OutputError for a block that was
         changed.
         """
-        recorded = self.path.read_text(encoding="ascii", errors="replace").splitlines() if self.path.is_file() else None
+        recorded = self.recorded()
         found, start = [], 0
         with output.open("rb") as file:
             for number, end in enumerate(ends):
@@ -341,15 +348,15 @@ class BlockHashes:
 
 def _continue_from(output: Path, meta: dict, block_lines: int, total: int, overwrite: bool) -> int:
     """Lines of whole blocks already there, verified, and all behind them cut off; 0 for a new file, which is an empty one."""
-    meta_path, hashes = _meta_path(output), BlockHashes(output)
+    path, hashes = meta_path(output), BlockHashes(output)
     check_text_file(output, overwrite=overwrite)
-    if overwrite or (output.stat().st_size == 0 and not meta_path.exists()):
+    if overwrite or (output.stat().st_size == 0 and not path.exists()):
         hashes.begin()
-        with replacing(meta_path) as temporary:
+        with replacing(path) as temporary:
             write_json(temporary, meta)
         output.write_bytes(b"")
         return 0
-    before = json.loads(meta_path.read_text(encoding="utf-8"))
+    before = read_object(path)
     different = sorted(key for key in meta if before.get(key) != meta[key])
     if different:
         raise OutputError(

@@ -8,7 +8,6 @@ vae/                     the VAE, where it came from nowhere else or was asked f
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lmvae_fast.config.flow import FlowConfig
 from lmvae_fast.data.word_vector_files import PACKAGED, read_word_vectors
 from lmvae_fast.data.word_vectors import EncoderVectors, TokenEmbeddingVectors, VectorSource, WordVectors
-from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
+from lmvae_fast.documents import read_object
+from lmvae_fast.errors import CheckpointError, ConfigError, OutputError, shown
 from lmvae_fast.files import (
     check_contents,
     fingerprint_tensors,
@@ -32,6 +31,7 @@ from lmvae_fast.files import (
     recover_folder,
     replace_folder,
     sha256_file,
+    share_as_folder,
     write_json,
     write_tensors,
 )
@@ -39,11 +39,15 @@ from lmvae_fast.kernels.coupling_flow import Coupling, FlowSpec, Stage, Subnet
 from lmvae_fast.models.bridge import Bridge
 from lmvae_fast.models.flow import CouplingFlow
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.tensor_files import check_finite, read_headers, read_tensors
 
 CONFIG, WEIGHTS, VECTORS, FORMAT = "config.json", "flow.safetensors", "word_vectors.safetensors", "lmvae_fast-flow-1"
 
 #: Parameters of more numbers than this enter a VAE's fingerprint by as many evenly spaced ones.
 SAMPLED = 1 << 20
+
+#: More stages than this are no flow that anybody fits.
+MOST_STAGES = 10_000
 
 Model = TypeVar("Model")
 
@@ -97,7 +101,10 @@ def spec_from_json(values: dict[str, Any]) -> FlowSpec:
             if coupling is not None:
                 subnets = tuple(Subnet(tuple(net["hidden"]), net["activation"]) for net in coupling["subnets"])
                 coupling = Coupling(**{**coupling, "subnets": subnets})
-            stages += [Stage(coupling, **rest)] * entry["times"]
+            times = entry["times"]
+            if type(times) is not int or not 0 < times <= MOST_STAGES - len(stages):
+                raise ValueError(f"{shown(times)} times a stage, of at most {MOST_STAGES} in all")
+            stages += [Stage(coupling, **rest)] * times
         return FlowSpec(values["dim"], values["cond_dim"], tuple(stages))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -164,7 +171,7 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
     with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
         try:
             write_tensors(temporary / WEIGHTS, flow_tensors(model), {"format": FORMAT})
             inside = model.source is None if include_vae is None else include_vae
@@ -183,6 +190,7 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
             (temporary / "README.md").write_text(card)
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    share_as_folder(file)
                     fsync_file(file)
             replace_folder(temporary, folder)
         finally:
@@ -223,9 +231,7 @@ def load_flow(
     """
     folder = Path(folder)
     recover_folder(folder)
-    values = _read_config(folder, CheckpointError)
-    assert values is not None
-    tensors = _read_weights(folder / WEIGHTS, values.get("weights_sha256"))
+    values, tensors = read_folder(folder)
     place = vae if vae is not None else values.get("vae")
     if isinstance(place, str):
         vae = LMVAE.from_pretrained(folder / place if place.startswith("./") else place)
@@ -240,7 +246,9 @@ def load_flow(
         )  # fmt: skip
     try:
         config, bridge = FlowConfig.from_dict(values["flow"]), values["bridge"]
-        flow = CouplingFlow.from_spec(spec_from_json(values["spec"]))
+        spec = spec_from_json(values["spec"])
+        _check_sizes(spec, bridge, tensors)
+        flow = CouplingFlow.from_spec(spec)
         model: Any = cls(
             vae, flow, config, source=place if isinstance(place, str) and not place.startswith("./") else None
         )  # type: ignore[call-arg]
@@ -252,6 +260,25 @@ def load_flow(
     load_flow_tensors(model, tensors)
     model.vectors = vectors if vectors is not None else _load_vectors(values.get("vectors"), vae, folder)
     return model.eval()
+
+
+def _check_sizes(spec: FlowSpec, bridge: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises CheckpointError, before anything is made, where the configuration asks for other sizes than the file holds."""
+    rows = bridge["dim_in"] if bridge["kind"] == "pca" else 0
+    sizes = dict(zip(("flow.theta", "flow.constants", "flow.indices"), spec.sizes, strict=True))
+    for name, size in {**sizes, "bridge.mean": rows}.items():
+        if name in tensors and tensors[name].shape != (size,):
+            raise CheckpointError(
+                f"{name} is of another flow", value=list(tensors[name].shape), limit=[size],
+                remedy="restore configuration and numbers from one copy",
+            )  # fmt: skip
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a folder that :func:`save_flow` wrote; raises CheckpointError, as :func:`load_flow` does."""
+    values = _read_config(folder, CheckpointError)
+    assert values is not None
+    return values, _read_weights(folder / WEIGHTS, values.get("weights_sha256"))
 
 
 def _load_vectors(known: dict[str, Any] | None, vae: LMVAE, folder: Path) -> VectorSource | None:
@@ -277,11 +304,11 @@ def _load_vectors(known: dict[str, Any] | None, vae: LMVAE, folder: Path) -> Vec
 def _read_config(folder: Path, error_class: type[CheckpointError] | None) -> dict[str, Any] | None:
     """The configuration of a folder of ours; for any other None, or where a class of error is given that error."""
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("format") == FORMAT:
+        values = read_object(folder / CONFIG, error=CheckpointError)
+        if values.get("format") == FORMAT:
             return values
         problem = f"{folder} holds no flow of ours"
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CheckpointError as error:
         problem = f"{folder / CONFIG} is missing or unreadable: {error}"
     if error_class is None:
         return None
@@ -291,16 +318,14 @@ def _read_config(folder: Path, error_class: type[CheckpointError] | None) -> dic
 
 
 def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
-    try:
-        damaged = sha256_file(path) != digest
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is missing, truncated or corrupt: {error}", remedy="restore it from a copy"
-        ) from error
-    if damaged:
+    for name, header in read_headers(path).items():
+        wanted = ("I32",) if name == "flow.indices" else ("F32", "F64")
+        if header.dtype not in wanted:
+            raise CheckpointError(f"{path}: {name} is of another dtype", value=header.dtype, limit=" or ".join(wanted))
+    tensors = read_tensors(path)
+    if sha256_file(path) != digest:
         raise CheckpointError(
             f"{path} is corrupt: its sha256 is not the one in {CONFIG}", remedy="restore it from a copy"
         )
+    check_finite(tensors, path)
     return tensors

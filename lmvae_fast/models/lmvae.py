@@ -79,6 +79,7 @@ class LMVAE(nn.Module):
         self.encoder: Any = encoder  # an Encoder, or a LayerEncoder
         self.beta: float | Tensor = 1.0
         self.free_running = FreeRunning()
+        parts.check_sizes(config, encoder, decoder)
         self.posterior_head: Any = parts.build_posterior_head(config, encoder, decoder)
         self.projector = parts.build_projector(config, decoder, self.injected_dim)
         self.embedding_shift = parts.build_embedding_shift(config, decoder, self.injected_dim)
@@ -353,6 +354,11 @@ class LMVAE(nn.Module):
         training. Raises what :func:`~lmvae_fast.models.serialization.read_model` raises.
         """
         stored = read_model(source, **overrides)
-        model = cls(stored.wanted)
+        with building():
+            config = resolve(parts.located(stored.wanted))
+            decoder = parts.load_decoder(config)
+            encoder = parts.load_encoder(config, decoder)
+            parts.check_sizes(config, encoder, decoder, {name: value.shape for name, value in stored.state.items()})
+        model = cls(stored.wanted, encoder=encoder, decoder=decoder)
         stored.load_into(model, {"encoder": model.encoder, "decoder": model.decoder})
         return model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 from torch import nn
 
 from lmvae_fast.config import LMVAEConfig
-from lmvae_fast.errors import ConfigError
+from lmvae_fast.errors import CheckpointError, ConfigError
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.adapter import AdapterProjector
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.decoder.tuning import Tuning
@@ -156,6 +159,40 @@ def build_projector(config: LMVAEConfig, decoder: Decoder, width: int) -> nn.Mod
     return LinearProjector(
         width, slots=int(config.slots or 1), dropout=dropout, hidden=config.projector_hidden, **shape
     )
+
+
+def check_sizes(
+    config: LMVAEConfig, encoder: AnyEncoder, decoder: Decoder, saved: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
+    """Before the maps from and to the latent are made: they fit into memory, and have the shapes of the saved ones, by name.
+
+    Raises MemoryLimitError, and CheckpointError for shapes that a saved configuration contradicts.
+    """
+    width = config.latent_dim + len(config.annotations) * config.conditional_decoder
+    remedy = "lower latent_dim, slots, max_len or projector_hidden"
+    if isinstance(encoder, LayerEncoder):  # its maps are made of the decoder's own layers
+        form, slots = _Form(decoder), int(config.slots or 1)
+        middle = config.projector_hidden or (decoder.hidden_size if form.older else math.isqrt(decoder.hidden_size))
+        numbers = 2 * config.latent_dim * decoder.hidden_size
+        numbers += decoder.num_layers * middle * (width + slots * decoder.hidden_size)
+        check_memory("the maps from and to the latent", remedy, 4 * numbers, decoder.device)
+        return
+    with torch.device("meta"):
+        made = {
+            "posterior_head": build_posterior_head(config, encoder, decoder),
+            "projector": build_projector(config, decoder, width) if config.projector != "adapter" else None,
+            "embedding_shift": build_embedding_shift(config, decoder, width),
+            "residual": build_residual(config, decoder, width),
+        }  # fmt: skip
+    maps = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
+    shapes = {name: tuple(value.shape) for name, value in maps.named_parameters()}
+    for name, shape in shapes.items():
+        if saved is not None and name in saved and tuple(saved[name]) != shape:
+            raise CheckpointError(
+                f"weight {name} has another shape than the configuration says", value=list(saved[name]), limit=list(shape),
+                remedy="restore configuration and weights from one copy",
+            )  # fmt: skip
+    check_memory("the maps from and to the latent", remedy, 4 * sum(map(math.prod, shapes.values())), decoder.device)
 
 
 def start_latent_map(module: nn.Module, kind: str) -> None:

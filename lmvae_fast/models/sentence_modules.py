@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from lmvae_fast.documents import read_json
 from lmvae_fast.errors import CheckpointError
 from lmvae_fast.pretrained import resolve_source
+from lmvae_fast.tensor_files import check_finite, read_tensors
 
 MODULES = "modules.json"
 
@@ -122,9 +124,15 @@ def load_dense(modules: SentenceModules) -> nn.Sequential | None:
         if name not in _ACTIVATIONS:
             raise CheckpointError(f"{folder}: we do not have its activation", value=name, limit=", ".join(_ACTIVATIONS))
         try:
-            linear = nn.Linear(values["in_features"], values["out_features"], bias=bool(values.get("bias", True)))
-            state = _weights(folder)
-            linear.load_state_dict({key.removeprefix("linear."): value.float() for key, value in state.items()})
+            state = {key.removeprefix("linear."): value for key, value in _weights(folder).items()}
+            sizes = (values["out_features"], values["in_features"])
+            if not all(value.is_floating_point() for value in state.values()) or tuple(state["weight"].shape) != sizes:
+                raise TypeError(
+                    f"its weight is {state['weight'].dtype} {list(state['weight'].shape)}, not {list(sizes)}"
+                )
+            linear = nn.Linear(sizes[1], sizes[0], bias=bool(values.get("bias", True)))
+            linear.load_state_dict({key: value.float() for key, value in state.items()})
+            check_finite(state, folder)
         except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the dense layer in {folder} cannot be read: {error}", remedy="restore it from a copy"
@@ -137,7 +145,7 @@ def load_dense(modules: SentenceModules) -> nn.Sequential | None:
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
+        return read_tensors(folder / "model.safetensors")
     # Tensors alone, as transformers reads its own files of this kind: nothing in them is executed.
     return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
@@ -182,10 +190,7 @@ def write_modules(
 
 
 def _json(path: str | os.PathLike[str]) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is missing or unreadable: {error}", remedy="restore it from a copy") from error
+    return read_json(path, error=CheckpointError)
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
 from lmvae_fast.files import (
     check_contents,
@@ -29,12 +30,14 @@ from lmvae_fast.files import (
     replace_folder,
     sampled_fingerprint,
     sha256_file,
+    share_as_folder,
     sweep,
     temporary_beside,
 )
 from lmvae_fast.models.decoder.tuning import without_adapters
 from lmvae_fast.models.sharded_tensors import in_pieces, whole
-from lmvae_fast.text.tokenizer import SentenceTokenizer
+from lmvae_fast.tensor_files import check_finite, check_floating, read_headers, read_tensors
+from lmvae_fast.text.tokenizer import SentenceTokenizer, without_state
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +119,7 @@ def save_model(
         (temporary / CARD).write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
             if file.is_file():
+                share_as_folder(file)
                 fsync_file(file)
         replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -204,13 +208,8 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
     recover_folder(folder)
     if not folder.is_dir():
         folder = _download(str(source))
-    try:
-        values = json.loads((folder / CONFIG).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG} is missing or unreadable: {error}", remedy="check the folder"
-        ) from error
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+    values = read_object(folder / CONFIG, error=CheckpointError)
+    if values.pop("format", None) != FORMAT:
         raise CheckpointError(
             f"{folder} is no lmvae_fast model",
             limit=f"format {FORMAT!r} in {CONFIG}",
@@ -218,6 +217,7 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
         )
     digest, frozen = values.pop("weights_sha256", None), values.pop(_FROZEN, {})
     values.pop("model_type", None)
+    _check_frozen_entries(frozen, folder / CONFIG)
     try:
         config = LMVAEConfig.from_dict(values)
     except ConfigError as error:
@@ -263,27 +263,33 @@ def _store_part(part: Any, folder: Path) -> None:
         return
     part.model.save_pretrained(folder, state_dict=without_adapters(part.model.state_dict()))
     tokenizer = part.tokenizer.tokenizer if isinstance(part.tokenizer, SentenceTokenizer) else part.tokenizer
-    tokenizer.save_pretrained(folder)
+    without_state(tokenizer).save_pretrained(folder)
     if hasattr(part, "write_modules"):
         part.write_modules(folder)
 
 
 def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        damaged = digest is not None and sha256_file(path) != digest
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is missing, truncated or corrupt: {error}", remedy="restore it from a copy"
-        ) from error
-    if damaged:
+    check_floating(read_headers(path), path)
+    state = read_tensors(path)
+    if digest is not None and sha256_file(path) != digest:
         raise CheckpointError(
             f"{path} is corrupt: its sha256 is not the one in {CONFIG}",
             limit=digest,
             remedy="restore it from a copy; after a change on purpose, remove weights_sha256 from the configuration",
         )
+    check_finite(state, path)
     return state
+
+
+def _check_frozen_entries(frozen: Any, path: Path) -> None:
+    entries = list(frozen.values()) if isinstance(frozen, dict) else [None]
+    if not all(
+        isinstance(e, dict) and all(isinstance(e.get(name), str) for name in ("dtype", "sha256")) for e in entries
+    ):
+        raise CheckpointError(
+            f"{path}: {_FROZEN} is no record of fingerprints", value=frozen, limit='{"decoder": {"dtype": .., "sha256": ..}}',
+            remedy="restore it from a copy",
+        )  # fmt: skip
 
 
 def _download(name: str) -> Path:
@@ -302,6 +308,6 @@ def _download(name: str) -> Path:
 def holds_model(folder: Path) -> bool:
     """Whether a folder's configuration is that of a model of ours."""
     try:
-        return json.loads((folder / CONFIG).read_text()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        return read_object(folder / CONFIG, error=CheckpointError).get("format") == FORMAT
+    except CheckpointError:
         return False

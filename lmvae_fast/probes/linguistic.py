@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lmvae_fast.data.lines import decoded_lines, open_file
 from lmvae_fast.errors import DataError
 from lmvae_fast.probes import checks
 from lmvae_fast.probes.optional import require
@@ -46,19 +47,16 @@ def read_task(path: str | os.PathLike[str]) -> Task:
     """
     path = Path(path)
     columns: tuple[list[str], list[str], list[str]] = ([], [], [])
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                cells = line.rstrip("\r\n").split("\t")
-                if len(cells) != 3 or cells[0] not in PARTS or not all(cells):
-                    raise DataError(
-                        f"{path}, line {number}: not a row of a probing task", value=f"{len(cells)} fields, part {cells[0]!r}",
-                        limit="part (tr, va, te), label, sentence, separated by tabs",
-                    )  # fmt: skip
-                for column, cell in zip(columns, cells, strict=True):
-                    column.append(cell)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", remedy="check the path and that it is UTF-8") from error
+    with open_file(path) as file:
+        for number, line in decoded_lines(file, path):
+            cells = line.split("\t")
+            if len(cells) != 3 or cells[0] not in PARTS or not all(cells):
+                raise DataError(
+                    f"{path}, line {number}: not a row of a probing task", value=f"{len(cells)} fields, part {cells[0]!r}",
+                    limit="part (tr, va, te), label, sentence, separated by tabs",
+                )  # fmt: skip
+            for column, cell in zip(columns, cells, strict=True):
+                column.append(cell)
     missing = [part for part in PARTS if part not in columns[0]]
     if missing:
         raise DataError(f"{path} has no rows of a part", value=", ".join(missing), limit="tr, va and te")
@@ -75,8 +73,8 @@ def read_tasks(folder: str | os.PathLike[str]) -> list[Task]:
         raise DataError(f"{folder} is no folder of probing tasks", remedy="give the folder that holds the .txt files")
     found = []
     for path in sorted(folder.glob("*.txt")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            if file.readline().split("\t")[0] in PARTS:
+        with open_file(path) as file:
+            if file.readline(64).decode("utf-8", "replace").split("\t")[0] in PARTS:
                 found.append(read_task(path))
     if not found:
         raise DataError(f"{folder} holds no probing task", limit="files of part, label, sentence, separated by tabs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lmvae_fast.data.dataset import SentenceDataset
+from lmvae_fast.documents import parse_json, read_text
 from lmvae_fast.errors import ConfigError, DataError, LMVAEError
 from lmvae_fast.models.modes import evaluating
 from lmvae_fast.probes import checks, of_latents, of_tasks, of_texts
@@ -154,10 +154,7 @@ def probe(
 
 def read_report(path: str | Path) -> dict[str, Any]:
     """What ``ProbeReport.to_dict`` wrote as JSON; raises DataError for a file that is none."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is no probe report: {error}", remedy="give the .json beside a probe page") from error
+    found = parse_json(read_text(path), f"{path} is no probe report", remedy="give the .json beside a probe page")
     if not isinstance(found, dict) or not {"model", "data", "settings", "sections"} <= found.keys():
         raise DataError(f"{path} is no probe report", limit="a JSON object with model, data, settings and sections")
     return found

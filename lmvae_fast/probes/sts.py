@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lmvae_fast.data.lines import decoded_lines, open_file
 from lmvae_fast.errors import DataError
 from lmvae_fast.probes import checks
 from lmvae_fast.probes.optional import require
@@ -77,8 +78,8 @@ def read_pairs(path: str | os.PathLike[str]) -> tuple[list[str], list[str], Arra
     path = Path(path)
     first, second, gold = [], [], []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
+        with open_file(path) as file:
+            rows = csv.reader(text + "\n" for _, text in decoded_lines(file, path))
             for row in rows:
                 try:
                     one, two, score = row
@@ -90,8 +91,8 @@ def read_pairs(path: str | os.PathLike[str]) -> tuple[list[str], list[str], Arra
                     ) from None  # fmt: skip
                 first.append(one)
                 second.append(two)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}", remedy="check the path and that it is UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: malformed csv: {error}", remedy="mend the quotes") from error
     if not first:
         raise DataError(f"{path} holds no pair", remedy="check the file")
     return first, second, np.array(gold)

@@ -156,6 +156,15 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return vocabulary[token]
 
 
+def without_state(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer without the padding and truncation of its last call, which it would carry into files and fingerprints."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    return tokenizer
+
+
 def _round_trips(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether an ordinary sentence is what its ids spell, outer spaces aside."""
     text = "It's 3.5 km"

@@ -13,6 +13,9 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from lmvae_fast.data.lines import decoded_lines, open_file
+from lmvae_fast.documents import parse_json
+from lmvae_fast.errors import DataError
 from lmvae_fast.files import output_errors, replacing
 from lmvae_fast.training.records import Record, TrainResult
 
@@ -96,15 +99,27 @@ def read_records(path: Path) -> list[Record]:
     records: list[Record] = []
     if not path.is_file():
         return records
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open_file(path) as file:
         try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict) or "step" not in record:
-            break
-        records.append(record)
+            for number, line in decoded_lines(file, path):
+                record = parse_json(line, f"{path} line {number}")
+                if not is_record(record):
+                    break
+                records.append(record)
+        except DataError:  # a line that a kill cut short, or that something else wrote
+            pass
     return records
+
+
+def is_record(record: Any) -> bool:
+    """Whether a value is a record of a run: its step a whole number, its figures numbers."""
+    return (
+        isinstance(record, dict)
+        and type(record.get("step")) is int
+        and record["step"] >= 0
+        and record.get("kind") in ("train", "eval")
+        and all(isinstance(value, (int, float, str, bool, type(None))) for value in record.values())
+    )
 
 
 class TensorBoard(Callback):

@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import OutputError
 from lmvae_fast.files import fingerprint_tensors, replacing, write_tensors
+from lmvae_fast.tensor_files import is_finite
 from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
-from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels
+from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels, without_state
 
 
 def content_key(**parts: Any) -> str:
@@ -43,8 +45,13 @@ class TensorCache:
     def path(self, kind: str, key: str) -> Path:
         return self.folder / f"{kind}-{key[:32]}.safetensors"
 
-    def get(self, kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def get(
+        self, kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]],
+        check: Callable[[dict[str, Tensor]], None] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The tensors of `key`: read if they are there and whole, else computed and stored.
+
+        check: raises ValueError for tensors that cannot be those of the key, whoever wrote them.
 
         A cache that cannot be written costs time, not correctness: it is reported by a warning, and the computed
         tensors are returned.
@@ -52,7 +59,10 @@ class TensorCache:
         path = self.path(kind, key)
         if path.is_file():
             try:
-                return self._read(path, key)
+                found = self._read(path, key)
+                if check is not None:
+                    check(found)
+                return found
             except (SafetensorError, OSError, ValueError) as error:
                 warnings.warn(f"cache entry {path} is unusable and is computed again: {error}", stacklevel=2)
         tensors = dict(compute())
@@ -79,7 +89,7 @@ class TensorCache:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 of what a Hugging Face tokenizer does: its backend's serialisation, or a slow one's vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = getattr(without_state(tokenizer), "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return content_key(kind=type(tokenizer).__name__, rules=rules, special=tokenizer.special_tokens_map)
 
@@ -106,7 +116,14 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
         on_long=on_long,
         fields=[field.name for field in dataclasses.fields(kind)],
     )
-    return _from_tensors(cache.get("tokens", key, lambda: _to_tensors(model.tokenize(data, on_long=on_long))), kind)
+    longest = model.config.max_len + (getattr(model.config, "max_prompt_len", None) or (1 << 40) * prompted)
+    width = len(model.config.annotations)
+
+    def check(tensors: dict[str, Tensor]) -> None:
+        _check_tokens(_from_tensors(dict(tensors), kind), model.decoder.vocab_size, longest, width)
+
+    found = cache.get("tokens", key, lambda: _to_tensors(model.tokenize(data, on_long=on_long)), check)
+    return _from_tensors(dict(found), kind)
 
 
 def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
@@ -118,8 +135,31 @@ def _to_tensors(sentences: TokenizedSentences) -> dict[str, Tensor]:
 
 
 def _from_tensors(tensors: dict[str, Tensor], kind: type[TokenizedSentences]) -> TokenizedSentences:
-    values: dict[str, Any] = json.loads(tensors.pop("json").numpy().tobytes())
-    return kind(**(values | tensors))
+    if "json" not in tensors or tensors["json"].dtype != torch.uint8:
+        raise ValueError("it holds no tokens")
+    text = tensors.pop("json").numpy().tobytes().decode("utf-8")
+    try:
+        return kind(**(parse_json(text, "its tokens") | tensors))
+    except TypeError as error:
+        raise ValueError(f"its fields are not those of {kind.__name__}") from error
+
+
+def _check_tokens(found: TokenizedSentences, vocabulary: int, longest: int, labels: int) -> None:
+    """Raises ValueError for sentences that no tokenizer of this vocabulary makes."""
+    columns = (found.texts, found.spelled, found.ids, found.source_rows)
+    if not all(isinstance(column, list) for column in columns) or len({len(column) for column in columns}) != 1:
+        raise ValueError("its columns are of different lengths")
+    for ids in found.ids:
+        if not isinstance(ids, list) or not 0 < len(ids) <= longest or not all(type(i) is int for i in ids):
+            raise ValueError(f"it holds a sentence of other than 1 to {longest} ids")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValueError(f"it holds ids outside a vocabulary of {vocabulary}")
+    if not all(isinstance(text, str) for text in (*found.texts, *found.spelled)):
+        raise ValueError("its texts are none")
+    if found.annotations is not None:
+        check_rows(
+            {"annotations": found.annotations}, {"annotations": (len(found.ids), labels or found.annotations.shape[-1])}
+        )
 
 
 def encoder_fingerprint(model: Any) -> str | None:
@@ -143,4 +183,18 @@ def pooled_features(
     def compute() -> dict[str, Tensor]:
         return {"pooled": model.pool(sentences, batch_size=batch_size).cpu()}
 
-    return cache.get("pooled", key, compute)["pooled"]
+    def check(tensors: dict[str, Tensor]) -> None:
+        width = getattr(model.encoder, "width", None) or tensors["pooled"].shape[-1]
+        check_rows(tensors, {"pooled": (len(sentences), width)})
+
+    return cache.get("pooled", key, compute, check)["pooled"]
+
+
+def check_rows(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless there are exactly these tensors, of these shapes, floating and finite."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != dict(shapes):
+        raise ValueError(f"it holds {found}, not {dict(shapes)}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not is_finite(tensor):
+            raise ValueError(f"{name} holds what are no finite numbers")

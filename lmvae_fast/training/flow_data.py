@@ -10,7 +10,7 @@ from lmvae_fast.evaluation.collapse import COLLAPSED_KL, REMEDY, collapsed
 from lmvae_fast.evaluation.metrics import active_units
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.models.systems.invertible_cvae import BaseDensity, FlowPairs, InvertibleCVAE
-from lmvae_fast.training.feature_cache import TensorCache, content_key, tokenizer_fingerprint
+from lmvae_fast.training.feature_cache import TensorCache, check_rows, content_key, tokenizer_fingerprint
 
 #: Pairs evaluated at a time.
 _EVALUATED = 4096
@@ -27,7 +27,8 @@ def cached_posteriors(model: InvertibleCVAE, glosses: list[str], cache: TensorCa
         found = model.posteriors(glosses)
         return {"mu": found.mu.contiguous(), "logvar": found.logvar.contiguous()}
 
-    tensors = cache.get("posteriors", key, compute)
+    shape = (len(glosses), model.vae.config.latent_dim)
+    tensors = cache.get("posteriors", key, compute, lambda found: check_rows(found, {"mu": shape, "logvar": shape}))
     return Posterior(tensors["mu"], tensors["logvar"])
 
 

@@ -26,6 +26,7 @@ from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity
+from lmvae_fast.training.checkpoints.run_state import check_state
 from lmvae_fast.training.checkpoints.tensors import (
     optimizer_tensors,
     random_tensors,
@@ -351,6 +352,7 @@ class FlowTrainer:
         self.tell("on_checkpoint", self.last_checkpoint)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
+        check_state(found)
         identity.check(found.state["identity"], self.identity, model=FlowConfig, train=FlowTrainConfig)
         load_flow_tensors(self.model, found.tensors["model"])
         self.model.clusters = tuple(found.state["clusters"])

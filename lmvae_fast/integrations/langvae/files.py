@@ -16,9 +16,7 @@ Rows of ``context_hidden`` are ordered [K or V, kv head, slot, head_dim].
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -29,8 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmvae_fast.data.lines import check_inflated
+from lmvae_fast.documents import check_regular, read_object
 from lmvae_fast.errors import CheckpointError, LMVAEError, OutputError
-from lmvae_fast.files import check_ours, fsync_file, mark, replace_folder, sweep, temporary_beside, write_json
+from lmvae_fast.files import (
+    check_ours,
+    fsync_file,
+    mark,
+    replace_folder,
+    share_as_folder,
+    sweep,
+    temporary_beside,
+    write_json,
+)
 from lmvae_fast.integrations.langvae.legacy_parts import needs_legacy_copy, write_legacy_copy
 
 FILES = ("model_config.json", "environment.json", "encoder_cfg.json", "encoder.pt", "decoder_cfg.json", "decoder.pt")
@@ -214,6 +223,8 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
             torch.save(state, temporary / name)
         mark(temporary, KIND)
         for path in temporary.rglob("*"):
+            if path.is_file():
+                share_as_folder(path)
             fsync_file(path)
         replace_folder(temporary, target)
     except LMVAEError:
@@ -239,15 +250,7 @@ def check_target(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON: {error}", remedy="copy it again from the source"
-        ) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not hold an object", value=type(values).__name__, limit="a JSON object")
-    return values
+    return read_object(path, error=CheckpointError)
 
 
 _NEEDED = object()
@@ -281,9 +284,11 @@ def _choice(values: dict[str, Any], path: Path, name: str, allowed: tuple[str, .
 
 
 def _load_state(path: Path) -> dict[str, Tensor]:
+    check_regular(path, error=CheckpointError)
     try:
+        check_inflated(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # pickle, zip and torch have errors of many kinds
         reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"{path} is truncated, corrupt or holds more than tensors (nothing is unpickled)",
@@ -296,6 +301,11 @@ def _load_state(path: Path) -> dict[str, Tensor]:
             f"{path} does not hold a state dict", value=type(state).__name__, limit="names mapped to tensors"
         )
     for name, value in state.items():
+        if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: {name} is no dense tensor of floats", value=f"{value.dtype} {value.layout}",
+                remedy="save it again dequantised and dense",
+            )  # fmt: skip
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {name} has NaN or infinite entries", remedy="use an earlier checkpoint")
     return state

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError
 
 # What version 4 called the rotary base and the rotated share of a head, where not by the common names.
@@ -73,15 +74,7 @@ def _legacy_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON: {error}", remedy="copy it again from the source"
-        ) from error
-    return values if isinstance(values, dict) else {}
+    return read_object(path, error=CheckpointError) if path.is_file() else {}
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ Nothing is pickled: optimizer state is flattened by parameter name, random state
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -22,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from lmvae_fast.documents import read_json
 from lmvae_fast.errors import CheckpointError
 from lmvae_fast.files import (
     TEMPORARY,
@@ -37,6 +35,7 @@ from lmvae_fast.files import (
     write_json,
     write_tensors,
 )
+from lmvae_fast.tensor_files import read_tensors
 
 FORMAT = "lmvae_fast.checkpoint"
 VERSION = 1
@@ -56,6 +55,11 @@ class Checkpoint:
     pieces: Path | None = None
 
 
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint's."""
+    return _NAME.match(name) is not None
+
+
 def _order(path: Path) -> tuple[int, int]:
     """(step, copy) of a checkpoint folder's name; (-1, 0) for any other name."""
     match = _NAME.match(path.name)
@@ -68,6 +72,11 @@ def complete(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _order(path)[0] >= 0 and (path / MARKER).is_file()]
     return sorted(found, key=_order, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder's name, -1 for any other name."""
+    return _order(path)[0]
 
 
 def of_step(folder: Path, step: int) -> Path | None:
@@ -189,10 +198,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         if sha256_file(file) != expected["sha256"]:
             raise CheckpointError(f"{file} is corrupt: its sha256 is not the manifest's", remedy=remedy)
         if file.suffix == ".safetensors" and file.parent == path:
-            try:
-                tensors[file.stem] = load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}", remedy=remedy) from error
+            tensors[file.stem] = read_tensors(file)
     state = _read_json(path / STATE, "the checkpoint's state is missing")
     return Checkpoint(
         path, tensors, state, path / PIECES if any(name.startswith(f"{PIECES}/") for name in files) else None
@@ -245,9 +251,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read_json(path: Path, missing: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{missing}: no {path.name} in {path.parent}", remedy="choose a complete one") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", remedy="choose another checkpoint") from error
+    if not path.exists():
+        raise CheckpointError(f"{missing}: no {path.name} in {path.parent}", remedy="choose a complete one")
+    return read_json(path, error=CheckpointError)

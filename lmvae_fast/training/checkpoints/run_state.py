@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 
 from lmvae_fast.config import LMVAEConfig
 from lmvae_fast.config.base import ConfigBase
+from lmvae_fast.errors import CheckpointError
+from lmvae_fast.training.callbacks import is_record
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity, shards
 from lmvae_fast.training.checkpoints.tensors import random_tensors, restore_random
@@ -86,6 +88,7 @@ def restore(state: RunState, found: checkpoint.Checkpoint, folder: Path) -> None
 
     Newer ones in `folder` are set aside. Raises what `identity.check` raises.
     """
+    check_state(found)
     kind = type(state.model.config)
     model = kind if issubclass(kind, ConfigBase) else LMVAEConfig
     identity.check(found.state["identity"], state.identity, model=model)
@@ -106,3 +109,58 @@ def restore(state: RunState, found: checkpoint.Checkpoint, folder: Path) -> None
     if state.ranks.first:
         checkpoint.set_aside(folder, after=found.path)
         restore_random(found.tensors["random"], state.device)
+
+
+_IDENTITY: dict[str, Any] = {
+    "train_config": dict, "model_config": dict, "frozen": str, "train_data": str, "eval_data": (str, type(None)), "torch": str,
+    "threads": int, "device": str,
+}  # fmt: skip
+
+
+def check_state(found: checkpoint.Checkpoint) -> None:
+    """Raises CheckpointError for a state that fits its manifest and yet is none that a run can have had."""
+    state, place = found.state, found.path / checkpoint.STATE
+
+    def refused(what: str, value: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{place}: {what} is not what a run writes", value=value, remedy="resume from another checkpoint of the run"
+        )
+
+    if not isinstance(state, dict):
+        raise refused("the whole", type(state).__name__)
+    progress, who, plateau = (state.get(name) for name in ("progress", "identity", "plateau"))
+    names = {field.name for field in fields(Progress)}
+    if not isinstance(progress, dict) or progress.keys() != names:
+        raise refused("progress", progress)
+    for name in ("step", "sentences", "tokens", "waited"):
+        if type(progress[name]) is not int or progress[name] < 0:
+            raise refused(f"progress.{name}", progress[name])
+    if not _is_number(progress["seconds"]) or progress["seconds"] < 0:
+        raise refused("progress.seconds", progress["seconds"])
+    if progress["step"] != checkpoint.step_of(found.path):
+        raise refused("progress.step", f"{progress['step']} in {found.path.name}")
+    window = progress["window"]
+    if not isinstance(window, dict) or not all(isinstance(k, str) and _is_number(v) for k, v in window.items()):
+        raise refused("progress.window", window)
+    best = progress["best"]
+    if best is not None and (
+        not is_record(best) or not _is_number(best.get("monitored")) or best["step"] > progress["step"]
+    ):
+        raise refused("progress.best", best)
+    if not isinstance(who, dict) or not all(isinstance(who.get(name), kind) for name, kind in _IDENTITY.items()):
+        raise refused("identity", who)
+    if not isinstance(plateau, dict) or not {"scale", "best", "waited"} <= plateau.keys():
+        raise refused("plateau", plateau)
+    if not _is_number(plateau["scale"]) or type(plateau["waited"]) is not int:
+        raise refused("plateau", plateau)
+    if plateau["best"] is not None and not _is_number(plateau["best"]):
+        raise refused("plateau.best", plateau["best"])
+    missing = [group for group in ("model", "optimizer", "random") if group not in found.tensors]
+    if missing:
+        raise refused("the groups of tensors", f"without {', '.join(missing)}")
+    if "beta" in state and (not _is_number(state["beta"]) or state["beta"] < 0):
+        raise refused("beta", state["beta"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
