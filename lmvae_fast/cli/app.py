@@ -75,6 +75,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(guarded(command))
+for info in profile.app.registered_commands:
+    info.callback = guarded(info.callback) if info.callback else None
 app.add_typer(profile.app, name="profile")
 
 

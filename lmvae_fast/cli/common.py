@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 
 from lmvae_fast.config.base import read_mapping
-from lmvae_fast.documents import parse_yaml
-from lmvae_fast.errors import ConfigError
+from lmvae_fast.documents import parse_yaml, read_object
+from lmvae_fast.errors import ConfigError, DataError
 
 
 class Terminal(Console):
@@ -195,10 +195,10 @@ def load_generator(source: Path | str, device: str | None = None, *, max_prompt_
 def _is_decoder(folder: Path) -> bool:
     """Whether a folder is an ordinary Hugging Face one: its configuration names a kind of model, and is not ours."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_object(folder / "config.json")
+    except DataError:
         return False
-    return isinstance(config, dict) and "model_type" in config and "format" not in config
+    return "model_type" in config and "format" not in config
 
 
 def merged(config: Path | None, sections: tuple[str, ...], flags: dict[str, dict[str, Any]], sets: list[str]):

@@ -23,6 +23,7 @@ from lmvae_fast.cli.common import (
     print_json,
     takes_sampling,
 )
+from lmvae_fast.documents import read_object
 from lmvae_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def evaluate(
 
     if part not in PARTS:
         raise ConfigError("unknown part", value=part, limit=", ".join(PARTS))
-    known = json.loads((flow / FIT).read_text()) if (flow / FIT).is_file() else None
+    known = read_object(flow / FIT) if (flow / FIT).is_file() else None
     if data is None and known is None:
         raise ConfigError("no definitions", remedy="name a file, or a folder that fit-flow wrote")
     if known is None and part != "all":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError
 from lmvae_fast.integrations.cvae.names import fused_places, is_unused, place_of
 from lmvae_fast.models.decoder.decoder import Decoder
@@ -83,7 +83,7 @@ def load_checkpoint(
 
 def _read(folder: Path, extra: str | os.PathLike[str] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_object(folder / "config.json", error=CheckpointError)
         state = load_file(folder / "model.safetensors")
         if extra is not None:
             state.update(load_file(Path(extra) / "extra.safetensors"))

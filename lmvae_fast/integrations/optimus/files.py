@@ -16,7 +16,6 @@ and ``lm_head.weight``, which is ``transformer.wte.weight``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import re
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmvae_fast.documents import read_json
 from lmvae_fast.errors import CheckpointError
 
 FULL = "training.bin"
@@ -164,10 +164,5 @@ def _halves(state: Any, file: Path) -> dict[str, dict[str, Tensor]]:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is not readable JSON: {error}", remedy="copy it again from the source"
-        ) from error
+    values = read_json(file, error=CheckpointError)
     return values if isinstance(values, dict) else {}
