@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train test-peers clean
+.PHONY: help setup demo test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -86,7 +86,10 @@ bench-train: $(READY) ## training steps against LangVAE 0.6.13 (in its own envir
 gpu:             ## on a CUDA machine, with its own Python (PYTHON=...): build, CUDA tests, benchmarks, sanitizer, under 9 minutes
 	$(PYTHON) tools/gpu_check.py $(GPU_ARGS)
 
-test-peers: $(READY)    ## checks that run the real LangVAE in a virtual environment of its own
+wheel: $(READY)  ## a wheel with the C++ extension in dist/, manylinux where auditwheel is installed
+	$(BIN)/python tools/build_wheel.py
+
+test-peers: $(READY)    ## checks that run the real LangVAE, LangSpace and pythae, in virtual environments of their own
 	$(BIN)/python -m pytest -m peers tests/peers
 
 test-matrix:     ## other Pythons, torches and transformers, each in an environment of its own; says which it could not try

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -201,6 +202,13 @@ class BuildCsrc(build_ext):
                     os.replace(copy.with_suffix(".new"), copy)
 
 
+class Wheel(bdist_wheel):
+    """A wheel for every Python 3: the extension has no Python symbols. It belongs to a platform, and to one torch version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class WithExtension(Distribution):
     def has_ext_modules(self) -> bool:
         return os.environ.get("LMVAE_BUILD_CSRC", "") != "0"
@@ -216,6 +224,6 @@ if __name__ == "__main__":  # as pip and the command line run it; tools/check_aa
             "lmvae_fast.kernels.packed_linear": ["choices.json"],
         },
         ext_modules=[Extension("lmvae_fast._C", sources=[])],
-        cmdclass={"build_ext": BuildCsrc},
+        cmdclass={"build_ext": BuildCsrc, "bdist_wheel": Wheel},
         distclass=WithExtension,
     )

@@ -9,6 +9,10 @@ torch and has no twins: it is compiled anew for each value of what it takes as a
 
 from __future__ import annotations
 
+import functools
+import importlib.abc
+import importlib.util
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +22,7 @@ from torch import Tensor
 
 _twins: dict[str, SimpleNamespace] = {}
 _in_graphs: dict[str, SimpleNamespace] = {}
+_waiting: list[Callable[..., Any]] = []
 
 
 def floats(schema: str) -> frozenset[int]:
@@ -62,8 +67,40 @@ def enter(space: str, name: str, places: frozenset[int]) -> None:
         one = torch.ones((), dtype=torch.float64, device="cpu")
         return twin(*(one * x if i in places and x is not None else x for i, x in enumerate(arguments)))
 
-    in_graph = torch.compiler.allow_in_graph(call) if places else plain
-    setattr(_in_graphs.setdefault(space, SimpleNamespace()), name, in_graph)
+    setattr(_in_graphs.setdefault(space, SimpleNamespace()), name, call if places else plain)
+    if places:
+        _put_into_graphs(call)
+
+
+def _put_into_graphs(call: Callable[..., Any]) -> None:
+    """`torch.compiler.allow_in_graph(call)`, but not before something compiles: it would import torch._dynamo, which takes
+    longer than all else that an op needs."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(call)
+        return
+    if not _waiting:
+        sys.meta_path.insert(0, _WithDynamo())
+    _waiting.append(call)
+
+
+class _WithDynamo(importlib.abc.MetaPathFinder):
+    """Puts the waiting calls into graphs as soon as torch._dynamo has been imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            loader.exec_module = functools.partial(self._run, loader.exec_module)
+        return spec
+
+    @staticmethod
+    def _run(exec_module: Callable[[Any], None], module: Any) -> None:
+        exec_module(module)
+        while _waiting:
+            module.allow_in_graph(_waiting.pop())
 
 
 def twins(space: str) -> Any:
