@@ -68,7 +68,7 @@ def repaired(wheel: Path, folder: Path) -> tuple[Path, str]:
         return wheel, f"the platform's own tag: {', '.join(missing)} is not installed"
     exclude = [part for name in OF_TORCH for part in ("--exclude", name)]
     command = [sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", str(folder), str(wheel)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
     if done.returncode:
         return wheel, f"the platform's own tag: auditwheel says {done.stderr.strip().splitlines()[-1]}"
