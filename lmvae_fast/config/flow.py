@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmvae_fast.config.base import ConfigBase
+from lmvae_fast.config.run import RunConfig
 from lmvae_fast.errors import ConfigError
 
 FLOW_KINDS = ("coupling", "allinone", "glow")
@@ -12,7 +13,6 @@ FLOW_ACTIVATIONS = ("relu", "gelu", "silu")
 PERMUTATIONS = ("hard", "soft", "none")
 BRIDGES = ("auto", "none", "pca", "pad")
 BASES = ("posterior", "standard", "cluster")
-FLOW_SCHEDULES = ("constant", "linear", "cosine", "plateau")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class FlowConfig(ConfigBase):
 
 
 @dataclass(frozen=True)
-class FlowTrainConfig(ConfigBase):
+class FlowTrainConfig(RunConfig):
     """How a flow is fitted; fields of the same names mean what they mean in TrainConfig.
 
     Attributes:
@@ -103,49 +103,12 @@ class FlowTrainConfig(ConfigBase):
 
     output_dir: str = "runs/flow"
     epochs: int = 100
-    max_steps: int | None = None
     batch_size: int = 256
     learning_rate: float = 5e-4
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
     weight_decay: float = 0.01
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    plateau_patience: int = 5
-    plateau_factor: float = 0.5
-    grad_clip: float | None = 1.0
-    initialize: bool = True
-    eval_every: int | None = None
-    save_every: int | None = None
     log_every: int = 50
-    early_stop: int | None = None
-    keep_best: bool = True
-    keep_checkpoints: int = 2
-    cache_dir: str | None = None
-    resume: bool | str = False
-    seed: int = 0
-    tensorboard: bool = True
-    progress: bool = True
+    initialize: bool = True
 
     def __post_init__(self) -> None:
-        self._choice("schedule", FLOW_SCHEDULES)
-        for name in ("epochs", "batch_size", "log_every", "keep_checkpoints"):
-            self._number(name, 1, integer=True)
-        for name in ("max_steps", "eval_every", "save_every", "early_stop"):
-            self._number(name, 1, integer=True, optional=True)
-        for name in ("warmup_steps", "plateau_patience", "seed"):
-            self._number(name, 0, integer=True)
-        self._number("learning_rate", 0.0, open_low=True)
-        self._number("adam_eps", 0.0, open_low=True)
-        self._number("weight_decay", 0.0)
-        self._number("plateau_factor", 0.0, 0.9999, open_low=True)
-        self._number("grad_clip", 0.0, optional=True, open_low=True)
-        betas = self.adam_betas
-        good = isinstance(betas, tuple) and len(betas) == 2
-        if not good or not all(isinstance(beta, (int, float)) and 0.0 <= beta < 1.0 for beta in betas):
-            raise ConfigError("FlowTrainConfig.adam_betas is out of range", value=betas, limit="two numbers in [0, 1)")
-        self._text("output_dir")
-        self._text("cache_dir", optional=True)
-        self._flag("initialize", "keep_best", "tensorboard", "progress")
-        if not isinstance(self.resume, bool):
-            self._text("resume")
+        super().__post_init__()
+        self._flag("initialize")

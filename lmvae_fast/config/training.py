@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmvae_fast.config.base import ConfigBase
+from lmvae_fast.config.run import RunConfig
 from lmvae_fast.errors import ConfigError
 
 BETA_SCHEDULES = ("constant", "linear", "cyclical")
-LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine", "plateau")
 PRECISIONS = ("fp32", "bf16", "fp16")
 MONITORS = ("elbo", "reconstruction", "loss")
 FINAL_MODELS = ("last", "best")
@@ -16,7 +15,7 @@ ON_LONG = ("truncate", "drop", "error")
 
 
 @dataclass(frozen=True)
-class TrainConfig(ConfigBase):
+class TrainConfig(RunConfig):
     """How a model is trained.
 
     Attributes:
@@ -61,19 +60,7 @@ class TrainConfig(ConfigBase):
     """
 
     output_dir: str = "runs/train"
-    epochs: int = 20
-    max_steps: int | None = None
-    batch_size: int = 50
     accumulation: int = 1
-    learning_rate: float = 1e-3
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    plateau_patience: int = 5
-    plateau_factor: float = 0.5
-    grad_clip: float | None = 1.0
     beta_schedule: str = "cyclical"
     beta: float = 1.0
     beta_cycles: int = 16
@@ -85,61 +72,32 @@ class TrainConfig(ConfigBase):
     embedding_rows_update: bool = False
     recompute_decoder: bool = False
     compile: bool = False
-    eval_every: int | None = None
-    save_every: int | None = None
-    log_every: int = 10
     eval_batch_size: int | None = None
-    early_stop: int | None = None
     monitor: str = "elbo"
-    keep_checkpoints: int = 2
-    keep_best: bool = True
     final_model: str = "last"
     on_long: str = "truncate"
-    cache_dir: str | None = None
-    resume: bool | str = False
-    seed: int = 0
-    tensorboard: bool = True
-    progress: bool = True
     bucket_batches: int = 16
 
     def __post_init__(self) -> None:
-        self._choice("schedule", LEARNING_RATE_SCHEDULES)
+        super().__post_init__()
         self._choice("beta_schedule", BETA_SCHEDULES)
         self._choice("precision", PRECISIONS)
         self._choice("on_long", ON_LONG)
         self._choice("monitor", MONITORS)
         self._choice("final_model", FINAL_MODELS)
-        for name in ("epochs", "batch_size", "accumulation", "beta_cycles", "log_every", "keep_checkpoints"):
+        for name in ("accumulation", "beta_cycles", "bucket_batches"):
             self._number(name, 1, integer=True)
-        for name in ("max_steps", "eval_every", "save_every", "eval_batch_size", "early_stop"):
-            self._number(name, 1, integer=True, optional=True)
-        for name in ("warmup_steps", "plateau_patience", "seed"):
-            self._number(name, 0, integer=True)
-        self._number("bucket_batches", 1, integer=True)
-        self._number("learning_rate", 0.0, open_low=True)
-        self._number("adam_eps", 0.0, open_low=True)
-        self._number("weight_decay", 0.0)
-        self._number("plateau_factor", 0.0, 0.9999, open_low=True)
-        self._number("grad_clip", 0.0, optional=True, open_low=True)
+        self._number("eval_batch_size", 1, integer=True, optional=True)
         self._number("beta", 0.0)
         for name in ("beta_zero", "beta_increase"):
             self._number(name, 0.0, 1.0)
-        betas = self.adam_betas
-        good = isinstance(betas, tuple) and len(betas) == 2
-        if not good or not all(isinstance(beta, (int, float)) and 0.0 <= beta < 1.0 for beta in betas):
-            raise ConfigError("TrainConfig.adam_betas is out of range", value=betas, limit="two numbers in [0, 1)")
-        self._text("output_dir")
-        self._text("cache_dir", optional=True)
-        self._flag("tensorboard", "progress", "shard", "fused_projector_update", "recompute_decoder", "compile")
-        self._flag("embedding_rows_update")
+        self._flag("shard", "fused_projector_update", "embedding_rows_update", "recompute_decoder", "compile")
         if self.compile and (self.shard or self.recompute_decoder):
             raise ConfigError(
                 "compile leaves a decoder's layers no hooks of their own, which shard and recompute_decoder put there",
                 value=f"compile=True, shard={self.shard}, recompute_decoder={self.recompute_decoder}",
                 remedy="set compile=False, or the others",
             )
-        if not isinstance(self.resume, bool):
-            self._text("resume")
         if self.beta_zero + self.beta_increase > 1.0:
             raise ConfigError(
                 "beta_zero and beta_increase are shares of one cycle",

@@ -6,8 +6,9 @@ equals an unbroken one bit for bit (on one device, with as many threads).
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lmvae_fast.files import fingerprint_tensors
 from lmvae_fast.models.flow_files import flow_tensors, load_flow_tensors, vae_fingerprint
 from lmvae_fast.models.systems.invertible_cvae import FlowPairs, InvertibleCVAE
 from lmvae_fast.signals import StopSignals
-from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
+from lmvae_fast.training.callbacks import Callback
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity
 from lmvae_fast.training.checkpoints.run_state import check_state
@@ -37,6 +38,7 @@ from lmvae_fast.training.checkpoints.tensors import (
 from lmvae_fast.training.feature_cache import TensorCache
 from lmvae_fast.training.flow_data import bridged, cached_posteriors, check_not_collapsed, flow_figures, run_flow
 from lmvae_fast.training.records import FlowResult, Progress, Record
+from lmvae_fast.training.run import RunLoop
 from lmvae_fast.training.run_checks import writing_run
 from lmvae_fast.training.schedule import Plateau, improves, learning_rate_factor
 
@@ -118,8 +120,8 @@ def _check_evaluable(config: FlowTrainConfig, has_valid: bool) -> None:
         )  # fmt: skip
 
 
-class FlowTrainer:
-    """One fit; callbacks see it as `callbacks.Run`.
+class FlowTrainer(RunLoop[FlowResult]):
+    """One fit.
 
     Args:
         model: an InvertibleCVAE. train, valid: pairs made by it. config, callbacks: of the run.
@@ -136,10 +138,9 @@ class FlowTrainer:
         vae: str | None = None,
     ) -> None:
         _check_evaluable(config, valid is not None)
-        self.model, self.config = model, config
+        super().__init__(config, callbacks, shown=_SHOWN)
+        self.model = model
         self.device, self.dtype = model.device, model.dtype
-        self.output_dir = Path(config.output_dir)
-        self.folder = self.output_dir / "checkpoints"
         bridge = model.set_width(train.vectors.shape[1])
         checkpoint.check_space(self.folder, {"theta": model.flow.theta}, config.keep_checkpoints)
         found = identity.find(config, self.folder)  # type: ignore[arg-type]
@@ -166,15 +167,8 @@ class FlowTrainer:
             weight_decay=config.weight_decay, fused=self.device.type in ("cpu", "cuda"),
         )  # fmt: skip
         self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
-        self.progress = Progress()
+        self._progress = Progress()
         self.best_theta: Tensor | None = None
-        self.log = MetricsLog(self.output_dir / "metrics.jsonl")
-        self.callbacks: list[Callback] = [self.log]
-        self.callbacks += [TensorBoard()] if config.tensorboard else []
-        self.callbacks += [ProgressBar(*_SHOWN)] if config.progress else []
-        self.callbacks += callbacks
-        self.last_checkpoint: Path | None = None
-        self.stop_reason: str | None = None
         self._order: tuple[int, Tensor] | None = None
         self._reset_window({})
         seed_all(config.seed)
@@ -191,46 +185,20 @@ class FlowTrainer:
         if self.config.initialize:
             self.model.flow.initialize(bridged(self.model, self.train.vectors), self.train.conditions)
 
-    # -- what callbacks may read -------------------------------------------------------------------------------------
-
     @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.progress.step
+    def progress(self) -> Progress:
+        """How far it has come."""
+        return self._progress
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the last step done, from 0."""
-        return max(self.step - 1, 0) // self.steps_per_epoch
-
-    def request_stop(self, reason: str) -> None:
-        self.stop_reason = self.stop_reason or reason
-
-    def tell(self, event: str, *arguments: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *arguments)
-
-    # -- the run -----------------------------------------------------------------------------------------------------
-
-    def run(self) -> FlowResult:
-        """Fit to the end or to a reason to stop; afterwards the flow is the best one where `keep_best` asks for it."""
-        result = None
-        try:
-            with StopSignals() as signals:
-                self.model.flow.train()
-                self.tell("on_train_begin")
-                if self.config.early_stop is not None and self.progress.waited >= self.config.early_stop:
-                    self.request_stop("early_stop")  # the run being resumed had already ended so
-                while self.step < self.total_steps and self.stop_reason is None:
-                    self._advance(signals)
-            if self.config.keep_best and self.best_theta is not None:
-                with torch.no_grad():
-                    self.theta.copy_(self.best_theta)
-            self.model.flow.eval()
-            result = self._result()
-            return result
-        finally:
-            self.tell("on_train_end", result)
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The flow trains; afterwards it is the best one where `keep_best` asks for it."""
+        self.model.flow.train()
+        yield
+        if self.config.keep_best and self.best_theta is not None:
+            with torch.no_grad():
+                self.theta.copy_(self.best_theta)
+        self.model.flow.eval()
 
     def _advance(self, signals: StopSignals) -> None:
         """One step and all that is due after it."""
@@ -244,17 +212,14 @@ class FlowTrainer:
         self.tell("on_step")
         last = self.step == self.total_steps
 
-        def due(every: int | None) -> bool:
-            return last or self.step % (every or self.steps_per_epoch) == 0
-
-        if due(config.log_every):
+        if self.is_due(config.log_every):
             self._log()
-        if self.valid is not None and due(config.eval_every):
+        if self.valid is not None and self.is_due(config.eval_every):
             self._evaluate()
         stop = self.stop_reason or signals.received
         if stop is not None and not last:
             self.request_stop(stop)
-        if due(config.save_every) or self.stop_reason is not None:
+        if self.is_due(config.save_every) or self.stop_reason is not None:
             self._save()
 
     def _rows(self, step: int) -> Tensor:
@@ -357,7 +322,7 @@ class FlowTrainer:
         load_flow_tensors(self.model, found.tensors["model"])
         self.model.clusters = tuple(found.state["clusters"])
         restore_optimizer(self.optimizer, {"theta": self.theta}, found.tensors["optimizer"])
-        self.progress = Progress(**found.state["progress"])
+        self._progress = Progress(**found.state["progress"])
         self._reset_window(self.progress.window)
         self.plateau.load_state_dict(found.state["plateau"])
         if "best" in found.tensors:

@@ -22,7 +22,7 @@ from lmvae_fast.errors import NumericalError
 from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, bounds_of, groups_of, plan_epoch, steps_per_epoch
-from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, TensorBoard
+from lmvae_fast.training.callbacks import Callback
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.checkpoints import identity, run_state
 from lmvae_fast.training.checkpoints.tensors import seed_all, trainable_parameters
@@ -31,6 +31,7 @@ from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, 
 from lmvae_fast.training.optimizer import Optimizer
 from lmvae_fast.training.posterior_start import start_posterior
 from lmvae_fast.training.records import Progress, Record, TrainResult
+from lmvae_fast.training.run import RunLoop
 from lmvae_fast.training.run_checks import check_run, writing_run
 from lmvae_fast.training.running_means import RunningMeans
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
@@ -69,18 +70,17 @@ def train(
         return Trainer(model, train_data, eval_data, config, callbacks).run()
 
 
-class Trainer:
-    """One run; `train` is its only caller, and callbacks see it as `callbacks.Run`."""
+class Trainer(RunLoop[TrainResult]):
+    """One run of `train`, its only caller."""
 
     def __init__(
         self, model: Any, train_data: Any, eval_data: Any, config: TrainConfig, callbacks: Sequence[Callback]
     ) -> None:
-        self.model, self.config = model, config
-        self.device = next(model.parameters()).device
-        self.output_dir = Path(config.output_dir)
-        self.folder = self.output_dir / "checkpoints"
-        self.parameters = trainable_parameters(model)
         self.ranks = Ranks()
+        super().__init__(config, callbacks, watched=self.ranks.first)
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.parameters = trainable_parameters(model)
         check_run(model, self.parameters, config, self.ranks, eval_data)
         if self.ranks.first:
             checkpoint.check_space(self.folder, model.trainable_state_dict(), config.keep_checkpoints)
@@ -107,15 +107,6 @@ class Trainer:
         # On the CPU this costs nothing and finds the weights still good; on a GPU it would stall every step, so there
         # the record is read where figures are read anyway: at log steps and before a checkpoint is written.
         self.check_every_step = self.device.type == "cpu"
-        self.log = MetricsLog(self.output_dir / "metrics.jsonl")
-        self.callbacks: list[Callback] = []
-        if self.ranks.first:
-            self.callbacks += [self.log]
-            self.callbacks += [TensorBoard()] if config.tensorboard else []
-            self.callbacks += [ProgressBar()] if config.progress else []
-            self.callbacks += callbacks
-        self.last_checkpoint: Path | None = None
-        self.stop_reason: str | None = None
         self._plan: tuple[int, EpochPlan] | None = None
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
@@ -142,41 +133,14 @@ class Trainer:
             run_state.restore(self.state, found, self.folder)
             self.last_checkpoint = found.path
 
-    # -- what callbacks may read -------------------------------------------------------------------------------------
-
     @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.state.progress.step
+    def progress(self) -> Progress:
+        """How far it has come."""
+        return self.state.progress
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the last step done, from 0."""
-        return max(self.step - 1, 0) // self.steps_per_epoch
-
-    def request_stop(self, reason: str) -> None:
-        self.stop_reason = self.stop_reason or reason
-
-    def tell(self, event: str, *arguments: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *arguments)
-
-    # -- the run -----------------------------------------------------------------------------------------------------
-
-    def run(self) -> TrainResult:
-        """Train to the end or to a reason to stop."""
-        result = None
-        try:
-            with noticing_lost_ranks(), StopSignals() as signals, self.prepared():
-                self.tell("on_train_begin")
-                if self.config.early_stop is not None and self.state.progress.waited >= self.config.early_stop:
-                    self.request_stop("early_stop")  # the run being resumed had already ended so
-                while self.step < self.total_steps and self.stop_reason is None:
-                    self._advance(signals)
-            result = self._result()
-            return result
-        finally:
-            self.tell("on_train_end", result)
+    def surroundings(self) -> contextlib.AbstractContextManager[Any]:
+        """A rank that is lost ends the others."""
+        return noticing_lost_ranks()
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -205,19 +169,16 @@ class Trainer:
         self.tell("on_step")
         last = self.step == self.total_steps
 
-        def due(every: int | None) -> bool:
-            return last or self.step % (every or self.steps_per_epoch) == 0
-
-        if due(config.log_every):
+        if self.is_due(config.log_every):
             self._log()
-        if self.eval_set is not None and due(config.eval_every):
+        if self.eval_set is not None and self.is_due(config.eval_every):
             self._evaluate()
         stop = self.ranks.any_stop(self.stop_reason or signals.received)
         if stop is not None and not last:
             self.request_stop(stop)
         best = self.state.progress.best
         improved = config.keep_best and best is not None and best["step"] == self.step
-        if due(config.save_every) or improved or self.stop_reason is not None:
+        if self.is_due(config.save_every) or improved or self.stop_reason is not None:
             self._stop_if_not_finite()
             self.last_checkpoint = run_state.save(self.state, self.folder, keep=config.keep_checkpoints)
             self.tell("on_checkpoint", self.last_checkpoint)
