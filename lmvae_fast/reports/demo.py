@@ -13,17 +13,24 @@ def write(run: Any) -> Path:
     """Write ``report.html`` for a finished demo (see ``demo._Demo``)."""
     style()
     figures, evaluation = run.figures, run.evaluation
+    small = run.decoder_name is None
+    what = "A LangVAE" if small else "Our preset lmvae"
+    decoder = "a small GPT-2, frozen" if small else f"{run.decoder_name}, frozen but for low-rank adapters"
     report = Report(
         "A language-model VAE, trained here",
-        f"A LangVAE on {figures['sentences']:,} generated sentences: a small GPT-2, frozen, steered by a latent of "
+        f"{what} on {figures['sentences']:,} generated sentences: {decoder}, steered by a latent of "
         f"{run.config.latent_dim} numbers that is projected into its KV cache.",
+    )
+    parity = figures.get("parity")
+    faster = (
+        [(f"{parity['teacher_forced_speedup']:.1f}x", "training step against the eager reference")] if parity else []
     )
     report.cards([
         (f"{figures['bleu']:.3f}", "held-out BLEU-4"),
         (f"{figures['exact_match']:.0%}", "held-out sentences reproduced word for word"),
         (f"{figures['kl']:.1f} nats", "KL to the prior"),
         (f"{figures['active_units']} of {run.config.latent_dim}", "active latent dimensions"),
-        (f"{figures['parity']['teacher_forced_speedup']:.1f}x", "training step against the eager reference"),
+        *faster,
         (f"{figures['seconds']:.0f} s", "for all of this"),
     ])  # fmt: skip
     report.heading("Training", "Reconstruction and KL of the training batches, and what held-out sentences say.")
@@ -50,7 +57,10 @@ def write(run: Any) -> Path:
     report.table(
         ["term", "sentence"], [*((f"{factor:+g}", text) for factor, text in run.sum.terms), ("=", run.sum.text)]
     )
-    _parity(report, figures["parity"])
+    report.heading("The prior", "Decoded from latents drawn from N(0, I): no sentence is behind them.")
+    report.table(["", "decoded"], [(i + 1, text) for i, text in enumerate(run.prior)])
+    if parity:
+        _parity(report, parity)
     report.heading("Where the time went")
     report.table(["part", "seconds"], [(name, round(seconds, 1)) for name, seconds in run.timings.items()])
     return report.write(run.output / "report.html")
