@@ -45,6 +45,11 @@ class Curve(Callback):
         """CPU time of training so far, in all processes."""
         return self.before + time.process_time() - self.evaluating
 
+    def on_train_begin(self, run: Any) -> None:
+        """See Callback: a run that has had its minutes ends at once, with its last figures."""
+        if not self.marks:
+            run.request_stop("minutes")
+
     def on_step(self, run: Any) -> None:
         """See Callback: evaluates where a mark has been reached."""
         if not self.marks or self.seconds < self.marks[0]:

@@ -1,0 +1,63 @@
+"""A recipe's record: points over CPU time, figures at the end, and the same command after a stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from benchmarks.common import records
+from benchmarks.science import recipe, tables
+from lmvae_fast.testing import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs the recipe of tiny models with further options and returns its record."""
+    tokenizer = tiny_tokenizer()
+    for name, model in (("encoder", tiny_encoder("bert", vocab_size=len(tokenizer))),
+                        ("decoder", tiny_decoder("llama", vocab_size=len(tokenizer)))):  # fmt: skip
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    fields = {
+        "model": {"system": "lmvae", "encoder": str(tmp_path / "encoder"), "decoder": str(tmp_path / "decoder"),
+                  "latent_dim": 4, "max_len": 9, "lora_rank": 2},
+        "train": {"batch_size": 4, "max_steps": 40, "save_every": 1, "precision": "bf16"},
+        "data": {"held_out": 0.4},
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(fields))
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(recipe, "RESULTS", tmp_path / "results" / "science")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+
+    def call(*options):
+        arguments = [
+            tmp_path / "tiny.yaml",
+            "--data",
+            tmp_path / "sentences.txt",
+            "--runs",
+            tmp_path / "runs",
+            *options,
+        ]
+        monkeypatch.setattr(sys, "argv", ["recipe", *map(str, arguments)])
+        assert recipe.main() == 0
+        return json.loads((tmp_path / "results" / "science" / "tiny.json").read_text())
+
+    return call
+
+
+def test_a_recipe_is_recorded_and_goes_on(run):
+    minutes = 1e-4  # passed before the first step is done
+    record = run("--minutes", minutes, "--marks", 1, "--held-out", 4, "--final", 5)
+    assert len(record["points"]) == 1 and record["points"][0]["step"] == 1
+    assert {"bleu", "reconstruction", "kl", "active_units", "cpu_minutes"} <= record["points"][0].keys()
+    assert record["points"][0]["cpu_minutes"] > minutes and record["final"]["sentences"] == 5
+    assert {"machine", "command", "seed"} <= record.keys() and record["machine"]["commit"]
+    again = run("--minutes", minutes, "--marks", 1, "--held-out", 4, "--final", 5)
+    assert again["points"] == record["points"] and again["final"]["steps"] == 1  # it had had its minutes
+    assert again["final"]["reconstruction"] == pytest.approx(record["final"]["reconstruction"], rel=1e-5)
+    table = tables.recipes()
+    assert table.count("| tiny |") == 2 and record["command"] in table
