@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo demo-pretrained test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
+.PHONY: help setup demo demo-pretrained test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 families bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -58,6 +58,9 @@ check-aarch64: $(READY)  ## csrc/ with a cross compiler (Debian: g++-aarch64-lin
 compile-gate: $(READY)  ## every Triton kernel to cubins, by the newest and the oldest Triton: spills, registers, wgmma, loads
 	$(BIN)/python tools/compile_gate.py $(GATE_ARGS)
 	$(BIN)/python tools/compile_gate.py --triton 3.6 $(GATE_ARGS)
+
+families: $(READY) ## every decoder type transformers maps, tiny and random, against its own eager code: docs/decoders.md
+	$(BIN)/python tools/families.py decoders
 
 bench-kernels: $(READY) ## every op against its baseline, interleaved, JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks.kernels.run

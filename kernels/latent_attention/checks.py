@@ -170,6 +170,17 @@ def check_new_token(k: Tensor, v: Tensor, k_cache: Tensor, positions: Tensor) ->
     _check_integer("positions", positions, (torch.int64,), batch, k_cache.device)
 
 
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """ValueError or TypeError unless ``sinks`` has one floating number for every head of q ``[.., H, D]``, beside it."""
+    heads = q.shape[-2]
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must be [heads] = [{heads}] to match q, got {list(sinks.shape)}")
+    if not sinks.dtype.is_floating_point:
+        raise TypeError(f"sinks must be floating, got {sinks.dtype}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks is on {sinks.device}, q on {q.device}: they must be on one device")
+
+
 def check_positions(positions: Tensor, capacity: int) -> None:
     """ValueError if a row of ``positions`` (on the CPU) is not one of the cache's ``capacity`` positions."""
     for row, position in enumerate(positions.tolist()):

@@ -18,8 +18,10 @@ from .checks import (
     check_offsets,
     check_packed,
     check_positions,
+    check_sinks,
     check_tensors,
 )
+from .sinks import latent_attention_with_sinks
 from .visibility import visibility_code
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
@@ -138,6 +140,7 @@ def latent_attention(
     max_seqlen: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of packed sentences: each over its own memory slots and its own tokens. Differentiable.
 
@@ -154,6 +157,7 @@ def latent_attention(
         max_seqlen: the longest sentence's length or a bound on it: saves CUDA from launching for sentences of T tokens.
         window: a token sees the last ``window`` cache positions up to and including its own (``visibility.py``).
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
+        sinks: [H], a score of each head's own that enters every softmax's sum and gives nothing (gpt-oss); differentiable.
 
     Returns:
         [T, H, D], in the dtype of q. Arithmetic is fp32 for half types. Every gradient is deterministic; saved for the
@@ -168,9 +172,13 @@ def latent_attention(
     refuse_vmap("latent_attention", q, k, v, memory_k, memory_v, cu_seqlens)
     q, k, v, memory_k, memory_v = autocast(q.device.type, q, k, v, memory_k, memory_v)
     check_packed(q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_seqlen, window, softcap)
+    if sinks is not None:
+        check_sinks(sinks, q)
     choice = backend.choose("latent_attention", q, **tangents(q, k, v, memory_k, memory_v))
     if choice != "reference":
         options = (visibility_code(visibility), float(scale), max_seqlen, window, softcap)
+        if sinks is not None:
+            return latent_attention_with_sinks(choice, sinks, options, q, k, v, memory_k, memory_v, cu_seqlens)
         return primitives(choice, q).latent_attention_fwd(q, k, v, memory_k, memory_v, cu_seqlens, *options)[0]
     slots = 0 if memory_k is None else memory_k.shape[2]
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -187,6 +195,7 @@ def latent_attention(
         max_seqlen=max_seqlen,
         window=window,
         softcap=softcap,
+        sinks=sinks,
     )
 
 
@@ -199,6 +208,7 @@ def latent_attention_decode(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One decoding step: one query per row over that row's visible cache positions. Not differentiable: for generation.
 
@@ -208,6 +218,7 @@ def latent_attention_decode(
             newest token sees is positions 0 to lengths - 1. What lies beyond is never used, be it Inf or NaN.
         lengths: int32 or int64 [B], 0 to N; a row of length 0 gives zeros.
         scale, window, softcap: as in ``latent_attention``; the window keeps the last ``window`` visible positions.
+        sinks: as in ``latent_attention``; no compiled backend has them yet, so with them plain torch computes.
 
     Returns:
         [B, H, D], in the dtype of q.
@@ -222,13 +233,16 @@ def latent_attention_decode(
     refuse_gradients("latent_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache)
     q, k_cache, v_cache = autocast(q.device.type, q, k_cache, v_cache)
     check_decode(q, k_cache, v_cache, lengths, scale, window, softcap)
-    choice = backend.choose("latent_attention_decode", q)
+    if sinks is not None:
+        check_sinks(sinks, q)
+    choice = "reference" if sinks is not None else backend.choose("latent_attention_decode", q)
     if choice != "reference":
         run = primitives(choice, q).latent_attention_decode
         return run(q, k_cache, v_cache, lengths, float(scale), window, softcap)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         check_lengths(lengths, k_cache.shape[2])
-    return reference.latent_attention_decode(q, k_cache, v_cache, lengths, scale=scale, window=window, softcap=softcap)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    return reference.latent_attention_decode(q, k_cache, v_cache, lengths, **options)
 
 
 def latent_attention_step(
@@ -243,11 +257,12 @@ def latent_attention_step(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`latent_attention_decode` after the new token's key and value were written to the cache. Not differentiable.
 
     Args:
-        q, k_cache, v_cache, lengths, scale, window, softcap: as for `latent_attention_decode`.
+        q, k_cache, v_cache, lengths, scale, window, softcap, sinks: as for `latent_attention_decode`.
         k, v: [B, Hkv, D], any strides, in the dtype of the caches, which they are written to in place.
         positions: int64 [B], where each row's token goes, 0 to N - 1.
 
@@ -260,7 +275,7 @@ def latent_attention_step(
     refuse_vmap("latent_attention_step", q, k, v, k_cache, v_cache)
     refuse_gradients("latent_attention_step", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     check_written(k_cache=k_cache, v_cache=v_cache)
-    if backend.choose("latent_attention_decode", q) == "cpp":
+    if sinks is None and backend.choose("latent_attention_decode", q) == "cpp":
         out = primitives("cpp", q).latent_attention_step(
             q, k, v, k_cache, v_cache, positions, lengths, float(scale), window, softcap
         )
@@ -271,4 +286,5 @@ def latent_attention_step(
         check_lengths(lengths, k_cache.shape[2])
     rows = torch.arange(q.shape[0], device=q.device)
     k_cache[rows, :, positions], v_cache[rows, :, positions] = k, v
-    return latent_attention_decode(q, k_cache, v_cache, lengths, scale=scale, window=window, softcap=softcap)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    return latent_attention_decode(q, k_cache, v_cache, lengths, **options)

@@ -21,6 +21,7 @@ def latent_attention(
     max_seqlen: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Same contract as ``op.latent_attention``; accumulates in fp32 (fp64 for fp64 inputs) and rounds once, at the end.
 
@@ -57,7 +58,8 @@ def latent_attention(
         scores = softcap * torch.tanh(scores / softcap)
     mask = visibility_mask(max_seqlen, slots, visibility, window, device=device)
     scores = scores.masked_fill(~mask, float("-inf"))
-    out = torch.einsum("bhgsn,bhnd->bshgd", scores.softmax(-1), values).flatten(2, 3)  # [B, S, H, Dv]
+    weights = _softmax(scores, None if sinks is None else sinks.view(kv_heads, -1, 1))
+    out = torch.einsum("bhgsn,bhnd->bshgd", weights, values).flatten(2, 3)  # [B, S, H, Dv]
     owner = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=device, dtype=torch.int32), right=True) - 1
     place = torch.arange(tokens, device=device) - start.squeeze(1).index_select(0, owner)
     return out.flatten(0, 1).index_select(0, owner * max_seqlen + place).to(q.dtype)
@@ -72,6 +74,7 @@ def latent_attention_decode(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Same contract as ``op.latent_attention_decode``; accumulates in fp32 (fp64 for fp64 inputs)."""
     batch, heads, head_dim = q.shape
@@ -87,5 +90,14 @@ def latent_attention_decode(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-    out = torch.einsum("bhgn,bhnd->bhgd", scores.softmax(-1), values).flatten(1, 2)
+    weights = _softmax(scores, None if sinks is None else sinks.view(kv_heads, -1))
+    out = torch.einsum("bhgn,bhnd->bhgd", weights, values).flatten(1, 2)
     return out.masked_fill((lengths <= 0)[:, None, None], 0).to(q.dtype)  # a row that holds nothing: zeros, not NaN
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension; sinks, of the shape of a row before it, enter its sum and give no weight."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sinks = sinks.to(scores.dtype).expand(scores.shape[:-1]).unsqueeze(-1)
+    return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]

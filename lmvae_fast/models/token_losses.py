@@ -36,6 +36,7 @@ def token_losses(
         bias=decoder.head_bias,
         token_weights=weights,
         softcap=decoder.softcap,
+        logit_scale=decoder.logit_scale,
     )
     if batch.targets is not None:
         nll = nll.new_zeros(batch.num_tokens).index_copy(0, batch.targets, nll)

@@ -74,6 +74,7 @@ def train_language_model(
                 bias=decoder.head_bias,
                 token_weights=weights,
                 softcap=decoder.softcap,
+                logit_scale=decoder.logit_scale,
             )
             optimizer.zero_grad()
             loss.backward()

@@ -21,6 +21,7 @@ from lmvae_fast.errors import (
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder, pool
 from lmvae_fast.testing import make_decoder, make_model, tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing.mapped_types import tiny_model
 from lmvae_fast.text.tokenizer import SentenceTokenizer
 
 TEXTS = ["a cat is a kind of animal", "dogs eat meat", "water boils", "the sun is a star"]
@@ -158,13 +159,12 @@ def test_no_tensor_of_tokens_times_vocabulary_in_a_training_step(kernels):
     ("model", "message"),
     [
         (lambda: hf.MambaForCausalLM(hf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=320)), "Mamba"),
-        (lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=320)), "Bloom"),
-        (lambda: hf.GraniteForCausalLM(hf.GraniteConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            vocab_size=320, logits_scaling=4.0)), "leaves out"),
-        (lambda: hf.StableLmForCausalLM(hf.StableLmConfig(
-            hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-            vocab_size=320)), "keyword arguments"),
+        (lambda: tiny_model("diffllama"), "more than once"),
+        (lambda: tiny_model("doge"), "mask of its own"),
+        (lambda: tiny_model("gemma3n_text"), "keys and values of others"),
+        (lambda: tiny_model("deepseek_v32"), "index of its own"),
+        (lambda: tiny_model("lfm3"), "conv"),
+        (lambda: tiny_model("xlnet"), "attention of its own"),
         (lambda: hf.T5ForConditionalGeneration(hf.T5Config(
             vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)), "T5"),
         (lambda: _llama_that_ignores_positions(), "position ids"),

@@ -15,8 +15,11 @@ from transformers import AttentionInterface
 
 from lmvae_fast.errors import UnsupportedDecoderError
 from lmvae_fast.kernels.latent_attention import latent_attention
+from lmvae_fast.models.decoder.position_columns import with_positions
 
 ATTENTION = "lmvae"
+# For decoders that need more than queries, keys and values of one width handed down by keyword (general_attention.py).
+GENERAL = "lmvae_general"
 # What decoders pass to an attention function and what may be ignored because it changes nothing for us.
 _HARMLESS = {
     "attention_mask",
@@ -49,7 +52,8 @@ class AttentionContext(Protocol):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attention output ``[tokens, heads, head_dim]`` for packed q, k, v of one layer."""
+        """Attention output ``[tokens, heads, head_dim]`` for packed q, k, v of one layer. Those that a decoder is run with
+        take ``sinks`` ``[heads]``, too."""
         ...
 
 
@@ -57,20 +61,24 @@ class AttentionContext(Protocol):
 class PackedAttention:
     """A packed batch under a memory: every sentence attends to its own slots and its own tokens.
 
-    ``memory`` is ``[layers, 2, batch, kv_heads, slots, head_dim]`` or None for plain causal attention.
+    ``memory`` is ``[layers, 2, batch, kv_heads, slots, head_dim]`` or None for plain causal attention; in the last
+    ``position_columns`` of a slot's key stands where it is, whatever the memory holds there (ALiBi).
     """
 
     memory: Tensor | None
     visibility: str
     cu_seqlens: Tensor
     max_seqlen: int
+    position_columns: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         # Taken apart once: the backward of indexing would fill and add a zero tensor of the whole memory for every layer.
-        empty = self.memory is None or self.memory.shape[4] == 0
-        self._parts = None if empty or self.memory is None else self.memory.flatten(0, 1).unbind(0)
+        memory = None if self.memory is None or self.memory.shape[4] == 0 else self.memory
+        if memory is not None and self.position_columns:
+            memory = with_positions(memory, self.visibility)
+        self._parts = None if memory is None else memory.flatten(0, 1).unbind(0)
 
-    def attend(self, layer, query, key, value, *, scale, window, softcap):
+    def attend(self, layer, query, key, value, *, scale, window, softcap, sinks=None):
         """See :class:`AttentionContext`."""
         memory_k = memory_v = None
         if self._parts is not None:
@@ -88,6 +96,7 @@ class PackedAttention:
             max_seqlen=self.max_seqlen,
             window=window,
             softcap=softcap,
+            sinks=sinks,
         )
 
 
@@ -98,8 +107,12 @@ class RecordingAttention(PackedAttention):
     modules: dict[int, nn.Module] = field(default_factory=dict)
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
+    widths: dict[int, tuple[int, int]] = field(default_factory=dict)  # of keys and values as the layer has them
+    sinks: bool = False
+    columns: bool = False
+    masked: bool = False
 
-    def attend(self, layer, query, key, value, *, scale, window, softcap):
+    def attend(self, layer, query, key, value, *, scale, window, softcap, sinks=None):
         """See :class:`AttentionContext`."""
         if query.shape[-1] != value.shape[-1]:
             raise UnsupportedDecoderError(
@@ -113,8 +126,22 @@ class RecordingAttention(PackedAttention):
                 remedy="use a decoder with one attention per layer",
             )
         self.shapes[layer] = (query.shape[1], key.shape[1], key.shape[2])
+        self.widths.setdefault(layer, (key.shape[2], value.shape[2]))
         self.windows[layer] = window
-        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+def refuse_unknown(module: nn.Module, dropout: float, other: dict[str, Any]) -> None:
+    """Raise UnsupportedDecoderError where a layer asks for something that we would ignore."""
+    unknown = {name for name, value in other.items() if value is not None and name not in _HARMLESS}
+    if unknown:
+        raise UnsupportedDecoderError(
+            f"{type(module).__name__} asks for attention features we do not honour", value=", ".join(sorted(unknown))
+        )
+    if dropout:
+        raise UnsupportedDecoderError(
+            f"{type(module).__name__} asks for dropout on attention weights", value=dropout, limit=0.0
+        )
 
 
 def latent_attention_forward(
@@ -141,20 +168,13 @@ def latent_attention_forward(
             "this decoder's attention was handed over to lmvae_fast",
             remedy="call it through LMVAE; set_attn_implementation('sdpa') gives it back, and takes it away from LMVAE",
         )
-    unknown = {name for name, value in other.items() if value is not None and name not in _HARMLESS}
-    if unknown:
-        raise UnsupportedDecoderError(
-            f"{type(module).__name__} asks for attention features we do not honour", value=", ".join(sorted(unknown))
-        )
-    if dropout:
-        raise UnsupportedDecoderError(
-            f"{type(module).__name__} asks for dropout on attention weights", value=dropout, limit=0.0
-        )
+    refuse_unknown(module, dropout, other)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise UnsupportedDecoderError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
     if isinstance(lmvae, RecordingAttention):
         lmvae.modules[layer] = module
+        lmvae.masked = lmvae.masked or attention_mask is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # [1, heads, T, D] -> [T, heads, D]: views; the kernel reads strides.
     packed = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))

@@ -16,6 +16,7 @@ from torch import Tensor
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.kernels.latent_attention import latent_attention_decode, latent_attention_step
 from lmvae_fast.kernels.latent_attention.visibility import token_position
+from lmvae_fast.models.decoder.position_columns import slot_columns
 from lmvae_fast.models.injection import Injection
 
 
@@ -29,6 +30,7 @@ class LatentCache:
         max_tokens: the most tokens a row will read.
         visibility: rule of the injections it will hold.
         dtype, device: of the cache.
+        position_columns: how many of a key's last numbers say where it stands (ALiBi); those of slots are written here.
 
     Raises:
         ConfigError: the rule needs one slot per token and there are fewer slots than tokens.
@@ -46,6 +48,7 @@ class LatentCache:
         visibility: str,
         dtype: torch.dtype,
         device: torch.device,
+        position_columns: int = 0,
     ):
         if visibility != "prefix" and max_tokens > slots:
             raise ConfigError(
@@ -61,6 +64,7 @@ class LatentCache:
         #: Whether all that a row's sentence has gone through was finite.
         self.finite = torch.ones(batch, dtype=torch.bool, device=device)
         self._rows = torch.arange(batch, device=device)
+        self._position_columns = position_columns
         self._positions = self._lengths = self.step
 
     @property
@@ -82,6 +86,9 @@ class LatentCache:
         """Start new sentences in ``rows`` (int64 ``[n]``) whose memory was written into :attr:`memory` itself."""
         self.step.index_fill_(0, rows, 0)
         self.finite.index_fill_(0, rows, True)
+        if self._position_columns and self.slots:
+            columns = slot_columns(self.slots, self.visibility, self.kv)
+            self.memory[:, 0, ..., -columns.shape[-1] :] = columns
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows (int64 ``[n]``), in this order."""
@@ -126,10 +133,12 @@ class LatentCache:
         self.kv[layer, 0][rows, :, positions] = key.to(self.kv.dtype)
         self.kv[layer, 1][rows, :, positions] = value.to(self.kv.dtype)
 
-    def attend(self, layer, query, key, value, *, scale, window, softcap):
+    def attend(self, layer, query, key, value, *, scale, window, softcap, sinks=None):
         """One token per row: query ``[batch, heads, head_dim]``, key and value ``[batch, kv_heads, head_dim]``."""
         (keys, values), dtype = self.kv[layer].unbind(0), self.kv.dtype
         options = {"scale": scale, "window": window, "softcap": softcap}
+        if sinks is not None:
+            options["sinks"] = sinks
         if keys.device.type == "cpu":
             new = (key.to(dtype), value.to(dtype))
             out = latent_attention_step(query.to(dtype), *new, keys, values, self._positions, self._lengths, **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmvae_fast.errors import ConfigError, NumericalError, UnsupportedDecoderError
 from lmvae_fast.kernels.latent_attention.visibility import token_position
-from lmvae_fast.models.decoder.attention import ATTENTION, AttentionContext, PackedAttention
+from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.examination import examine
 from lmvae_fast.models.decoder.greedy_token import greedy_tokens
+from lmvae_fast.models.decoder.head import BeforeProduct, Head
+from lmvae_fast.models.decoder.obstacles import obstacle, own_embedding
 from lmvae_fast.models.decoder.tuning import Tuning
+from lmvae_fast.models.decoder.way import Way, body_of, has_own_body
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.tokenizer import SentenceTokenizer
@@ -49,21 +54,28 @@ class Decoder(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.trains, self.source = model, tokenizer, train, source
         self.tuning = tuning or Tuning()
-        config = model.config.get_text_config(decoder=True)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._config = config
+        self._config = model.config.get_text_config(decoder=True)
+        self._wrapped = not has_own_body(model)
+        self.way = Way()
         self._checked_head: tuple[tuple[int, int], ...] | None = None
         self.position_offset = 0  # of the model's own position ids; the examination finds it
+        if not isinstance(getattr(own_embedding(model), "weight", None), Tensor):
+            reason, value = obstacle(model, self._config) or ("has no one table of token embeddings", None)
+            raise UnsupportedDecoderError(f"{type(model).__name__} {reason}", value=value)
         self.vocab_size, self.hidden_size = self._embedding.shape
         model.requires_grad_(False)
         self.train(False)
         tokenizer.check_ids(self.vocab_size)
+        self.head = Head()
         found = examine(self)
         self.num_layers, self.num_heads = found.layers, found.heads
         self.kv_heads, self.head_dim, self.windows = found.kv_heads, found.head_dim, found.windows
         self.max_positions, self.hidden_window = found.positions, found.hidden_window
+        self.position_columns, self.widths = found.position_columns, found.widths
         if train:
             self.tuning.apply(model)
+            if self.head.transform is not None:  # adapters may have been put into what it goes through
+                self.head = replace(self.head, transform=BeforeProduct(model, self.body))
 
     @classmethod
     def load(
@@ -90,13 +102,21 @@ class Decoder(nn.Module):
     @property
     def body(self) -> nn.Module:
         """The model without its head."""
-        return self.model.base_model
+        return body_of(self.model) if self._wrapped else self.model.base_model
 
     @property
     def _embedding(self) -> Tensor:
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.model.get_input_embeddings().weight  # type: ignore[return-value]
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the logits, or None."""
+        return self.head.softcap
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the product of hidden states and head, before any cap."""
+        return self.head.scale
 
     @property
     def head_weight(self) -> Tensor:
@@ -138,6 +158,8 @@ class Decoder(nn.Module):
 
         attention: what makes the pass's attention of memory, visibility, cu_seqlens and max_seqlen.
         """
+        if self.position_columns:
+            attention = partial(attention, position_columns=self.position_columns)
         if injection is None:
             context, position_ids, shift = attention(None, "prefix", cu_seqlens, max_seqlen), token_index, None
         else:
@@ -166,7 +188,8 @@ class Decoder(nn.Module):
             hidden,
             self.model.get_output_embeddings(),
             self.logits,
-            only_a_product=not self.trains and self.softcap is None,
+            # A factor above 0 moves no maximum.
+            only_a_product=not self.trains and self.head.softcap is None,
             prepare=pack,
             at_once=at_once,
         )
@@ -200,9 +223,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: ``[..., vocabulary]``."""
-        logits = self.model.get_output_embeddings()(hidden)
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits, head = self.model.get_output_embeddings()(hidden), self.head
+        if head.scale != 1.0:
+            logits = logits * head.scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
         return logits
 
     def new_cache(self, injection: Injection, *, batch: int, max_tokens: int) -> LatentCache:
@@ -218,6 +243,7 @@ class Decoder(nn.Module):
             visibility=injection.visibility,
             dtype=self.dtype,
             device=self.device,
+            position_columns=self.position_columns,
         )
 
     def check_positions(self, slots: int, tokens: int, visibility: str) -> None:
@@ -248,19 +274,25 @@ class Decoder(nn.Module):
 
     def run(self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext) -> Tensor:
         """Hidden states ``[T, hidden]`` of packed tokens at given positions, their embeddings moved by ``shift``."""
-        if self._config._attn_implementation != ATTENTION:
+        way = self.way
+        if self._config._attn_implementation != way.attention:
             raise UnsupportedDecoderError(
                 "the decoder's attention has been taken away from lmvae_fast: its memory would be ignored",
                 value=self._config._attn_implementation,
-                limit=ATTENTION,
-                remedy="decoder.model.set_attn_implementation('lmvae')",
+                limit=way.attention,
+                remedy=f"decoder.model.set_attn_implementation({way.attention!r})",
             )
         if self.position_offset:
             position_ids = position_ids + self.position_offset
         embedded = self.model.get_input_embeddings()(input_ids)
         if shift is not None:
             embedded = embedded + shift.to(embedded.dtype)
-        out = self.body(
-            inputs_embeds=embedded.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, lmvae=context
-        )
-        return out.last_hidden_state.squeeze(0)
+        embedded = embedded.unsqueeze(0)
+        if way.plain:
+            out = self.body(
+                inputs_embeds=embedded, position_ids=position_ids.unsqueeze(0), use_cache=False, lmvae=context
+            )
+        else:
+            out = way.call(self.body, embedded, position_ids, context)
+        hidden = out.last_hidden_state.squeeze(0)
+        return hidden if self.head.transform is None else self.head.transform(hidden)

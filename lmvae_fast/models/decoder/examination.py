@@ -1,8 +1,9 @@
 """Whether a decoder can be run through our attention at all, and with which geometry: found out once, before it is used.
 
 Every layer must go through our attention with one head geometry; without a memory the result must equal the model's own, in
-float32 whatever the weights are held in; and a gradient must reach the memory of every layer. A decoder that fails is
-refused, never computed wrong.
+float32 whatever the weights are held in; a gradient must reach the memory of every layer; and where position ids say nothing
+(ALiBi, none at all, counted from the cache), the result under a memory must equal the model's own over a cache that holds it.
+A decoder that fails is refused, never computed wrong.
 """
 
 from __future__ import annotations
@@ -15,22 +16,28 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lmvae_fast.errors import UnsupportedDecoderError
 from lmvae_fast.models.decoder.activations import fuse_activations
+from lmvae_fast.models.decoder.adapters import exchange_attention, exchange_positions
 from lmvae_fast.models.decoder.attention import (
     ATTENTION,
+    GENERAL,
     AttentionContext,
     PackedAttention,
     RecordingAttention,
     without_attention_dropout,
 )
+from lmvae_fast.models.decoder.head import Head, find_head
+from lmvae_fast.models.decoder.obstacles import keyless_layers, obstacle
+from lmvae_fast.models.decoder.position_columns import COLUMNS
+from lmvae_fast.models.decoder.way import Way, takes
 
 logger = logging.getLogger(__name__)
 
 _EXAMINED = (5, 3)  # tokens of the two sentences that every decoder is examined with
-_LAYER_KINDS = ("full_attention", "sliding_attention")
+_LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 _DECODERS = "use a decoder with key-value attention in every layer (GPT-2, Llama, Qwen, Mistral, Gemma, ...)"
 
 
@@ -40,7 +47,13 @@ class Examined(Protocol):
     model: PreTrainedModel
     trains: bool
     vocab_size: int
+    hidden_size: int
     position_offset: int
+    way: Way
+    head: Head
+
+    @property
+    def body(self) -> nn.Module: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -60,7 +73,8 @@ class Geometry:
     """Layers of a decoder, the heads of each, and by layer its sliding window (None: it sees everything).
 
     ``positions``: how many the decoder has, or None for any number. ``hidden_window``: a window that acts through Hugging
-    Face's mask alone, so that no sentence may be longer than it; None for none.
+    Face's mask alone, so that no sentence may be longer than it; None for none. ``position_columns``: how many numbers of
+    a key say where it stands (ALiBi). ``widths``: of keys and values as the model itself has them, head_dim or less.
     """
 
     layers: int
@@ -70,6 +84,8 @@ class Geometry:
     windows: dict[int, int | None]
     positions: int | None
     hidden_window: int | None
+    position_columns: int = 0
+    widths: tuple[int, int] = (0, 0)
 
 
 def examine(decoder: Examined) -> Geometry:
@@ -80,38 +96,54 @@ def examine(decoder: Examined) -> Geometry:
     """
     name = type(decoder.model).__name__
     config = decoder.model.config.get_text_config(decoder=True)
+    if (keyless := keyless_layers(config)) is not None:
+        raise UnsupportedDecoderError(f"{name} {keyless[0]}", value=keyless[1], remedy=_DECODERS)
     try:
         with in_float32(decoder.model):
             expected, plain = _eager_logits(decoder, config)
+            decoder.head = find_head(decoder.model, decoder.body, decoder.hidden_size, decoder.device)
             fuse_activations(decoder.model)  # here, so that the comparison below covers it
             seen, got = _packed_logits(decoder)
             _check_layers(config, name, seen)
             geometry = _geometry(decoder, config, seen)
             _check_gradient(decoder, geometry, name)
-    except UnsupportedDecoderError as error:
-        if "handed over" in error.problem:
-            raise UnsupportedDecoderError(
-                f"{name} does not pass keyword arguments down to its attention", remedy=_DECODERS
-            ) from error
-        raise
-    except (ValueError, AttributeError, TypeError, RuntimeError, KeyError, IndexError) as error:
+            last = slice(_EXAMINED[0], None)
+            moved = _relative(expected[last], plain) > 0
+            if not moved:
+                # Its own positions are then 0, 1, 2 whatever ids say; ours must make the difference under a memory.
+                expected = torch.cat([expected[: _EXAMINED[0]], plain])
+                got = _packed_logits(decoder, spread=False)[1]
+                _check_memory(decoder, geometry, seen, name)
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        LookupError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:
+        known = obstacle(decoder.model, config)
+        if known is not None:
+            raise UnsupportedDecoderError(f"{name} {known[0]}", value=known[1], remedy=_DECODERS) from error
+        if isinstance(error, UnsupportedDecoderError):
+            raise
         raise UnsupportedDecoderError(
             f"{name} cannot be run through our attention: {error}", remedy=_DECODERS
         ) from error
     # Another order of the same sums: some units in the last place per layer. Eager attention works in float32 at best.
-    tolerance = min(16 * torch.finfo(torch.float32).eps * geometry.layers**0.5, 0.1)
-    last = slice(_EXAMINED[0], None)
-    if not _relative(expected[last], plain) > 0:
-        raise UnsupportedDecoderError(
-            f"{name} takes no notice of position ids, so a memory cannot stand before its tokens", remedy=_DECODERS
-        )
     difference = _relative(got, expected)
-    if not difference <= tolerance:
+    if not difference <= _tolerance(geometry):
+        known = obstacle(decoder.model, config)
+        if known is None and seen.masked:
+            known = "changes its attention scores by a mask of its own, layer by layer", None
+        if known is not None:
+            raise UnsupportedDecoderError(f"{name} {known[0]}", value=known[1], remedy=_DECODERS)
         raise UnsupportedDecoderError(
             f"{name} computes something that our attention or head leaves out",
             value=f"logits off by {difference:.2e} of their norm",
-            limit=f"{tolerance:.1e}",
-            remedy="report the model; scaled logits, attention sinks and biased scores are not honoured yet",
+            limit=f"{_tolerance(geometry):.1e}",
+            remedy="report the model",
         )
     dropped = max(without_attention_dropout(module) for module in seen.modules.values())
     if decoder.trains and dropped:
@@ -120,7 +152,8 @@ def examine(decoder: Examined) -> Geometry:
 
 
 def _geometry(decoder: Examined, config: Any, seen: RecordingAttention) -> Geometry:
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    names = ("max_target_positions", "max_position_embeddings", "max_seq_len")
+    positions: int | None = next((value for name in names if (value := getattr(config, name, None))), None)
     if positions is not None:
         positions -= decoder.position_offset
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -134,12 +167,17 @@ def _geometry(decoder: Examined, config: Any, seen: RecordingAttention) -> Geome
     used = getattr(config, "use_sliding_window", True) and all(found is None for found in seen.windows.values())
     kinds = getattr(config, "layer_types", None)
     sliding = kinds is None or "sliding_attention" in kinds
+    windows = [window if window and used and sliding else None]
+    if kinds is not None and "chunked_attention" in kinds:
+        windows.append(getattr(config, "attention_chunk_size", None))
     return Geometry(
         len(seen.shapes),
         *seen.shapes[0],
         windows=seen.windows,
         positions=positions,
-        hidden_window=window if window and used and sliding else None,
+        hidden_window=min((value for value in windows if value), default=None),
+        position_columns=COLUMNS if seen.columns else 0,
+        widths=seen.widths[0],
     )
 
 
@@ -167,7 +205,9 @@ def _check_gradient(decoder: Examined, geometry: Geometry, name: str) -> None:
     positions = torch.arange(2, 2 + len(ids), device=decoder.device)
     with torch.enable_grad():
         memory = pattern.view(shape).to(decoder.dtype).requires_grad_()
-        hidden = decoder.run(ids, positions, None, PackedAttention(memory, "prefix", length, len(ids)))
+        columns = geometry.position_columns
+        attention = PackedAttention(memory, "prefix", length, len(ids), position_columns=columns)
+        hidden = decoder.run(ids, positions, None, attention)
         weights = torch.linspace(-1, 1, hidden.numel(), device=decoder.device).view_as(hidden)
         reached = hidden.requires_grad
         gradient = torch.autograd.grad((hidden * weights).sum(), memory)[0] if reached else torch.zeros_like(memory)
@@ -211,21 +251,85 @@ def _eager_logits(decoder: Examined, config: Any) -> tuple[Tensor, Tensor]:
     return torch.cat([logits(first, places), logits(second, 2 * places[: len(second)] + 1)]), plain
 
 
-@torch.no_grad()
-def _packed_logits(decoder: Examined) -> tuple[RecordingAttention, Tensor]:
-    """The same two sentences packed through our attention: what its layers asked for, and the logits."""
+def _packed_logits(decoder: Examined, spread: bool = True) -> tuple[RecordingAttention, Tensor]:
+    """The same two sentences packed through our attention: what its layers asked for, and the logits.
+
+    The second stands at positions 1, 3, 5, as tokens between slots do, or at 0, 1, 2 unless ``spread``. Sets ``decoder.way``
+    to the first way of calling the body that works; raises what was wrong with the last where none does.
+    """
+    failures: list[Exception] = []
+    for way in _ways(decoder):
+        decoder.way = way
+        decoder.model.set_attn_implementation(way.attention)
+        try:
+            return _recorded(decoder, spread)
+        except (UnsupportedDecoderError, ValueError, AttributeError, TypeError, RuntimeError, LookupError) as error:
+            failures.append(error)
+    # What is wrong with the most general way that is open.
+    said = [error for error in failures if "handed over" not in str(error) and "'lmvae'" not in str(error)]
+    raise (said or failures)[-1]
+
+
+def _ways(decoder: Examined) -> list[Way]:
+    """Ways to call the body, the cheapest first."""
+    # Some hand them on without naming them; those that count for themselves look them up where we can.
+    positions = takes(decoder.body, "position_ids") or not exchange_positions(decoder.body)
+    if exchange_attention(decoder.body):
+        decoder.model.set_attn_implementation("eager")
+        own = decoder.model.config.get_text_config(decoder=True)._attn_implementation
+        return [Way(own, False, positions)]
     decoder.model.set_attn_implementation(ATTENTION)
     if decoder.model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
         raise UnsupportedDecoderError(
             f"{type(decoder.model).__name__} has attention of its own, which cannot be exchanged", remedy=_DECODERS
         )
+    return [Way(ATTENTION, True, positions), Way(GENERAL, True, positions), Way(GENERAL, False, positions)]
+
+
+@torch.no_grad()
+def _recorded(decoder: Examined, spread: bool) -> tuple[RecordingAttention, Tensor]:
     lengths = torch.tensor([0, *_EXAMINED], device=decoder.device)
     seen = RecordingAttention(None, "prefix", lengths.cumsum(0).to(torch.int32), max(_EXAMINED))
-    # The second sentence stands at positions 1, 3, 5, as tokens between slots do.
     positions = torch.cat([torch.arange(n, device=decoder.device) for n in _EXAMINED])
-    positions[_EXAMINED[0] :] = 2 * positions[_EXAMINED[0] :] + 1
+    if spread:
+        positions[_EXAMINED[0] :] = 2 * positions[_EXAMINED[0] :] + 1
     hidden = decoder.run(_examined_ids(decoder), positions, None, seen)
     return seen, decoder.logits(hidden).float()
+
+
+@torch.no_grad()
+def _check_memory(decoder: Examined, geometry: Geometry, seen: RecordingAttention, name: str) -> None:
+    """Raises UnsupportedDecoderError unless a sentence behind a memory gets the logits that the model itself gives it, token
+    by token, over a cache that holds the same keys and values."""
+    slots, ids = 2, _examined_ids(decoder)[: _EXAMINED[0]]
+    shape = (geometry.layers, 2, 1, geometry.kv_heads, slots, geometry.head_dim)
+    count = torch.Size(shape).numel()
+    memory = torch.linspace(0, 0.37 * count, count, device=decoder.device).sin().view(shape)
+    length = torch.tensor([0, len(ids)], dtype=torch.int32, device=decoder.device)
+    attention = PackedAttention(memory, "prefix", length, len(ids), position_columns=geometry.position_columns)
+    positions = torch.arange(slots, slots + len(ids), device=decoder.device)
+    got = decoder.logits(decoder.run(ids, positions, None, attention)).float()
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(memory):
+        keys, values = seen.widths[layer]
+        cache.update(key[..., :keys], value[..., :values], layer)
+    switched = decoder.way.attention
+    decoder.model.set_attn_implementation("eager")
+    steps = [decoder.model(input_ids=one[None, None], past_key_values=cache, use_cache=True) for one in ids]
+    expected = torch.cat([out.logits[0] for out in steps]).float()
+    decoder.model.set_attn_implementation(switched)
+    difference = _relative(got, expected)
+    if not difference <= _tolerance(geometry):
+        raise UnsupportedDecoderError(
+            f"{name} takes no notice of position ids, and its own logits behind a memory are others",
+            value=f"off by {difference:.2e} of their norm",
+            limit=f"{_tolerance(geometry):.1e}",
+            remedy=_DECODERS,
+        )
+
+
+def _tolerance(geometry: Geometry) -> float:
+    return min(16 * torch.finfo(torch.float32).eps * geometry.layers**0.5, 0.1)
 
 
 def _examined_ids(decoder: Examined) -> Tensor:
@@ -237,8 +341,10 @@ def _examined_ids(decoder: Examined) -> Tensor:
 
 def _check_layers(config: Any, name: str, seen: RecordingAttention) -> None:
     """Raises UnsupportedDecoderError unless every layer came through our attention, alike, and with its window."""
-    layers = getattr(config, "num_hidden_layers", None)
-    if not seen.shapes or sorted(seen.shapes) != list(range(layers or len(seen.shapes))):
+    if not seen.shapes:
+        raise UnsupportedDecoderError(f"{name} has attention of its own, which cannot be exchanged", remedy=_DECODERS)
+    layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
+    if sorted(seen.shapes) != list(range(layers or len(seen.shapes))):
         raise UnsupportedDecoderError(
             f"{name} has layers without keys and values, which a memory cannot reach",
             value=f"{len(seen.shapes)} attention layers of {layers}",
@@ -252,7 +358,8 @@ def _check_layers(config: Any, name: str, seen: RecordingAttention) -> None:
         )
     # A window that acts through Hugging Face's mask alone would be lost on us, and eight tokens would not show it.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in _LAYER_KINDS or (kind == "sliding_attention" and seen.windows.get(layer) is None):
+        sized = kind != "chunked_attention" or getattr(config, "attention_chunk_size", None)
+        if kind not in _LAYER_KINDS or not sized or (kind == "sliding_attention" and seen.windows.get(layer) is None):
             raise UnsupportedDecoderError(
                 f"{name}: layer {layer} is of a kind we do not honour",
                 value=kind,

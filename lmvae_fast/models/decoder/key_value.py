@@ -44,10 +44,10 @@ class SeenKeysValues(RecordingAttention):
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(self, layer, query, key, value, *, scale, window, softcap):
+    def attend(self, layer, query, key, value, *, scale, window, softcap, sinks=None):
         """See :class:`~lmvae_fast.models.decoder.attention.AttentionContext`."""
         self.keys[layer], self.values[layer] = key, value
-        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+        return super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
 class KeyValueMaps:

@@ -31,9 +31,9 @@ class PrefillAttention(PackedAttention):
     rows: Tensor = field(kw_only=True)
     positions: Tensor = field(kw_only=True)
 
-    def attend(self, layer, query, key, value, *, scale, window, softcap):
+    def attend(self, layer, query, key, value, *, scale, window, softcap, sinks=None):
         """See :class:`~lmvae_fast.models.decoder.attention.AttentionContext`."""
-        out = super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap)
+        out = super().attend(layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
         if self.tokens is not None:
             key, value = key[self.tokens], value[self.tokens]
         self.cache.write(layer, self.rows, self.positions, key, value)
