@@ -66,6 +66,42 @@ def test_a_python_that_is_not_there(matrix, tmp_path):
     assert matrix.find_python(this)
 
 
+@pytest.mark.parametrize(
+    ("torch", "build", "flag", "said"),
+    [("1.0", True, "0", "this tree's"), ("2.0", True, "1", "built"), ("1.0", False, "0", "none")],
+)
+def test_the_extension_is_taken_built_or_left_out_and_that_is_said(
+    matrix, monkeypatch, tmp_path, torch, build, flag, said
+):
+    """This tree's was built for torch 1.0."""
+    root = tmp_path / "root"
+    (root / "lmvae_fast").mkdir(parents=True)
+    (root / "lmvae_fast" / "_C.so").write_bytes(b"library")
+    (root / "lmvae_fast" / "_build_info.json").write_text('{"torch": "1.0"}')
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps({'torch': torch})}'\n")
+    python.chmod(0o755)
+    ran = []
+
+    def run(command, log, deadline, where=None, **environment):
+        ran.append(environment)
+        junit = next((word[11:] for word in map(str, command) if word.startswith("--junitxml=")), None)
+        if junit is not None:
+            (tmp_path / "row" / "tests.xml").write_text('<testsuite><testcase classname="a" name="b"/></testsuite>')
+        return 0
+
+    def copy_tree(folder):
+        (folder / "lmvae_fast").mkdir(parents=True)
+
+    for name, value in (("ROOT", root), ("install", lambda *_: python), ("run", run), ("copy_tree", copy_tree)):
+        monkeypatch.setattr(matrix, name, value)
+    out = matrix.try_row(matrix.Row("row", "3.11"), tmp_path, 1, download=False, jobs=1, build=build)
+    assert (out.status, out.tests, out.versions["C++ extension"]) == ("passed", 1, said)
+    assert ran[0]["LMVAE_BUILD_CSRC"] == flag
+    assert (tmp_path / "row" / "tree" / "lmvae_fast" / "_C.so").exists() == (said == "this tree's")
+    assert said in out.line()
+
+
 def test_large_packages_are_counted_where_they_would_come_over_the_network(matrix, tmp_path, monkeypatch):
     items = [
         {"download_info": {"url": url}, "metadata": {"name": name}}

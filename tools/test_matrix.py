@@ -1,11 +1,13 @@
 """The versions that must work, each tried in an environment of its own: `make test-matrix`.
 
-    python tools/test_matrix.py [ROW ...] [--minutes 40] [--download] [--keep] [--tests PATH ...] [--folder .venv-matrix]
+    python tools/test_matrix.py [ROW ...] [--minutes 40] [--download] [--keep] [--no-build] [--tests PATH ...]
+        [--folder .venv-matrix]
 
 A row is a Python with a torch and a transformers. Each gets a virtual environment below --folder, a copy of this tree with
-the C++ extension built against its torch, and then runs the kernels' tests (C++ and reference), the models' and the command
-line's. Rows that cannot be tried here say why: no such Python on the machine, or packages that pip cannot get, or (without
---download) would have to get over the network in an amount that is more than a run of tests should take.
+the C++ extension built against its torch (this tree's, where that was built for the same torch: nothing in it depends on
+Python; with --no-build none), and then runs the kernels' tests (C++ and reference), the models' and the command line's. Rows
+that cannot be tried here say why: no such Python on the machine, or packages that pip cannot get, or (without --download)
+would have to get over the network in an amount that is more than a run of tests should take.
 
 The last lines name every row with what came of it, and FOLDER/results.json has the same. The exit code is 1 when a row that
 was tried is red, 2 when none could be tried, and 0 otherwise.
@@ -170,7 +172,23 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def try_row(row: Row, folder: Path, minutes: float, download: bool, jobs: int, tests: Sequence[str] = TESTS) -> Outcome:
+def built_for() -> str | None:
+    """The torch that this tree's C++ extension was built for, or None where there is none."""
+    record = ROOT / "lmvae_fast" / "_build_info.json"
+    if not record.is_file() or not (ROOT / "lmvae_fast" / "_C.so").is_file():
+        return None
+    return json.loads(record.read_text()).get("torch")
+
+
+def try_row(
+    row: Row,
+    folder: Path,
+    minutes: float,
+    download: bool,
+    jobs: int,
+    tests: Sequence[str] = TESTS,
+    build: bool = True,
+) -> Outcome:
     """Install and test one row."""
     started, place = time.monotonic(), folder / row.name
     shutil.rmtree(place, ignore_errors=True)
@@ -185,10 +203,14 @@ def try_row(row: Row, folder: Path, minutes: float, download: bool, jobs: int, t
         )
         outcome.versions = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True).stdout)
         copy_tree(place / "tree")
+        ready = build and built_for() == outcome.versions["torch"]
         built = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-        if run(built, log, deadline, place / "tree", LMVAE_BUILD_CSRC="1"):
+        if run(built, log, deadline, place / "tree", LMVAE_BUILD_CSRC="1" if build and not ready else "0"):
             outcome.status, outcome.failed = "failed", [f"the build (see {log})"]
             return outcome
+        for name in ("_C.so", "_build_info.json") if ready else ():
+            shutil.copy2(ROOT / "lmvae_fast" / name, place / "tree" / "lmvae_fast" / name)
+        outcome.versions["C++ extension"] = "this tree's" if ready else "built" if build else "none"
         environment = {
             "OMP_NUM_THREADS": "1",
             "LMVAE_SHARED": os.environ.get("LMVAE_SHARED", str(ROOT.parent / "shared")),
@@ -223,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=40, help="for one row, installation included")
     parser.add_argument("--download", action="store_true", help="let pip fetch packages of any size")
     parser.add_argument("--keep", action="store_true", help="keep the environments of rows that passed")
+    parser.add_argument("--no-build", action="store_true", help="without the C++ extension: the reference alone")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix")
     parser.add_argument("--jobs", type=int, default=2, help="processes that run the tests")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files or folders of tests")
@@ -237,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(f"{row.name}: Python {row.python}, {row.torch}, {row.transformers} ...", flush=True)
         folder = options.folder.absolute()
-        outcomes.append(try_row(row, folder, options.minutes, options.download, options.jobs, options.tests))
+        limits = (options.minutes, options.download, options.jobs)
+        outcomes.append(try_row(row, folder, *limits, options.tests, not options.no_build))
         print(f"  {outcomes[-1].line()}", flush=True)
         if outcomes[-1].status == "passed" and not options.keep:
             shutil.rmtree(options.folder / row.name, ignore_errors=True)

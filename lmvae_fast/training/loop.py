@@ -329,7 +329,8 @@ class Trainer(RunLoop[TrainResult]):
             self.state.plateau.update(value)
         if self.config.early_stop is not None and self.state.progress.waited >= self.config.early_stop:
             self.request_stop("early_stop")
-        if self.step == self.total_steps and self.ranks.first and self.model.config.latent_dim:
+        ends = self.step == self.total_steps or self.stop_reason is not None
+        if ends and self.ranks.first and self.model.config.latent_dim:
             warn_of_collapse(figures["kl"], figures["active_units"], self.model.config.latent_dim, "training ends, and")
         self.tell("on_evaluate", record)
 

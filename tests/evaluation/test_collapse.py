@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import lmvae_fast as lf
@@ -39,3 +40,18 @@ def test_a_walk_between_collapsed_posteriors_warns(caplog):
         model.posterior_head.weight.zero_()
     lf.interpolate(model, *SENTENCES[:2], steps=3)
     assert "these sentences: the posterior has collapsed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "ends", [{"max_steps": 2}, {"max_steps": 9, "eval_every": 1, "early_stop": 1}], ids=["end", "stop"]
+)
+def test_a_run_that_ends_collapsed_warns(tmp_path, caplog, ends):
+    """At its last step, and where it is stopped before."""
+    options = {"tensorboard": False, "progress": False, "learning_rate": 1e-20, "beta_schedule": "constant", **ends}
+    for name, collapsed_at in (("well", False), ("collapsed", True)):
+        model = make_model("gpt2")
+        with torch.no_grad():
+            model.posterior_head.weight.mul_(0.0 if collapsed_at else 5.0)
+        caplog.clear()
+        lf.train(model, list(SENTENCES), list(SENTENCES), lf.TrainConfig(output_dir=str(tmp_path / name), **options))
+        assert ("training ends, and: the posterior has collapsed" in caplog.text) == collapsed_at, name

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 
 import lmvae_fast as lf
+from lmvae_fast.errors import ConfigError
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.reference.optimus import ReferenceOptimus
-from lmvae_fast.testing import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import SENTENCES, make_model, tiny_decoder, tiny_encoder, tiny_tokenizer
 from lmvae_fast.text.tokenizer import SentenceTokenizer
 
 TEXTS = SENTENCES[:5]
@@ -97,3 +99,38 @@ def test_decoding():
     model, reference = pair("gpt2")
     z = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     assert model.decode(z) == [reference.generate(row).strip() for row in z]
+
+
+def test_start_values():
+    """Three maps from N(0, 0.02^2), as the public code draws them; torch's own where nothing is said."""
+    options = {"system": "optimus", "latent_dim": 64, "max_len": 12}
+    for kind, deviation in (("normal", 0.02), ("uniform", 1 / math.sqrt(3 * 64))):
+        model = make_model(**options, latent_init=kind)
+        for module, wanted in (
+            (model.projector, deviation),
+            (model.embedding_shift, deviation),
+            (model.posterior_head, 0.02 if kind == "normal" else 1 / math.sqrt(3 * 24)),
+        ):
+            assert module.weight.std().item() == pytest.approx(wanted, rel=0.1), (kind, type(module))
+    with pytest.raises(ConfigError, match="latent_init"):
+        make_model(**options, latent_init="zeros")
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_lengths_with_the_start_token(counted):
+    """A sentence's NLL over its predicted tokens, or over one more, in the loss, its gradient and in perplexity."""
+    model, reference = pair("gpt2", length_normalize=True, count_start_token=counted)
+    eps = torch.zeros(len(TEXTS), 6)
+    batch = model.make_batch(model.tokenize(TEXTS))
+    ours, theirs = model(batch, beta=0.5, eps=eps), reference.loss(TEXTS, beta=0.5, eps=eps)
+    wanted = theirs.reconstruction / (batch.tokens + counted)
+    torch.testing.assert_close(ours.reconstruction, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.loss, (wanted + 0.5 * theirs.kl).mean(), rtol=1e-5, atol=0)
+    ours.loss.backward()
+    (wanted + 0.5 * theirs.kl).mean().backward()
+    torch.testing.assert_close(model.projector.weight.grad, reference.linear_memory.weight.grad, rtol=1e-4, atol=1e-6)
+    found = lf.evaluate(model, TEXTS, metrics=("elbo", "perplexity"), num_importance_samples=2)
+    tokens = found.tokens + counted * len(TEXTS)
+    assert found.tokens == int(batch.tokens.sum()), "the figure per token stays one per predicted token"
+    assert found.perplexity == pytest.approx(math.exp(-found.log_likelihood * len(TEXTS) / tokens))
+    assert found.elbo_perplexity == pytest.approx(math.exp(-found.elbo * len(TEXTS) / tokens))

@@ -1,9 +1,14 @@
 """Training on whole (tiny) LMVAEs: both systems, frozen and trained parts, resume to the bit."""
 
+import shutil
+
 import pytest
 import torch
 
-from lmvae_fast.testing import make_model
+from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.errors import CheckpointError
+from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.testing import make_model, tiny_decoder, tiny_encoder, tiny_tokenizer
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from tests.training.helpers import StopAt, assert_same_checkpoint, assert_same_history, run
 
@@ -62,3 +67,35 @@ def test_a_checkpoint_holds_no_frozen_part(tmp_path):
     assert trained
     assert not any("encoder." in key or "decoder." in key for key in trained)
     assert len(stored["optimizer"]) == 3 * len(trained)
+
+
+def test_a_run_goes_on_after_its_base_models_moved(tmp_path):
+    """By what they hold, not by where they lie: other weights in the old place are another model."""
+    places = {name: tmp_path / name for name in ("encoder", "decoder", "new encoder", "new decoder")}
+    save_bases(places["encoder"], places["decoder"])
+    options = {"max_steps": 6, "save_every": 3, "beta_schedule": "constant"}
+    run(tmp_path / "run", StopAt(3), model=from_folders(places["encoder"], places["decoder"]), **options)
+    for name in ("encoder", "decoder"):
+        places[name].rename(places[f"new {name}"])
+    moved = from_folders(places["new encoder"], places["new decoder"])
+    result = run(tmp_path / "run", model=moved, resume=True, **options)
+    assert result.step == 6
+    save_bases(places["encoder"], places["decoder"], seed=7)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    with pytest.raises(CheckpointError, match="another model: weights of the frozen parts"):
+        run(tmp_path / "run", model=from_folders(places["encoder"], places["decoder"]), resume=True, **options)
+
+
+def save_bases(encoder, decoder, seed=0):
+    size = len(tiny_tokenizer())
+    for folder, model in (
+        (encoder, tiny_encoder("bert", vocab_size=size, seed=seed + 1)),
+        (decoder, tiny_decoder("gpt2", vocab_size=size, seed=seed)),
+    ):
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+
+
+def from_folders(encoder, decoder):
+    torch.manual_seed(0)
+    return LMVAE(LMVAEConfig(encoder=str(encoder), decoder=str(decoder), latent_dim=6, max_len=12))
