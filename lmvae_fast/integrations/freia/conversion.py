@@ -41,13 +41,8 @@ def convert(sequence_inn: Any, *, memory: str = "save") -> CouplingFlow:
             raise ConfigError(f"module {i} cannot be converted", value=type(module).__name__, limit=", ".join(known))
         builder.where = f"module {i} ({type(module).__name__})"
         add(module)
-    flow = CouplingFlow.from_spec(FlowSpec(dims[0], builder.cond_dim, tuple(builder.stages)), memory)
     first = next(sequence_inn.parameters(), torch.empty(0))
-    flow = flow.to(device=first.device, dtype=first.dtype if first.is_floating_point() else None)
-    with torch.no_grad():
-        for name, view in flow.named_views().items():
-            view.copy_(builder.values[name])
-    return flow.train(sequence_inn.training)
+    return builder.flow(first, memory).train(sequence_inn.training)
 
 
 class Builder:
@@ -62,6 +57,15 @@ class Builder:
         self.stages: list[Stage] = []
         self.values: dict[str, Tensor] = {}
         self.sources: dict[str, Tensor] = {}
+
+    def flow(self, like: Tensor, memory: str) -> CouplingFlow:
+        """The flow of what was collected, with copies of its numbers, in the dtype and on the device of ``like``."""
+        flow = CouplingFlow.from_spec(FlowSpec(self.dim, self.cond_dim, tuple(self.stages)), memory)
+        flow = flow.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+        with torch.no_grad():
+            for name, view in flow.named_views().items():
+                view.copy_(self.values[name])
+        return flow
 
     def add_AllInOneBlock(self, block: Any) -> None:
         self._refuse(block.GIN, "gin_block")
