@@ -179,10 +179,6 @@ def _mlp(net: Any, where: str, order: Tensor | None, width: int) -> nn.Sequentia
     if hasattr(net, "_input_layer") and hasattr(net, "_output_layer") and hasattr(net, "_hidden_layers"):
         relu = (torch.relu, nn.functional.relu)
         activations: dict[Any, type[nn.Module]] = {**dict.fromkeys(relu, nn.ReLU), nn.functional.gelu: nn.GELU}
-            torch.relu: nn.ReLU,
-            nn.functional.relu: nn.ReLU,
-            nn.functional.gelu: nn.GELU,
-        }
         kind = activations.get(getattr(net, "_activation", None))
         if kind is None or getattr(net, "_activate_output", False):
             raise ConfigError(f"{where}: the net's activation", limit="relu or gelu between its layers")
