@@ -5,6 +5,7 @@
     python -m benchmarks.generation.decode eager
     python -m benchmarks.generation.decode sampling     (what a draw under top-p adds to a step)
     python -m benchmarks.generation.decode body         (the decoder's layers as they are, compiled, with packed weights)
+    python -m benchmarks.generation.decode weights      (the engine in fp32, in bf16, and in bf16 with int8 weights)
 
 Every side is a process of its own with the same weights and latents; greedy, 32 tokens, nothing stops early. In fp32 the
 tokens of all sides must be the same before anything is timed. Sides take turns, in random order within each round; a
@@ -48,6 +49,7 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
         f"{name} {precision}": (precision, form)
         for precision in ("fp32", "bf16") for name, form in (("engine", "engine"), ("greedy", "logits"), ("top-p", "top-p"))
     },
+    "weights": {f"engine {weights}": (weights, "engine", "prefix") for weights in ("fp32", "bf16", "int8")},
     "body": {
         f"{form} {precision}": (precision, {"packed": "engine"}.get(form, form))
         for precision in ("fp32", "bf16") for form in ("packed", "plain", "compiled")
@@ -58,6 +60,7 @@ BASELINES = {
     "transformers": {"engine fp32": "transformers fp32", "engine bf16": "transformers bf16"},
     "eager": {"engine fp32": "eager fp32"},
     "sampling": {f"{name} {p}": f"top-p {p}" for p in ("fp32", "bf16") for name in ("greedy", "engine")},
+    "weights": {"engine bf16": "engine fp32", "engine int8": "engine bf16"},
     "body": {f"{form} {p}": f"plain {p}" for p in ("fp32", "bf16") for form in ("packed", "compiled")},
 }
 
@@ -91,7 +94,7 @@ def start(against: str, file: Path) -> dict[str, Worker]:
 
 def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> dict[str, Any]:
     """Times of one batch size; SystemExit where fp32 sides disagree about a token."""
-    compared = [name for name in sides if not name.endswith("bf16")] if against != "sampling" else []
+    compared = [name for name in sides if not name.endswith(("bf16", "int8"))] if against != "sampling" else []
     tokens = {name: sides[name].ask("ids", batch=batch)["ids"] for name in compared}
     for name in compared[1:]:
         if tokens[name] != tokens[compared[0]]:
@@ -125,12 +128,14 @@ def limit_share(row: dict[str, Any], weights: int, head: int, limits: dict[str, 
     shares = {}
     for name, seconds in row["seconds"].items():
         if name.startswith(("engine", "packed", "plain", "compiled")):
-            half = weights if name.endswith("bf16") else head if name.startswith(("engine", "packed")) else 0
+            narrow = name.endswith(("bf16", "int8"))  # int8 weights are multiplied by two bytes a number: bf16's work
+            half = weights if narrow else head if name.startswith(("engine", "packed")) else 0
             whole = weights - half
             rates = limits["matmul_bfloat16_flops_per_s"], limits["matmul_float32_flops_per_s"]
             products = 2 * row["batch"] * (half / rates[0] + whole / rates[1])
             # a copy reads and writes: reading alone is taken to go at its rate
-            least = max((2 * half + 4 * whole) / limits["copy_bytes_per_s"], products)
+            read = (1 if name.endswith("int8") else 2) * half + 4 * whole
+            least = max(read / limits["copy_bytes_per_s"], products)
             shares[name] = round(MAX_LEN * least / seconds, 3)
     return shares
 

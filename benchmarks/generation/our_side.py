@@ -1,12 +1,13 @@
 """Our sides of a comparison, and transformers.generate.
 
-usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16 FORM [rolling|prefix]
+usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16|int8 FORM [rolling|prefix]
 
 FORM `engine` is what `lf.generate` does, `top-p` the same with a draw, `logits` the same with every logit made and the
 largest taken (greedy decoding needs none, a draw all), `plain` the engine without packed weights, `compiled` with the
 decoder's body and head under torch.compile instead (static shapes, weights frozen into the code); `eager` the same loop with
 every op in plain torch and no packed weights; `transformers` is `model.generate` of Hugging Face's own modules over a static
-cache that begins with the same memory, which only `prefix` visibility can be expressed in. All but `top-p` decode greedily,
+cache that begins with the same memory, which only `prefix` visibility can be expressed in. int8 is a bf16 decoder with
+`weights="int8"`. All but `top-p` decode greedily,
 and none stops early.
 """
 
@@ -37,7 +38,8 @@ class OurSide:
     def __init__(self, case: dict, precision: str, form: str, visibility: str = "rolling") -> None:
         torch.set_num_threads(case["threads"])
         self.form, self.limit = form, case["tokens"]
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.weights = "int8" if precision == "int8" else None
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model = load_checkpoint(case["checkpoint"]).eval()
         if visibility == "prefix":
             config = self.model.config.replace(visibility="prefix")
@@ -86,7 +88,9 @@ class OurSide:
             return self._transformers(batch, tokens)
         packed = self.form in ("engine", "top-p", "logits")
         draw = {"do_sample": True, "top_p": 0.9, "seed": 0} if self.form == "top-p" else {}
-        config = lf.GenerationConfig(batch_size=batch, max_new_tokens=tokens, pack_weights=packed, **draw)
+        config = lf.GenerationConfig(
+            batch_size=batch, max_new_tokens=tokens, pack_weights=packed, weights=self.weights, **draw
+        )
         with lf.backend("reference" if self.form == "eager" else "auto"):
             return [out.ids for out in lf.generate(self.model, self.z[:batch], config)]
 

@@ -19,6 +19,7 @@ namespace lmvae {
 namespace {
 
 constexpr int kTileRows = 6;  // times two vectors of sums, of high and of low bytes
+constexpr int kFewRows = 2;   // that take less time than their weights do to come
 constexpr int64_t kQuads = kByteStep / 4, kRowQuads = kByteDepth / 4, kSums = 2 * kLinearPanel;
 
 // sums[r][high, low][0 .. 32) (+)= sum_k x[r][k] w[k][...] for r < R over one piece, while the next piece is fetched.
@@ -35,6 +36,28 @@ LMVAE_DOTS void tile(const int32_t* x, const int8_t* w, int64_t steps, bool add,
       for (int v = 0; v < 4; v++) acc[c][r][v] = _mm512_setzero_si512();
   Fetch fetch = next;
   for (int64_t s = 0; s < steps; s++, w += kByteStepNumbers, x += kQuads) {
+    if constexpr (R <= kFewRows) {
+      // In the order of the addresses, which the processor's own prefetchers follow: here nothing else hides the
+      // memory.
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++)
+#pragma GCC unroll 4
+        for (int quarter = 0; quarter < 4; quarter++) {
+          if (quarter % 2 == 0) fetch();
+#pragma GCC unroll 4
+          for (int c = 0; c < 4; c++) {
+            const int k = 4 * quarter + c;
+            const __m512i column = _mm512_loadu_si512(w + v * kByteBlock + 64 * k);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+              __m512i* sum = acc[c % C][r];
+              sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_set1_epi32(x[2 * r * kRowQuads + k]), column);
+              sum[2 + v] = _mm512_dpbusd_epi32(sum[2 + v], _mm512_set1_epi32(x[(2 * r + 1) * kRowQuads + k]), column);
+            }
+          }
+        }
+      continue;
+    }
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; quarter++) {
       fetch();

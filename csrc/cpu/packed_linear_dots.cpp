@@ -18,6 +18,7 @@ namespace lmvae {
 namespace {
 
 constexpr int kTileRows = 12;  // times two vectors of sums
+constexpr int kFewRows = 2;    // that take less time than their weights do to come
 constexpr int64_t kPairs = kHalfStep / 2, kRowPairs = kHalfDepth / 2;
 
 // sums[r][0 .. 32) (+)= sum_k x[r][k] w[k][...] for r < R over one piece, while the next piece is fetched.
@@ -32,6 +33,27 @@ LMVAE_DOTS void tile(const int32_t* x, const uint16_t* w, int64_t steps, bool ad
     for (int r = 0; r < R; r++) acc[c][r][0] = acc[c][r][1] = _mm512_setzero_ps();
   Fetch fetch = next;
   for (int64_t s = 0; s < steps; s++, w += kStepNumbers, x += kPairs) {
+    if constexpr (R <= kFewRows) {
+      // In the order of the addresses, which the processor's own prefetchers follow: here nothing else hides the
+      // memory.
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++)
+#pragma GCC unroll 4
+        for (int quarter = 0; quarter < 4; quarter++) {
+          if (quarter % 2 == 0) fetch();
+#pragma GCC unroll 4
+          for (int c = 0; c < 4; c++) {
+            const int k = 4 * quarter + c;
+            const __m512bh column = (__m512bh)_mm512_loadu_si512(w + v * kHalfBlock + 32 * k);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+              const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[r * kRowPairs + k]);
+              acc[c % C][r][v] = _mm512_dpbf16_ps(acc[c % C][r][v], column, pair);
+            }
+          }
+        }
+      continue;
+    }
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; quarter++) {
       fetch();
