@@ -27,7 +27,7 @@ from benchmarks.common.cases import SHAPES, make_decoder_case
 from benchmarks.common.records import RESULTS, write
 from benchmarks.common.timing import speedups, time_request
 from benchmarks.common.worker import Worker
-from benchmarks.training.cvae_side import save_twin
+from benchmarks.training.cvae_side import save_both
 from lmvae_fast.data import LENGTHS, generate_corpus, read_prompts
 from lmvae_fast.profiling.measure import machine
 
@@ -55,9 +55,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lengths = LENGTHS["dailydialog"]
     case = {
         "decoder": str(decoder), "pairs": pairs, "threads": options.threads, "max_prompt": lengths.prompt,
-        "max_response": lengths.response, "released": str(folder / "released"),
+        "max_response": lengths.response, "ours": str(folder / "ours"),
     }  # fmt: skip
-    save_twin(case, folder / "released")
+    save_both(case, folder / "released")
     file = folder / "case.json"
     file.write_text(json.dumps(case))
     environment = {"OMP_NUM_THREADS": str(options.threads)}

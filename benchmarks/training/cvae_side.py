@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ def twin_of(case: dict) -> ReferenceCVAE:
     return model
 
 
-def save_twin(case: dict, folder: Path) -> None:
-    """Write the twin's folder as the public code saves it."""
+def save_both(case: dict, folder: Path) -> None:
+    """Write the twin's folder as the public code saves it, and the model of ours that it becomes (``case["ours"]``): what it
+    takes to convert is no part of a side's memory."""
     twin = twin_of(case)
     settings = twin.settings
     own = {
@@ -59,6 +61,8 @@ def save_twin(case: dict, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**twin.config.to_dict(), **own}, default=str))
     state = {name: value.detach().clone() for name, value in twin.state_dict().items()}
     save_file(state, folder / "model.safetensors")
+    lengths = {"max_len": case["max_response"], "max_prompt_len": case["max_prompt"]}
+    load_checkpoint(folder, base_model=case["decoder"], padding="masked", **lengths).save_pretrained(case["ours"])
 
 
 def noise_of(case: dict) -> dict[str, torch.Tensor]:
@@ -108,12 +112,10 @@ class Ours:
     def __init__(self, case: dict) -> None:
         torch.set_num_threads(case["threads"])
         self.case = case
-        folder = Path(case["released"])
-        lengths = {"max_len": case["max_response"], "max_prompt_len": case["max_prompt"]}
-        self.model = load_checkpoint(folder, base_model=case["decoder"], padding="masked", **lengths)
+        self.model = lf.LMVAE.from_pretrained(case["ours"])
         items = [lf.PromptResponse(*pair) for pair in case["pairs"]]
         config = lf.TrainConfig(
-            output_dir=str(folder.parent / "run"), max_steps=10**6, batch_size=len(items), learning_rate=ADAMW["lr"],
+            output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(items), learning_rate=ADAMW["lr"],
             grad_clip=None, tensorboard=False, progress=False, **objective_of("DG-VAE")[1],
         )  # fmt: skip
         self.trainer = Trainer(self.model, items, None, config, ())
