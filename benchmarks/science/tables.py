@@ -84,6 +84,21 @@ def screens() -> str:
     return "\n".join([*lines, "", *_commands(found)])
 
 
+def reconstructions() -> str:
+    """The first held-out sentences of the recorded worldtree recipe and what their latents decode to, unchosen."""
+    record = load("science/worldtree.json")
+    if record is None or not record["points"]:
+        return "Not measured."
+    point, width = record["points"][-1], record["model"]["latent_dim"]
+    lines = [f"| held-out sentence | decoded from its latent of {width} numbers |", "|---|---|"]
+    lines += [f"| {example['text']} | {example['decoded']} |" for example in point["examples"][:4]]
+    caption = (
+        f"SmolLM2-135M under [our preset](docs/systems/lmvae.md) after {point['cpu_minutes']:.0f} minutes of one core: BLEU-4 "
+        f"{point['bleu']:.2f} ([record](docs/results.md#recipes))."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def _records(folder: str) -> dict[str, dict]:
     """Records of recipes in a folder by name; those of screens when they are done."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))}
@@ -111,4 +126,5 @@ def _commands(found: dict[str, dict]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
+    "reconstructions": reconstructions,
 }  # fmt: skip
