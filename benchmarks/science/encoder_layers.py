@@ -3,8 +3,8 @@
     python -m benchmarks.science.encoder_layers --data ../shared/data/worldtree_srl_train.txt
 
 For every layer and pooling, features of training sentences are whitened to --latent-dim numbers (`posterior_init="whitened"`),
-noise of its deviation is added, and a ridge regression says which of the most frequent decoder tokens occur. Recorded is the share
-of a held-out sentence's tokens among as many of the highest scores, and the same for the token at each of the first ten places.
+noise of its deviation is added, and a ridge regression says which of the most frequent decoder tokens occur. Recorded is the
+share of a held-out sentence's tokens among as many of the highest scores, and the same for the token at each of ten places.
 Writes benchmarks/results/science/encoder_layers.json.
 """
 

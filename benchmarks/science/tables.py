@@ -84,6 +84,16 @@ def screens() -> str:
     return "\n".join([*lines, "", *_commands(found)])
 
 
+def encoder_layers() -> str:
+    """What a linear map finds of a sentence's words in each layer of the encoder."""
+    record = load("science/encoder_layers.json")
+    if record is None:
+        return "Not measured."
+    lines = ["| layer, pooling | words found | tokens in place |", "|---|---|---|"]
+    lines += [f"| {name} | {row['words']:.1%} | {row['places']:.1%} |" for name, row in record["rows"].items()]
+    return "\n".join([*lines, "", f"Machine: {where(record['machine'])}. Command: `{record['command']}`."])
+
+
 def reconstructions() -> str:
     """The first held-out sentences of the recorded worldtree recipe and what their latents decode to, unchosen."""
     record = load("science/worldtree.json")
@@ -126,5 +136,5 @@ def _commands(found: dict[str, dict]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
-    "reconstructions": reconstructions,
+    "reconstructions": reconstructions, "encoder-layers": encoder_layers,
 }  # fmt: skip
