@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo demo-pretrained test test-slow test-isa test-matrix lint fuzz gpu compile-gate check-aarch64 families bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
+.PHONY: help setup demo demo-pretrained test test-slow test-isa test-matrix lint fuzz kill gpu compile-gate check-aarch64 families bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -49,8 +49,11 @@ lint: $(READY)   ## ruff, formatting of Python and C++, and mypy on the package
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 
-fuzz: $(READY)   ## hypothesis-driven fuzzing, at least 500 cases an op
+fuzz: $(READY)   ## fuzzing: 500 cases an op, 2,000 command lines, 1,000 damaged files, by a seed
 	$(BIN)/python -m pytest -m fuzz tests/fuzz
+
+kill: $(READY)   ## kills at every file operation of training, fitting, generation, saving and conversion (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/training/test_operation_kills.py
 
 check-aarch64: $(READY)  ## csrc/ with a cross compiler (Debian: g++-aarch64-linux-gnu); skipped where there is none
 	$(BIN)/python tools/check_aarch64.py

@@ -89,7 +89,7 @@ def test_named_commands_exist(path):
     from lmvae_fast.cli.app import COMMANDS
 
     for name in re.findall(r"(?:\$ |`|^)lmvae-fast (\w[\w-]*)", TEXT[path], re.M):
-        assert name in {*COMMANDS, "profile"}, name
+        assert name in {*COMMANDS, "profile", "cache"}, name
 
 
 @pages(r"`make [a-z]")

@@ -15,7 +15,7 @@ LEVELS = [
     {"errors", "lazy", "optional", "signals", "limits", "memory"},
     {"documents"},
     {"files", "tensor_files", "model_folders"},
-    {"config", "kernels", "pretrained"},
+    {"config", "kernels", "pretrained", "caches"},
     {"text", "data", "reference"},
     {"models"},
     {"training", "generation", "evaluation"},

@@ -11,6 +11,7 @@ import typer
 
 import lmvae_fast
 from lmvae_fast.cli import (
+    cache,
     convert,
     definitions,
     demo,
@@ -75,9 +76,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(guarded(command))
-for info in profile.app.registered_commands:
-    info.callback = guarded(info.callback) if info.callback else None
-app.add_typer(profile.app, name="profile")
+for name, group in {"profile": profile.app, "cache": cache.app}.items():
+    for info in group.registered_commands:
+        info.callback = guarded(info.callback) if info.callback else None
+    app.add_typer(group, name=name)
 
 
 def main() -> None:

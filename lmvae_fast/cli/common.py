@@ -63,7 +63,10 @@ Backend = Annotated[
         "--backend", help=f"Kernels to use: {', '.join(BACKENDS)}.", envvar="LMVAE_BACKEND", callback=_known_backend
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would take (sizes, memory, disk), and stop there.")
+]
+Seed = Annotated[int | None, typer.Option(max=2**63 - 1, help="Of everything random.")]
 Greedy = typer.Option("--sample/--greedy", help="Draw tokens instead of taking the most probable.")
 
 
@@ -120,6 +123,19 @@ def read_sentences(data: str, column: str | None = None, limit: int | None = Non
         return sentences[:limit] if limit else sentences
     options = {"column": column_name(column), "limit": limit, **reading}
     return read(data, **{name: value for name, value in options.items() if value is not None})
+
+
+def show_estimate(found: dict[str, Any], model: Any, as_json: bool) -> None:
+    """What a dry run says: the estimate, and what the model takes."""
+    held = sum(part.numel() * part.element_size() for part in model.parameters())
+    found = {**found, "parameters": sum(part.numel() for part in model.parameters()), "model_bytes": held}
+    if as_json:
+        print_json({"dry_run": True, **found})
+        return
+    for name, value in found.items():
+        if name.endswith(("bytes", "free")) and value is not None:
+            value = f"{value / 1e6:,.1f} MB"
+        console.print(f"{name.replace('_', ' ')}: {f'{value:,}' if isinstance(value, (int, float)) else value}")
 
 
 def notice(text: str) -> None:

@@ -75,7 +75,9 @@ def fit_flow(
     batch_size: Annotated[int | None, typer.Option(help="Definitions per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     early_stop: Annotated[int | None, typer.Option(help="Evaluations without progress before stopping.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the split, the flow's start and the order.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(max=2**63 - 1, help="Of the split, the flow's start and the order.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
     config: Annotated[
         Path | None, typer.Option(help="YAML or JSON with sections flow, train and data; flags override.")

@@ -41,7 +41,7 @@ def demo(
             help="Pretrained decoder (smollm2-135m, a .gguf file, a folder, a hub name) in place of the small one that is trained."  # noqa: E501
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(max=2**63 - 1, help="Of everything random.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Train a small LangVAE on the bundled corpus and write `runs/demo/report.html`.

@@ -27,7 +27,15 @@ NOT_FINITE, FAULT = 4, 70
 
 errors = Terminal(stderr=True)
 
+# What torch says of memory that is not there, and of numbers of more than 64 bits.
 _NO_MEMORY = ("can't allocate memory", "out of memory")
+_TOO_LARGE = (
+    "Overflow when unpacking",
+    "overflowed",
+    "out of range for type",
+    "Python int too large",
+    "cannot fit 'int'",
+)
 
 
 def wants_json() -> bool:
@@ -101,6 +109,8 @@ def as_known(error: Exception) -> LMVAEError | None:
     first = message.splitlines()[0] if message else type(error).__name__
     if isinstance(error, MemoryError) or any(words in message for words in _NO_MEMORY):
         return MemoryLimitError("out of memory", value=first, remedy="ask for less at a time, or use a larger machine")
+    if isinstance(error, OverflowError) or any(words in message for words in _TOO_LARGE):
+        return ConfigError("a number is too large for what it is used as", value=first, remedy="give a smaller one")
     if isinstance(error, OSError):
         return _of_the_system(error)
     if isinstance(error, UnicodeError):

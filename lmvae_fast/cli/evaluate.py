@@ -34,7 +34,7 @@ def evaluate(
     metrics: Annotated[str | None, typer.Option(help="Comma-separated, or `all`.")] = None,
     samples: Annotated[int, typer.Option(help="Importance samples of the perplexity.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Sentences per pass.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(max=2**63 - 1, help="Of the noise.")] = 0,
     part: Annotated[str, typer.Option(help="With --definitions: train, valid, test or all.")] = "test",
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="With --definitions: leave words without a vector out.")

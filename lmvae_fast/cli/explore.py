@@ -268,7 +268,9 @@ def parse_dims(text: str) -> list[int]:
     dims: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        if not low.isdecimal() or not low.isascii() or (dash and not (high.isdecimal() and high.isascii())):
             raise ConfigError("--dims wants numbers and ranges", value=text, remedy="for example 0,3,5-7")
+        if max(len(low), len(high)) > 6:  # wider than any latent, and too many to be listed
+            raise ConfigError("no such latent dimension", value=text, limit="below 1,000,000", remedy="change --dims")
         dims.extend(range(int(low), int(high or low) + 1))
     return dims

@@ -35,7 +35,7 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="Responses per batch.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data order, dropout and adapters.")] = None,
+    seed: Annotated[int | None, typer.Option(max=2**63 - 1, help="Of data order, dropout and adapters.")] = None,
     on_long: Annotated[str | None, typer.Option(help="Responses over max_len: truncate, drop or error.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
     shard: Annotated[

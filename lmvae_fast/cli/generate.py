@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lmvae_fast.cli.common import (
     INTERRUPTED,
     Backend,
+    DryRun,
     Json,
     Model,
     SamplingOptions,
@@ -24,6 +25,7 @@ from lmvae_fast.cli.common import (
     load_generator,
     notice,
     print_json,
+    show_estimate,
     takes_sampling,
 )
 from lmvae_fast.cli.prompt_data import Layout, MaxPromptLen, TurnEnd, read_distinct_prompts
@@ -79,6 +81,7 @@ def generate(
     workers: Annotated[
         int, typer.Option(help="Processes that decode (with --output); one GPU each where there are any.")
     ] = 1,
+    dry_run: DryRun = False,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -141,6 +144,15 @@ def generate(
     config = config.replace(num_samples=num_samples)
     # a file of a model of prompts says what was answered
     pairs = asked is not None or source.prompts is not None
+    from lmvae_fast.generation.estimates import check_estimate, estimate
+
+    found = estimate(
+        source.total, config, loaded.config.max_len, output, text_only=output is not None and output.suffix == ".txt"
+    )
+    if dry_run:
+        show_estimate(found.to_dict(), loaded, as_json)
+        return
+    check_estimate(found, output, as_json=as_json)
     several = None if workers == 1 else Workers(load, str(model), workers, backend)
     bar = tqdm(total=source.total * num_samples, unit="sentence", disable=as_json and output is None)
     # Ctrl-C ends at once; who asks for an end in order, or whose terminal is gone, gets the block that is being decoded

@@ -48,7 +48,7 @@ def probe(
     resamples: Annotated[int, typer.Option(help="Of the paired bootstrap; 0 for none.")] = 200,
     cache: Annotated[Path | None, typer.Option(help="Folder of encodings; default: beside the page.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sentences per pass.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(max=2**63 - 1, help="Of everything random.")] = 0,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:

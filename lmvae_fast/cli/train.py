@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmvae_fast.cli.common import INTERRUPTED, Backend, Json, column_name, console, merged, notice, print_json
+from lmvae_fast.cli.common import (
+    INTERRUPTED,
+    Backend,
+    DryRun,
+    Json,
+    column_name,
+    console,
+    merged,
+    notice,
+    print_json,
+    show_estimate,
+)
 from lmvae_fast.cli.prompt_data import Layout, MaxPromptLen, TurnEnd, load_pairs, with_lengths
 
 if TYPE_CHECKING:
@@ -49,7 +60,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the KL (the maximum of a schedule).")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data order, noise, dropout and initialisation.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(max=2**63 - 1, help="Of data order, noise, dropout and initialisation.")
+    ] = None,
     on_long: Annotated[str | None, typer.Option(help="Sentences over max_len: truncate, drop or error.")] = None,
     start: Annotated[
         str | None,
@@ -67,6 +80,7 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field: --set train.grad_clip=0.5 (repeatable).")
     ] = None,
+    dry_run: DryRun = False,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -122,12 +136,12 @@ def train(
 
         return LMVAE(model_config) if model_config else LMVAE.from_pretrained(str(start), **values["model"])
 
-    finish(build, train_data, held_out, train_config, backend, as_json)
+    finish(build, train_data, held_out, train_config, backend, as_json, dry_run=dry_run)
 
 
 def finish(
     build: Callable[[], Any], train_data: Any, held_out: Any, config: TrainConfig, backend: str, as_json: bool, *,
-    unit: str = "sentences",
+    unit: str = "sentences", dry_run: bool = False,
 ) -> None:  # fmt: skip
     """Train what ``build`` makes, in one process or several, save it as the run's model, and say how it ended."""
     import torch
@@ -147,6 +161,11 @@ def finish(
             console.print(
                 f"{len(train_data)} {unit} to train on, {len(held_out)} held out; {trainable:,} parameters train"
             )
+        if dry_run:
+            from lmvae_fast.training.estimates import estimate_run
+
+            show_estimate(estimate_run(model, train_data, config), model, as_json)
+            return
         result = run_training(model, train_data, held_out, config)
         saved = "last"
         if config.final_model == "best" and result.best_checkpoint is not None:

@@ -60,7 +60,7 @@ class GenerationConfig(ConfigBase):
         self._number("top_p", 0.0, 1.0, open_low=True)
         self._number("min_p", 0.0, 1.0)
         self._number("repetition_penalty", 0.0, open_low=True)
-        self._number("seed", 0, integer=True, optional=True)
+        self._number("seed", 0, 2**63 - 1, integer=True, optional=True)
         self._number("num_samples", 1, integer=True)
         self._number("num_beams", 1, integer=True)
         self._number("length_penalty", 0.0)

@@ -64,8 +64,9 @@ class RunConfig(ConfigBase):
             self._number(name, 1, integer=True)
         for name in ("max_steps", "eval_every", "save_every", "early_stop"):
             self._number(name, 1, integer=True, optional=True)
-        for name in ("warmup_steps", "plateau_patience", "seed"):
+        for name in ("warmup_steps", "plateau_patience"):
             self._number(name, 0, integer=True)
+        self._number("seed", 0, 2**63 - 1, integer=True)
         self._number("learning_rate", 0.0, open_low=True)
         self._number("adam_eps", 0.0, open_low=True)
         self._number("weight_decay", 0.0)

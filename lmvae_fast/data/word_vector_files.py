@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
-from lmvae_fast.data.lines import decoded_lines, open_file
+from lmvae_fast.data.lines import check_inflated, decoded_lines, open_file
 from lmvae_fast.data.word_vectors import WordVectors
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
@@ -234,15 +234,14 @@ def _vocabulary(path: Path, given: Any) -> list[str]:
 def _read_npy(path: Path, field: str | None, vocabulary: Any) -> _Table:
     _refuse_options("npy", field=field)
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        vectors = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header fails in many ways
         raise DataError(f"{path} is no whole .npy file: {error}", remedy="get it anew") from error
     return _Table(_vocabulary(path, vocabulary), vectors)
 
 
 def _read_npz(path: Path, field: str | None, vocabulary: Any) -> _Table:
-    import zipfile
-
+    check_inflated(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             name = _array_name(path, list(file.files), field, besides=("words",))
@@ -252,9 +251,9 @@ def _read_npz(path: Path, field: str | None, vocabulary: Any) -> _Table:
                 if "words" in file.files and vocabulary is None
                 else _vocabulary(path, vocabulary)
             )
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive, or another kind under its name, fails in many ways
         raise DataError(f"{path} is no whole .npz file: {error}", remedy="get it anew") from error
     return _Table(words, vectors)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import DataError, LatentError
-from lmvae_fast.exploration.points import Item, aggregate_quantiles, asked, locate, slerp
+from lmvae_fast.exploration.points import Item, aggregate_quantiles, asked, check_room, locate, slerp
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.posterior import Posterior
 
@@ -119,6 +119,7 @@ def interpolate(
     """
     if steps < 2:
         raise LatentError("an interpolation has two ends", value=f"steps={steps}", limit="at least 2")
+    check_room(model, steps)
     ends = locate(model, [a, b], annotations)
     weights = torch.linspace(0.0, 1.0, steps, dtype=ends.z.dtype, device=ends.z.device)
     start, end = ends.z.unbind(0)
@@ -165,6 +166,7 @@ def traverse(
     wrong = [dim for dim in dims if not 0 <= dim < width]
     if wrong:
         raise LatentError("no such latent dimension", value=wrong, limit=f"0 to {width - 1}", remedy="change dims")
+    check_room(model, len(dims) * steps)
     probabilities = None
     if aggregate is None:
         values = torch.linspace(-span, span, steps, dtype=torch.float64).expand(len(dims), steps)
@@ -246,6 +248,7 @@ def neighbourhood(
         raise LatentError("a neighbourhood has neighbours", value=f"samples={samples}", limit="at least 1")
     if scale is not None and not (scale > 0.0 and math.isfinite(scale)):
         raise LatentError("a scale is a standard deviation", value=f"scale={scale}", limit="> 0")
+    check_room(model, samples)
     point = locate(model, [text], annotations)
     if scale is not None:
         spread = Posterior(point.z, torch.full_like(point.z, 2.0 * math.log(scale)))

@@ -13,6 +13,7 @@ from lmvae_fast.data.dataset import Example
 from lmvae_fast.data.prompts import PromptResponse
 from lmvae_fast.errors import DataError, LatentError
 from lmvae_fast.evaluation.collapse import warn_of_prior
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.posterior import Posterior
 
@@ -34,6 +35,11 @@ class Points:
     z: Tensor
     labels: Tensor | None
     posterior: Posterior | None
+
+
+def check_room(model: LMVAE, points: int) -> None:
+    """Before points are made and decoded: they fit into memory, with the texts of them. Raises MemoryLimitError."""
+    check_memory(f"{points:,} points", "ask for fewer", points * (16 * model.config.latent_dim + 2048))
 
 
 def locate(model: LMVAE, items: Sequence[Item], annotations: Tensor | None = None) -> Points:

@@ -52,8 +52,8 @@ def latents_of_prior(count: int, latent_dim: int, seed: int) -> LatentSource:
 
     Raises ConfigError for fewer than one.
     """
-    if count < 1:
-        raise ConfigError("the prior is asked for at least one latent", value=count, limit=">= 1")
+    if not 1 <= count <= 2**53:
+        raise ConfigError("the prior is asked for at least one latent", value=count, limit="1 to 2^53")
     key = philox.seed_tensor(seed ^ _PRIOR_STREAM, "cpu")
 
     def read(block: int, skip: int) -> Iterable[Tensor]:

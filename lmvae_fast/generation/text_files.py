@@ -283,7 +283,22 @@ def _lock(file: BinaryIO, output: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise OutputError(f"another run is writing {output}", remedy="stop it, or choose another output") from error
+        raise OutputError(
+            f"another run is writing {output}", value=_holder(file), remedy="stop it, or choose another output"
+        ) from error
+
+
+def _holder(file: BinaryIO) -> str | None:
+    """Which process holds a file's lock; None where the system does not say."""
+    try:
+        inode = str(os.fstat(file.fileno()).st_ino)
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            fields = line.split()
+            if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
+                return f"process {fields[4]}"
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def _check_still_there(file: BinaryIO, output: Path) -> None:
