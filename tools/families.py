@@ -114,7 +114,7 @@ def _started(name: str, check: Callable[[str], Result]) -> tuple[int, tuple[str,
                 result = check(name)
             except BaseException as error:
                 result = {"status": "unmeasured", "reason": _line(error)}
-            os.write(write, json.dumps(result).encode())
+            os.write(write, json.dumps(result, default=str).encode())
         finally:
             os._exit(0)
     os.close(write)

@@ -297,13 +297,15 @@ def segment_means(hidden: Tensor, mask: Tensor, segments: int) -> Tensor:
 def longest_input(model: nn.Module) -> int | None:
     """The most tokens that an encoder has positions for; None for any number (relative positions)."""
     config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None)
+    names = ("max_encoder_position_embeddings", "max_position_embeddings")  # LED names its halves apart
+    longest = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     if longest is None or longest < 1:  # XLNet says -1
         return None
     for name, module in model.named_modules():
-        # RoBERTa's positions begin behind the padding token's.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return min(longest, module.num_embeddings - module.padding_idx - 1)
+        # RoBERTa's positions begin behind the padding token's; I-BERT's table is a module of its own.
+        first, weight = getattr(module, "padding_idx", None), getattr(module, "weight", None)
+        if name.endswith("position_embeddings") and first is not None and isinstance(weight, Tensor):
+            return min(longest, weight.shape[0] - first - 1)
     return longest
 
 

@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+)
 
 LAYERS, WINDOW, POSITIONS = 4, 4, 24
 # Sizes by the names that configurations give them.
@@ -27,7 +39,7 @@ _SIZES: dict[int, str] = {
     "qk_rope_head_dim qk_nope_head_dim dim_head d_head",
     12: "v_head_dim",
     101: "vocab_size padded_vocab_size vocab_size_per_layer_input",
-    POSITIONS: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions",
+    POSITIONS: "max_encoder_position_embeddings max_position_embeddings n_positions n_ctx max_seq_len max_target_positions",
     2: "num_experts_per_tok num_experts_per_token moe_topk moe_k experts_per_token top_k_experts",
     3: "type_vocab_size",
     7: "shape_vocab_size pronunciation_vocab_size",
@@ -64,6 +76,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "glm_moe_dsa": {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "esm": {"pad_token_id": 0, "mask_token_id": 3},
+    "esmc": {"num_key_value_heads": 4},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 6], "attn_layers": ["local"] * 4},
@@ -73,7 +87,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, *, window: int = WINDOW) -> Any:
-    """The configuration of a tiny model of a type; ``window``: of its sliding layers, if it has any."""
+    """The configuration of a tiny decoder of a type; ``window``: of its sliding layers, if it has any."""
     made = CONFIG_MAPPING[model_type]
     shrunk = _shrunk(made().to_dict(), window)
     return made(**_merged(shrunk, FIELDS.get(model_type, {})))
@@ -97,6 +111,44 @@ def tiny_model(model_type: str, *, window: int = WINDOW, seed: int = 0) -> PreTr
                 else:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def tiny_encoder_of(model_type: str, vocabulary: int, *, seed: int = 0) -> PreTrainedModel:
+    """A random text encoder of a type, fp32, eval mode; of an encoder-decoder its encoder half."""
+    made = CONFIG_MAPPING[model_type]
+    fields = _with_vocabulary(_shrunk(made().to_dict(), WINDOW), vocabulary)
+    if "is_decoder" in fields:
+        fields["is_decoder"] = False
+    config = made(**_merged(fields, FIELDS.get(model_type, {})))
+    auto: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config).eval().float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.2)
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        return model.get_encoder()
+    return model
+
+
+def _with_vocabulary(fields: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """Fields with this vocabulary in every part of a configuration that has one."""
+    changed = {
+        name: _with_vocabulary(value, vocabulary) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+    return {name: vocabulary if name == "vocab_size" else value for name, value in changed.items()}
+
+
+def encoder_types() -> list[str]:
+    """Types that transformers maps to a masked language model, a text encoder or a text-to-text model."""
+    maps = (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )  # fmt: skip
+    return sorted({name for names in maps for name in names})
 
 
 def mapped_types() -> list[str]:
