@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lmvae_fast.kernels import backend  # loads the extension, whose op is asked below
+
 Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -149,7 +151,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "cpu_isa": torch.ops.lmvae_fast.cpu_isa() if build.get("built") else "none",
+        "cpu_isa": torch.ops.lmvae_fast.cpu_isa() if build.get("built") and backend.extension()[0] else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiler": build.get("compiler", "none"),

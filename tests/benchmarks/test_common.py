@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +80,10 @@ def test_a_table_of_ops_says_when_nothing_was_tested():
     record = {"machine": {**MACHINE, "device": "cpu", "python": "3", "uncommitted": False}, "command": "c", "cases": []}
     assert "Not tested" not in harness.markdown("posterior", {**record, "tests": "passed"})
     assert "Not tested" in harness.markdown("posterior", {**record, "tests": "none: there is no tests/ folder"})
+
+
+def test_a_machine_is_described_where_no_op_was_used_before():
+    """Loading the extension must not be left to whatever else a benchmark imports."""
+    code = "from lmvae_fast.profiling.measure import machine; print(machine('cpu')['cpu_isa'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr[-500:]
