@@ -43,11 +43,11 @@ class CompileCase:
     run-time arguments in any order, e.g. {"x": "*bf16", "rows": "i32", "scale": "fp32", "stride_d": 1}; an int is a value
     that Triton makes a constant of (it does so for 1). constants: the constexpr arguments beside those of `config`.
     unaligned: pointers that are not 16-byte aligned. only_aligned: it is launched with sizes and strides that are multiples
-    of 16 alone. tensor_cores: a matrix instruction (mma or wgmma) must appear in the machine code; warpgroup: on sm_90 it
-    must be wgmma. wide_loads: with sizes and strides that are multiples of 16, most bytes must come by 16-byte loads.
-    max_shared: bytes of shared memory the kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100 block 227 KiB).
-    max_registers: per thread, with sizes and strides that are multiples of 16 on sm_90; what it buys is blocks that run
-    side by side on a multiprocessor.
+    of 16 alone. multiples: integers that are multiples of 16 whatever the call. tensor_cores: a matrix instruction (mma or
+    wgmma) must appear in the machine code; warpgroup: on sm_90 it must be wgmma. wide_loads: on sm_90, with sizes and strides
+    that are multiples of 16 or given as such, most bytes must come by 16-byte loads. max_shared: bytes of shared memory the
+    kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100 block 227 KiB). max_registers: per thread, with sizes and
+    strides that are multiples of 16 on sm_90; what it buys is blocks that run side by side on a multiprocessor.
     """
 
     name: str
@@ -57,6 +57,7 @@ class CompileCase:
     constants: Mapping[str, Any] = field(default_factory=dict)
     unaligned: tuple[str, ...] = ()
     only_aligned: bool = False
+    multiples: tuple[str, ...] = ()
     tensor_cores: bool = False
     warpgroup: bool = False
     wide_loads: bool = False

@@ -59,8 +59,9 @@ def judge(job: Job, row: dict[str, Any], recorded: dict[str, Any] | None) -> lis
             problems.append(f"{row['registers']} registers, allowed {case.max_registers}")
         if case.warpgroup and not row["warpgroup"]:
             problems.append("no wgmma")
+    if case.wide_loads and job.capability == 90 and (job.aligned or case.multiples) and not job.special:
         wide, middle, narrow = row["loads"]
-        if case.wide_loads and 16 * wide < 8 * middle + 4 * narrow:
+        if 16 * wide < 8 * middle + 4 * narrow:
             problems.append(f"{wide} loads of 16 bytes beside {middle} of 8 and {narrow} of fewer")
     return problems
 

@@ -93,7 +93,7 @@ class Job:
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(case.kernel.arg_names)
             if (signature[name].startswith("*") and name not in case.unaligned)
-            or ((self.aligned or name in self.zeros) and signature[name] in ("i32", "i64"))
+            or ((self.aligned or name in (*self.zeros, *case.multiples)) and signature[name] in ("i32", "i64"))
         }
         return signature, constants, attributes
 

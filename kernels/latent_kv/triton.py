@@ -286,12 +286,16 @@ def _cases() -> list[CompileCase]:
             tag = f"{weight}-{memory}-{batch}-{nz}" + ("-dropout" if dropout else "")
             flags = {"DROPOUT": dropout, "WIDEN": False}
 
-            def add(name: str, kernel: Any, config: Config, io=io, tag=tag, flags=flags, **constants: Any) -> None:
+            def add(name: str, kernel: Any, config: Config, io=io, tag=tag, flags=flags, batch=batch, **constants: Any) -> None:
                 signature = {n: kind for n, kind in io.items() if n in kernel.arg_names}
                 case = CompileCase(
                     f"{name}-{tag}", kernel, signature, config, {**flags, **constants}, tensor_cores=True
                 )
-                cases.append(replace(case, only_aligned=name in ("adamw-early", "dz-large", "gram-large")))
+                if name in ("adamw-early", "dz-large", "gram-large"):
+                    # A warpgroup multiplies 64 rows, and these products have as many rows as there are sentences.
+                    wgmma, most = name != "adamw-early" and batch == 64, config.max_registers or 255
+                    case = replace(case, only_aligned=True, wide_loads=True, warpgroup=wgmma, max_registers=most)
+                cases.append(case)
 
             wide = operand["OPERAND"] == tl.float32
             tile, split = _tile_config(batch, nz), _split_config(batch, nz, wide, False)

@@ -3,6 +3,8 @@ its row of fp32 logits twice: once for the softmax's sums, once to write the gra
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -51,11 +53,13 @@ def _slope(x, softcap):
 
 @triton.jit
 def lm_head_loss_row_kernel(
-    product, bias, labels, token_weights, nll, grad, weighted, lowered, lift, vocab, softcap, logit_scale,
+    product, bias, labels, token_weights, nll, grad, weighted, lowered, lift, vocab, padded, softcap, logit_scale,
     stride_product, stride_grad, stride_weighted,
     IGNORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WANT_GRAD: tl.constexpr,
     WANT_WEIGHTED: tl.constexpr, LIFT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    # Rows are `padded` long, a multiple of 64: masked by that, an access is one of 16 bytes. What lies behind the vocabulary is
+    # read as it is and written as zero.
     # LIFT (fp16): a row of grad is stored times a power of two that brings it to size 1, and `lowered` has the inverse;
     # weighted is stored times `lift`, one for all. Small numbers would be lost before the loss scale comes.
     row = tl.program_id(0).to(tl.int64)
@@ -71,7 +75,7 @@ def lm_head_loss_row_kernel(
     others = tl.full((), 0.0, tl.float32)
     for start in range(0, vocab, BLOCK_V):
         col = start + lane
-        x = tl.load(base + col, mask=col < vocab, other=0.0)
+        x = tl.load(base + col, mask=col < padded, other=0.0)
         b = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
         x = _form(x, b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
         x = tl.where((col < vocab) & (col != label), x, minus_inf)
@@ -110,19 +114,19 @@ def lm_head_loss_row_kernel(
                 token_weight *= tl.load(lift)
         for start in range(0, vocab, BLOCK_V):
             col = start + lane
-            x = tl.load(base + col, mask=col < vocab, other=0.0)
+            x = tl.load(base + col, mask=col < padded, other=0.0)
             b = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
             x = _form(x, b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
             g = exp_(x - most) * factor
             if HAS_CAP:
                 g *= _slope(x, softcap)
             g = tl.where(col == label, own_grad, g)
-            g = tl.where(counted, g, 0.0)
+            g = tl.where(counted & (col < vocab), g, 0.0)
             if WANT_GRAD:
-                tl.store(grad + row * stride_grad + col, cast(g * row_lift, grad.dtype.element_ty), mask=col < vocab)
+                tl.store(grad + row * stride_grad + col, cast(g * row_lift, grad.dtype.element_ty), mask=col < padded)
             if WANT_WEIGHTED:
                 g *= token_weight
-                tl.store(weighted + row * stride_weighted + col, cast(g, weighted.dtype.element_ty), mask=col < vocab)
+                tl.store(weighted + row * stride_weighted + col, cast(g, weighted.dtype.element_ty), mask=col < padded)
 
 
 @triton.jit
@@ -154,6 +158,25 @@ def default_chunk(tokens: int, vocab: int, trained: bool) -> int:
     """Tokens of a chunk: as many as the budget holds, a multiple of 128 (whole tiles for cuBLAS), at least 128."""
     fit = (_LOGIT_BYTES_TRAINED if trained else _LOGIT_BYTES) // (4 * vocab)
     return max(1, min(tokens, max(128, fit // 128 * 128)))
+
+
+def padded_width(vocab: int) -> int:
+    """Elements of a row of logits or of its gradient: whole 128-byte lines, so that accesses can be of 16 bytes."""
+    return -(-vocab // 64) * 64
+
+
+def _rows(count: int, vocab: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Room for rows of a vocabulary: [count, vocab] of rows that are `padded_width` apart."""
+    return torch.empty((count, padded_width(vocab)), dtype=dtype, device=device)[:, :vocab]
+
+
+def _product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """out = a @ b in fp32, summed in fp32."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)  # the interpreter's machine
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -200,14 +223,14 @@ def lm_head_loss_fwd(
         rows = slice(start, min(start + chunk, tokens))
         h = hidden[rows]
         count = h.shape[0]
-        product = _product(h, weight.t())
+        product = _product_into(_rows(count, vocab, torch.float32, device), h, weight.t())
         plain = want_hidden or (trained and not weigh)
-        grad = product if written == torch.float32 or not plain else torch.empty_like(product, dtype=written)
-        weighted = torch.empty_like(product, dtype=written) if weigh else grad
+        grad = product if written == torch.float32 or not plain else _rows(count, vocab, written, device)
+        weighted = _rows(count, vocab, written, device) if weigh else grad
         launch(
             lm_head_loss_row_kernel, (count,), device, config,
             product, bias_row, labels[rows], token_row[rows], nll[rows], grad, weighted, lowered[rows], lift,
-            vocab, softcap, logit_scale, product.stride(0), grad.stride(0), weighted.stride(0),
+            vocab, padded_width(vocab), softcap, logit_scale, product.stride(0), grad.stride(0), weighted.stride(0),
             IGNORE=IGNORE_INDEX, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WANT_GRAD=plain, WANT_WEIGHTED=weigh,
             LIFT=half,
         )  # fmt: skip
@@ -243,7 +266,7 @@ def _cases() -> list[CompileCase]:
         row = {
             "product": "*fp32", "bias": f"*{dtype}", "labels": "*i64", "token_weights": "*fp32", "nll": "*fp32",
             "grad": f"*{dtype}", "weighted": f"*{dtype}", "lowered": "*fp32", "lift": "*fp32",
-            "vocab": "i32", "softcap": "fp32", "logit_scale": "fp32",
+            "vocab": "i32", "padded": "i32", "softcap": "fp32", "logit_scale": "fp32",
             "stride_product": "i32", "stride_grad": "i32", "stride_weighted": "i32",
         }  # fmt: skip
         kinds = {  # has bias, has softcap, wants the gradient, wants the weighted one
@@ -254,7 +277,10 @@ def _cases() -> list[CompileCase]:
             for tag, flags in kinds.items():
                 constants = dict(zip(("HAS_BIAS", "HAS_CAP", "WANT_GRAD", "WANT_WEIGHTED"), flags, strict=True))
                 constants.update(IGNORE=IGNORE_INDEX, LIFT=dtype == "fp16")
-                cases.append(CompileCase(f"row-{dtype}-{block}-{tag}", lm_head_loss_row_kernel, row, config, constants))
+                name, wide = f"row-{dtype}-{block}-{tag}", not constants["HAS_BIAS"]
+                rows = ("padded", "stride_product", "stride_grad", "stride_weighted")
+                case = CompileCase(name, lm_head_loss_row_kernel, row, config, constants, max_registers=128)
+                cases.append(replace(case, multiples=rows, wide_loads=wide))
         column = {"grad": f"*{dtype}", "dbias": "*fp32", "tokens": "i32", "vocab": "i32", "stride_grad": "i32"}
         cases.append(CompileCase(f"bias-{dtype}", lm_head_loss_bias_kernel, column, _BIAS))
     return cases

@@ -1,92 +1,30 @@
-"""A decode step recorded once and replayed, so that the host launches one graph where it would launch hundreds of kernels.
+"""Decode steps as recordings: batch sizes that are recorded, and recordings that outlive the call that made them.
 
-A recording holds kernels and addresses, nothing else: the step must work in place on tensors that stay where they are, and
-must not look at a value on the host. What cannot be recorded, or gives other tokens recorded than run, is run.
+A recording costs tens of milliseconds, a short text hardly more than ten: so the rows that one was made over are kept when a
+call ends, and the next call of the same kind decodes in them.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
-from weakref import WeakSet
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lmvae_fast.errors import ConfigError
-from lmvae_fast.kernels.backend import current
+from lmvae_fast.config import GenerationConfig
+from lmvae_fast.models.decoder.recorded_step import PLAIN_STEPS, RecordedStep, baked_in, capture_for
+from lmvae_fast.models.injection import Injection
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from lmvae_fast.generation.decode_rows import Rows
 
-PLAIN_STEPS = 2  # of a batch size before its step is recorded: a batch that ends at once needs no recording
+__all__ = ["PLAIN_STEPS", "RecordedStep", "capture_for", "keep", "kept", "kind_of", "rows_of"]
+
 LEAST_ROWS = 8  # below it a step takes a GPU no less time
+MOST_KEPT = 4  # of one decoder: each holds a cache of keys and values
 
-
-class Graph(Protocol):
-    """A recorded step."""
-
-    def replay(self) -> None:
-        """Do the recorded work once more, on the values that its tensors hold now."""
-        ...
-
-
-Step = Callable[[], None]
-Capture = Callable[[Step, torch.device], Graph]
-
-
-class CudaGraph:
-    """A step as a CUDA graph. Raises RuntimeError where it cannot be one, a step that waits for the device among them."""
-
-    def __init__(self, step: Step, device: torch.device):
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            # A capture that breaks off may leave torch's random generator in it, so what would break it is looked for first.
-            with torch.cuda.stream(stream), _never_waiting():
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                step()
-
-    def replay(self) -> None:
-        """See :class:`Graph`."""
-        self.graph.replay()
-
-
-@contextmanager
-def _never_waiting() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-#: How a step is recorded, by the type of its device.
-CAPTURES: dict[str, Capture] = {"cuda": CudaGraph}
-_refused: WeakSet[nn.Module] = WeakSet()  # decoders whose steps could not be recorded: tried, and said, once
-
-
-def capture_for(decoder: nn.Module, device: torch.device, wanted: bool | None) -> Capture | None:
-    """What records this decoder's steps; None where nothing can, or nothing is to (``GenerationConfig.cuda_graphs``).
-
-    Raises:
-        ConfigError: a recording is wanted and the device has none.
-    """
-    capture = CAPTURES.get(device.type)
-    if wanted and capture is None:
-        raise ConfigError(
-            "cuda_graphs records the decode step of a CUDA device",
-            value=str(device),
-            remedy="leave cuda_graphs at None, which records where it can",
-        )
-    off = wanted is False or (wanted is None and current() == "reference") or decoder in _refused
-    # Under autocast weights are copied, and the copies are gone when it is left: a recording would go on reading them.
-    return None if off or capture is None or torch.is_autocast_enabled(device.type) else capture
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, Rows]] = WeakKeyDictionary()
 
 
 def rows_of(sentences: int) -> int:
@@ -94,50 +32,30 @@ def rows_of(sentences: int) -> int:
     return max(LEAST_ROWS, 1 << max(sentences - 1, 0).bit_length())
 
 
-class RecordedStep:
-    """A step that is recorded after a few calls, compared once with itself as it is, and replayed from then on.
+def kind_of(
+    decoder: nn.Module,
+    kind: Injection,
+    size: int,
+    limit: int,
+    longest_prompt: int,
+    config: GenerationConfig,
+    end_token: int,
+) -> Hashable:
+    """What rows must have in common to serve another call: all but the latents, the prompts and the seed."""
+    parts = (kind.memory, kind.embedding_shift, kind.output_residual)
+    shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in parts)
+    sizes = (size, limit, longest_prompt, end_token)
+    return (kind.visibility, shapes, sizes, config.replace(seed=None), baked_in(decoder))
 
-    Args:
-        step: works in place; given the same ``state`` twice it does the same twice.
-        state: all tensors that a call moves on.
-        capture: records it.
-        decoder: whose step it is.
-    """
 
-    def __init__(self, step: Step, state: Sequence[Tensor], capture: Capture, decoder: nn.Module):
-        self.step, self.state, self.capture, self.decoder = step, state, capture, decoder
-        self.calls = 0
-        self.graph: Graph | None = None
+def kept(decoder: nn.Module, key: Hashable) -> Rows | None:
+    """Rows that an earlier call left, taken out, so that no other call has them."""
+    return _kept.get(decoder, {}).pop(key, None)
 
-    def __call__(self) -> None:
-        """One step."""
-        self.calls += 1
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.calls == PLAIN_STEPS + 1:
-            self._record()
-        else:
-            self.step()
 
-    def _record(self) -> None:
-        before = [x.clone() for x in self.state]
-        self.step()
-        after = [x.clone() for x in self.state]
-        self._restore(before)
-        try:
-            graph = self.capture(self.step, self.state[0].device)
-            self._restore(before)
-            graph.replay()
-            if all(torch.equal(x, y) for x, y in zip(self.state, after, strict=True)):
-                self.graph = graph
-                return
-            reason = "a replay gave other tokens than the step itself"
-        except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
-        _refused.add(self.decoder)
-        logger.warning("the decode step is run kernel by kernel instead of as one graph: %s", reason)
-        self._restore(after)
-
-    def _restore(self, values: Sequence[Tensor]) -> None:
-        for x, value in zip(self.state, values, strict=True):
-            x.copy_(value)
+def keep(decoder: nn.Module, key: Hashable, rows: Rows) -> None:
+    """Leave rows that no sentence is in for a later call; the oldest of too many are let go."""
+    mine = _kept.setdefault(decoder, {})
+    mine[key] = rows
+    while len(mine) > MOST_KEPT:
+        del mine[next(iter(mine))]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import NumericalError
-from lmvae_fast.generation.cuda_graphs import RecordedStep, capture_for, rows_of
+from lmvae_fast.generation.cuda_graphs import keep, kept, kind_of, rows_of
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.packed_products import exchanged
 from lmvae_fast.models.decoder.prefill import read
 from lmvae_fast.models.decoder.prepared_weights import exchanges
+from lmvae_fast.models.decoder.recorded_step import RecordedStep, capture_for
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.lmvae import LMVAE
 
@@ -85,6 +88,7 @@ class Rows:
         seed: int | None,
     ):
         self.model, self.config, self.limit, self.size = model, config, limit, size
+        self.key: Hashable | None = None  # that other calls find the rows by
         decoder, device = model.decoder, model.decoder.device
         self.cache: LatentCache = decoder.new_cache(kind, batch=size, max_tokens=longest_prompt + limit)
         # What is not memory is kept per row and overwritten when a row starts a new sentence.
@@ -112,6 +116,34 @@ class Rows:
         self.starts: list[Start | None] = [None] * size  # None: a row without a sentence
         self.packed = exchanges(decoder, size, config.pack_weights, config.weights)
         self.recorded = self._recording()
+
+    @classmethod
+    def ready(cls, model: LMVAE, kind: Injection, size: int, *, seed: int | None, **options: Any) -> Rows:
+        """Rows as the constructor makes them: those that an earlier call of the same kind left with its recording, if any."""
+        decoder, config = model.decoder, options["config"]
+        if capture_for(decoder, decoder.device, config.cuda_graphs) is None:
+            return cls(model, kind, size, seed=seed, **options)
+        key = kind_of(decoder, kind, size, end_token=decoder.tokenizer.eos_token_id, **options)
+        rows = kept(decoder, key)
+        if rows is None:
+            rows = cls(model, kind, size, seed=seed, **options)
+        else:
+            rows.seed.copy_(philox.seed_tensor(0 if seed is None else seed, decoder.device))
+            rows._serve(model)
+        rows.key = key
+        return rows
+
+    def leave(self) -> None:
+        """When all sentences have ended: keep the rows for another call, where they have a recording and their first size."""
+        if self.key is not None and self.recorded is not None and not self.packed:
+            decoder, key = self.model.decoder, self.key
+            self._serve(None)  # what is kept for a decoder must not keep it alive
+            keep(decoder, key, self)
+
+    def _serve(self, model: LMVAE | None) -> None:
+        self.__dict__["model"] = model
+        if self.recorded is not None:
+            self.recorded.decoder = None if model is None else model.decoder
 
     def room(self, first: int, count: int) -> Tensor | None:
         """The memory slots of some rows that lie side by side, for a projector to write; None without memory."""
@@ -250,7 +282,7 @@ class Rows:
 
     def _keep(self, rows: list[int]) -> None:
         where = torch.tensor(rows, dtype=torch.int64, device=self.cache.step.device)
-        self.recorded = None  # it must not outlive the tensors it was recorded over
+        self.key = self.recorded = None  # it must not outlive the tensors it was recorded over
         self.packed = []  # nor should weights in the layout of other sizes, where the new size has another
         self.cache.select(where)
         parts = (self.injection.embedding_shift, self.injection.output_residual)

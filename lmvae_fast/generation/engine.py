@@ -180,7 +180,7 @@ def _run(model: LMVAE, waiting: Waiting, config: GenerationConfig, options: dict
         size = min(waiting.ready(), config.batch_size)
         if size == 0:
             return
-        rows = Rows(model, waiting.kind(), size, **options)
+        rows = Rows.ready(model, waiting.kind(), size, **options)
         waiting.fill(rows)
     steps = STEPS_PER_LOOK.get(model.device.type, _STEPS_PER_LOOK_ELSEWHERE)
     emitted = (waiting.first_index, 0)
@@ -201,6 +201,7 @@ def _run(model: LMVAE, waiting: Waiting, config: GenerationConfig, options: dict
             yield done.pop(emitted)
             index, sample = emitted
             emitted = (index, sample + 1) if sample + 1 < config.num_samples else (index + 1, 0)
+    rows.leave()
 
 
 def _beams(

@@ -8,32 +8,14 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.models.decoder.decoder import Decoder
-from lmvae_fast.models.decoder.prepared_weights import packed_weights
+from lmvae_fast.models.decoder.greedy_loop import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.text.batch import Batch
 
+__all__ = ["FreeRunning", "greedy_ids"]
+
 _CHUNK = 64  # tokens whose logits exist at one time
 _REST = 16  # batches read token by token after an iteration that did not pay
-
-
-@torch.no_grad()
-def greedy_ids(decoder: Decoder, injection: Injection, steps: int) -> Tensor:
-    """The first ``steps`` greedy tokens of every latent, int64 ``[batch, steps]``; end tokens do not stop it.
-
-    This is how LangVAE decodes, in training and in generation: what follows an end token is kept.
-    """
-    batch, device = injection.batch_size, decoder.device
-    out = torch.empty(batch, steps, dtype=torch.int64, device=device)
-    if steps == 0 or batch == 0:
-        return out
-    cache = decoder.new_cache(injection, batch=batch, max_tokens=steps)
-    cache.place(torch.arange(batch, device=device), injection)
-    token = torch.full((batch,), decoder.tokenizer.bos_token_id, dtype=torch.int64, device=device)
-    with packed_weights(decoder, batch):
-        for step in range(steps):
-            token = decoder.greedy_step(token, cache, injection)
-            out[:, step] = token
-    return out
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from lmvae_fast.generation import cuda_graphs as graphs
 from lmvae_fast.generation import engine
 from lmvae_fast.generation.cuda_graphs import PLAIN_STEPS, RecordedStep, rows_of
 from lmvae_fast.generation.engine import generate
+from lmvae_fast.models.decoder import recorded_step
 from lmvae_fast.testing import FAMILIES, make_model
 from tests.generation.replay import RecordedOperations
 from tests.generation.test_engine import end_with_a_common_token
@@ -35,7 +38,7 @@ def recordings(monkeypatch):
             super().__init__(step, device)
             made.append((step.__self__.size, self))
 
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", Recording)
+    monkeypatch.setitem(recorded_step.CAPTURES, "cpu", Recording)
     monkeypatch.setattr(graphs, "LEAST_ROWS", 2)
     return made
 
@@ -74,6 +77,61 @@ def test_a_step_of_every_family_can_be_recorded(recordings, family):
     config = GenerationConfig(pack_weights=False)
     assert list(generate(model, z, config)) == list(generate(model, z, config.replace(cuda_graphs=False)))
     assert [size for size, _ in recordings] == [3]
+
+
+def run_again(model, z, config, **changes):
+    """Texts of two calls, recorded, each checked against plain steps."""
+    for seed in (3, 4):
+        asked = config.replace(seed=seed, **changes)
+        assert list(generate(model, z, asked)) == list(generate(model, z, asked.replace(cuda_graphs=False)))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_p": 0.9}])
+def test_a_recording_serves_later_calls(recordings, options):
+    model = make_model("gpt2", max_len=12).eval()
+    z, config = 2 * torch.randn(3, 6), GenerationConfig(pack_weights=False, **options)
+    model.decoder.tokenizer.eos_token_id = -1
+    run_again(model, z, config)
+    assert [size for size, _ in recordings] == [3] and recordings[0][1].replays > 12
+    with torch.no_grad():  # weights that change in place are read as they are
+        for weight in model.decoder.parameters():
+            weight.mul_(1.1)
+    run_again(model, z, config)
+    assert len(recordings) == 1
+    run_again(model, z, config, max_new_tokens=9)  # another kind of call
+    assert len(recordings) == 2
+    weight = next(model.decoder.parameters())
+    weight.data = weight.data.flip(0)  # other storage: the recording would read the old one
+    run_again(model, z, config)
+    assert len(recordings) == 3
+
+
+def test_two_calls_at_once_do_not_share_rows(recordings):
+    model = make_model("gpt2", max_len=12).eval()
+    z, config = 2 * torch.randn(2, 3, 6), GenerationConfig(pack_weights=False, batch_size=3)
+    expected = [list(generate(model, x, config.replace(cuda_graphs=False))) for x in z]
+    for _ in range(2):  # the second time there are kept rows to quarrel about
+        assert [list(pair) for pair in zip(*(generate(model, x, config) for x in z), strict=True)] == [
+            list(pair) for pair in zip(*expected, strict=True)
+        ]
+    abandoned = generate(model, z[0], config)
+    next(abandoned)
+    del abandoned
+    assert list(generate(model, z[1], config)) == expected[1]
+
+
+def test_kept_rows_do_not_keep_a_decoder_alive(recordings, monkeypatch):
+    monkeypatch.setattr(graphs, "_kept", weakref.WeakKeyDictionary())
+    model = make_model("gpt2", max_len=8).eval()
+    model.decoder.tokenizer.eos_token_id = -1
+    for tokens in range(3, 3 + graphs.MOST_KEPT + 2):
+        list(generate(model, torch.randn(2, 6), GenerationConfig(pack_weights=False, max_new_tokens=tokens)))
+    assert len(graphs._kept[model.decoder]) == graphs.MOST_KEPT
+    recordings.clear()
+    gone = weakref.ref(model.decoder)
+    del model
+    gc.collect()
+    assert gone() is None and not graphs._kept
 
 
 def test_looking_seldom_changes_nothing(recordings, monkeypatch):
@@ -148,11 +206,11 @@ def test_batches_shrink_to_powers_of_two():
 def test_what_is_recorded_where(monkeypatch):
     decoder = torch.nn.Linear(1, 1)
     assert graphs.capture_for(decoder, torch.device("cpu"), None) is None
-    assert graphs.capture_for(decoder, torch.device("cuda"), None) is graphs.CudaGraph
+    assert graphs.capture_for(decoder, torch.device("cuda"), None) is recorded_step.CudaGraph
     assert graphs.capture_for(decoder, torch.device("cuda"), False) is None
     with lf.backend("reference"):
         assert graphs.capture_for(decoder, torch.device("cuda"), None) is None
-        assert graphs.capture_for(decoder, torch.device("cuda"), True) is graphs.CudaGraph
+        assert graphs.capture_for(decoder, torch.device("cuda"), True) is recorded_step.CudaGraph
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     assert graphs.capture_for(decoder, torch.device("cuda"), True) is None
     with pytest.raises(ConfigError, match="cuda_graphs"):

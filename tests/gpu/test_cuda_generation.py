@@ -11,6 +11,7 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.generation import cuda_graphs as graphs
 from lmvae_fast.generation.decode_rows import Rows, Start
 from lmvae_fast.generation.engine import generate
+from lmvae_fast.models.decoder import recorded_step
 from lmvae_fast.testing import FAMILIES, make_model
 from tests.generation.test_engine import end_with_a_common_token
 
@@ -41,7 +42,7 @@ def recorded(monkeypatch):
     """The number of replays of each graph that is captured."""
     made: list[int] = []
 
-    class Counted(graphs.CudaGraph):
+    class Counted(recorded_step.CudaGraph):
         def __init__(self, step, device):
             super().__init__(step, device)
             made.append(0)
@@ -50,7 +51,7 @@ def recorded(monkeypatch):
             made[-1] += 1
             super().replay()
 
-    monkeypatch.setitem(graphs.CAPTURES, "cuda", Counted)
+    monkeypatch.setitem(recorded_step.CAPTURES, "cuda", Counted)
     return made
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks.kernels import run as kernel_benchmarks
 from benchmarks.training import end_to_end
 from lmvae_fast.generation import cuda_graphs as graphs
+from lmvae_fast.models.decoder import recorded_step
 from tests.conftest import REPOSITORY
 from tests.processes import PATIENCE, wait_until_gone
 
@@ -176,7 +177,7 @@ def test_end_to_end_measures_the_paths_that_ours_takes_by_itself(dtype, monkeypa
     step()
     other()
     assert fused and ours.projector.weight.grad is None and not torch.equal(before, ours.projector.weight)
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", object)
+    monkeypatch.setitem(recorded_step.CAPTURES, "cpu", object)
     mine, theirs = end_to_end.decoders(ours, reference, dtype)
     assert graphs.capture_for(mine.decoder, torch.device("cpu"), None) is object
     assert {p.dtype for p in mine.decoder.parameters()} == {dtype or torch.float32}

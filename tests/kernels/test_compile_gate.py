@@ -94,7 +94,7 @@ def test_a_row_is_held_to_what_its_case_means(gate, figure, said):
                        wide_loads=True, max_registers=128)  # fmt: skip
 
     class Job:
-        capability, aligned = 90, True
+        capability, aligned, special = 90, True, ""
 
     Job.case = case
     problems = gate.judge(Job, {**ROW, **figure}, None)

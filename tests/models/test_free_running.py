@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from lmvae_fast.models.decoder import recorded_step
 from lmvae_fast.models.free_running import FreeRunning, greedy_ids
 from lmvae_fast.testing import make_model
+from tests.generation.replay import RecordedOperations
 
 SENTENCES = ["the cat sat on the mat", "a dog", "plants need light", "ice"]
 
@@ -21,6 +23,32 @@ def parts(family="gpt2", **config):
     start = ids.new_full((4, 1), model.decoder.tokenizer.bos_token_id)
     want = torch.cat([start, ids], 1)[batch.rows, batch.token_index]
     return model, batch, injection, want
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("system", [{}, {"visibility": "prefix", "slots": 2}, {"system": "optimus"}])
+def test_the_second_loop_of_a_shape_is_recorded(system, autocast, monkeypatch):
+    made = []
+
+    class Recording(RecordedOperations):
+        def __init__(self, step, device):
+            super().__init__(step, device)
+            made.append(self)
+
+    model = make_model("gpt2", max_len=9, **system).eval()
+    injections = [model.inject(2 * torch.randn(4, 6)).detach() for _ in range(4)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = [greedy_ids(model.decoder, injection, 7) for injection in injections]
+        monkeypatch.setitem(recorded_step.CAPTURES, "cpu", Recording)
+        for i, injection in enumerate(injections):
+            assert torch.equal(greedy_ids(model.decoder, injection, 7), expected[i])
+            # the first as it is; then two plain steps and the one that is recorded; from there one replay a token
+            assert sum(recording.replays for recording in made) == (0, 5, 12, 19)[i]
+        assert len(made) == 1
+        assert torch.equal(greedy_ids(model.decoder, injections[0], 6), expected[0][:, :6])  # another shape
+    assert len(made) == 1
+    greedy_ids(model.decoder.train(), injections[0], 7)  # and another mode
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("visibility", ["prefix", "rolling", "interleaved"])

@@ -1,0 +1,127 @@
+"""The decoder reading its own greedy output, one token at a time over the static cache, recorded where that can be.
+
+A recording holds addresses, so a loop of a given shape keeps its cache and is run again over other memories. Shapes that come
+once are run as they are: only the second loop of a shape is kept and recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lmvae_fast.models.decoder.prepared_weights import packed_weights
+from lmvae_fast.models.decoder.recorded_step import RecordedStep, baked_in, capture_for
+from lmvae_fast.models.injection import Injection
+
+if TYPE_CHECKING:
+    from lmvae_fast.models.decoder.decoder import Decoder
+
+MOST_KEPT = 4  # loops of one decoder: each holds a cache of keys and values
+_SHAPES_REMEMBERED = 256
+
+
+class GreedyLoop:
+    """Buffers of a batch of sentences that are read together, and the step that moves them on.
+
+    Args:
+        decoder: it is not held; every call is given it.
+        injection: of this kind are those that :meth:`run` takes.
+        steps: tokens a sentence.
+    """
+
+    def __init__(self, decoder: Decoder, injection: Injection, steps: int):
+        batch, device = injection.batch_size, decoder.device
+        self.steps = steps
+        self.cache = decoder.new_cache(injection, batch=batch, max_tokens=steps)
+        parts = (injection.embedding_shift, injection.output_residual)
+        self.injection = Injection(
+            injection.visibility,
+            None if injection.memory is None else self.cache.memory,
+            *(None if part is None else torch.empty_like(part) for part in parts),
+        )
+        self.rows = torch.arange(batch, device=device)
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.place = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.ids = torch.zeros(batch, steps, dtype=torch.int64, device=device)
+        self.decoder: Decoder | None = None
+        self.recorded: RecordedStep | None = None
+
+    def record(self, decoder: Decoder) -> None:
+        """Have the step recorded after a few calls, where the device can."""
+        capture = capture_for(decoder, decoder.device, None, in_autocast=True)
+        if capture is not None:
+            state = [self.cache.step, self.cache.finite, self.token, self.place, self.ids]
+            self.recorded = RecordedStep(self._advance, state, capture, decoder)
+
+    def run(self, decoder: Decoder, injection: Injection) -> Tensor:
+        """The greedy tokens of these injections, int64 ``[batch, steps]``: the loop's own buffer."""
+        self.cache.place(self.rows, injection)
+        for name in ("embedding_shift", "output_residual"):
+            if (part := getattr(injection, name)) is not None:
+                getattr(self.injection, name).copy_(part)
+        self.token.fill_(decoder.tokenizer.bos_token_id)
+        self.place.zero_()
+        step = self.recorded or self._advance
+        self.decoder = decoder
+        if self.recorded is not None:
+            self.recorded.decoder = decoder
+        try:
+            with packed_weights(decoder, len(self.rows), wanted=self.recorded is None):
+                for _ in range(self.steps):
+                    step()
+        finally:
+            self.decoder = None
+            if self.recorded is not None:
+                self.recorded.decoder = None
+        return self.ids
+
+    def _advance(self) -> None:
+        assert self.decoder is not None
+        self.token.copy_(self.decoder.greedy_step(self.token, self.cache, self.injection, pack=self.recorded is None))
+        self.ids.scatter_(1, self.place, self.token.unsqueeze(1))
+        self.place.add_(1)
+
+
+@dataclass
+class _Loops:
+    seen: dict[Hashable, None] = field(default_factory=dict)
+    kept: dict[Hashable, GreedyLoop] = field(default_factory=dict)
+
+
+_loops: WeakKeyDictionary[Decoder, _Loops] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def greedy_ids(decoder: Decoder, injection: Injection, steps: int) -> Tensor:
+    """The first ``steps`` greedy tokens of every latent, int64 ``[batch, steps]``; end tokens do not stop it.
+
+    This is how LangVAE decodes, in training and in generation: what follows an end token is kept.
+    """
+    batch, device = injection.batch_size, decoder.device
+    if steps == 0 or batch == 0:
+        return torch.empty(batch, steps, dtype=torch.int64, device=device)
+    if capture_for(decoder, device, None, in_autocast=True) is None:
+        return GreedyLoop(decoder, injection, steps).run(decoder, injection)
+    parts = (injection.memory, injection.embedding_shift, injection.output_residual)
+    shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in parts)
+    key = (steps, injection.visibility, shapes, baked_in(decoder))
+    loops = _loops.setdefault(decoder, _Loops())
+    loop = loops.kept.pop(key, None)  # out of reach of another thread while it runs
+    if loop is None:
+        loop = GreedyLoop(decoder, injection, steps)
+        if key not in loops.seen:
+            loops.seen[key] = None
+            while len(loops.seen) > _SHAPES_REMEMBERED:
+                del loops.seen[next(iter(loops.seen))]
+            return loop.run(decoder, injection)
+        loop.record(decoder)
+    ids = loop.run(decoder, injection).clone()
+    loops.kept[key] = loop
+    while len(loops.kept) > MOST_KEPT:
+        del loops.kept[next(iter(loops.kept))]
+    return ids
