@@ -286,7 +286,9 @@ def _cases() -> list[CompileCase]:
             tag = f"{weight}-{memory}-{batch}-{nz}" + ("-dropout" if dropout else "")
             flags = {"DROPOUT": dropout, "WIDEN": False}
 
-            def add(name: str, kernel: Any, config: Config, io=io, tag=tag, flags=flags, batch=batch, **constants: Any) -> None:
+            def add(
+                name: str, kernel: Any, config: Config, io=io, tag=tag, flags=flags, batch=batch, **constants: Any
+            ) -> None:
                 signature = {n: kind for n, kind in io.items() if n in kernel.arg_names}
                 case = CompileCase(
                     f"{name}-{tag}", kernel, signature, config, {**flags, **constants}, tensor_cores=True
