@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import chart, highlights, makes
+from benchmarks import chart, highlights, makes, roofline
 from benchmarks.common.records import ROOT
 from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
 from benchmarks.generation.long_run_table import TABLES as LONG_RUN_TABLES
@@ -26,7 +26,7 @@ FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # By the name of its markers. All but README's own stand in docs/results.md.
 TABLES: dict[str, Callable[[], str]] = {
     **highlights.TABLES, **makes.TABLES, **STEP_TABLES, **GENERATION_TABLES, **LONG_RUN_TABLES, **KERNEL_TABLES,
-    **SCALING_TABLES, **COMPUTE_TABLES, **SCIENCE_TABLES,
+    **SCALING_TABLES, **COMPUTE_TABLES, **SCIENCE_TABLES, **roofline.TABLES,
 }  # fmt: skip
 
 

@@ -91,6 +91,7 @@ def table(summary: dict[str, Any]) -> str:
                 f"{r['what']} {r['precision']}: {r['milliseconds']['ours']} ms against {r['milliseconds']['reference']}"
                 for r in result.get("rows", [])
             )
+            what += "".join(f"\n{'':<31}{line}" for line in result.get("expected", []))
         lines.append(f"{name:<12} {result['status']:<8} {result['seconds']:>8.1f}  {what}")
     lines.append(
         f"{summary['seconds']:.0f} s of {summary['budget_seconds']:.0f}; red: {', '.join(summary['red']) or 'nothing'}"

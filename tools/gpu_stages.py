@@ -46,6 +46,7 @@ class Context:
     dry: bool = False
     workers: int = 8
     commit: str = "unknown"
+    device: str = ""
     started: float = field(default_factory=time.monotonic)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     folder: Path = ROOT
@@ -160,6 +161,7 @@ def environment(context: Context, seconds: float) -> dict[str, Any]:
         facts[name] = (
             told.tail.strip().splitlines()[-1 if name in ("nvidia_smi", "nvcc") else 0] if told.code == 0 else None
         )
+    context.device = str(facts.get("device", ""))
     facts["cpus"] = len(os.sched_getaffinity(0))
     if not facts["available"] and not context.dry:
         return {"status": "failed", "reason": "torch.cuda.is_available() is false", "facts": facts}
@@ -319,7 +321,18 @@ def end_to_end(context: Context, seconds: float) -> dict[str, Any]:
     ]
     done = context.run(command, seconds, LMVAE_COMMIT=context.commit)
     rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    return {"status": verdict(done), "rows": rows, **({} if done.code == 0 else {"tail": done.tail[-1500:]})}
+    expected = []
+    if rows:
+        card = "h200" if "H200" in context.device else "h100"
+        command = [sys.executable, "-m", "benchmarks.roofline", "--device", card, "--measured", str(output)]
+        told = context.run(command, 30)
+        expected = told.tail.strip().splitlines() if told.code == 0 else []
+    return {
+        "status": verdict(done),
+        "rows": rows,
+        "expected": expected,
+        **({} if done.code == 0 else {"tail": done.tail[-1500:]}),
+    }
 
 
 def sanitizer(context: Context, seconds: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ call ends, and the next call of the same kind decodes in them.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -16,15 +16,12 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.models.decoder.recorded_step import PLAIN_STEPS, RecordedStep, baked_in, capture_for
 from lmvae_fast.models.injection import Injection
 
-if TYPE_CHECKING:
-    from lmvae_fast.generation.decode_rows import Rows
-
 __all__ = ["PLAIN_STEPS", "RecordedStep", "capture_for", "keep", "kept", "kind_of", "rows_of"]
 
 LEAST_ROWS = 8  # below it a step takes a GPU no less time
 MOST_KEPT = 4  # of one decoder: each holds a cache of keys and values
 
-_kept: WeakKeyDictionary[nn.Module, dict[Hashable, Rows]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
 def rows_of(sentences: int) -> int:
@@ -48,12 +45,12 @@ def kind_of(
     return (kind.visibility, shapes, sizes, config.replace(seed=None), baked_in(decoder))
 
 
-def kept(decoder: nn.Module, key: Hashable) -> Rows | None:
-    """Rows that an earlier call left, taken out, so that no other call has them."""
+def kept(decoder: nn.Module, key: Hashable) -> Any:
+    """Rows that an earlier call left, or None: taken out, so that no other call has them."""
     return _kept.get(decoder, {}).pop(key, None)
 
 
-def keep(decoder: nn.Module, key: Hashable, rows: Rows) -> None:
+def keep(decoder: nn.Module, key: Hashable, rows: Any) -> None:
     """Leave rows that no sentence is in for a later call; the oldest of too many are let go."""
     mine = _kept.setdefault(decoder, {})
     mine[key] = rows
