@@ -5,7 +5,8 @@
 Nothing here has been measured. A perfect kernel moves every byte once at the card's bandwidth and multiplies at its rate,
 whichever takes longer, and costs one launch. Ours is expected to take what its bytes and FLOPs take at the share of those
 limits that its access pattern allows (`Work.share`, a guess that the first card confirms or refutes), and a launch for each
-of its kernels. Sizes are GPT-2 small's. `--measured` prints the times of a record of benchmarks.training.end_to_end beside the expected ones.
+of its kernels. Sizes are GPT-2 small's. `--measured` prints the times of a record of benchmarks.training.end_to_end beside
+the expected ones.
 """
 
 from __future__ import annotations
