@@ -27,6 +27,10 @@ class Terminal(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
 
+    def on_broken_pipe(self) -> None:
+        """The reader has gone (head, say), which is how it ends and no failure; rich would exit with 1."""
+        raise BrokenPipeError
+
     def print(self, *objects: Any, **options: Any) -> None:
         """As Console does."""
         if all(isinstance(part, str) for part in objects):
