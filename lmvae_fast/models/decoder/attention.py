@@ -168,7 +168,8 @@ def latent_attention_forward(
             "this decoder's attention was handed over to lmvae_fast",
             remedy="call it through LMVAE; set_attn_implementation('sdpa') gives it back, and takes it away from LMVAE",
         )
-    refuse_unknown(module, dropout, other)
+    if dropout or not other.keys() <= _HARMLESS:
+        refuse_unknown(module, dropout, other)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise UnsupportedDecoderError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
