@@ -73,7 +73,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4, **_KV_SHARED},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "dots3_note": {"vision_config": {"adapter_in_dim": 32}, "audio_config": {"adapter_in_dim": 32}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "glm_moe_dsa": {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "esm": {"pad_token_id": 0, "mask_token_id": 3},
