@@ -148,9 +148,9 @@ def ops(shape: Shape, batch: int, tokens: int, width: int = 2) -> Iterator[Work]
     )
     draws = 4 * batch * s.vocab
     waves = -(-batch // 132)
-    # three readings and the largest, by one program: 13 blocks of 4,096, each a wait for memory of some 0.7 us; the rest
+    # three readings and the largest, by one program: 25 blocks of 2,048, each a wait for memory of some 0.7 us; the rest
     # happens in registers
-    wait = waves * (4 * 13 * 0.7e-6 + 8e-6)
+    wait = waves * (4 * 25 * 0.7e-6 + 8e-6)
     yield Work("sample_token top-k, top-p", case, draws, 60 * batch * s.vocab, "fp32", rereads=3 * draws, serial=wait)
     pairs = batch * batch * s.latent
     yield Work(

@@ -18,15 +18,14 @@ KEPT = 2048
 # Up to so many rows a multiprocessor has one to itself: wide blocks then have more bytes under way. With more rows, two
 # programs of narrow blocks share it. (An H200 has 132.)
 _FEW_ROWS = 132
-_WIDE = Config({"BLOCK": 4096, "KEPT": KEPT}, num_warps=16, max_registers=128)
-_WIDE_SEEN = Config({"BLOCK": 2048, "KEPT": KEPT}, num_warps=16, max_registers=128)  # with a repetition penalty
+_WIDE = Config({"BLOCK": 2048, "KEPT": KEPT}, num_warps=16, max_registers=128)
 _NARROW = Config({"BLOCK": 1024, "KEPT": KEPT}, num_warps=8, max_registers=128)
 
 
-def _config(batch: int, has_seen: bool) -> Config:
-    if batch > _FEW_ROWS:
+def _config(batch: int, vocab: int) -> Config:
+    if batch > _FEW_ROWS or vocab <= _WIDE.constants["BLOCK"]:
         return _NARROW
-    return _WIDE_SEEN if has_seen else _WIDE
+    return _WIDE
 
 
 def sample_token(logits, seed, rows, steps, seen, greedy, temperature, top_k, top_p, min_p, penalty, logprob):
@@ -40,7 +39,7 @@ def sample_token(logits, seed, rows, steps, seen, greedy, temperature, top_k, to
     if by_number or by_weight:
         kept = tuple(torch.empty((batch, KEPT), dtype=t, device=logits.device) for t in (torch.float32, torch.int32))
     launch(
-        sample_token_kernel, (batch,), logits.device, _config(batch, seen is not None),
+        sample_token_kernel, (batch,), logits.device, _config(batch, vocab),
         logits, seed, rows, steps, ids if seen is None else seen, *kept, ids, logprobs if logprob else ids, vocab,
         1.0 / temperature, top_k, struct.unpack("<q", struct.pack("<d", top_p))[0],
         math.log(min_p) if min_p > 0.0 else -math.inf, penalty, 1.0 / penalty, logits.stride(0), logits.stride(1),
@@ -76,11 +75,11 @@ def _cases() -> list[CompileCase]:
             everything = name == "all"
             constants = {**mode, "HAS_SEEN": everything, "LOGPROB": everything, "BITS": 16}
             for rows in (1, _FEW_ROWS + 1):
-                tag, config = f"{name}-{dtype}-{'few' if rows == 1 else 'many'}", _config(rows, everything)
+                tag, config = f"{name}-{dtype}-{'few' if rows == 1 else 'many'}", _config(rows, 50_257)
                 cases.append(CompileCase(tag, sample_token_kernel, signature, config, constants, max_registers=128))
         one = {**signature, "vocab": 1, "top_k": 1}  # Triton makes a constant of what is 1
         constants = {**modes["all"], "HAS_SEEN": True, "LOGPROB": True, "BITS": 1}
-        cases.append(CompileCase(f"one-token-{dtype}", sample_token_kernel, one, _config(1, True), constants))
+        cases.append(CompileCase(f"one-token-{dtype}", sample_token_kernel, one, _config(1, 1), constants))
     return cases
 
 

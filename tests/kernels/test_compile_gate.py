@@ -182,7 +182,7 @@ def test_a_vocabulary_of_one_compiles(gate, tmp_path):
     """At 1 token the sizes are constants to Triton, which have no methods of a tensor, and the bits of the size are 1."""
     cases = gate.cases_of("sample_token")
     index = next(i for i, case in enumerate(cases) if case.name == "one-token-fp32")
-    general = next(i for i, case in enumerate(cases) if case.name == "draw-fp32-few")
+    general = next(i for i, case in enumerate(cases) if case.name == "draw-fp32-many")
     code = (
         f"import sys; sys.path.insert(0, {str(GATE.parent)!r}); import compile_gate as gate\n"
         f"for index, ones in (({index}, ()), ({general}, {tuple(gate.compile_jobs.integers_of(cases[general]))!r})):\n"
