@@ -22,7 +22,9 @@ _WIDE = Config({"BLOCK": 2048, "KEPT": KEPT}, num_warps=16, max_registers=128)
 _NARROW = Config({"BLOCK": 1024, "KEPT": KEPT}, num_warps=8, max_registers=128)
 
 
-def _config(batch: int, vocab: int) -> Config:
+def _config(batch: int, vocab: int, plain_draw: bool) -> Config:
+    if plain_draw:  # wide blocks of one spill
+        return _NARROW
     if batch > _FEW_ROWS or vocab <= _WIDE.constants["BLOCK"]:
         return _NARROW
     return _WIDE
@@ -39,7 +41,7 @@ def sample_token(logits, seed, rows, steps, seen, greedy, temperature, top_k, to
     if by_number or by_weight:
         kept = tuple(torch.empty((batch, KEPT), dtype=t, device=logits.device) for t in (torch.float32, torch.int32))
     launch(
-        sample_token_kernel, (batch,), logits.device, _config(batch, vocab),
+        sample_token_kernel, (batch,), logits.device, _config(batch, vocab, not (greedy or by_number or by_weight)),
         logits, seed, rows, steps, ids if seen is None else seen, *kept, ids, logprobs if logprob else ids, vocab,
         1.0 / temperature, top_k, struct.unpack("<q", struct.pack("<d", top_p))[0],
         math.log(min_p) if min_p > 0.0 else -math.inf, penalty, 1.0 / penalty, logits.stride(0), logits.stride(1),
@@ -75,11 +77,11 @@ def _cases() -> list[CompileCase]:
             everything = name == "all"
             constants = {**mode, "HAS_SEEN": everything, "LOGPROB": everything, "BITS": 16}
             for rows in (1, _FEW_ROWS + 1):
-                tag, config = f"{name}-{dtype}-{'few' if rows == 1 else 'many'}", _config(rows, 50_257)
+                tag, config = f"{name}-{dtype}-{'few' if rows == 1 else 'many'}", _config(rows, 50_257, name == "draw")
                 cases.append(CompileCase(tag, sample_token_kernel, signature, config, constants, max_registers=128))
         one = {**signature, "vocab": 1, "top_k": 1}  # Triton makes a constant of what is 1
         constants = {**modes["all"], "HAS_SEEN": True, "LOGPROB": True, "BITS": 1}
-        cases.append(CompileCase(f"one-token-{dtype}", sample_token_kernel, one, _config(1, 1), constants))
+        cases.append(CompileCase(f"one-token-{dtype}", sample_token_kernel, one, _config(1, 1, False), constants))
     return cases
 
 
