@@ -20,6 +20,7 @@ import torch
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import NumericalError
 from lmvae_fast.evaluation.collapse import warn_of_collapse
+from lmvae_fast.memory import memory_guard
 from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, bounds_of, groups_of, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback
@@ -37,7 +38,7 @@ from lmvae_fast.training.running_means import RunningMeans
 from lmvae_fast.training.schedule import Plateau, beta_at, improves, learning_rate_factor
 from lmvae_fast.training.sharding import shard_decoder
 from lmvae_fast.training.step_setup import compiling, frozen_in, keeping_freed_memory, recomputing
-from lmvae_fast.training.stopping import FiniteWatch, memory_guard
+from lmvae_fast.training.stopping import FiniteWatch
 from lmvae_fast.training.validation import validate
 
 _LESS_AT_ONCE = "lower batch_size and raise accumulation as much, set recompute_decoder=True, or precision='bf16'"
@@ -254,7 +255,8 @@ class Trainer(RunLoop[TrainResult]):
             self.state.optimizer.step(norm)
 
     def _memory(self, what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
-        return memory_guard(what, remedy, self.last_checkpoint)
+        kept = self.last_checkpoint or "none yet"
+        return memory_guard(what, f"{remedy}; the last checkpoint is {kept}: go on from it with resume")
 
     def _position(self, part: int) -> int:
         """A number for each figure that is watched: the losses of a step's micro-batches, then its gradient norm."""

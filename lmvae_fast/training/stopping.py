@@ -1,34 +1,9 @@
-"""What stands between a run and the ways it can end early: memory that runs out and figures that are not finite."""
+"""What stands between a run and figures that are not finite."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 from torch import Tensor
-
-from lmvae_fast.errors import MemoryLimitError
-
-_NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's allocators on CPU and CUDA
-
-
-@contextlib.contextmanager
-def memory_guard(what: str, remedy: str, checkpoint: Path | None) -> Iterator[None]:
-    """Running out of memory within raises MemoryLimitError: what took it, how much was asked for, which setting helps."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        message = str(error).strip()
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(m in message for m in _NO_MEMORY):
-            raise
-        lines = [line for line in message.splitlines() if any(m in line for m in _NO_MEMORY)] or [message]
-        raise MemoryLimitError(
-            f"out of memory in {what}",
-            value=lines[0][:300],
-            remedy=f"{remedy}; the last checkpoint is {checkpoint or 'none yet'}: go on from it with resume",
-        ) from error
 
 
 class FiniteWatch:
