@@ -116,6 +116,27 @@ def beginnings() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`, {work} ({where(record['machine'])})"])
 
 
+def weights() -> str:
+    """Table of decoding over weights of 32, 16 and 8 bits."""
+    records = list(_records("weights"))
+    if not records:
+        return "Not measured."
+    lines = [
+        "| decoder | batch | weights | sentences/s | times faster | than | share of the limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for row in record["rows"]:
+            for side, rate in row["sentences_per_second"].items():
+                factor = f"{row['speedup'][side]:.2f}" if side in row["speedup"] else ""
+                base = row["baseline"].get(side, "").removeprefix("engine ")
+                lines.append(
+                    f"| {record['shape']} | {row['batch']} | {side.removeprefix('engine ')} | {rate:.2f} | {factor} | {base} | "
+                    f"{row['share_of_limit'][side]:.0%} |"
+                )
+    return "\n".join([*lines, "", *(_note("weights", record) for record in records)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "generation": generation, "generation-body": body, "sampling": sampling, "beginnings": beginnings,
+    "generation": generation, "generation-body": body, "generation-weights": weights, "sampling": sampling, "beginnings": beginnings,
 }  # fmt: skip
