@@ -138,5 +138,6 @@ def weights() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "generation": generation, "generation-body": body, "generation-weights": weights, "sampling": sampling, "beginnings": beginnings,
+    "generation": generation, "generation-body": body, "generation-weights": weights, "sampling": sampling,
+    "beginnings": beginnings,
 }  # fmt: skip
