@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import platform
@@ -100,6 +101,7 @@ def peak_memory(function: Callable[[], Any], device: str, *, warm: bool = False)
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # what was dropped before must not be given back within
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     held = peak = 0

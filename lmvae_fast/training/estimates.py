@@ -32,7 +32,7 @@ def estimate_run(model: Any, train_data: Any, config: TrainConfig) -> dict[str, 
         "trainable_parameters": sum(part.numel() for part in trains), "training_state_bytes": 4 * trained,
         "checkpoint_bytes": checkpoint, "cache_bytes": 4 * len(sentences) * width + 24 * sum(sentences.lengths),
         "disk_bytes": (config.keep_checkpoints + 2) * checkpoint + trained, "disk_free": free,
-        "seconds": round(steps * config.accumulation * _pass_seconds(model, sentences, config.batch_size), 1),
+        "seconds": round(steps * config.accumulation * _pass_seconds(model, sentences, config.batch_size), 3),
     }  # fmt: skip
 
 

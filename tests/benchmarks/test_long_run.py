@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 
+import pytest
+
 from benchmarks.generation.long_run import Run, killed_and_continued, make_model
 
 
+@pytest.mark.slow
 def test_killed_and_continued(tmp_path):
     options = argparse.Namespace(shape="tiny", latents=600, batch=16, workers=1, threads=1, kills=2, seed=1)
     model = make_model(tmp_path, options)

@@ -134,7 +134,11 @@ def test_a_terminal_that_goes_away_leaves_a_checkpoint(tmp_path):
             if run.step == 5:
                 os.kill(os.getpid(), signal.SIGHUP)
 
-    result = run(tmp_path / "run", Hangup())
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what was started under nohup ignores it, and so do its runs
+    try:
+        result = run(tmp_path / "run", Hangup())
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert (result.stop_reason, result.step, result.interrupted) == ("SIGHUP", 5, True)
     assert run(tmp_path / "run", resume=True).step == 24
 

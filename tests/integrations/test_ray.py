@@ -65,6 +65,7 @@ def cluster(place):
         patch.setenv("RAY_ADDRESS", "192.0.2.255:1")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # by default it works behind everything else on the machine
         patch.setenv("RAY_gcs_server_port_wait_time_s", str(PATIENCE))
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setattr(importlib.import_module("ray._private.ray_constants"), "ENABLE_RAY_CLUSTER", False)

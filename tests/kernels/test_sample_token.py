@@ -322,9 +322,9 @@ def test_vmap_is_refused():
 
 
 def test_addresses_are_64_bit():
-    from lmvae_fast.kernels.sample_token import triton
+    from lmvae_fast.kernels.sample_token import triton_kernels
 
-    assert_int64_addresses(triton)
+    assert_int64_addresses(triton_kernels)
 
 
 def test_bad_input_is_named():

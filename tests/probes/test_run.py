@@ -75,7 +75,7 @@ def test_json_of_a_report(report, tmp_path):
     path.write_text("{}")
     with pytest.raises(DataError, match="is no probe report"):
         read_report(path)
-    with pytest.raises(DataError, match="is no probe report"):
+    with pytest.raises(DataError, match="there is no file"):
         read_report(tmp_path / "none.json")
 
 

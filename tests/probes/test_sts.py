@@ -53,7 +53,7 @@ def test_pairs_of_a_file(shared, tmp_path):
     path.write_text("")
     with pytest.raises(DataError, match="holds no pair"):
         read_pairs(path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="there is no file"):
         read_pairs(tmp_path / "none.csv")
 
 

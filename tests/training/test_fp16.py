@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from lmvae_fast.models import lmvae
+from lmvae_fast.models import lmvae, token_losses
 from lmvae_fast.testing import SENTENCES, make_model
 from tests.training.helpers import run
 
@@ -37,7 +37,7 @@ def confident(monkeypatch: pytest.MonkeyPatch) -> tuple[lmvae.LMVAE, Callable[[]
         return eager_loss(hidden, weight, labels, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lmvae, "lm_head_loss", remember)
+        patch.setattr(token_losses, "lm_head_loss", remember)
         model(batch, beta=0.0, eps=eps)
     sure_of = replace(batch, labels=found[0])
     assert int((found[0] >= 0).sum()) > 5
@@ -61,7 +61,7 @@ def test_small_gradients_of_a_whole_model_reach_its_weights(monkeypatch):
     """Where a model is nearly sure, as far from fp32 as torch's own head is, where rows kept in fp16 would all be 0."""
     model, loss = confident(monkeypatch)
     truth, ours = gradients(model, loss, "fp32"), gradients(model, loss, "fp16")
-    monkeypatch.setattr(lmvae, "lm_head_loss", eager_loss)
+    monkeypatch.setattr(token_losses, "lm_head_loss", eager_loss)
     theirs = gradients(model, loss, "fp16")
     size, error, theirs_error = truth.norm(), (ours - truth).norm(), (theirs - truth).norm()
     assert 0 < size < 1e-2

@@ -44,6 +44,7 @@ def test_beside_a_trained_part_only_matrices_are_held_in_half_precision():
     assert all(value.dtype == torch.float32 for value in model.decoder.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_the_same_weights(tmp_path, monkeypatch):
     """Steps through torch.compile against eager ones; evaluation, without gradients, is not compiled."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # a killed run leaves half-written code
