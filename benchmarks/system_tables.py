@@ -86,4 +86,24 @@ def int8() -> str:
     return "\n".join([*lines, "", *notes])
 
 
-TABLES: dict[str, Callable[[], str]] = {"systems": systems, "int8": int8}
+def commits() -> str:
+    """Table of the last comparison of two commits (benchmarks/commits.py)."""
+    record = load("commits.json")
+    if record is None:
+        return "Not measured."
+    this, other = record["commits"]["this"], record["commits"]["other"]
+    lines = [
+        f"| work | batch | rounds | {other} | {this} | times faster | quartiles of the rounds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        seconds = row["seconds"]
+        low, high = row["spread"]
+        lines.append(
+            f"| {row['work']} | {row['batch']} | {row['rounds']} | {seconds['other']:.3f} s | {seconds['this']:.3f} s | "
+            f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
+        )
+    return "\n".join([*lines, "", f"`{record['command']}` ({where(record['machine'])})"])
+
+
+TABLES: dict[str, Callable[[], str]] = {"systems": systems, "int8": int8, "commits": commits}
