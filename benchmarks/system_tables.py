@@ -87,10 +87,12 @@ def int8() -> str:
 
 
 def commits() -> str:
-    """Table of the last comparison of two commits (benchmarks/commits.py)."""
-    record = load("commits.json")
-    if record is None:
-        return "Not measured."
+    """Tables of the comparisons of two commits (benchmarks/commits.py), one for every record."""
+    records = [load(file.name) for file in sorted(RESULTS.glob("commits*.json"))]
+    return "\n\n".join(_compared(record) for record in records if record is not None) or "Not measured."
+
+
+def _compared(record: dict[str, Any]) -> str:
     this, other = record["commits"]["this"], record["commits"]["other"]
     lines = [
         f"| work | batch | rounds | {other} | {this} | times faster | quartiles of the rounds |",
