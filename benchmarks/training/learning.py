@@ -166,7 +166,7 @@ def prepare(folder: Path, texts: list[str], options: argparse.Namespace) -> dict
         given = lf.LMVAE(lf.LMVAEConfig(encoder=options.encoder, decoder=options.decoder, latent_dim=8, max_len=32))
         # A folder that LangVAE's older transformers reads, too.
         given.decoder.model.save_pretrained(folder / "decoder")
-        given.decoder.tokenizer.save_pretrained(folder / "decoder")
+        given.decoder.tokenizer.tokenizer.save_pretrained(folder / "decoder")
     else:
         make_decoder(folder / "decoder", texts, layers=4, width=256, vocabulary=4000, seed=options.seed)
     model = lf.LMVAE(
