@@ -115,7 +115,8 @@ def main() -> int:
     model = lf.LMVAE(lf.LMVAEConfig.from_dict(values["model"]))
     record, before = begun(file, folder, options, values)
     record |= {
-        "machine": machine("cpu"), "train_sentences": len(train_set), "held_out_sentences": len(held_out),
+        "machine": machine("cpu"), "sentences_of_a_point": min(options.held_out, len(held_out)),
+        "train_sentences": len(train_set), "held_out_sentences": len(held_out),
         "model": values["model"], "train": config.replace(output_dir="runs", cache_dir=None).to_dict(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }  # fmt: skip

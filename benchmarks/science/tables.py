@@ -84,6 +84,28 @@ def screens() -> str:
     return "\n".join([*lines, "", *_commands(found)])
 
 
+def minutes() -> str:
+    """Systems after the same minutes on the same pretrained decoder and encoder: the last point of each one's curve."""
+    found = _records("science/minutes")
+    learning = load("training/learning-smollm2.json")
+    if not found and learning is None:
+        return "Not measured."
+    lines = _head("system")
+    for name, record in found.items():
+        lines.append(_row(name, record["points"][-1], f"{record.get('sentences_of_a_point', 200):,}"))
+    notes = _commands(found)
+    if learning is not None:
+        for side, points in learning["sides"].items():
+            last = points[-1]
+            lines.append(
+                f"| {side} | {last['cpu_seconds'] / 60:.1f} | {last['steps']} | {last['bleu']:.3f} | | "
+                f"{last['reconstruction']:.1f} | {last['kl']:.0f} | {last['active_units']} | "
+                f"{learning['held_out_sentences']:,} |"
+            )
+        notes.append(f"- LangVAE and its own objectives: `{learning['command']}` ({where(learning['machine'])})")
+    return "\n".join([*lines, "", *notes])
+
+
 def encoder_layers() -> str:
     """What a linear map finds of a sentence's words in each layer of the encoder."""
     record = load("science/encoder_layers.json")
@@ -137,5 +159,5 @@ def _commands(found: dict[str, dict]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
-    "reconstructions": reconstructions, "encoder-layers": encoder_layers,
+    "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers,
 }  # fmt: skip
