@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import NumericalError
@@ -31,6 +33,7 @@ from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
 from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.optimizer import Optimizer
 from lmvae_fast.training.posterior_start import start_posterior
+from lmvae_fast.training.recorded_steps import RecordedSteps, StepInputs, capture_of, reason_against
 from lmvae_fast.training.records import Progress, Record, TrainResult
 from lmvae_fast.training.run import RunLoop
 from lmvae_fast.training.run_checks import check_run, writing_run
@@ -109,6 +112,12 @@ class Trainer(RunLoop[TrainResult]):
         # the record is read where figures are read anyway: at log steps and before a checkpoint is written.
         self.check_every_step = self.device.type == "cpu"
         self._plan: tuple[int, EpochPlan] | None = None
+        pooled, grouped = self.pooled is not None, self.groups is not None
+        against = partial(reason_against, model, config, self.ranks, pooled=pooled, grouped=grouped)
+        capture = capture_of(self.device, config.cuda_graphs, against)
+        self.recorded: RecordedSteps | None = None
+        if capture is not None:
+            self.recorded = RecordedSteps(self._step_over, self._moved_by_a_step, capture, int(model.config.max_len))
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
         known = identity.identity(config, model, self.train_set.fingerprint(), eval_print)
@@ -122,7 +131,7 @@ class Trainer(RunLoop[TrainResult]):
         self.state = run_state.RunState(
             model,
             self.parameters,
-            Optimizer(model, self.parameters, config, self.ranks),
+            Optimizer(model, self.parameters, config, self.ranks, recorded=self.recorded is not None),
             Plateau(config.plateau_patience, config.plateau_factor),
             RunningMeans(self.device, self.ranks),
             Progress(),
@@ -217,6 +226,9 @@ class Trainer(RunLoop[TrainResult]):
         """One step on these rows of the tokenised training set, within `prepared`."""
         beta = self.model.beta = self.beta()
         self.state.optimizer.learning_rate = self._learning_rate()
+        if self.recorded is not None:
+            self._recorded_step(self.recorded, micro_batches[0], beta)
+            return
         sentences = sum(len(rows) for rows in micro_batches)
         # Memory for the step's longest sentence and its end token: alike in all micro-batches.
         tokens = 1 + max(len(self.train_set.ids[row]) for rows in micro_batches for row in rows)
@@ -239,6 +251,7 @@ class Trainer(RunLoop[TrainResult]):
             self.state.progress.sentences += len(rows)
             if counted:
                 self.state.means.add(out, batch)
+                self.state.means.count(sentences=batch.batch_size, tokens=batch.num_tokens)
                 self.state.progress.tokens += batch.num_tokens
         self.state.optimizer.synchronize(self.ranks)
         norm = self.state.optimizer.norm()
@@ -248,11 +261,44 @@ class Trainer(RunLoop[TrainResult]):
         if self.check_every_step:
             self._stop_if_not_finite()
         self.state.means.add_step(norm)
+        self.state.means.count(steps=1)
         count = sum(parameter.numel() for parameter in self.parameters.values())
         with self._memory(
             f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS
         ):
             self.state.optimizer.step(norm)
+
+    def _recorded_step(self, recorded: RecordedSteps, rows: Rows, beta: float) -> None:
+        """As `optimizer_step` of one batch, by recordings."""
+        batch = self.model.make_batch(self.train_set, rows, self.pooled)
+        seed = int(torch.randint(2**62, ()))
+        with self._memory(f"a step of {batch.batch_size} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE):
+            recorded(batch, self.device, seed=seed, position=self._position(0), beta=beta)
+        self.state.means.count(sentences=batch.batch_size, tokens=batch.num_tokens, steps=1)
+        self.state.progress.sentences += batch.batch_size
+        self.state.progress.tokens += batch.num_tokens
+        if self.check_every_step:
+            self._stop_if_not_finite()
+
+    def _step_over(self, inputs: StepInputs, beta: float | Tensor) -> None:
+        """All that a step does on the device."""
+        batch = inputs.batch()
+        with self._autocast():
+            out = self.model(batch, beta=beta, seed=inputs.seed, tokens=inputs.size.longest)
+        self.watch.note(out.loss, inputs.position)
+        out.loss.backward()
+        self.state.means.add(out, batch)
+        norm = self.state.optimizer.norm()
+        self.watch.note(norm, inputs.position + 1)
+        self.state.means.add_step(norm)
+        self.state.optimizer.step(norm)
+
+    def _moved_by_a_step(self) -> tuple[list[Tensor], list[Tensor]]:
+        """All tensors that a step changes in place; and those of them that are linear in its gradients and figures."""
+        optimizer = self.state.optimizer.tensors()
+        figures = [self.state.means.sums]
+        judged = figures + [x for name, x in optimizer.items() if name.endswith("/exp_avg")]
+        return [*self.parameters.values(), *optimizer.values(), *figures, self.watch.state], judged
 
     def _memory(self, what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
         kept = self.last_checkpoint or "none yet"
