@@ -138,6 +138,17 @@ if out["available"]:
     out |= {"device": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory,
             "multiprocessors": p.multi_processor_count, "l2_bytes": getattr(p, "L2_cache_size", None),
             "arch_list": torch.cuda.get_arch_list()}
+    def rate(work, times=20):
+        for _ in range(3): work()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times): work()
+        end.record(); torch.cuda.synchronize()
+        return start.elapsed_time(end) / times / 1e3
+    a, b = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    x, y = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out |= {"copy_TB_s": round(2 * a.numel() / rate(lambda: b.copy_(a)) / 1e12, 3),
+            "matmul_bf16_TFLOP_s": round(2 * 8192**3 / rate(lambda: x @ y) / 1e12, 1)}
 print("FACTS " + json.dumps(out))
 """
 
@@ -267,13 +278,23 @@ def run_pytest(
     return result
 
 
-def tests(context: Context, seconds: float) -> dict[str, Any]:
-    parallel = ["-n", str(context.workers)] if importlib.util.find_spec("xdist") and context.workers > 1 else []
-    if context.dry:
-        done = context.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "tests/gpu"], seconds)
-        return {"status": verdict(done), "tail": done.tail[-300:]}
-    junit = context.output / "tests.xml"
-    return run_pytest(context, seconds, junit, [*parallel, "-k", "not test_large"], ["tests/gpu"])
+#: Tests of the loops; all others of tests/gpu are of kernels.
+LOOP_TESTS = ("tests/gpu/test_cuda_model.py", "tests/gpu/test_cuda_generation.py")
+
+
+def tests_of(name: str, paths: Sequence[str], *options: str) -> Callable[[Context, float], dict[str, Any]]:
+    """A stage of tests in several processes, reported in <name>.xml."""
+
+    def run(context: Context, seconds: float) -> dict[str, Any]:
+        parallel = ["-n", str(context.workers)] if importlib.util.find_spec("xdist") and context.workers > 1 else []
+        if context.dry:
+            collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *options, *paths]
+            done = context.run(collect, seconds)
+            return {"status": verdict(done), "tail": done.tail[-300:]}
+        junit = context.output / f"{name}.xml"
+        return run_pytest(context, seconds, junit, [*parallel, *options, "-k", "not test_large"], paths)
+
+    return run
 
 
 def large(context: Context, seconds: float) -> dict[str, Any]:
@@ -335,6 +356,44 @@ def end_to_end(context: Context, seconds: float) -> dict[str, Any]:
     }
 
 
+def loop(name: str) -> Callable[[Context, float], dict[str, Any]]:
+    """A stage that measures a loop as it is used: `benchmarks.loops train` or `decode`."""
+
+    def run(context: Context, seconds: float) -> dict[str, Any]:
+        if context.dry:
+            return skipped("dry run")
+        output = context.output / f"loops_{name}.json"
+        command = [sys.executable, "-m", "benchmarks.loops", name, "--device", "cuda", "--output", str(output)]
+        done = context.run(command, seconds, LMVAE_COMMIT=context.commit)
+        rows = json.loads(output.read_text())["rows"] if output.exists() else []
+        return {"status": verdict(done), "rows": rows, **({} if done.code == 0 else {"tail": done.tail[-1500:]})}
+
+    return run
+
+
+#: What Nsight Compute counts, and of which kernels.
+_COUNTED = ("gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+            "sm__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active",
+            "launch__registers_per_thread")  # fmt: skip
+_LOOKED_AT = "regex:latent_kv|latent_attention|lm_head"
+
+
+def counters(context: Context, seconds: float) -> dict[str, Any]:
+    """Counters of three kernels in a training step; skipped where Nsight Compute is absent or may not count."""
+    program = _find("ncu")
+    if context.dry or program is None:
+        return skipped("dry run" if context.dry else "ncu is not installed")
+    work = [sys.executable, "-m", "benchmarks.loops", "train", "--device", "cuda", "--batches", "32", "--steps", "4",
+            "--output", str(context.scratch / "counted.json")]  # fmt: skip
+    command = [program, "--csv", "--metrics", ",".join(_COUNTED), "--kernel-name", _LOOKED_AT, "--launch-count", "24"]
+    done = context.run([*command, *work], seconds)
+    lines = [line for line in done.tail.splitlines() if line.startswith('"')]
+    (context.output / "counters.csv").write_text("\n".join(lines) + "\n")
+    if not lines:
+        return {**skipped("ncu counted nothing (it may need the right to read counters)"), "tail": done.tail[-800:]}
+    return {"status": "ok" if done.code == 0 else "partial", "lines": len(lines)}
+
+
 def sanitizer(context: Context, seconds: float) -> dict[str, Any]:
     program = _find("compute-sanitizer")
     if context.dry or program is None:
@@ -364,11 +423,15 @@ def sanitizer(context: Context, seconds: float) -> dict[str, Any]:
 STAGES = (
     Stage("environment", 10, 60, environment),
     Stage("build", 40, 180, build),
-    Stage("tests", 100, 260, tests),
-    Stage("large", 25, 70, large),
-    Stage("benchmarks", 50, 150, benchmarks),
-    Stage("end_to_end", 25, 60, end_to_end),
-    Stage("sanitizer", 25, 90, sanitizer),
+    Stage("tests", 80, 180, tests_of("tests", ["tests/gpu"], *(f"--ignore={path}" for path in LOOP_TESTS))),
+    Stage("loop_tests", 25, 70, tests_of("loop_tests", LOOP_TESTS)),
+    Stage("training", 30, 70, loop("train")),
+    Stage("decoding", 20, 45, loop("decode")),
+    Stage("benchmarks", 50, 130, benchmarks),
+    Stage("end_to_end", 25, 50, end_to_end),
+    Stage("counters", 15, 40, counters),
+    Stage("large", 20, 60, large),
+    Stage("sanitizer", 20, 90, sanitizer),
 )
 
 
