@@ -38,7 +38,35 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where this file is loaded by its path
 
-from gpu_stages import LOG_BYTES, RED, ROOT, STAGES, Context, Stage, skipped
+from gpu_measurements import benchmarks, counters, end_to_end, loop
+from gpu_stages import (
+    LOG_BYTES,
+    LOOP_TESTS,
+    RED,
+    ROOT,
+    Context,
+    Stage,
+    build,
+    environment,
+    large,
+    sanitizer,
+    skipped,
+    tests_of,
+)
+
+STAGES = (
+    Stage("environment", 10, 60, environment),
+    Stage("build", 40, 180, build),
+    Stage("tests", 80, 180, tests_of("tests", ["tests/gpu"], *(f"--ignore={path}" for path in LOOP_TESTS))),
+    Stage("loop_tests", 25, 70, tests_of("loop_tests", LOOP_TESTS)),
+    Stage("training", 30, 70, loop("train")),
+    Stage("decoding", 20, 45, loop("decode")),
+    Stage("benchmarks", 50, 130, benchmarks),
+    Stage("end_to_end", 25, 50, end_to_end),
+    Stage("counters", 15, 40, counters),
+    Stage("large", 20, 60, large),
+    Stage("sanitizer", 20, 90, sanitizer),
+)
 
 
 def run_stages(context: Context, stages: Sequence[Stage]) -> dict[str, Any]:

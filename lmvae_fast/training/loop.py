@@ -33,7 +33,7 @@ from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
 from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.optimizer import Optimizer
 from lmvae_fast.training.posterior_start import start_posterior
-from lmvae_fast.training.recorded_steps import RecordedSteps, StepInputs, capture_of, reason_against
+from lmvae_fast.training.recorded_steps import RecordedSteps, StepInputs, capture_of, moved, reason_against
 from lmvae_fast.training.records import Progress, Record, TrainResult
 from lmvae_fast.training.run import RunLoop
 from lmvae_fast.training.run_checks import check_run, writing_run
@@ -117,7 +117,9 @@ class Trainer(RunLoop[TrainResult]):
         capture = capture_of(self.device, config.cuda_graphs, against)
         self.recorded: RecordedSteps | None = None
         if capture is not None:
-            self.recorded = RecordedSteps(self._step_over, self._moved_by_a_step, capture, int(model.config.max_len))
+            self.recorded = RecordedSteps(
+                self._step_over, lambda: moved(self.state, self.watch), capture, int(model.config.max_len)
+            )
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
         known = identity.identity(config, model, self.train_set.fingerprint(), eval_print)
@@ -165,7 +167,11 @@ class Trainer(RunLoop[TrainResult]):
             keeping_freed_memory(self.device),
             self.state.optimizer.attached(),
         ):
-            yield
+            try:
+                yield
+            finally:
+                if self.recorded is not None:  # its recordings read the weights in the precision they have here
+                    self.recorded.forget()
 
     def _advance(self, signals: StopSignals) -> None:
         """One step and all that is due after it."""
@@ -292,13 +298,6 @@ class Trainer(RunLoop[TrainResult]):
         self.watch.note(norm, inputs.position + 1)
         self.state.means.add_step(norm)
         self.state.optimizer.step(norm)
-
-    def _moved_by_a_step(self) -> tuple[list[Tensor], list[Tensor]]:
-        """All tensors that a step changes in place; and those of them that are linear in its gradients and figures."""
-        optimizer = self.state.optimizer.tensors()
-        figures = [self.state.means.sums]
-        judged = figures + [x for name, x in optimizer.items() if name.endswith("/exp_avg")]
-        return [*self.parameters.values(), *optimizer.values(), *figures, self.watch.state], judged
 
     def _memory(self, what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
         kept = self.last_checkpoint or "none yet"

@@ -24,6 +24,7 @@ from lmvae_fast.kernels.backend import current
 from lmvae_fast.models.decoder.recorded_step import CAPTURES, Capture, CudaGraph, Graph, without_copies
 from lmvae_fast.text.batch import Batch, filled
 from lmvae_fast.training.distributed import Ranks
+from lmvae_fast.training.stopping import FiniteWatch
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,17 @@ def capture_of(device: torch.device, wanted: bool | None, against: Callable[[], 
     if capture is CudaGraph:  # one pool for all sizes: no two of them run at once, and what must last is outside
         return partial(CudaGraph, pool=torch.cuda.graph_pool_handle())
     return capture
+
+
+def moved(state: Any, watch: FiniteWatch) -> tuple[list[Tensor], list[Tensor]]:
+    """All tensors that a step of a run changes in place, and those of them that are linear in its gradients and figures.
+
+    state: the run's `RunState`.
+    """
+    optimizer = state.optimizer.tensors()
+    figures = [state.means.sums]
+    judged = figures + [x for name, x in optimizer.items() if name.endswith("/exp_avg")]
+    return [*state.parameters.values(), *optimizer.values(), *figures, watch.state], judged
 
 
 class StepInputs:
@@ -180,6 +192,10 @@ class RecordedSteps:
     def recordings(self) -> int:
         """Sizes that are recorded."""
         return sum(found.graph is not None for found in self._recordings.values())
+
+    def forget(self) -> None:
+        """Let go of all recordings: what they read may lie elsewhere from now on."""
+        self._recordings.clear()
 
     def __call__(self, batch: Batch, device: torch.device, *, seed: int, position: int, beta: float) -> None:
         """One step on a batch that lies on the host."""

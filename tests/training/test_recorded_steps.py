@@ -14,7 +14,7 @@ from lmvae_fast.models.decoder import recorded_step
 from lmvae_fast.testing import make_model
 from lmvae_fast.text.batch import filled
 from lmvae_fast.training.loop import Trainer
-from lmvae_fast.training.recorded_steps import size_of
+from lmvae_fast.training.recorded_steps import moved, size_of
 from tests.generation.replay import RecordedOperations
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dogs", "ran", "over", "green", "hills", "under", "rain"]
@@ -120,7 +120,7 @@ def test_one_replay_a_step_and_nothing_else_than_copies_and_fills(recording, tmp
         assert [made.replays for made in recording] == [1]  # that by which it was checked
         (found,) = trainer.recorded._recordings.values()
         statics = [found.inputs._whole, found.inputs._pooled, found.inputs.beta, *trainer.state.optimizer._rates]
-        everything, _ = trainer._moved_by_a_step()
+        everything, _ = moved(trainer.state, trainer.watch)
         counted = Counted()
         counted.static = {x.data_ptr() for x in (*statics, *everything)}
         with counted:
@@ -128,6 +128,23 @@ def test_one_replay_a_step_and_nothing_else_than_copies_and_fills(recording, tmp
         assert [made.replays for made in recording] == [2]
     names = sorted(str(func) for func in counted.found)
     assert names == ["aten.copy_.default"] * 2 + ["aten.fill_.Scalar"] * 3
+
+
+def test_recordings_end_with_the_state_they_were_made_in(recording, tmp_path):
+    """In bf16 the frozen weights have copies for as long as a run is prepared, elsewhere the next time."""
+    model = make_model("gpt2", max_len=9, projector_dropout=0.0)
+    config = lf.TrainConfig(
+        output_dir=str(tmp_path), batch_size=8, progress=False, tensorboard=False, max_steps=9, precision="bf16"
+    )
+    trainer = Trainer(model, TEXTS, None, config, ())
+    (rows,) = trainer._batches(0)
+    for times in (1, 2):
+        with trainer.prepared():
+            for _ in range(3):
+                trainer.optimizer_step((rows,))
+            assert trainer.recorded.recordings == 1
+        assert trainer.recorded.recordings == 0
+        assert len(recording) == times
 
 
 def test_resumed_recorded_run_ends_as_the_unbroken_one(recording, tmp_path):
