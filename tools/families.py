@@ -1,10 +1,14 @@
 """Every model type that transformers maps, as a tiny random model, against its own eager code: `make families`.
 
-    python tools/families.py decoders|encoders [--types NAME ...] [--jobs 2] [--seconds 60] [--json] [--dry-run]
+    python tools/families.py decoders|encoders [--types NAME ...] [--jobs 2] [--seconds 120] [--json] [--dry-run]
 
-Each type runs in a process of its own, forked after the imports, with a time limit. The record goes to
-benchmarks/results/families/, the table to docs/decoders.md or docs/encoders.md (not with --types or --dry-run). The exit code
-is 1 where a type that was accepted computes something else than the model itself, or a check could not be run.
+Each type runs in a process of its own, forked after the imports, with a time limit; with the decoders also every variant of
+rotation and window of `lmvae_fast/testing/variants.py` (named ``llama:yarn``). The record goes to benchmarks/results/families/,
+the table to docs/decoders.md or docs/encoders.md (not with --types or --dry-run).
+
+What may become of a type: *right*; *refused* for a reason about the model; *absent*, where it cannot be built here for a reason
+that is stated. The exit code is 1 where one is *wrong* (accepted, and computes something else than the model itself),
+*unexplained* (refused by an error from inside a library) or *unmeasured*.
 """
 
 from __future__ import annotations
@@ -33,43 +37,60 @@ from benchmarks.common import records  # noqa: E402
 from lmvae_fast.errors import LMVAEError  # noqa: E402
 from lmvae_fast.kernels.latent_attention.visibility import VISIBILITIES  # noqa: E402
 from lmvae_fast.profiling.measure import machine  # noqa: E402
-from lmvae_fast.testing import family_check, mapped_types  # noqa: E402
+from lmvae_fast.testing import encoder_check, family_check, mapped_types, tiny_tokenizer  # noqa: E402
+from lmvae_fast.testing.variants import check_variant, variants  # noqa: E402
 
 Result = dict[str, Any]
 WIDE = 64  # a window that no sentence of the check reaches past
 
 
-def check_decoder_type(model_type: str) -> Result:
-    """What became of a causal model type: status right, refused, wrong or unbuilt; figures, and the reason."""
+def check_decoder_type(name: str) -> Result:
+    """What became of a causal model type or variant: status, figures, and the reason."""
+    if ":" in name:
+        return _explained(check_variant, name)
     try:
-        model = mapped_types.tiny_model(model_type)
+        model = mapped_types.tiny_model(name)
     except Exception as error:
-        return {"status": "unbuilt", "reason": _line(error)}
-    result: Result = {"class": type(model).__name__}
-    try:
-        found = family_check.check_decoder(model)
-        if all(isinstance(found[visibility], str) for visibility in VISIBILITIES):
-            found = family_check.check_decoder(mapped_types.tiny_model(model_type, window=WIDE))
-            found["within_window"] = "all"
-        elif isinstance(found.get("rolling"), str):
-            wide = family_check.check_decoder(mapped_types.tiny_model(model_type, window=WIDE), gradients=False)
-            found["rolling_within_window"] = wide["rolling"]
-    except LMVAEError as error:
-        return {**result, "status": "refused", "reason": _reason(error)}
+        return _not_built(name, error)
+    return {"class": type(model).__name__, **_explained(_checked, name, model)}
+
+
+def _checked(name: str, model: Any) -> Result:
+    found = family_check.check_decoder(model)
+    if all(isinstance(found[visibility], str) for visibility in VISIBILITIES):
+        found = family_check.check_decoder(mapped_types.tiny_model(name, window=WIDE))
+        found["within_window"] = "all"
+    elif isinstance(found.get("rolling"), str):
+        wide = family_check.check_decoder(mapped_types.tiny_model(name, window=WIDE), gradients=False)
+        found["rolling_within_window"] = wide["rolling"]
     off = family_check.wrong(found)
-    return {**result, "status": "wrong" if off else "right", "reason": ", ".join(off), "figures": found}
+    return {"status": "wrong" if off else "right", "reason": ", ".join(off), "figures": found}
 
 
-def check_encoder_type(model_type: str) -> Result:
+def check_encoder_type(name: str) -> Result:
     """What became of a text encoder type: as `check_decoder_type`."""
-    from lmvae_fast.testing import encoder_check
+    tokenizer = tiny_tokenizer()
+    try:
+        model = mapped_types.tiny_encoder_of(name, len(tokenizer))
+    except Exception as error:
+        return _not_built(name, error)
+    return {"class": type(model).__name__, **_explained(encoder_check.check_encoder, model, tokenizer)}
 
-    return encoder_check.check_type(model_type)
+
+def _explained(check: Callable[..., Result], *given: Any) -> Result:
+    """The result of a check, or the refusal that it met; one without a reason of its own is unexplained."""
+    try:
+        return check(*given)
+    except LMVAEError as error:
+        reason = " ".join([error.problem] + ([f"({error.value})"] if error.value is not None else []))
+        return {"status": "unexplained" if "cannot be run" in error.problem else "refused", "reason": reason}
 
 
-def _reason(error: LMVAEError) -> str:
-    parts = [error.problem] + ([f"({error.value})"] if error.value is not None else [])
-    return " ".join(parts)
+def _not_built(name: str, error: Exception) -> Result:
+    reason = mapped_types.ABSENT.get(name)
+    if reason is None and isinstance(error, ImportError):
+        reason = f"needs a package that is not installed ({_line(error)[:80]})"
+    return {"status": "unmeasured" if reason is None else "absent", "reason": reason or _line(error)}
 
 
 def _line(error: BaseException) -> str:
@@ -99,7 +120,7 @@ def run(types: list[str], check: Callable[[str], Result], jobs: int, seconds: in
             _, status = os.waitpid(pid, 0)
             del running[pipe]
             result = json.loads(b"".join(chunks)) if chunks and not late else {"status": "unmeasured"}
-            if result["status"] == "unmeasured":
+            if "reason" not in result:
                 result["reason"] = f"took more than {seconds} s" if late else f"the process ended with status {status}"
             yield name, {**result, "seconds": round(time.monotonic() - began, 1)}
 
@@ -122,19 +143,19 @@ def _started(name: str, check: Callable[[str], Result]) -> tuple[int, tuple[str,
 
 
 def main() -> int:
-    """Run, record, write the page; 1 for a wrong or unmeasured type."""
+    """Run, record, write the page; 1 for a failure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=("decoders", "encoders"))
     parser.add_argument("--types", nargs="*", default=None, metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--json", action="store_true", help="print the record")
     parser.add_argument("--dry-run", action="store_true", help="write no file")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     decoders = options.kind == "decoders"
-    known = mapped_types.mapped_types() if decoders else mapped_types.encoder_types()
+    known = [*mapped_types.mapped_types(), *variants()] if decoders else mapped_types.encoder_types()
     check = check_decoder_type if decoders else check_encoder_type
     types = options.types if options.types is not None else known
     began, results = time.monotonic(), {}
@@ -144,21 +165,26 @@ def main() -> int:
             bar.update()
             if options.types is not None and not options.json:
                 tqdm.write(f"{name}: {json.dumps(result)}")
-    count = {status: sum(r["status"] == status for r in results.values()) for status in STATUSES}
+    found = dict(sorted(results.items()))
+    varied = {name: found.pop(name) for name in list(found) if ":" in name}
+    count = {status: sum(r["status"] == status for r in found.values()) for status in STATUSES}
     record = {
         "benchmark": f"families/{options.kind}", "machine": machine("cpu"), "transformers": transformers.__version__,
         "seconds": round(time.monotonic() - began, 1), "jobs": options.jobs, "tolerance": family_check.TOLERANCE,
-        "count": count, "types": dict(sorted(results.items())),
+        "count": count, "types": found,
     }  # fmt: skip
+    if varied:
+        record["variants"] = varied
     if options.types is None and not options.dry_run:
         records.write(record, records.RESULTS / "families" / f"{options.kind}.json")
         page = decoders_page(record) if decoders else encoders_page(record)
         (ROOT / "docs" / f"{options.kind}.md").write_text(page)
     print(json.dumps(record) if options.json else f"{count} in {record['seconds']} s")
-    return int(count["wrong"] + count["unmeasured"] > 0)
+    return int(any(result["status"] in FAILURES for result in results.values()))
 
 
-STATUSES = ("right", "refused", "wrong", "unbuilt", "unmeasured")
+FAILURES = ("wrong", "unexplained", "unmeasured")
+STATUSES = ("right", "refused", "absent", *FAILURES)
 
 if __name__ == "__main__":
     sys.exit(main())

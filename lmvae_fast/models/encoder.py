@@ -61,6 +61,11 @@ class Encoder(nn.Module):
         layer: int | None = None,
     ):
         super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(
+                f"{type(model).__name__} has no configuration of its own, so that it could not be saved and loaded again",
+                remedy="use another encoder",
+            )
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise TokenizerError(
@@ -90,6 +95,11 @@ class Encoder(nn.Module):
         self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
         self.segments, self.layer = segments, layer
         embedding: Any = model.get_input_embeddings()
+        if not isinstance(getattr(embedding, "weight", None), Tensor):
+            raise ConfigError(
+                f"{type(model).__name__} has no table of token embeddings", value=type(embedding).__name__,
+                remedy="use a text encoder that reads input_ids",
+            )  # fmt: skip
         self._vocabulary: int = embedding.weight.shape[0]
         check_size(tokenizer, self._vocabulary, "encoder")
         self.trains, self.source = train, source
