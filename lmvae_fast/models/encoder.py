@@ -173,7 +173,7 @@ class Encoder(nn.Module):
             width = widths[-1] if widths else self.model.config.hidden_size
             return width * self.segments if self.pooling == "segments" else width
         name = type(self.model).__name__
-        texts = ["a cat", "a cat is a kind of animal that lives with people"]
+        texts = ["a cat is an animal", "a cat is a kind of animal that lives with people in their houses"]
         try:
             alone = self(*(part.to(self.device) for part in self.tokenize(texts[:1])))
             padded = self(*(part.to(self.device) for part in self.tokenize(texts)))[:1]
@@ -306,7 +306,7 @@ def segment_means(hidden: Tensor, mask: Tensor, segments: int) -> Tensor:
 
 def longest_input(model: nn.Module) -> int | None:
     """The most tokens that an encoder has positions for; None for any number (relative positions)."""
-    config: Any = model.config
+    config: Any = _of_text(model.config)
     names = ("max_encoder_position_embeddings", "max_position_embeddings")  # LED names its halves apart
     longest = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     if longest is None or longest < 1:  # XLNet says -1
@@ -317,6 +317,14 @@ def longest_input(model: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and first is not None and isinstance(weight, Tensor):
             return min(longest, weight.shape[0] - first - 1)
     return longest
+
+
+def _of_text(config: Any) -> Any:
+    """The part of a configuration that is about text, where it has parts (speech models with a language model inside)."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # two of them
+        return config
 
 
 def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:

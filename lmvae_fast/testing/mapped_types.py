@@ -56,6 +56,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MUP = {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _KV_SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+_SOUND = ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config")
 _INDEXER = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
 }  # fmt: skip
@@ -91,6 +92,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "funnel": {"architectures": ["FunnelModel"], "block_sizes": [2, 2], "block_repeats": [1, 1]},
     "musicflamingo": {"audio_config": {"model_type": "audioflamingo3_encoder"}, "text_config": {"model_type": "qwen2"}},
     "neomme": {"head_dim": 16},
+    "vibevoice_asr": {name: {"num_filters": 2} for name in _SOUND},
     "t5gemma": {"is_encoder_decoder": False},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
