@@ -48,13 +48,21 @@ that outgrows one is refused.
 | type | rotation | window | within the original length | past it |
 |---|---|---|---|---|
 """
-_SAID = {"refused": "", "absent": "not built: ", "wrong": "WRONG: ", "unexplained": "UNEXPLAINED: ", "unmeasured": "NOT MEASURED: "}
+_SAID = {
+    "refused": "",
+    "absent": "not built: ",
+    "wrong": "WRONG: ",
+    "unexplained": "UNEXPLAINED: ",
+    "unmeasured": "NOT MEASURED: ",
+}
 
 
 def decoders_page(record: dict[str, Any]) -> str:
     """docs/decoders.md."""
     variants = record.get("variants", {})
-    more = _VARIANTS + "".join(_variant_row(name, result) + "\n" for name, result in variants.items()) if variants else ""
+    more = (
+        _VARIANTS + "".join(_variant_row(name, result) + "\n" for name, result in variants.items()) if variants else ""
+    )
     return _page(_DECODERS, record, _decoder_row, more)
 
 

@@ -105,7 +105,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 # What cannot be built, by type; where it can after all, it is examined all the same.
 ABSENT = dict.fromkeys(
     ("gemma4_assistant", "gemma4_unified_assistant"),
-    "transformers builds none: its configuration has every layer read the keys and values of another model, which its layers refuse",
+    "transformers builds none: by its configuration every layer reads another model's keys and values, which its layers refuse",
 ) | {"encoder-decoder": "is a pair of two other types, and has no configuration of its own"}
 
 

@@ -180,7 +180,10 @@ def _one_turn_below(config: Any) -> int | None:
     """The length past which all positions of a pass are turned by other angles, those of its short sentences too (longrope),
     or attention is of another kind (BigBird's blocks); None for none."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for all layers, or one for each kind
+    parts = [
+        rope,
+        *(part for part in rope.values() if isinstance(part, dict)),
+    ]  # one for all layers, or one for each kind
     own = getattr(config, "original_max_position_embeddings", None)
     lengths = [
         part.get("original_max_position_embeddings") or own
@@ -221,7 +224,11 @@ def _check_gradient(decoder: Examined, geometry: Geometry, name: str) -> None:
         hidden = decoder.run(ids, positions, None, attention)
         weights = torch.linspace(-1, 1, hidden.numel(), device=decoder.device).view_as(hidden)
         # Quantised weights may pass none on at all, or only some layers'.
-        found = torch.autograd.grad((hidden * weights).sum(), memory, allow_unused=True) if hidden.requires_grad else (None,)
+        found = (
+            torch.autograd.grad((hidden * weights).sum(), memory, allow_unused=True)
+            if hidden.requires_grad
+            else (None,)
+        )
         gradient = torch.zeros_like(memory) if found[0] is None else found[0]
     strength = gradient.abs().sum((1, 2, 3, 4, 5))
     if not bool((torch.isfinite(strength) & (strength > 0)).all()):

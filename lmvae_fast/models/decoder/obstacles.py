@@ -12,8 +12,8 @@ _KEYLESS = ("linear", "mamba", "conv", "recurrent", "rwkv", "lstm")
 # Types that say nothing of it in their configuration.
 _BY_TYPE = {
     "rwkv": "has layers without keys and values, which a memory cannot reach: each keeps a running state",
-    "reformer": "keeps hidden states in its cache and attends among them by hashing or in chunks, so there are no keys and values",
-    "xlnet": "reads in the order of a permutation mask rather than from left to right, and keeps hidden states, not keys and values",
+    "reformer": "attends by hashing or in chunks over cached hidden states, so that there are no keys and values",
+    "xlnet": "reads in the order of a permutation mask, not from left to right, and caches hidden states",
     "prophetnet": "predicts several tokens at once by streams of queries beside the main one",
     "cpmant": "adds a learned bias by distance and segment to every attention score",
 }
