@@ -12,8 +12,8 @@ built here, and {count[wrong]} are computed wrong.
 
 *Right* means a relative difference of at most {tolerance:g} in every column: without memory; under each visibility, past every
 window of the configuration, at the positions the model counts itself and, where it takes them, at explicit ones; logits along
-greedy decoding over the static cache, and the same tokens; the memory's gradient; and a sentence that ends at the last position.
-Past that a decoder is refused (`check_positions`). What reads what is in [adding_a_decoder.md](adding_a_decoder.md).
+greedy decoding over the static cache, and the same tokens; the memory's gradient; a sentence up to the last position. Past that
+a decoder is refused (`check_positions`). What reads what is in [adding_a_decoder.md](adding_a_decoder.md).
 
 "*in window*": right for sentences that do not outgrow the sliding window, and refused beyond.
 
