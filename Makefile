@@ -63,8 +63,7 @@ compile-gate: $(READY)  ## every Triton kernel to cubins, by the newest and the 
 	$(BIN)/python tools/compile_gate.py --triton 3.6 $(GATE_ARGS)
 
 families: $(READY) ## every decoder type transformers maps, and every encoder, tiny and random, against its own code
-	$(BIN)/python tools/families.py decoders
-	$(BIN)/python tools/families.py encoders
+	$(BIN)/python tools/families.py decoders encoders
 
 bench-kernels: $(READY) ## every op against its baseline, interleaved, JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks.kernels.run

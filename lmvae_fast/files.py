@@ -82,7 +82,8 @@ def sampled_fingerprint(tensors: Mapping[str, Tensor], samples: int = 256) -> st
     """sha256 over names, shapes and evenly spaced values: as good as the whole for telling two models apart, and quick."""
     sampled = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
+        # Of torchao's tensors the codes: few operations are defined on them.
+        flat = getattr(tensor, "qdata", tensor).detach().reshape(-1)
         sampled[f"{name} {tuple(tensor.shape)}"] = flat[:: max(1, flat.numel() // samples)]
     return fingerprint_tensors(sampled)
 

@@ -1,6 +1,6 @@
 """Every model type that transformers maps, as a tiny random model, against its own eager code: `make families`.
 
-    python tools/families.py decoders|encoders [--types NAME ...] [--jobs 2] [--seconds 120] [--json] [--dry-run]
+    python tools/families.py decoders encoders [--types NAME ...] [--jobs 2] [--seconds 120] [--json] [--dry-run]
 
 Each type runs in a process of its own, forked after the imports, with a time limit; with the decoders also every variant of
 rotation and window of `lmvae_fast/testing/variants.py` (named ``llama:yarn``). The record goes to benchmarks/results/families/,
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -142,24 +143,32 @@ def _started(name: str, check: Callable[[str], Result]) -> tuple[int, tuple[str,
     return read, (name, pid, time.monotonic(), [])
 
 
-def main() -> int:
-    """Run, record, write the page; 1 for a failure."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run, record, write the pages; 1 for a failure of any kind asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("decoders", "encoders"))
-    parser.add_argument("--types", nargs="*", default=None, metavar="NAME")
+    parser.add_argument("kinds", nargs="+", choices=("decoders", "encoders"))
+    parser.add_argument(
+        "--types", nargs="*", default=None, metavar="NAME", help="of one kind; ``llama:yarn`` is a variant"
+    )
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seconds", type=int, default=120)
+    parser.add_argument("--seconds", type=int, default=120, help="a type may take")
     parser.add_argument("--json", action="store_true", help="print the record")
     parser.add_argument("--dry-run", action="store_true", help="write no file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    decoders = options.kind == "decoders"
+    failed = [_examined(kind, options) for kind in options.kinds]
+    return int(any(failed))
+
+
+def _examined(kind: str, options: argparse.Namespace) -> bool:
+    """Examine the types of one kind; whether one failed."""
+    decoders = kind == "decoders"
     known = [*mapped_types.mapped_types(), *variants()] if decoders else mapped_types.encoder_types()
     check = check_decoder_type if decoders else check_encoder_type
     types = options.types if options.types is not None else known
-    began, results = time.monotonic(), {}
-    with tqdm(total=len(types), unit="type", desc=options.kind, disable=options.json) as bar:
+    began, results = (time.monotonic(), _cpu_seconds()), {}
+    with tqdm(total=len(types), unit="type", desc=kind, disable=options.json) as bar:
         for name, result in run(types, check, options.jobs, options.seconds):
             results[name] = result
             bar.update()
@@ -167,20 +176,34 @@ def main() -> int:
                 tqdm.write(f"{name}: {json.dumps(result)}")
     found = dict(sorted(results.items()))
     varied = {name: found.pop(name) for name in list(found) if ":" in name}
-    count = {status: sum(r["status"] == status for r in found.values()) for status in STATUSES}
     record = {
-        "benchmark": f"families/{options.kind}", "machine": machine("cpu"), "transformers": transformers.__version__,
-        "seconds": round(time.monotonic() - began, 1), "jobs": options.jobs, "tolerance": family_check.TOLERANCE,
-        "count": count, "types": found,
+        "benchmark": f"families/{kind}", "machine": machine("cpu"), "transformers": transformers.__version__,
+        "seconds": round(time.monotonic() - began[0], 1), "cpu_seconds": round(_cpu_seconds() - began[1], 1),
+        "jobs": options.jobs, "tolerance": family_check.TOLERANCE, "count": _counted(found), "types": found,
     }  # fmt: skip
     if varied:
-        record["variants"] = varied
+        record |= {"variant_count": _counted(varied), "variants": varied}
     if options.types is None and not options.dry_run:
-        records.write(record, records.RESULTS / "families" / f"{options.kind}.json")
+        records.write(record, records.RESULTS / "families" / f"{kind}.json")
         page = decoders_page(record) if decoders else encoders_page(record)
-        (ROOT / "docs" / f"{options.kind}.md").write_text(page)
-    print(json.dumps(record) if options.json else f"{count} in {record['seconds']} s")
-    return int(any(result["status"] in FAILURES for result in results.values()))
+        (ROOT / "docs" / f"{kind}.md").write_text(page)
+    failed = {name: result for name, result in results.items() if result["status"] in FAILURES}
+    if options.json:
+        print(json.dumps(record))
+    else:
+        print(f"{kind}: {record['count']}, variants {record.get('variant_count')} in {record['seconds']} s")
+        print("".join(f"{name}: {result['status']}: {result['reason']}\n" for name, result in failed.items()), end="")
+    return bool(failed)
+
+
+def _counted(results: dict[str, Result]) -> dict[str, int]:
+    return {status: sum(result["status"] == status for result in results.values()) for status in STATUSES}
+
+
+def _cpu_seconds() -> float:
+    """Of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 FAILURES = ("wrong", "unexplained", "unmeasured")

@@ -251,11 +251,13 @@ def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
 
 def _store_part(part: Any, folder: Path) -> None:
     """Encoder or decoder with its tokenizer as an ordinary Hugging Face folder."""
-    if any(map(in_pieces, part.model.parameters())):
-        # no process has all of it; but what it was loaded from and what trains, which is stored anyway, are all it is
+    sharded = any(map(in_pieces, part.model.parameters()))
+    if sharded or getattr(part.model, "is_quantized", False):
+        # No process has all of it, or transformers cannot write again what it has read; but what it was loaded from and what
+        # trains, which is stored anyway, are all it is.
         if part.source is None or not Path(part.source).is_dir():
             raise OutputError(
-                "a sharded decoder that came from no folder cannot be stored",
+                f"a {'sharded' if sharded else 'quantised'} decoder that came from no folder cannot be stored",
                 value=f"source={part.source}",
                 remedy="save with include_frozen=False, or load the decoder from a folder",
             )

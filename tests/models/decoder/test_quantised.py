@@ -152,3 +152,5 @@ def test_a_model_with_a_decoder_of_8_bits_trains_decodes_and_is_saved(folder, tm
     texts = model.eval().decode(z)
     model.save_pretrained(tmp_path / "model", include_frozen=False)
     assert lf.LMVAE.from_pretrained(tmp_path / "model").decode(z) == texts
+    model.save_pretrained(tmp_path / "whole")
+    assert lf.LMVAE.from_pretrained(tmp_path / "whole").decode(z) == texts
