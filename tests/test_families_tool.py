@@ -16,13 +16,13 @@ sys.path.append(str(ROOT / "tools"))
 import families  # noqa: E402
 
 
-def outcome(monkeypatch, capsys, build=None, check=None):
+def outcome(monkeypatch, capsys, build=None, check=None, seconds=60):
     """Exit code and result of one type."""
     if build is not None:
         monkeypatch.setattr(families.mapped_types, "tiny_model", build)
     if check is not None:
         monkeypatch.setattr(families.family_check, "check_decoder", check)
-    code = families.main(["decoders", "--types", "llama", "--json", "--jobs", "1"])
+    code = families.main(["decoders", "--types", "llama", "--json", "--jobs", "1", "--seconds", str(seconds)])
     return code, json.loads(capsys.readouterr().out)["types"]["llama"]
 
 
@@ -66,3 +66,12 @@ def test_a_wrong_figure_fails(monkeypatch, capsys):
     figures = {"no_memory": 0.0, "prefix": 2e-5, "rolling": 0.0, "interleaved": 0.0}
     code, result = outcome(monkeypatch, capsys, check=lambda *_, **__: figures)
     assert code == 1 and result["status"] == "wrong" and result["reason"] == "prefix"
+
+
+def test_a_type_that_takes_too_long_fails(monkeypatch, capsys):
+    def forever(*_, **__):
+        while True:
+            pass
+
+    code, result = outcome(monkeypatch, capsys, check=forever, seconds=1)
+    assert code == 1 and result == {**result, "status": "unmeasured", "reason": "took more than 1 s"}

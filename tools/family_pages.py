@@ -75,8 +75,8 @@ def _page(head: str, record: dict[str, Any], row: Any, more: str = "") -> str:
     lines = [row(name, result) for name, result in record["types"].items()]
     where = record["machine"]
     foot = (
-        f"\nMeasured in {record['seconds']:.0f} s ({record['cpu_seconds']:.0f} s of processor time) with {record['jobs']} processes "
-        f"on {where['cpu']}, torch {where['torch']}, commit {where['commit'][:12]}, {where['date'][:10]}.\n"
+        f"\nMeasured in {record['seconds']:.0f} s ({record['cpu_seconds']:.0f} s of processor time) with {record['jobs']} "
+        f"processes on {where['cpu']}, torch {where['torch']}, commit {where['commit'][:12]}, {where['date'][:10]}.\n"
     )
     return head.format(total=len(record["types"]), **record) + "\n".join(lines) + "\n" + more + foot
 
