@@ -39,8 +39,10 @@ def test_a_right_type(monkeypatch, capsys):
 
 
 def test_a_missing_package_is_a_reason(monkeypatch, capsys):
-    code, result = outcome(monkeypatch, capsys, build=raises(ImportError("needs timm")))
-    assert code == 0 and result["status"] == "absent" and "timm" in result["reason"]
+    code, result = outcome(
+        monkeypatch, capsys, build=raises(ImportError("Model requires timm.\n`pip install timm`. Restart."))
+    )
+    assert code == 0 and result["status"] == "absent" and result["reason"].endswith("(timm)")
 
 
 def test_a_configuration_that_is_not_built_fails(monkeypatch, capsys):

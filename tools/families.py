@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -90,7 +91,8 @@ def _explained(check: Callable[..., Result], *given: Any) -> Result:
 def _not_built(name: str, error: Exception) -> Result:
     reason = mapped_types.ABSENT.get(name)
     if reason is None and isinstance(error, ImportError):
-        reason = f"needs a package that is not installed ({_line(error)[:80]})"
+        package = re.search(r"pip install ([\w.-]+)", str(error))
+        reason = f"needs a package that is not installed ({package[1] if package else _line(error)[:80]})"
     return {"status": "unmeasured" if reason is None else "absent", "reason": reason or _line(error)}
 
 

@@ -297,7 +297,8 @@ def _ways(decoder: Examined) -> list[Way]:
     if exchange_attention(decoder.body):
         decoder.model.set_attn_implementation("eager")
         own = decoder.model.config.get_text_config(decoder=True)._attn_implementation
-        return [Way(own, False, positions)]
+        held = any(name.endswith("token_type_ids") for name, _ in decoder.body.named_buffers())
+        return [Way(own, False, positions, held and takes(decoder.body, "token_type_ids"))]
     decoder.model.set_attn_implementation(ATTENTION)
     if decoder.model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
         raise UnsupportedDecoderError(
