@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,6 +180,12 @@ class Encoder(nn.Module):
             alone = self(*(part.to(self.device) for part in self.tokenize(texts[:1])))
             padded = self(*(part.to(self.device) for part in self.tokenize(texts)))[:1]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError, KeyError) as error:
+            others = inspect.signature(self.model.forward).parameters.keys() - {"input_ids", "attention_mask"}
+            if wanted := sorted(other for other in others if re.search(rf"\b{other}\b", str(error))):
+                raise ConfigError(
+                    f"{name} does not read text alone", value=f"it asks for {' or '.join(wanted)}",
+                    remedy="use a text encoder (BERT, MiniLM, T5, RoBERTa, Qwen ...)",
+                ) from error  # fmt: skip
             raise ConfigError(
                 f"{name} cannot be run as a text encoder: {str(error).strip().splitlines()[0][:200]}",
                 remedy="use a text encoder that takes input_ids and attention_mask (BERT, MiniLM, T5, RoBERTa, Qwen ...)",

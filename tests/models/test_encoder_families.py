@@ -41,6 +41,7 @@ def test_a_kind_of_encoder_gives_features_of_its_text_alone(model_type):
         "funnel": "does not leave its padding out",
         "fsmt": "no configuration of its own",
         "perceiver": "no table of token embeddings",
+        "voxtral_realtime": "does not read text alone",
     }.items(),
 )
 def test_an_encoder_that_cannot_be_one_is_refused_for_what_it_is(model_type, reason):
