@@ -207,7 +207,7 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
     folder = Path(source)
     recover_folder(folder)
     if not folder.is_dir():
-        folder = _download(str(source))
+        folder = download(str(source))
     values = read_object(folder / CONFIG, error=CheckpointError)
     if values.pop("format", None) != FORMAT:
         raise CheckpointError(
@@ -294,12 +294,16 @@ def _check_frozen_entries(frozen: Any, path: Path) -> None:
         )  # fmt: skip
 
 
-def _download(name: str) -> Path:
+def download(name: str, **options: Any) -> Path:
+    """The folder of a model on the Hugging Face hub; options of ``snapshot_download`` (revision, token, cache_dir ...).
+
+    Raises CheckpointError where it cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, **options))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
             f"no model at {name!r}: neither a folder nor to be had from the hub ({type(error).__name__})",
