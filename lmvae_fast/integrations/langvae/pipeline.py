@@ -35,7 +35,7 @@ class LanguageTrainingPipeline:
     """Trains a LangVAE: ``pipeline(train_data, eval_data, callbacks)``.
 
     Batches, the weight of the KL, the learning rate and what becomes the final model are those of LangVAE 0.6.13; the steps are
-    our loop's, which saves after every epoch. The folder ``<output_dir>/LangVAE_training_<time>`` gets ``final_model`` and the
+    our loop's, which saves after every epoch. The folder ``<output_dir>/VAE_training_<time>`` gets ``final_model`` and the
     checkpoints asked for, in LangVAE's format, ``training_config.json`` and ``metrics.jsonl``.
 
     Args:
