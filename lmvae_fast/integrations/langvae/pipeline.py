@@ -39,8 +39,8 @@ class LanguageTrainingPipeline:
     checkpoints asked for, in LangVAE's format, ``training_config.json`` and ``metrics.jsonl``.
 
     Args:
-        training_config: a ``CyclicalScheduleKLThresholdTrainerConfig``, ours or the original's.
         model: a :class:`~lmvae_fast.integrations.langvae.LangVAE`.
+        training_config: a ``CyclicalScheduleKLThresholdTrainerConfig``, ours or the original's; the two in either order.
 
     Attributes:
         training_dir: folder of the last run. result: its :class:`~lmvae_fast.training.records.TrainResult`.
@@ -49,7 +49,9 @@ class LanguageTrainingPipeline:
         ConfigError: another model, or a configuration that cannot be honoured.
     """
 
-    def __init__(self, training_config: Any = None, model: LangVAE | None = None):
+    def __init__(self, model: Any = None, training_config: Any = None):
+        if isinstance(training_config, LangVAE):
+            model, training_config = training_config, model
         if not isinstance(model, LangVAE):
             raise ConfigError(
                 "model must be a LangVAE of lmvae_fast.integrations.langvae",

@@ -275,3 +275,12 @@ def test_other_models_and_data_are_refused(parts, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="one process"):
         LanguageTrainingPipeline(CyclicalScheduleKLThresholdTrainerConfig(), model)
     assert not list(tmp_path.iterdir())
+
+
+def test_model_and_configuration_come_in_either_order(parts, tmp_path):
+    model, settings = build(parts), config(tmp_path)
+    for pipeline in (
+        LanguageTrainingPipeline(model, settings), LanguageTrainingPipeline(settings, model),
+        LanguageTrainingPipeline(training_config=settings, model=model),
+    ):  # fmt: skip
+        assert pipeline.model is model and pipeline.training_config is settings
