@@ -73,6 +73,11 @@ class OurSide:
         self.model.zero_grad(set_to_none=True)
         return {"loss": out.loss.item()}
 
+    def layers(self) -> dict:
+        """What the decoder's layers are, once a step was taken: prepared, or its modules and why."""
+        body = self.trainer.body
+        return {"layers": "modules" if body is None else body.runs}
+
     def step(self) -> dict:
         """One training step."""
         if not self.stepping:

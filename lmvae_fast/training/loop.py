@@ -23,6 +23,7 @@ from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import NumericalError
 from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.memory import memory_guard
+from lmvae_fast.models.decoder.training_body import TrainingBody, trained_through
 from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, bounds_of, groups_of, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback
@@ -83,6 +84,7 @@ class Trainer(RunLoop[TrainResult]):
         self.ranks = Ranks()
         super().__init__(config, callbacks, watched=self.ranks.first)
         self.model = model
+        self.body: TrainingBody | None = None  # of the frozen decoder, within `prepared`
         self.device = next(model.parameters()).device
         self.parameters = trainable_parameters(model)
         check_run(model, self.parameters, config, self.ranks, eval_data)
@@ -164,6 +166,7 @@ class Trainer(RunLoop[TrainResult]):
             frozen_in(decoder, dtype),
             recomputing(decoder, self.config.recompute_decoder),
             compiling(decoder, self.config.compile),
+            trained_through(decoder, not self.config.compile) as self.body,
             keeping_freed_memory(self.device),
             self.state.optimizer.attached(),
         ):

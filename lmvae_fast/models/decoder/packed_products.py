@@ -87,14 +87,18 @@ def _plain(weight: Any) -> bool:
 
 @contextmanager
 def exchanged(forwards: Exchanges) -> Iterator[None]:
-    """Inside, these modules call these functions."""
+    """Inside, these modules call these functions; afterwards what they called before."""
+    before = [module.__dict__.get("forward") for module, _ in forwards]
     for module, forward in forwards:
         module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module, _ in forwards:
-            module.__dict__.pop("forward", None)
+        for (module, _), own in zip(forwards, before, strict=True):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
 
 
 def rounded(model: nn.Module, weights: str | None) -> Exchanges:
