@@ -94,8 +94,8 @@ class TrainingBody:
                 forward = llama_forward(body, decoder.windows, pages)
             else:
                 return None, f"the layers of {type(body).__name__} are not written out"
-        except Unlike as reason:
-            return None, str(reason)
+        except Unlike as unlike:
+            return None, str(unlike)
         for what, (off, limit) in differences(decoder, forward, self._plain).items():
             if not off <= limit:
                 reason = f"the {what} of prepared layers are off by {off:.1e}, more than {limit:.1e}"
