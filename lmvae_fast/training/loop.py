@@ -160,8 +160,7 @@ class Trainer(RunLoop[TrainResult]):
     def prepared(self) -> Iterator[None]:
         """The state in which steps are taken; what it sets up is given back at its end."""
         dtype = AUTOCAST.get(self.config.precision)
-        self.model.train()
-        decoder = self.model.decoder
+        decoder = self.model.train().decoder
         with (
             frozen_in(decoder, dtype),
             recomputing(decoder, self.config.recompute_decoder),
