@@ -35,11 +35,18 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def ratios(rows: int, dtype: torch.dtype, seconds: float, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[float]:
+def ratios(
+    rows: int,
+    dtype: torch.dtype,
+    seconds: float,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    matrices: int = MATRICES,
+    rounds: int = 9,
+) -> list[float]:
     """oneDNN's time over ours, for every shape."""
     found = []
     for inputs, outputs in shapes:
-        weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(MATRICES)]
+        weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(matrices)]
         pages, x = LargePages(), torch.randn(rows, inputs).to(dtype)
         packed = [pages.copy(pack_weight(weight)) for weight in weights]
         blocked = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
@@ -47,7 +54,7 @@ def ratios(rows: int, dtype: torch.dtype, seconds: float, shapes: Sequence[tuple
             "ours": lambda x=x, packed=packed, n=outputs: [packed_linear(x, w, out_features=n) for w in packed],
             "oneDNN": lambda x=x, blocked=blocked: [_onednn(x, w) for w in blocked],
         }
-        found.append(speedup(interleave(sides, seconds, "cpu", rounds=9), "ours", "oneDNN"))
+        found.append(speedup(interleave(sides, seconds, "cpu", rounds=rounds), "ours", "oneDNN"))
     return found
 
 
@@ -64,7 +71,7 @@ def most_rows(measured: Mapping[int, list[float]]) -> int:
 def training_product(dtype: torch.dtype, seconds: float) -> str:
     """The faster one with a training batch's rows: the geometric mean of the ratios over rows, shapes and directions."""
     both = [*SHAPES, *((outputs, inputs) for inputs, outputs in SHAPES if (outputs, inputs) not in SHAPES)]
-    found = [ratio for rows in TRAINING_ROWS for ratio in ratios(rows, dtype, seconds, both)]
+    found = [ratio for rows in TRAINING_ROWS for ratio in ratios(rows, dtype, seconds, both, 6, 3)]
     print(f"training {dtype}: oneDNN's time over ours " + ", ".join(f"{ratio:.2f}x" for ratio in found), flush=True)
     return "packed" if statistics.geometric_mean(found) > 1 else "onednn"
 

@@ -46,6 +46,7 @@ class TrainingBody:
 
     def __init__(self, decoder: Decoder, plain: Forward) -> None:
         self._decoder, self._plain = decoder, plain
+        self._dtype = next(decoder.body.parameters()).dtype
         self._state: tuple | None = None
         self._forward: Forward | None = None
         self.reason: str | None = None
@@ -69,8 +70,10 @@ class TrainingBody:
         if options.keys() != _OPTIONS or type(options["lmvae"]) is not PackedAttention:
             return False
         embedded = options["inputs_embeds"]
+        if embedded.dtype != self._dtype or embedded.device.type != "cpu":  # as while others look at it in fp32
+            return False
         cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != embedded.dtype
-        return current() != "reference" and embedded.dtype in DTYPES and embedded.device.type == "cpu" and not cast
+        return current() != "reference" and embedded.dtype in DTYPES and not cast
 
     def _prepared(self) -> Forward | None:
         weights = list(self._decoder.body.parameters())

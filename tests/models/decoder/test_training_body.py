@@ -191,6 +191,18 @@ def test_changed_weights_are_prepared_again():
         assert _relative(after[name], theirs[name]) < 2e-6, name
 
 
+def test_layers_in_bf16_are_prepared_once_though_others_look_at_the_weights_in_fp32():
+    decoder = _decoder(dtype=torch.bfloat16)
+    with trained_through(decoder) as body:
+        _figures(decoder, decoder.body, torch.bfloat16)
+        first = body._forward
+        with in_float32(decoder.body):
+            _figures(decoder, decoder.body, torch.float32)
+            assert body._forward is first
+        _figures(decoder, decoder.body, torch.bfloat16)
+        assert first is not None and body._forward is first
+
+
 def test_other_passes_are_the_modules(monkeypatch):
     decoder = _decoder()
     monkeypatch.setattr(TrainingBody, "_prepared", lambda self: pytest.fail("prepared layers were asked for"))
