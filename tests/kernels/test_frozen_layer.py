@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
@@ -130,6 +134,16 @@ def test_primitives_keep_torch_s_rules():
     opcheck("frozen_activation", (x, 1))
     opcheck("frozen_activation_bwd", (x[:, :4], x, 1))
     opcheck("frozen_rotary", (x.clone(), x[:, :4].contiguous(), x[:, 4:].contiguous(), 2, False))
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The copies for older CPUs, each in a process of its own."""
+    require("frozen_layer", "cpp")
+    tests = "test_norm_and or test_activation_and or test_rotary"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"({tests}) and cpp"]
+    done = subprocess.run(command, env={**os.environ, "LMVAE_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_bad_input_is_named():
