@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
-from lmvae_fast.kernels.backend import current
+from lmvae_fast.kernels.backend import choose, current
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.large_pages import LargePages
@@ -116,6 +116,9 @@ def _require_frozen(decoder: Decoder, weights: list[nn.Parameter]) -> None:
     require(len(dtypes) == 1 and dtypes <= set(DTYPES), f"its weights are {', '.join(sorted(map(str, dtypes)))}")
     require(decoder.way.plain and not decoder.position_columns, "its attention is called in another way")
     require(not body.training, "it is in training mode")
+    require(
+        choose("frozen_layer", weights[0]) == "cpp", "the C++ extension has nothing for what stands between products"
+    )
     for name, module in body.named_modules():
         if module is body:
             continue

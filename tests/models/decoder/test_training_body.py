@@ -16,10 +16,16 @@ from lmvae_fast.models.decoder.packed_products import exchanged
 from lmvae_fast.models.decoder.training_body import TrainingBody, differences, trained_through
 from lmvae_fast.testing import make_decoder, make_model
 from lmvae_fast.training.step_setup import recomputing
+from tests.kernels.common import require
 from tests.training.helpers import StopAt, assert_same_checkpoint, run
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 NAMES = ("values", "inputs", "memory")
+
+
+@pytest.fixture(autouse=True)
+def _extension():
+    require("frozen_layer", "cpp")
 
 
 def _decoder(family="gpt2", dtype=torch.float32, **options):
@@ -155,6 +161,12 @@ def test_adapters_keep_the_modules():
     pytest.importorskip("peft")
     model = make_model("llama", train_decoder=True, decoder_part="lora")
     assert "trains" in _reason(model.decoder)
+
+
+def test_without_the_extension_the_modules_run(monkeypatch):
+    decoder = _decoder()
+    monkeypatch.setattr(training_body, "choose", lambda *_: "reference")
+    assert "C++ extension" in _reason(decoder)
 
 
 def test_what_is_off_is_not_used(monkeypatch, caplog):
