@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -260,8 +259,8 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
             return
         if not folder.is_dir():
             raise OutputError(f"{folder} is no folder", value="a file of that name", remedy="choose another output")
-        inside = sorted(path.name for path in folder.iterdir())
-    if not inside:
+        inside = sorted(path.name for path in folder.iterdir() if not _half_a_mark(path.name))
+    if not inside:  # but for what a writer left that was killed at its first file
         return
     kind = made_as(folder)
     if kind not in kinds:
@@ -273,6 +272,11 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
         )
     if contents is not None:
         check_contents(folder, contents)
+
+
+def _half_a_mark(name: str) -> bool:
+    match = _TEMPORARY_NAME.fullmatch(name)
+    return match is not None and match[3] == MARK
 
 
 def check_file_ours(path: Path) -> None:
@@ -309,6 +313,7 @@ def claim(folder: Path, kind: str, *also: str) -> None:
     if made_as(folder) is None:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder, MARK)
         mark(folder, kind)
 
 
@@ -377,10 +382,14 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        trial = temporary_beside(folder / "trial")
+        try:
+            with open(trial, "wb") as file:
+                file.write(b"0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(
