@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
 from lmvae_fast.files import tensor_bytes
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.sentence_modules import load_dense, read_modules, write_modules
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.batch import Batch
@@ -176,6 +177,9 @@ class Encoder(nn.Module):
             return width * self.segments if self.pooling == "segments" else width
         name = type(self.model).__name__
         texts = ["a cat is an animal", "a cat is a kind of animal that lives with people in their houses"]
+        if self.pooling == "segments":
+            width = getattr(self.model.config, "hidden_size", 1024)
+            check_memory(f"means of {self.segments:,} parts", "lower pooling_segments", 16 * self.segments * width)
         try:
             alone = self(*(part.to(self.device) for part in self.tokenize(texts[:1])))
             padded = self(*(part.to(self.device) for part in self.tokenize(texts)))[:1]

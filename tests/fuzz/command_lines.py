@@ -86,7 +86,8 @@ VALID = [
      "--max-len", "9", "--max-prompt-len", "9", "--lr", "0.01"],
     ["finetune", "--data", "PAIRS", "--decoder", "DECODER", "--output", "new", "--lora", "--dry-run"],
     ["probe", "--probes", "help"],
-    ["probe", "MODEL", "--data", "DATA", "--probes", "overview,neighbourhoods", "--limit", "4", "--decoded", "2", "--resamples", "2"],
+    ["probe", "MODEL", "--data", "DATA", "--probes", "overview,neighbourhoods", "--limit", "4", "--decoded", "2",
+     "--resamples", "2"],
     ["define", "FLOW", "word1", "--samples", "2", "--max-new-tokens", "2"],
     ["fit-flow", "MODEL", "--data", "DEFINITIONS", *FIT, "--batch-size", "4", "--shares", "0.6,0.2,0.2"],
     ["fit-flow", "MODEL", "--data", "DEFINITIONS", *FIT, "--dry-run"],
@@ -245,7 +246,7 @@ def fault(words: list[str], found: dict) -> str | None:
         return "a fault of ours" if found["code"] == FAULT else "an exit code that is not documented"
     if "Traceback" in found["out"] + found["err"]:
         return "a traceback"
-    if found["code"] in (2, 3) and not found["err"].strip():
+    if found["code"] in (2, 3) and not (found["out"] + found["err"]).strip():
         return "an error without a word"
     asked = words[: words.index("--")] if "--" in words else words
     if "--json" in asked and "--help" not in asked and "--version" not in asked and found["out"]:
@@ -266,7 +267,7 @@ def snapshot(place: Path) -> list[tuple]:
 
 
 def server(folder: Path) -> Callable[[list[str]], dict]:
-    """Makes a world below a folder; what is returned runs a line in it, and says how it ended: ``why`` it is a fault, or None."""
+    """A world below a folder. What is returned runs a line in it, and says how it ended, and ``why`` it is a fault."""
     world = make_world(folder / "world")
     environment = {
         "LMVAE_CACHE": str(folder / "scratch" / "cache"), "HOME": str(folder / "scratch" / "home"), "HF_HUB_OFFLINE": "1",
