@@ -142,7 +142,8 @@ def test_values_in_messages_are_shortened():
 
 #: Files that json.load reads, waits for or dies of, and none of ours takes.
 HOSTILE = {
-    "a key twice": b'{"max_len": 1, "max_len": 2}', "deep": b'{"a": ' + b"[" * 5000, "long": b'{"max_len": ' + b"9" * 5000 + b"}",
+    "a key twice": b'{"max_len": 1, "max_len": 2}', "deep": b'{"a": ' + b"[" * 5000,
+    "long": b'{"max_len": ' + b"9" * 5000 + b"}",
     "latin1": b'{"a": "\xe9"}', "cut": b'{"a": 1',
 }  # fmt: skip
 

