@@ -11,6 +11,7 @@ lines in a file, how each ended.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -294,13 +295,26 @@ def server(folder: Path) -> Callable[[list[str]], dict]:
     ):
         found = run(made)
         assert found["code"] == 0, found["err"]
-    import lmvae_fast.evaluation.evaluate
-    import lmvae_fast.exploration.operations
-    import lmvae_fast.training.loop  # noqa: F401
-
-    vae = lf.LMVAE.from_pretrained(world["MODEL"])  # children inherit what libraries load on first use
-    vae.decode(vae.encode(["a cat"]).mu)
+    warm_up(world, folder / "warm")
     return run
+
+
+def warm_up(world: dict[str, str], place: Path) -> None:
+    """Run valid lines in this process: children inherit what commands and libraries import on first use."""
+    before, argv = os.getcwd(), sys.argv
+    for number, words in enumerate(VALID):
+        here = place / str(number)
+        here.mkdir(parents=True)
+        os.chdir(here)
+        sys.argv = ["lmvae-fast", *(world.get(word, word) for word in words)]
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere), contextlib.suppress(SystemExit),
+        ):  # fmt: skip
+            command_line()
+    os.chdir(before)
+    sys.argv = argv
+    gc.freeze()  # and their pages stay shared
 
 
 def drawn_lines(lines: int, seed: int) -> Iterator[list[str]]:
