@@ -197,7 +197,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.replaced")
+    folder = folder.absolute()  # "" and "." have no name
+    return folder.with_name(f".{folder.name}.replaced") if folder.name else folder / ".replaced"
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

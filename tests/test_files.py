@@ -194,6 +194,15 @@ def test_a_kill_at_the_first_mark_leaves_a_folder_that_can_be_used(tmp_path):
         files.check_ours(other, "training run")
 
 
+@pytest.mark.parametrize("name", [".", "", "/", ".."])
+def test_folders_without_a_name_of_their_own(tmp_path, monkeypatch, name):
+    folder_with(tmp_path / "here", mine="x")
+    monkeypatch.chdir(tmp_path / "here")
+    files.recover_folder(Path(name))
+    with pytest.raises(OutputError, match="neither empty nor"):
+        files.check_ours(Path(name), "training run")
+
+
 def test_what_is_tried_for_a_moment_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OutputError, match="No space"):

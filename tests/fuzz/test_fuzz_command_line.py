@@ -50,6 +50,9 @@ FAULTS = [
     ["train", "--config", "PIPE"],
     ["convert", "FOLDER", "new"],
     ["verify", "PIPE", "--json"],
+    ["generate", "", "--prior", "2"],
+    ["generate", "/", "--prior", "2"],
+    ["convert", "MODEL", "/", "--overwrite"],
 ]
 
 _TRAIN = ["train", "--data", "DATA", "--encoder", "ENCODER", "--decoder", "DECODER", "--output", "new", "--max-steps", "1",
