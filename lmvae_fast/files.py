@@ -276,8 +276,7 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
 
 
 def _half_a_mark(name: str) -> bool:
-    match = _TEMPORARY_NAME.fullmatch(name)
-    return match is not None and match[3] == MARK
+    return (match := _TEMPORARY_NAME.fullmatch(name)) is not None and match[3] == MARK
 
 
 def check_file_ours(path: Path) -> None:
