@@ -52,7 +52,6 @@ FAULTS = [
     ["verify", "PIPE", "--json"],
     ["generate", "", "--prior", "2"],
     ["generate", "/", "--prior", "2"],
-    ["convert", "MODEL", "/", "--overwrite"],
 ]
 
 _TRAIN = ["train", "--data", "DATA", "--encoder", "ENCODER", "--decoder", "DECODER", "--output", "new", "--max-steps", "1",
