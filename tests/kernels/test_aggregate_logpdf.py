@@ -116,8 +116,8 @@ def test_error_rule_at_odd_sizes(name, dtype, dim, per_dim):
     require("aggregate_logpdf", name, dtype)
     if name == "triton" and dim not in ((1, 2, 17, 128, 129) if dtype == torch.float32 else (17,)):
         pytest.skip("the interpreter takes its time; half types differ from fp32 in loads and stores only")
-    # few dimensions give few numbers: more rows there, since the rule compares the largest of many errors
-    rows, posteriors = (40, 16) if dim < 10 else (10, 8)
+    # the rule compares the largest of many errors: of fewer numbers plain torch's is now and then a lucky one
+    rows, posteriors = (10, 8) if name == "triton" and dim >= 10 else (40, 16)
     check(name, inputs((rows, dim), posteriors, dtype), per_dim=per_dim, min_var=PUBLIC_CODE)
 
 
@@ -167,7 +167,7 @@ def test_long_sums(per_dim):
     require("aggregate_logpdf", "cpp")
     check("cpp", inputs((700, 33), 300), per_dim=per_dim)
     check("cpp", inputs((40, 769), 35, spread=0.1), per_dim=per_dim)
-    check("cpp", inputs((5, 3), 5000), per_dim=per_dim)
+    check("cpp", inputs((40, 3), 5000), per_dim=per_dim)  # of 5 rows one seed in ten has a lucky plain form
 
 
 @pytest.mark.parametrize("per_dim", FORMS)
