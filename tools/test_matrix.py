@@ -1,15 +1,17 @@
 """The versions that must work, each tried in an environment of its own: `make test-matrix`.
 
-    python tools/test_matrix.py [ROW ...] [--minutes 40] [--download] [--keep] [--no-build] [--tests PATH ...]
-        [--folder .venv-matrix]
+    python tools/test_matrix.py [ROW ...] [--minutes 40] [--every 8] [--download] [--keep] [--no-build] [--tests PATH ...]
+        [--folder .venv-matrix] [--record FILE]
 
 A row is a Python with a torch and a transformers. Each gets a virtual environment below --folder, a copy of this tree with
 the C++ extension built against its torch (this tree's, where that was built for the same torch: nothing in it depends on
-Python; with --no-build none), and then runs the kernels' tests (C++ and reference), the models' and the command line's. Rows
-that cannot be tried here say why: no such Python on the machine, or packages that pip cannot get, or (without --download)
+Python; with --no-build none). Then all tests are collected, which imports everything, and every eighth of those of the
+kernels (C++ and reference), models, training, generation, data and command line runs, beginning with another one in each row
+(--every 1 runs them all): a few minutes of two cores. Rows that cannot be tried here say why: no such Python on the machine, or packages that pip cannot get, or (without --download)
 would have to get over the network in an amount that is more than a run of tests should take.
 
-The last lines name every row with what came of it, and FOLDER/results.json has the same. The exit code is 1 when a row that
+The last lines name every row with what came of it, and FOLDER/results.json has the same; --record FILE puts the rows that
+were tried into a record that docs/compatibility.md is made of (python -m benchmarks.report). The exit code is 1 when a row that
 was tried is red, 2 when none could be tried, and 0 otherwise.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -30,7 +33,11 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1 << 29  # bytes of one package that pip may fetch without --download
-TESTS = ("tests/kernels", "tests/models", "tests/cli")
+TESTS = (
+    "tests/kernels", "tests/models", "tests/text", "tests/data", "tests/training", "tests/generation", "tests/evaluation",
+    "tests/cli",
+)  # fmt: skip
+EVERY = 8
 # Triton's interpreter is the same code under every version here and takes most of the kernels' time.
 CHOSEN = "not triton"
 # What the chosen tests need beside the package's own requirements.
@@ -67,18 +74,25 @@ class Outcome:
     reason: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     tests: int = 0
+    of: int = 0
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def line(self) -> str:
         """One line for a person."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        said = f"{self.tests} tests, {len(self.failed)} failed" if self.status != "not run" else self.reason
+        said = (
+            f"{self.tests} of {self.of} tests, {len(self.failed)} failed" if self.status != "not run" else self.reason
+        )
         return f"{self.row:20} {self.status:8} {said}" + (f" ({versions})" if versions else "")
 
 
 class CannotTry(Exception):
     """Why a row cannot be tried on this machine."""
+
+
+class NotCollected(Exception):
+    """The tests do not import: the row is red."""
 
 
 def find_python(version: str) -> str:
@@ -188,6 +202,7 @@ def try_row(
     jobs: int,
     tests: Sequence[str] = TESTS,
     build: bool = True,
+    every: int = 1,
 ) -> Outcome:
     """Install and test one row."""
     started, place = time.monotonic(), folder / row.name
@@ -215,8 +230,9 @@ def try_row(
             "OMP_NUM_THREADS": "1",
             "LMVAE_SHARED": os.environ.get("LMVAE_SHARED", str(ROOT.parent / "shared")),
         }
-        junit = place / "tests.xml"
-        command = [python, "-m", "pytest", "-q", "-n", jobs, "-k", CHOSEN, f"--junitxml={junit}", *tests]
+        junit, chosen = place / "tests.xml", place / "chosen.txt"
+        outcome.of = choose(python, tests, every, row, chosen, log, deadline, environment)
+        command = [python, "-m", "pytest", "-q", "-n", jobs, f"--junitxml={junit}", f"@{chosen}"]
         code = run(command, log, deadline, place / "tree", **environment)
         outcome.tests, outcome.failed = counted(junit)
         outcome.status = "passed" if code == 0 and outcome.tests else "failed"
@@ -224,9 +240,37 @@ def try_row(
             outcome.failed = [f"pytest ended with {code} (see {log})"]
     except CannotTry as error:
         outcome.reason = str(error)
+    except NotCollected as error:
+        outcome.status, outcome.failed = "failed", [str(error)]
     finally:
         outcome.seconds = round(time.monotonic() - started, 1)
     return outcome
+
+
+def choose(
+    python: Path,
+    tests: Sequence[str],
+    every: int,
+    row: Row,
+    chosen: Path,
+    log: Path,
+    deadline: float,
+    environment: dict,
+) -> int:
+    """Write the names of every n-th test, from another one on in each row, to a file; return how many there are."""
+    listed, tree = chosen.with_name("collected.txt"), chosen.with_name("tree")
+    command = [python, "-m", "pytest", "-qq", "--collect-only", "-p", "no:cacheprovider", "-k", CHOSEN, *tests]
+    code = run(command, listed, deadline, tree, **environment)
+    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = [line for line in lines if "::" in line and not line.startswith(("ERROR", "FAILED", "$ "))]
+    with log.open("ab") as file:
+        file.write(listed.read_bytes() if code else b"")
+    if code or not names:
+        raise NotCollected(f"pytest cannot collect the tests: it ended with {code} (see {log})")
+    rows = [each.name for each in ROWS]
+    first = rows.index(row.name) % every if row.name in rows else 0
+    chosen.write_text("".join(f"{name}\n" for name in names[first::every]), encoding="utf-8")
+    return len(names)
 
 
 def counted(junit: Path) -> tuple[int, list[str]]:
@@ -236,6 +280,21 @@ def counted(junit: Path) -> tuple[int, list[str]]:
     cases = [case for case in ElementTree.parse(junit).iter("testcase") if case.find("skipped") is None]
     red = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     return len(cases), [f"{case.get('classname')}::{case.get('name')}" for case in red]
+
+
+def record(path: Path, outcomes: Sequence[Outcome], every: int) -> None:
+    """Put every row that was asked for into a record; rows that it has and that were not asked for stay as they are."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    known = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    for each in outcomes:
+        if each.reason != "not asked for":
+            entry = asdict(each) | {"commit": git.stdout.strip(), "every": every, "machine": platform.platform()}
+            entry["reason"] = re.sub(r" \(see [^)]*\)", "", each.reason)  # a path of this machine
+            known[each.row] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps({"rows": {row.name: known[row.name] for row in ROWS if row.name in known}}, indent=1) + "\n"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix")
     parser.add_argument("--jobs", type=int, default=2, help="processes that run the tests")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files or folders of tests")
+    parser.add_argument("--every", type=int, default=EVERY, help="run each n-th test of those (1: all)")
+    parser.add_argument("--record", type=Path, help="record to put the rows into that were tried")
     options = parser.parse_args(arguments)
     unknown = set(options.rows) - {row.name for row in ROWS}
     if unknown:
@@ -261,12 +322,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row.name}: Python {row.python}, {row.torch}, {row.transformers} ...", flush=True)
         folder = options.folder.absolute()
         limits = (options.minutes, options.download, options.jobs)
-        outcomes.append(try_row(row, folder, *limits, options.tests, not options.no_build))
+        outcomes.append(try_row(row, folder, *limits, options.tests, not options.no_build, options.every))
         print(f"  {outcomes[-1].line()}", flush=True)
         if outcomes[-1].status == "passed" and not options.keep:
             shutil.rmtree(options.folder / row.name, ignore_errors=True)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "results.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
+    if options.record is not None:
+        record(options.record, outcomes, options.every)
     print()
     for each in outcomes:
         print(each.line())
