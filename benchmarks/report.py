@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import chart, highlights, makes, roofline
+from benchmarks import chart, highlights, makes, roofline, versions
 from benchmarks.common.records import ROOT
 from benchmarks.compute.tables import TABLES as COMPUTE_TABLES
 from benchmarks.generation.long_run_table import TABLES as LONG_RUN_TABLES
@@ -29,7 +29,7 @@ FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 TABLES: dict[str, Callable[[], str]] = {
     **highlights.TABLES, **makes.TABLES, **STEP_TABLES, **GENERATION_TABLES, **LONG_RUN_TABLES, **KERNEL_TABLES,
     **SCALING_TABLES, **COMPUTE_TABLES, **SCIENCE_TABLES, **SYSTEM_TABLES, **INTEGRATION_TABLES,
-    **roofline.TABLES,
+    **roofline.TABLES, **versions.TABLES,
 }  # fmt: skip
 
 

@@ -85,6 +85,8 @@ def test_the_extension_is_taken_built_or_left_out_and_that_is_said(
 
     def run(command, log, deadline, where=None, **environment):
         ran.append(environment)
+        if "--collect-only" in command:
+            log.write_text("tests/a.py::test_one\ntests/a.py::test_two[x y]\ntests/b.py::test_three\n")
         junit = next((word[11:] for word in map(str, command) if word.startswith("--junitxml=")), None)
         if junit is not None:
             (tmp_path / "row" / "tests.xml").write_text('<testsuite><testcase classname="a" name="b"/></testsuite>')
@@ -96,10 +98,51 @@ def test_the_extension_is_taken_built_or_left_out_and_that_is_said(
     for name, value in (("ROOT", root), ("install", lambda *_: python), ("run", run), ("copy_tree", copy_tree)):
         monkeypatch.setattr(matrix, name, value)
     out = matrix.try_row(matrix.Row("row", "3.11"), tmp_path, 1, download=False, jobs=1, build=build)
-    assert (out.status, out.tests, out.versions["C++ extension"]) == ("passed", 1, said)
+    assert (out.status, out.tests, out.of, out.versions["C++ extension"]) == ("passed", 1, 3, said)
     assert ran[0]["LMVAE_BUILD_CSRC"] == flag
     assert (tmp_path / "row" / "tree" / "lmvae_fast" / "_C.so").exists() == (said == "this tree's")
     assert said in out.line()
+
+
+@pytest.mark.parametrize(
+    ("every", "row", "wanted"), [(1, "other", [0, 1, 2, 3]), (2, "one", [0, 2]), (2, "two", [1, 3])]
+)
+def test_each_row_begins_with_another_test(matrix, monkeypatch, tmp_path, every, row, wanted):
+    names = [f"tests/a.py::test_case[{i}-a b]" for i in range(4)]
+
+    def run(command, log, *rest, **environment):
+        log.write_text("\n$ python -m pytest tests/kernels\n" + "\n".join(names) + "\n\n4 tests collected\n")
+        return 0
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix, "ROWS", tuple(matrix.Row(name, "3.11") for name in ("one", "two")))
+    chosen = tmp_path / "chosen.txt"
+    arguments = (tmp_path / "log.txt", 0.0, {})
+    assert matrix.choose(tmp_path, ["tests"], every, matrix.Row(row, "3.11"), chosen, *arguments) == 4
+    assert chosen.read_text().splitlines() == [names[i] for i in wanted]
+
+
+def test_tests_that_do_not_import_are_red(matrix, monkeypatch, tmp_path):
+    def run(command, log, *rest, **environment):
+        log.write_text("ERROR tests/a.py::broken\n")
+        return 2
+
+    monkeypatch.setattr(matrix, "run", run)
+    arguments = (tmp_path / "chosen.txt", tmp_path / "log.txt", 0.0, {})
+    with pytest.raises(matrix.NotCollected, match="ended with 2"):
+        matrix.choose(tmp_path, ["tests"], 1, matrix.Row("row", "3.11"), *arguments)
+    assert "broken" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_record_keeps_the_rows_of_other_days(matrix, monkeypatch, tmp_path):
+    file = tmp_path / "versions.json"
+    monkeypatch.setattr(matrix, "ROWS", tuple(matrix.Row(name, "3.11") for name in ("one", "two")))
+    left_out = matrix.Outcome("two", "not run", "not asked for")
+    matrix.record(file, [matrix.Outcome("one", "not run", f"no packages (see {tmp_path}/log.txt)"), left_out], 8)
+    matrix.record(file, [matrix.Outcome("two", "passed", tests=5, of=40)], 8)
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == ["one", "two"]
+    assert rows["one"]["reason"] == "no packages" and (rows["two"]["tests"], rows["two"]["of"]) == (5, 40)
 
 
 def test_large_packages_are_counted_where_they_would_come_over_the_network(matrix, tmp_path, monkeypatch):

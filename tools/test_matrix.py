@@ -7,8 +7,9 @@ A row is a Python with a torch and a transformers. Each gets a virtual environme
 the C++ extension built against its torch (this tree's, where that was built for the same torch: nothing in it depends on
 Python; with --no-build none). Then all tests are collected, which imports everything, and every eighth of those of the
 kernels (C++ and reference), models, training, generation, data and command line runs, beginning with another one in each row
-(--every 1 runs them all): a few minutes of two cores. Rows that cannot be tried here say why: no such Python on the machine, or packages that pip cannot get, or (without --download)
-would have to get over the network in an amount that is more than a run of tests should take.
+(--every 1 runs them all): a few minutes of two cores. Rows that cannot be tried here say why: no such Python on the machine,
+or packages that pip cannot get, or (without --download) would have to get over the network in an amount that is more than a
+run of tests should take.
 
 The last lines name every row with what came of it, and FOLDER/results.json has the same; --record FILE puts the rows that
 were tried into a record that docs/compatibility.md is made of (python -m benchmarks.report). The exit code is 1 when a row that
