@@ -153,7 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
             wrong = run_vectors(csrc.cxx, csrc.includes, Path(folder), [emulator])
             failures += bool(wrong)
             print(f"the vector headers, run by {EMULATOR}: {'; '.join(wrong) or 'ok'}")
-    print(f"check-aarch64: {len(units)} files, {failures} failures, {time.monotonic() - started:.0f} s")
+    spent = os.times()
+    processor = spent.children_user + spent.children_system
+    seconds = time.monotonic() - started
+    print(f"check-aarch64: {len(units)} files, {failures} failures, {seconds:.0f} s ({processor:.0f} s of a processor)")
     return 1 if failures or not units else 0
 
 
