@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -85,8 +86,8 @@ def test_the_extension_is_taken_built_or_left_out_and_that_is_said(
 
     def run(command, log, deadline, where=None, **environment):
         ran.append(environment)
-        if "--collect-only" in command:
-            log.write_text("tests/a.py::test_one\ntests/a.py::test_two[x y]\ntests/b.py::test_three\n")
+        if "--collected" in command:
+            command[command.index("--collected") + 1].write_text("3")
         junit = next((word[11:] for word in map(str, command) if word.startswith("--junitxml=")), None)
         if junit is not None:
             (tmp_path / "row" / "tests.xml").write_text('<testsuite><testcase classname="a" name="b"/></testsuite>')
@@ -104,34 +105,24 @@ def test_the_extension_is_taken_built_or_left_out_and_that_is_said(
     assert said in out.line()
 
 
-@pytest.mark.parametrize(
-    ("every", "row", "wanted"), [(1, "other", [0, 1, 2, 3]), (2, "one", [0, 2]), (2, "two", [1, 3])]
-)
-def test_each_row_begins_with_another_test(matrix, monkeypatch, tmp_path, every, row, wanted):
-    names = [f"tests/a.py::test_case[{i}-a b]" for i in range(4)]
-
-    def run(command, log, *rest, **environment):
-        log.write_text("\n$ python -m pytest tests/kernels\n" + "\n".join(names) + "\n\n4 tests collected\n")
-        return 0
-
-    monkeypatch.setattr(matrix, "run", run)
-    monkeypatch.setattr(matrix, "ROWS", tuple(matrix.Row(name, "3.11") for name in ("one", "two")))
-    chosen = tmp_path / "chosen.txt"
-    arguments = (tmp_path / "log.txt", 0.0, {})
-    assert matrix.choose(tmp_path, ["tests"], every, matrix.Row(row, "3.11"), chosen, *arguments) == 4
-    assert chosen.read_text().splitlines() == [names[i] for i in wanted]
+@pytest.mark.parametrize(("every", "first", "wanted"), [(1, 0, [0, 1, 2, 3]), (2, 0, [0, 2]), (2, 1, [1, 3])])
+def test_every_nth_test_runs(tmp_path, every, first, wanted):
+    (tmp_path / "test_five.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(5))\ndef test_case(i): print('ran', i)\n"
+    )
+    options = ["--every", str(every), "--first", str(first), "--collected", str(tmp_path / "collected.txt")]
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:xdist", "-p", "tools.every_nth", "-k", "not 4"]
+    done = subprocess.run(
+        [*command, *options, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines() if "ran " in line] == [str(i) for i in wanted]
+    assert (tmp_path / "collected.txt").read_text() == "4"
 
 
-def test_tests_that_do_not_import_are_red(matrix, monkeypatch, tmp_path):
-    def run(command, log, *rest, **environment):
-        log.write_text("ERROR tests/a.py::broken\n")
-        return 2
-
-    monkeypatch.setattr(matrix, "run", run)
-    arguments = (tmp_path / "chosen.txt", tmp_path / "log.txt", 0.0, {})
-    with pytest.raises(matrix.NotCollected, match="ended with 2"):
-        matrix.choose(tmp_path, ["tests"], 1, matrix.Row("row", "3.11"), *arguments)
-    assert "broken" in (tmp_path / "log.txt").read_text()
+def test_each_row_begins_with_another_test(matrix):
+    assert [matrix.first_test(row, 4) for row in matrix.ROWS] == [0, 1, 2, 3, 0, 1]
+    assert matrix.first_test(matrix.Row("other", "3.11"), 4) == 0
 
 
 def test_a_record_keeps_the_rows_of_other_days(matrix, monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """The versions that must work, each tried in an environment of its own: `make test-matrix`.
 
-    python tools/test_matrix.py [ROW ...] [--minutes 40] [--every 8] [--download] [--keep] [--no-build] [--tests PATH ...]
-        [--folder .venv-matrix] [--record FILE]
+    python tools/test_matrix.py [ROW ...] [--minutes 40] [--every 8] [--download] [--keep] [--reuse] [--no-build]
+        [--tests PATH ...] [--folder .venv-matrix] [--record FILE]
 
 A row is a Python with a torch and a transformers. Each gets a virtual environment below --folder, a copy of this tree with
 the C++ extension built against its torch (this tree's, where that was built for the same torch: nothing in it depends on
@@ -90,10 +90,6 @@ class Outcome:
 
 class CannotTry(Exception):
     """Why a row cannot be tried on this machine."""
-
-
-class NotCollected(Exception):
-    """The tests do not import: the row is red."""
 
 
 def find_python(version: str) -> str:
@@ -204,15 +200,19 @@ def try_row(
     tests: Sequence[str] = TESTS,
     build: bool = True,
     every: int = 1,
+    reuse: bool = False,
 ) -> Outcome:
     """Install and test one row."""
     started, place = time.monotonic(), folder / row.name
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    kept = place / "venv" / "bin" / "python"
+    if not (reuse and kept.exists()):
+        shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(place / "tree", ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
     log, outcome = place / "log.txt", Outcome(row.name, "not run")
     deadline = started + 60 * minutes
     try:
-        python = install(row, place / "venv", log, deadline, download)
+        python = kept if reuse and kept.exists() else install(row, place / "venv", log, deadline, download)
         code = (
             "import importlib.metadata as m, json, platform; print(json.dumps({'Python': platform.python_version()} | "
             "{n: m.version(n) for n in ('torch', 'transformers', 'numpy')}))"
@@ -231,47 +231,37 @@ def try_row(
             "OMP_NUM_THREADS": "1",
             "LMVAE_SHARED": os.environ.get("LMVAE_SHARED", str(ROOT.parent / "shared")),
         }
-        junit, chosen = place / "tests.xml", place / "chosen.txt"
-        outcome.of = choose(python, tests, every, row, chosen, log, deadline, environment)
-        command = [python, "-m", "pytest", "-q", "-n", jobs, f"--junitxml={junit}", f"@{chosen}"]
+        junit, collected = place / "tests.xml", place / "collected.txt"
+        for stale in (junit, collected):
+            stale.unlink(missing_ok=True)
+        sample = [
+            "-p",
+            "tools.every_nth",
+            "--every",
+            every,
+            "--first",
+            first_test(row, every),
+            "--collected",
+            collected,
+        ]
+        command = [python, "-m", "pytest", "-q", "-n", jobs, "-k", CHOSEN, f"--junitxml={junit}", *sample, *tests]
         code = run(command, log, deadline, place / "tree", **environment)
+        outcome.of = int(collected.read_text()) if collected.is_file() else 0
         outcome.tests, outcome.failed = counted(junit)
         outcome.status = "passed" if code == 0 and outcome.tests else "failed"
         if outcome.status == "failed" and not outcome.failed:
             outcome.failed = [f"pytest ended with {code} (see {log})"]
     except CannotTry as error:
         outcome.reason = str(error)
-    except NotCollected as error:
-        outcome.status, outcome.failed = "failed", [str(error)]
     finally:
         outcome.seconds = round(time.monotonic() - started, 1)
     return outcome
 
 
-def choose(
-    python: Path,
-    tests: Sequence[str],
-    every: int,
-    row: Row,
-    chosen: Path,
-    log: Path,
-    deadline: float,
-    environment: dict,
-) -> int:
-    """Write the names of every n-th test, from another one on in each row, to a file; return how many there are."""
-    listed, tree = chosen.with_name("collected.txt"), chosen.with_name("tree")
-    command = [python, "-m", "pytest", "-qq", "--collect-only", "-p", "no:cacheprovider", "-k", CHOSEN, *tests]
-    code = run(command, listed, deadline, tree, **environment)
-    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
-    names = [line for line in lines if "::" in line and not line.startswith(("ERROR", "FAILED", "$ "))]
-    with log.open("ab") as file:
-        file.write(listed.read_bytes() if code else b"")
-    if code or not names:
-        raise NotCollected(f"pytest cannot collect the tests: it ended with {code} (see {log})")
-    rows = [each.name for each in ROWS]
-    first = rows.index(row.name) % every if row.name in rows else 0
-    chosen.write_text("".join(f"{name}\n" for name in names[first::every]), encoding="utf-8")
-    return len(names)
+def first_test(row: Row, every: int) -> int:
+    """Each row begins with another test."""
+    names = [each.name for each in ROWS]
+    return names.index(row.name) % every if row.name in names else 0
 
 
 def counted(junit: Path) -> tuple[int, list[str]]:
@@ -305,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=40, help="for one row, installation included")
     parser.add_argument("--download", action="store_true", help="let pip fetch packages of any size")
     parser.add_argument("--keep", action="store_true", help="keep the environments of rows that passed")
+    parser.add_argument("--reuse", action="store_true", help="take the environments that an earlier run left")
     parser.add_argument("--no-build", action="store_true", help="without the C++ extension: the reference alone")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix")
     parser.add_argument("--jobs", type=int, default=2, help="processes that run the tests")
@@ -323,7 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row.name}: Python {row.python}, {row.torch}, {row.transformers} ...", flush=True)
         folder = options.folder.absolute()
         limits = (options.minutes, options.download, options.jobs)
-        outcomes.append(try_row(row, folder, *limits, options.tests, not options.no_build, options.every))
+        outcomes.append(
+            try_row(row, folder, *limits, options.tests, not options.no_build, options.every, options.reuse)
+        )
         print(f"  {outcomes[-1].line()}", flush=True)
         if outcomes[-1].status == "passed" and not options.keep:
             shutil.rmtree(options.folder / row.name, ignore_errors=True)
