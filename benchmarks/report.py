@@ -25,7 +25,7 @@ from benchmarks.training.scaling_tables import TABLES as SCALING_TABLES
 from benchmarks.training.tables import TABLES as STEP_TABLES
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-# By the name of its markers. All but README's own, and what is expected of GPUs, stand in docs/results.md.
+# By the name of its markers. All but README's own, what is expected of GPUs and what was tried stand in docs/results.md.
 TABLES: dict[str, Callable[[], str]] = {
     **highlights.TABLES, **makes.TABLES, **STEP_TABLES, **GENERATION_TABLES, **LONG_RUN_TABLES, **KERNEL_TABLES,
     **SCALING_TABLES, **COMPUTE_TABLES, **SCIENCE_TABLES, **SYSTEM_TABLES, **INTEGRATION_TABLES,
