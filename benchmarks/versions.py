@@ -14,7 +14,8 @@ def versions() -> str:
         extension = found.pop("C++ extension", "")
         said = f"{row['status']}: {row['reason']}"
         if row["status"] != "not run":
-            said = f"{row['status']}: {row['tests']} of {row['of']} tests ran, {len(row['failed'])} failed"
+            sample = f"{row['tests']} of {row['of']} tests ran (every {row['every']}th)"
+            said = f"{row['status']}: {sample}, {len(row['failed'])} failed"
         listed = ", ".join(f"{package} {version}" for package, version in found.items())
         lines.append(f"| {name} | {listed} | {extension} | {said} | {row['commit']} |")
     return "\n".join(lines)

@@ -117,7 +117,8 @@ def run(command: Sequence[object], log: Path, deadline: float, where: Path = ROO
                 timeout=max(deadline - time.monotonic(), 1), env={**os.environ, **environment}, cwd=where,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise CannotTry(f"time was up during: {' '.join(map(str, command))[:100]} (see {log})") from None
+            names = " ".join(Path(str(part)).name for part in command)  # no paths: this stands in a record
+            raise CannotTry(f"time was up during: {names[:100]} (see {log})") from None
 
 
 def fetched_bytes(report: Path) -> dict[str, int]:
