@@ -35,10 +35,10 @@ from lmvae_fast.generation.latent_files import write_latents
 from lmvae_fast.testing import SENTENCES, make_model, tiny_decoder, tiny_tokenizer
 from tests.training.helpers import prompt_pairs
 
-#: Seconds of computing, and resident memory, that no command line may take; waiting is given three times as long.
+#: Seconds of computing, and resident memory, that no command line may take; of the clock, as much as a busy machine needs.
 SECONDS, MEMORY = 20, 4 << 30
 CODES = {0, 2, 3, NOT_FINITE, 130}
-HUGE = 10**6
+HUGE = 10**4  #: a number from which on long work is what was asked for: it must end when it is interrupted
 
 NUMBERS = [
     "0", "1", "2", "-1", "1.5", "nan", "inf", "-inf", "1e309", "1000000000000", "9" * 30, "9" * 5000, "0x10", "", " ",
@@ -220,7 +220,7 @@ def _wait(child: int, started: float, asked_for: bool) -> dict:
             elif interrupted is None and asked_for and busy > 5:
                 interrupted = waited
                 os.kill(child, signal.SIGINT)
-            elif not asked_for and (busy > SECONDS or waited > 6 * SECONDS):
+            elif not asked_for and (busy > SECONDS or waited > 15 * SECONDS):
                 over = "time"
             if over:
                 os.kill(child, signal.SIGKILL)
