@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 LOCK   := $(shell $(PYTHON) -c "import sys; print('requirements/dev.lock' if sys.version_info >= (3, 11) else 'requirements/dev.in')")
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help setup demo demo-pretrained test test-slow test-isa test-matrix lint fuzz kill gpu compile-gate check-aarch64 families bench-kernels bench-compute bench-generate bench-generate-long bench-train wheel test-peers clean
+.PHONY: help setup demo demo-pretrained test test-slow test-isa test-matrix lint fuzz kill gpu compile-gate check-aarch64 families bench-kernels bench-compute bench-generate bench-generate-long bench-train bench-integrations wheel test-peers clean
 
 help:            ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -63,8 +63,7 @@ compile-gate: $(READY)  ## every Triton kernel to cubins, by the newest and the 
 	$(BIN)/python tools/compile_gate.py --triton 3.6 $(GATE_ARGS)
 
 families: $(READY) ## every decoder type transformers maps, and every encoder, tiny and random, against its own code
-	$(BIN)/python tools/families.py decoders
-	$(BIN)/python tools/families.py encoders
+	$(BIN)/python tools/families.py decoders encoders
 
 bench-kernels: $(READY) ## every op against its baseline, interleaved, JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks.kernels.run
@@ -93,6 +92,10 @@ bench-train: $(READY) ## training steps against LangVAE 0.6.13 (in its own envir
 	$(BIN)/python -m benchmarks.training.steps eager $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.training.memory
 	$(BIN)/python -m benchmarks.training.bench_scaling
+
+bench-integrations: $(READY) ## each integration's own example without this package and with it, in turn
+	for name in langvae pythae freia huggingface lightning sentence-transformers; do \
+		$(BIN)/python -m benchmarks.integrations.compare $$name || exit 1; done
 
 gpu:             ## on a CUDA machine, with its own Python (PYTHON=...): build, CUDA tests, benchmarks, sanitizer, under 9 minutes
 	$(PYTHON) tools/gpu_check.py $(GPU_ARGS)

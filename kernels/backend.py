@@ -1,13 +1,13 @@
 """The one registry: which backend runs a call of an op, and why not a faster one.
 
-Backends: `cuda` (csrc/cuda), `triton` (CUDA devices; on CPU tensors only in Triton's interpreter, for tests), `cpp`
-(csrc/cpu), `reference` (plain differentiable torch). An op declares what each backend can take (`register`); a call asks
-`choose`, which looks at static facts only (device, dtype, what the op declares), so that it traces under
-`torch.compile(fullgraph=True)` and never synchronises. Nothing falls back silently: a backend that was forced and cannot
-run raises `BackendError` with the reason, and every choice is logged once at INFO.
+Backends: `cuda` (csrc/cuda), `flash` (flash-attn's or torch's attention), `triton` (CUDA devices; on CPU tensors only in
+Triton's interpreter, for tests), `cpp` (csrc/cpu), `reference` (plain differentiable torch). An op declares what each
+backend can take (`register`); a call asks `choose`, which looks at static facts only (device, dtype, what the op declares),
+so that it traces under `torch.compile(fullgraph=True)` and never synchronises. Nothing falls back silently: a backend that
+was forced and cannot run raises `BackendError` with the reason, and every choice is logged once at INFO.
 
-`LMVAE_BACKEND=reference|cpp|triton|cuda|auto` sets the process-wide choice, `with backend("reference"):` a block's: of the
-process where the main thread enters it, of its own thread where another one does.
+`LMVAE_BACKEND=reference|cpp|triton|flash|cuda|auto` sets the process-wide choice, `with backend("reference"):` a block's: of
+the process where the main thread enters it, of its own thread where another one does.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 
 logger = logging.getLogger("lmvae_fast")
 
-BACKENDS = ("cuda", "triton", "cpp", "reference")  # from the fastest to the one that runs everywhere
-_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)}
+BACKENDS = ("cuda", "flash", "triton", "cpp", "reference")  # from the fastest to the one that runs everywhere
+_DEVICES = {"cuda": ("cuda",), "flash": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 
@@ -129,7 +129,7 @@ def register(op: str, **backends: Support) -> None:
 
 def _implemented(name: str, primitive: str) -> bool:
     """Whether the C++ extension has this primitive; Triton's launchers are registered from Python and always there."""
-    if name == "triton":
+    if name in ("triton", "flash"):
         return True
     try:
         key = "CPU" if name == "cpp" else "CUDA"
@@ -212,7 +212,7 @@ def namespace(name: str, device: str = "cpu") -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend for every op called inside the block: "reference", "cpp", "triton", "cuda", or "auto".
+    """Force a backend for every op called inside the block: "reference", "cpp", "triton", "flash", "cuda", or "auto".
 
     A block of the main thread holds for the process, like LMVAE_BACKEND: also for the threads that serve it (autograd's,
     a server's). A block of another thread is its own, and goes before. Calls that it cannot run raise BackendError.

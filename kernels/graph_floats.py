@@ -4,7 +4,8 @@ torch.compile makes a symbol of a Python float that has changed, and can keep it
 takes it as a number gets a graph for every value, until fullgraph=True raises (after eight). So every primitive with floats
 has a twin, `<name>_numbers`, that takes 0-dim tensors on the CPU in their place and calls the primitive with what they hold.
 A graph calls the twin where a number is a symbol, and the primitive itself where all are constants. The reference is plain
-torch and has no twins: it is compiled anew for each value of what it takes as a number.
+torch and has no twins: it is compiled anew for each value of what it takes as a number and torch.compile cannot keep as a
+symbol (docs/debugging.md lists them; a test holds the list).
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -82,7 +81,8 @@ def sampled_fingerprint(tensors: Mapping[str, Tensor], samples: int = 256) -> st
     """sha256 over names, shapes and evenly spaced values: as good as the whole for telling two models apart, and quick."""
     sampled = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
+        # Of torchao's tensors the codes: few operations are defined on them.
+        flat = getattr(tensor, "qdata", tensor).detach().reshape(-1)
         sampled[f"{name} {tuple(tensor.shape)}"] = flat[:: max(1, flat.numel() // samples)]
     return fingerprint_tensors(sampled)
 
@@ -197,7 +197,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.replaced")
+    folder = folder.absolute()  # "" and "." have no name
+    return folder.with_name(f".{folder.name}.replaced") if folder.name else folder / ".replaced"
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -259,8 +260,8 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
             return
         if not folder.is_dir():
             raise OutputError(f"{folder} is no folder", value="a file of that name", remedy="choose another output")
-        inside = sorted(path.name for path in folder.iterdir())
-    if not inside:
+        inside = sorted(path.name for path in folder.iterdir() if not _half_a_mark(path.name))
+    if not inside:  # but for what a writer left that was killed at its first file
         return
     kind = made_as(folder)
     if kind not in kinds:
@@ -272,6 +273,10 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
         )
     if contents is not None:
         check_contents(folder, contents)
+
+
+def _half_a_mark(name: str) -> bool:
+    return (match := _TEMPORARY_NAME.fullmatch(name)) is not None and match[3] == MARK
 
 
 def check_file_ours(path: Path) -> None:
@@ -308,6 +313,7 @@ def claim(folder: Path, kind: str, *also: str) -> None:
     if made_as(folder) is None:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder, MARK)
         mark(folder, kind)
 
 
@@ -376,10 +382,14 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        trial = temporary_beside(folder / "trial")
+        try:
+            with open(trial, "wb") as file:
+                file.write(b"0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(

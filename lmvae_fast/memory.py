@@ -1,8 +1,9 @@
-"""Memory: what is there, and an error instead of the end where it is not enough."""
+"""Memory and disk: what is there, and an error instead of the end where memory is not enough."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def _of_the_group() -> int | None:
         with contextlib.suppress(OSError, ValueError):
             return max(int(Path(most).read_text()) - int(Path(now).read_text()), 0)
     return None
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk that a path is or would be on."""
+    path = path.absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 
 
 @contextlib.contextmanager

@@ -86,6 +86,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no Inf; one pass, and no memory beside it."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.device.type == "meta":
         return True
+    if hasattr(tensor, "qdata"):
+        tensor = tensor.dequantize()  # torchao's, of which few operations are defined
     low, high = torch.aminmax(tensor.detach())  # NaN goes through both
     return math.isfinite(float(low)) and math.isfinite(float(high))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +138,62 @@ def test_values_in_messages_are_shortened():
         assert len(str(error)) < 8000 and all(len(text) <= 2000 for text in error.fields().values())
     assert str(LMVAEError("bad", value=3, limit=[1, 2], remedy="mend")) == "bad; got: 3; allowed: [1, 2]; remedy: mend"
     assert shown([1, "a"]) == "[1, 'a']"
+
+
+#: Files that json.load reads, waits for or dies of, and none of ours takes.
+HOSTILE = {
+    "a key twice": b'{"max_len": 1, "max_len": 2}', "deep": b'{"a": ' + b"[" * 5000,
+    "long": b'{"max_len": ' + b"9" * 5000 + b"}",
+    "latin1": b'{"a": "\xe9"}', "cut": b'{"a": 1',
+}  # fmt: skip
+
+
+def _of_a_public_cvae(path):
+    from lmvae_fast.reference.cvae import load_checkpoint
+
+    (path / "config.json").symlink_to(path / "file")
+    load_checkpoint(path, base_model="none")
+
+
+def _of_a_fine_tuned_decoder(path):
+    from lmvae_fast.models.plain_decoder import SETTINGS, limits_of
+
+    (path / SETTINGS).symlink_to(path / "file")
+    limits_of(path)
+
+
+def _of_tokens(path):
+    from lmvae_fast.integrations.langvae.tokenization import _read_cache
+
+    _read_cache(path / "file")
+
+
+def _of_prompts(path):
+    from lmvae_fast.cli.prompt_data import read_distinct_prompts
+
+    (path / "p.jsonl").symlink_to(path / "file")
+    read_distinct_prompts(path / "p.jsonl", decoder="none", layout=None, turn_end=None)
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
+@pytest.mark.parametrize("reader", [_of_a_public_cvae, _of_a_fine_tuned_decoder, _of_tokens, _of_prompts])
+def test_every_reader_is_this_one(tmp_path, reader, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises((CheckpointError, DataError)):
+        reader(tmp_path)
+
+
+def test_nothing_else_reads_json_or_yaml():
+    """But for what was written by this package into itself, or by a library a moment before."""
+    root = Path(__file__).resolve().parents[1]
+    own = {
+        "lmvae_fast/documents.py", "lmvae_fast/profiling/measure.py",  # the latter: of the build, beside the extension
+        "kernels/backend.py", "kernels/packed_linear/choices.py", "lmvae_fast/integrations/langvae/tokenization.py",
+    }  # fmt: skip
+    found = {
+        str(path.relative_to(root))
+        for folder in ("lmvae_fast", "kernels")
+        for path in (root / folder).rglob("*.py")
+        if re.search(r"json\.loads?\(|yaml\.(safe_)?load", path.read_text())
+    }
+    assert found == own

@@ -180,6 +180,36 @@ def test_what_the_dead_left_is_swept(tmp_path):
     files.sweep(tmp_path / "nowhere")
 
 
+def test_a_kill_at_the_first_mark_leaves_a_folder_that_can_be_used(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    half = tmp_path / f"{files.TEMPORARY}{files._machine()}-{child.pid}-{files.MARK}"
+    half.write_text('{"fo')
+    files.check_ours(tmp_path, "training run")
+    files.claim(tmp_path, "training run")
+    assert files.made_as(tmp_path) == "training run" and not half.exists()
+    other = folder_with(tmp_path / "other", mine="x")
+    (other / half.name).write_text("x")
+    with pytest.raises(OutputError, match="it holds mine"):
+        files.check_ours(other, "training run")
+
+
+@pytest.mark.parametrize("name", [".", "", "/", ".."])
+def test_folders_without_a_name_of_their_own(tmp_path, monkeypatch, name):
+    folder_with(tmp_path / "here", mine="x")
+    monkeypatch.chdir(tmp_path / "here")
+    files.recover_folder(Path(name))
+    with pytest.raises(OutputError, match="neither empty nor"):
+        files.check_ours(Path(name), "training run")
+
+
+def test_what_is_tried_for_a_moment_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OutputError, match="No space"):
+        files.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def hold(folder, ready, done):
     with files.locked(folder, "a run"):
         ready.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -85,6 +86,8 @@ def test_the_extension_is_taken_built_or_left_out_and_that_is_said(
 
     def run(command, log, deadline, where=None, **environment):
         ran.append(environment)
+        if "--collected" in command:
+            command[command.index("--collected") + 1].write_text("3")
         junit = next((word[11:] for word in map(str, command) if word.startswith("--junitxml=")), None)
         if junit is not None:
             (tmp_path / "row" / "tests.xml").write_text('<testsuite><testcase classname="a" name="b"/></testsuite>')
@@ -96,10 +99,41 @@ def test_the_extension_is_taken_built_or_left_out_and_that_is_said(
     for name, value in (("ROOT", root), ("install", lambda *_: python), ("run", run), ("copy_tree", copy_tree)):
         monkeypatch.setattr(matrix, name, value)
     out = matrix.try_row(matrix.Row("row", "3.11"), tmp_path, 1, download=False, jobs=1, build=build)
-    assert (out.status, out.tests, out.versions["C++ extension"]) == ("passed", 1, said)
+    assert (out.status, out.tests, out.of, out.versions["C++ extension"]) == ("passed", 1, 3, said)
     assert ran[0]["LMVAE_BUILD_CSRC"] == flag
     assert (tmp_path / "row" / "tree" / "lmvae_fast" / "_C.so").exists() == (said == "this tree's")
     assert said in out.line()
+
+
+@pytest.mark.parametrize(("every", "first", "wanted"), [(1, 0, [0, 1, 2, 3]), (2, 0, [0, 2]), (2, 1, [1, 3])])
+def test_every_nth_test_runs(tmp_path, every, first, wanted):
+    (tmp_path / "test_five.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(5))\ndef test_case(i): print('ran', i)\n"
+    )
+    options = ["--every", str(every), "--first", str(first), "--collected", str(tmp_path / "collected.txt")]
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:xdist", "-p", "tools.every_nth", "-k", "not 4"]
+    done = subprocess.run(
+        [*command, *options, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines() if "ran " in line] == [str(i) for i in wanted]
+    assert (tmp_path / "collected.txt").read_text() == "4"
+
+
+def test_each_row_begins_with_another_test(matrix):
+    assert [matrix.first_test(row, 4) for row in matrix.ROWS] == [0, 1, 2, 3, 0, 1]
+    assert matrix.first_test(matrix.Row("other", "3.11"), 4) == 0
+
+
+def test_a_record_keeps_the_rows_of_other_days(matrix, monkeypatch, tmp_path):
+    file = tmp_path / "versions.json"
+    monkeypatch.setattr(matrix, "ROWS", tuple(matrix.Row(name, "3.11") for name in ("one", "two")))
+    left_out = matrix.Outcome("two", "not run", "not asked for")
+    matrix.record(file, [matrix.Outcome("one", "not run", f"no packages (see {tmp_path}/log.txt)"), left_out], 8)
+    matrix.record(file, [matrix.Outcome("two", "passed", tests=5, of=40)], 8)
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == ["one", "two"]
+    assert rows["one"]["reason"] == "no packages" and (rows["two"]["tests"], rows["two"]["of"]) == (5, 40)
 
 
 def test_large_packages_are_counted_where_they_would_come_over_the_network(matrix, tmp_path, monkeypatch):

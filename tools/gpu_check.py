@@ -4,17 +4,22 @@
 
 Stages, each in processes of its own with a time limit; a stage that fails does not keep the later ones from running:
 
-    environment  device, driver, versions, commit
+    environment  device, driver, versions, commit, rates of a copy and of a matrix product
     build        installs this tree with its C++ extension (pip -e; else setup.py build_ext and a folder of links)
-    tests        pytest -m gpu tests/gpu, in several processes where pytest-xdist is installed
-    large        the tests that need tens of GiB of device memory, one at a time
+    tests        pytest -m gpu tests/gpu: the kernels, in several processes where pytest-xdist is installed
+    loop_tests   the rest of them: whole models, training, generation
+    training     lf.train in bf16 at batch 32 and 256, steps recorded and launched, and one of each under the profiler
+    decoding     lf.generate at 1, 32, 256 and 1024, recorded and launched
     benchmarks   benchmarks/kernels on CUDA: eager, torch.compile, share of the limits measured in the same run
     end_to_end   a training step and decoding at GPT-2-small's shape against the eager reference
+    counters     Nsight Compute's counters of three kernels, where it is installed and may count
+    large        the tests that need tens of GiB of device memory, one at a time
     sanitizer    compute-sanitizer memcheck over the small tests, where it is installed and supports the device
 
 Python is the one that runs this file: it must have torch with CUDA, triton, transformers, pytest and hypothesis. Nothing is
 downloaded and no setting of the card is touched. Files below --output (default: $OUT, else benchmarks/results/gpu):
-summary.json, log.txt, tests.xml, large.xml, benchmarks.json, benchmarks.md, end_to_end.json. The exit code is 1 when the
+summary.json, log.txt, tests.xml, loop_tests.xml, large.xml, loops_train.json, loops_decode.json, benchmarks.json,
+benchmarks.md, end_to_end.json, counters.csv. The exit code is 1 when the
 build, a test or the sanitizer failed or ran out of time, 2 without a CUDA device.
 """
 
@@ -33,7 +38,35 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where this file is loaded by its path
 
-from gpu_stages import LOG_BYTES, RED, ROOT, STAGES, Context, Stage, skipped
+from gpu_measurements import benchmarks, counters, end_to_end, loop
+from gpu_stages import (
+    LOG_BYTES,
+    LOOP_TESTS,
+    RED,
+    ROOT,
+    Context,
+    Stage,
+    build,
+    environment,
+    large,
+    sanitizer,
+    skipped,
+    tests_of,
+)
+
+STAGES = (
+    Stage("environment", 10, 60, environment),
+    Stage("build", 40, 180, build),
+    Stage("tests", 80, 180, tests_of("tests", ["tests/gpu"], *(f"--ignore={path}" for path in LOOP_TESTS))),
+    Stage("loop_tests", 25, 70, tests_of("loop_tests", LOOP_TESTS)),
+    Stage("training", 30, 70, loop("train")),
+    Stage("decoding", 20, 45, loop("decode")),
+    Stage("benchmarks", 50, 130, benchmarks),
+    Stage("end_to_end", 25, 50, end_to_end),
+    Stage("counters", 15, 40, counters),
+    Stage("large", 20, 60, large),
+    Stage("sanitizer", 20, 90, sanitizer),
+)
 
 
 def run_stages(context: Context, stages: Sequence[Stage]) -> dict[str, Any]:
@@ -84,6 +117,8 @@ def table(summary: dict[str, Any]) -> str:
         elif "tests" in result:
             what = f"{result.get('passed', 0)} passed, {result.get('failed', 0)} failed, {result.get('skipped', 0)} skipped"
             what += "".join(f"\n{'':<31}red: {test}" for test in result.get("red", [])[:25])
+        elif name in ("training", "decoding"):
+            what = what or "; ".join(f"{r['way']} batch {r['batch']}: {r['ms']} ms" for r in result.get("rows", []))
         elif name == "benchmarks" and "ops" in result:
             what = ", ".join(f"{op}: {r['rows']} rows ({r['status']})" for op, r in result["ops"].items())
         elif name == "end_to_end":
@@ -115,7 +150,7 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     parser.add_argument(
         "--stage", nargs="+", choices=[s.name for s in stages], help="these only (the build is then assumed)"
     )
-    parser.add_argument("--workers", type=int, default=min(8, max(1, len(os.sched_getaffinity(0)) // 2)))
+    parser.add_argument("--workers", type=int, default=min(12, max(1, len(os.sched_getaffinity(0)) * 3 // 4)))
     parser.add_argument("--commit", help="of this tree, where it came without its history")
     parser.add_argument("--dry-run", action="store_true", help="without a CUDA device: what can be tried there")
     options = parser.parse_args(arguments)

@@ -138,6 +138,17 @@ if out["available"]:
     out |= {"device": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory,
             "multiprocessors": p.multi_processor_count, "l2_bytes": getattr(p, "L2_cache_size", None),
             "arch_list": torch.cuda.get_arch_list()}
+    def rate(work, times=20):
+        for _ in range(3): work()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times): work()
+        end.record(); torch.cuda.synchronize()
+        return start.elapsed_time(end) / times / 1e3
+    a, b = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    x, y = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out |= {"copy_TB_s": round(2 * a.numel() / rate(lambda: b.copy_(a)) / 1e12, 3),
+            "matmul_bf16_TFLOP_s": round(2 * 8192**3 / rate(lambda: x @ y) / 1e12, 1)}
 print("FACTS " + json.dumps(out))
 """
 
@@ -153,8 +164,8 @@ def environment(context: Context, seconds: float) -> dict[str, Any]:
     )
     for name, command in (
         ("nvidia_smi", ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]),
-        ("nvcc", [_find("nvcc") or "nvcc", "--version"]),
-        ("sanitizer", [_find("compute-sanitizer") or "compute-sanitizer", "--version"]),
+        ("nvcc", [find("nvcc") or "nvcc", "--version"]),
+        ("sanitizer", [find("compute-sanitizer") or "compute-sanitizer", "--version"]),
         ("compiler", [os.environ.get("CXX", "g++"), "--version"]),
     ):
         told = context.run(command, 20)
@@ -168,7 +179,7 @@ def environment(context: Context, seconds: float) -> dict[str, Any]:
     return {"status": "ok", "facts": facts}
 
 
-def _find(program: str) -> str | None:
+def find(program: str) -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [str(Path(home) / "bin") for home in homes if home]
     return shutil.which(program) or shutil.which(program, path=os.pathsep.join(places))
@@ -267,13 +278,23 @@ def run_pytest(
     return result
 
 
-def tests(context: Context, seconds: float) -> dict[str, Any]:
-    parallel = ["-n", str(context.workers)] if importlib.util.find_spec("xdist") and context.workers > 1 else []
-    if context.dry:
-        done = context.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "tests/gpu"], seconds)
-        return {"status": verdict(done), "tail": done.tail[-300:]}
-    junit = context.output / "tests.xml"
-    return run_pytest(context, seconds, junit, [*parallel, "-k", "not test_large"], ["tests/gpu"])
+#: Tests of the loops; all others of tests/gpu are of kernels.
+LOOP_TESTS = ("tests/gpu/test_cuda_model.py", "tests/gpu/test_cuda_generation.py")
+
+
+def tests_of(name: str, paths: Sequence[str], *options: str) -> Callable[[Context, float], dict[str, Any]]:
+    """A stage of tests in several processes, reported in <name>.xml."""
+
+    def run(context: Context, seconds: float) -> dict[str, Any]:
+        parallel = ["-n", str(context.workers)] if importlib.util.find_spec("xdist") and context.workers > 1 else []
+        if context.dry:
+            collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *options, *paths]
+            done = context.run(collect, seconds)
+            return {"status": verdict(done), "tail": done.tail[-300:]}
+        junit = context.output / f"{name}.xml"
+        return run_pytest(context, seconds, junit, [*parallel, *options, "-k", "not test_large"], paths)
+
+    return run
 
 
 def large(context: Context, seconds: float) -> dict[str, Any]:
@@ -282,61 +303,8 @@ def large(context: Context, seconds: float) -> dict[str, Any]:
     return run_pytest(context, seconds, context.output / "large.xml", ["-k", "test_large"], ["tests/gpu"])
 
 
-def benchmarks(context: Context, seconds: float) -> dict[str, Any]:
-    if context.dry:
-        return skipped("dry run")
-    ops = sorted(p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks" / "kernels").glob("bench_*.py"))
-    junit, folder = context.output / "tests.xml", context.scratch / "kernels"
-    finish, result = time.monotonic() + seconds, {}
-    for i, op in enumerate(ops):
-        share = (finish - time.monotonic()) / (len(ops) - i)
-        command = [sys.executable, "-m", "benchmarks.kernels.run", op, "--device", "cuda", "--output", str(folder)]
-        command += ["--seconds", "0.4", "--compile-seconds", str(round(share / 2)), "--threads", "4"]
-        command += ["--junit", str(junit)] if junit.exists() else []
-        done = context.run(command, share, LMVAE_COMMIT=context.commit)
-        record = folder / f"{op}_cuda.json"
-        rows = len(json.loads(record.read_text())["cases"]) if record.exists() else 0
-        result[op] = {"status": verdict(done), "rows": rows, **({} if done.code == 0 else {"tail": done.tail[-800:]})}
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*_cuda.json"))}
-    (context.output / "benchmarks.json").write_text(json.dumps(records, indent=1) + "\n")
-    (context.output / "benchmarks.md").write_text("\n".join(p.read_text() for p in sorted(folder.glob("*_cuda.md"))))
-    whole = all(r["status"] == "ok" for r in result.values())
-    return {"status": "ok" if whole else "partial", "ops": result}
-
-
-def end_to_end(context: Context, seconds: float) -> dict[str, Any]:
-    if context.dry:
-        return skipped("dry run")
-    output = context.output / "end_to_end.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.training.end_to_end",
-        "--device",
-        "cuda",
-        "--seconds",
-        "3",
-        "--output",
-        str(output),
-    ]
-    done = context.run(command, seconds, LMVAE_COMMIT=context.commit)
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    expected = []
-    if rows:
-        card = "h200" if "H200" in context.device else "h100"
-        command = [sys.executable, "-m", "benchmarks.roofline", "--device", card, "--measured", str(output)]
-        told = context.run(command, 30)
-        expected = told.tail.strip().splitlines() if told.code == 0 else []
-    return {
-        "status": verdict(done),
-        "rows": rows,
-        "expected": expected,
-        **({} if done.code == 0 else {"tail": done.tail[-1500:]}),
-    }
-
-
 def sanitizer(context: Context, seconds: float) -> dict[str, Any]:
-    program = _find("compute-sanitizer")
+    program = find("compute-sanitizer")
     if context.dry or program is None:
         return skipped("dry run" if context.dry else "compute-sanitizer is not installed")
     junit = context.scratch / "sanitizer.xml"
@@ -359,17 +327,3 @@ def sanitizer(context: Context, seconds: float) -> dict[str, Any]:
         return skipped("compute-sanitizer does not support this device or its runtime")
     status = {86: "failed"}.get(done.code or 0, verdict(done))
     return {"status": status, **counts(junit), **({} if status == "ok" else {"tail": done.tail[-3000:]})}
-
-
-STAGES = (
-    Stage("environment", 10, 60, environment),
-    Stage("build", 40, 180, build),
-    Stage("tests", 100, 260, tests),
-    Stage("large", 25, 70, large),
-    Stage("benchmarks", 50, 150, benchmarks),
-    Stage("end_to_end", 25, 60, end_to_end),
-    Stage("sanitizer", 25, 90, sanitizer),
-)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------

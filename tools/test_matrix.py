@@ -1,15 +1,18 @@
 """The versions that must work, each tried in an environment of its own: `make test-matrix`.
 
-    python tools/test_matrix.py [ROW ...] [--minutes 40] [--download] [--keep] [--no-build] [--tests PATH ...]
-        [--folder .venv-matrix]
+    python tools/test_matrix.py [ROW ...] [--minutes 40] [--every 8] [--download] [--keep] [--reuse] [--no-build]
+        [--tests PATH ...] [--folder .venv-matrix] [--record FILE]
 
 A row is a Python with a torch and a transformers. Each gets a virtual environment below --folder, a copy of this tree with
 the C++ extension built against its torch (this tree's, where that was built for the same torch: nothing in it depends on
-Python; with --no-build none), and then runs the kernels' tests (C++ and reference), the models' and the command line's. Rows
-that cannot be tried here say why: no such Python on the machine, or packages that pip cannot get, or (without --download)
-would have to get over the network in an amount that is more than a run of tests should take.
+Python; with --no-build none). Then all tests are collected, which imports everything, and every eighth of those of the
+kernels (C++ and reference), models, training, generation, data and command line runs, beginning with another one in each row
+(--every 1 runs them all): a few minutes of two cores. Rows that cannot be tried here say why: no such Python on the machine,
+or packages that pip cannot get, or (without --download) would have to get over the network in an amount that is more than a
+run of tests should take.
 
-The last lines name every row with what came of it, and FOLDER/results.json has the same. The exit code is 1 when a row that
+The last lines name every row with what came of it, and FOLDER/results.json has the same; --record FILE puts the rows that
+were tried into a record that docs/compatibility.md is made of (python -m benchmarks.report). The exit code is 1 when a row that
 was tried is red, 2 when none could be tried, and 0 otherwise.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -30,7 +34,11 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1 << 29  # bytes of one package that pip may fetch without --download
-TESTS = ("tests/kernels", "tests/models", "tests/cli")
+TESTS = (
+    "tests/kernels", "tests/models", "tests/text", "tests/data", "tests/training", "tests/generation", "tests/evaluation",
+    "tests/cli",
+)  # fmt: skip
+EVERY = 8
 # Triton's interpreter is the same code under every version here and takes most of the kernels' time.
 CHOSEN = "not triton"
 # What the chosen tests need beside the package's own requirements.
@@ -67,13 +75,16 @@ class Outcome:
     reason: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     tests: int = 0
+    of: int = 0
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def line(self) -> str:
         """One line for a person."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        said = f"{self.tests} tests, {len(self.failed)} failed" if self.status != "not run" else self.reason
+        said = (
+            f"{self.tests} of {self.of} tests, {len(self.failed)} failed" if self.status != "not run" else self.reason
+        )
         return f"{self.row:20} {self.status:8} {said}" + (f" ({versions})" if versions else "")
 
 
@@ -106,7 +117,8 @@ def run(command: Sequence[object], log: Path, deadline: float, where: Path = ROO
                 timeout=max(deadline - time.monotonic(), 1), env={**os.environ, **environment}, cwd=where,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise CannotTry(f"time was up during: {' '.join(map(str, command))[:100]} (see {log})") from None
+            names = " ".join(Path(str(part)).name for part in command)  # no paths: this stands in a record
+            raise CannotTry(f"time was up during: {names[:100]} (see {log})") from None
 
 
 def fetched_bytes(report: Path) -> dict[str, int]:
@@ -188,15 +200,20 @@ def try_row(
     jobs: int,
     tests: Sequence[str] = TESTS,
     build: bool = True,
+    every: int = 1,
+    reuse: bool = False,
 ) -> Outcome:
     """Install and test one row."""
     started, place = time.monotonic(), folder / row.name
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    kept = place / "venv" / "bin" / "python"
+    if not (reuse and kept.exists()):
+        shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(place / "tree", ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
     log, outcome = place / "log.txt", Outcome(row.name, "not run")
     deadline = started + 60 * minutes
     try:
-        python = install(row, place / "venv", log, deadline, download)
+        python = kept if reuse and kept.exists() else install(row, place / "venv", log, deadline, download)
         code = (
             "import importlib.metadata as m, json, platform; print(json.dumps({'Python': platform.python_version()} | "
             "{n: m.version(n) for n in ('torch', 'transformers', 'numpy')}))"
@@ -215,9 +232,22 @@ def try_row(
             "OMP_NUM_THREADS": "1",
             "LMVAE_SHARED": os.environ.get("LMVAE_SHARED", str(ROOT.parent / "shared")),
         }
-        junit = place / "tests.xml"
-        command = [python, "-m", "pytest", "-q", "-n", jobs, "-k", CHOSEN, f"--junitxml={junit}", *tests]
+        junit, collected = place / "tests.xml", place / "collected.txt"
+        for stale in (junit, collected):
+            stale.unlink(missing_ok=True)
+        sample = [
+            "-p",
+            "tools.every_nth",
+            "--every",
+            every,
+            "--first",
+            first_test(row, every),
+            "--collected",
+            collected,
+        ]
+        command = [python, "-m", "pytest", "-q", "-n", jobs, "-k", CHOSEN, f"--junitxml={junit}", *sample, *tests]
         code = run(command, log, deadline, place / "tree", **environment)
+        outcome.of = int(collected.read_text()) if collected.is_file() else 0
         outcome.tests, outcome.failed = counted(junit)
         outcome.status = "passed" if code == 0 and outcome.tests else "failed"
         if outcome.status == "failed" and not outcome.failed:
@@ -229,6 +259,12 @@ def try_row(
     return outcome
 
 
+def first_test(row: Row, every: int) -> int:
+    """Each row begins with another test."""
+    names = [each.name for each in ROWS]
+    return names.index(row.name) % every if row.name in names else 0
+
+
 def counted(junit: Path) -> tuple[int, list[str]]:
     """Number of tests that ran (skipped ones did not), and the names of the red ones."""
     if not junit.is_file():
@@ -238,6 +274,21 @@ def counted(junit: Path) -> tuple[int, list[str]]:
     return len(cases), [f"{case.get('classname')}::{case.get('name')}" for case in red]
 
 
+def record(path: Path, outcomes: Sequence[Outcome], every: int) -> None:
+    """Put every row that was asked for into a record; rows that it has and that were not asked for stay as they are."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    known = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    for each in outcomes:
+        if each.reason != "not asked for":
+            entry = asdict(each) | {"commit": git.stdout.strip(), "every": every, "machine": platform.platform()}
+            entry["reason"] = re.sub(r" \(see [^)]*\)", "", each.reason)  # a path of this machine
+            known[each.row] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps({"rows": {row.name: known[row.name] for row in ROWS if row.name in known}}, indent=1) + "\n"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,10 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=40, help="for one row, installation included")
     parser.add_argument("--download", action="store_true", help="let pip fetch packages of any size")
     parser.add_argument("--keep", action="store_true", help="keep the environments of rows that passed")
+    parser.add_argument("--reuse", action="store_true", help="take the environments that an earlier run left")
     parser.add_argument("--no-build", action="store_true", help="without the C++ extension: the reference alone")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix")
     parser.add_argument("--jobs", type=int, default=2, help="processes that run the tests")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files or folders of tests")
+    parser.add_argument("--every", type=int, default=EVERY, help="run each n-th test of those (1: all)")
+    parser.add_argument("--record", type=Path, help="record to put the rows into that were tried")
     options = parser.parse_args(arguments)
     unknown = set(options.rows) - {row.name for row in ROWS}
     if unknown:
@@ -261,12 +315,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row.name}: Python {row.python}, {row.torch}, {row.transformers} ...", flush=True)
         folder = options.folder.absolute()
         limits = (options.minutes, options.download, options.jobs)
-        outcomes.append(try_row(row, folder, *limits, options.tests, not options.no_build))
+        outcomes.append(
+            try_row(row, folder, *limits, options.tests, not options.no_build, options.every, options.reuse)
+        )
         print(f"  {outcomes[-1].line()}", flush=True)
         if outcomes[-1].status == "passed" and not options.keep:
             shutil.rmtree(options.folder / row.name, ignore_errors=True)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "results.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
+    if options.record is not None:
+        record(options.record, outcomes, options.every)
     print()
     for each in outcomes:
         print(each.line())

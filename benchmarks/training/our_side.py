@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import lmvae_fast as lf
 from benchmarks.common.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
+from lmvae_fast.models.decoder.training_body import trained_through
 from lmvae_fast.training.loop import Trainer
 from lmvae_fast.training.step_setup import compiling
 
@@ -55,15 +56,16 @@ class OurSide:
         )  # fmt: skip
         self.trainer = Trainer(self.model, case["sentences"], None, config, ())
         self.rows = self.trainer._batches(0)
-        self.stepping = False
+        self.stepping, self.fast = False, form == "fast"
 
     def gradients(self, file: str) -> dict:
         """Loss without dropout under given noise; gradients into a file, by LangVAE's names."""
         self.model.eval()
         data = self.trainer.train_set
         batch = self.model.make_batch(data, range(len(data)), self.trainer.pooled)
-        out = self.model(batch, beta=self.case["beta"], eps=load_file(self.case["noise"])["eps"])
-        out.loss.backward()
+        with trained_through(self.model.decoder, self.fast):  # as in a step
+            out = self.model(batch, beta=self.case["beta"], eps=load_file(self.case["noise"])["eps"])
+            out.loss.backward()
         projector = self.model.projector
         named: dict[str, Any] = {"encoder.linear.weight": self.model.posterior_head.weight.grad}
         for layer in range(projector.weight.shape[0]):
@@ -72,6 +74,11 @@ class OurSide:
         save_file({name: gradient.contiguous() for name, gradient in named.items()}, file)
         self.model.zero_grad(set_to_none=True)
         return {"loss": out.loss.item()}
+
+    def layers(self) -> dict:
+        """What the decoder's layers are, once a step was taken: prepared, or its modules and why."""
+        body = self.trainer.body
+        return {"layers": "modules" if body is None else body.runs}
 
     def step(self) -> dict:
         """One training step."""

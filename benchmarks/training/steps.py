@@ -113,6 +113,7 @@ def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
             raise SystemExit(f"{ours} and {baseline} disagree on {file.parent.name}, nothing is timed: {differences}")
         (times,) = time_request(workers, "step", rounds)
         peaks = {name: worker.ask("peak")["bytes"] for name, worker in workers.items()}
+        layers = {name: workers[name].ask("layers")["layers"] for name in commands}
     finally:
         for worker in workers.values():
             worker.close()
@@ -122,7 +123,7 @@ def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
         "shape": case["shape"], "batch": case["batch"], "tokens": case["tokens"], "baseline": baseline, "rounds": rounds,
         "differences": {"sides": [ours, baseline], **differences},
         "milliseconds": {name: round(1e3 * value, 2) for name, value in medians.items()},
-        "speedup": speedups(times, baselines, 2), "peak_bytes": peaks,
+        "speedup": speedups(times, baselines, 2), "peak_bytes": peaks, "layers": layers,
         "share_of_matrix_rate": {
             name: round(case["flops"] / medians[name] / limits[f"matmul_{dtype}_flops_per_s"], 3)
             for name, dtype in (("teacher-forced fp32", "float32"), ("teacher-forced bf16", "bfloat16")) if name in medians

@@ -8,6 +8,7 @@
 #include "lm_head_loss.h"
 
 #include "amx.h"
+#include "cpu_features.h"
 
 #include <algorithm>
 #include <atomic>
@@ -73,11 +74,11 @@ struct Worker {
 };
 
 template <typename C>
-std::vector<Worker<C>> make_workers(const Call<C>& call, bool amx, int64_t count, int64_t tokens, Product next) {
+std::vector<Worker<C>> make_workers(const Call<C>& call, bool packed, int64_t count, int64_t tokens, Product next) {
   std::vector<Worker<C>> workers(count);
   for (Worker<C>& w : workers) {
     if constexpr (std::is_same_v<C, float>) {
-      if (amx) w.engine = make_amx_engine(call.problem, tokens, next);
+      if (packed) w.engine = make_packed_engine(call.problem, tokens, next);
     }
     if (w.engine == nullptr) w.engine = make_gemm_engine<C>(call.problem, tokens, next);
     const int64_t phase = std::max(w.engine->tile_tokens(), std::min(w.engine->phase_tokens(), tokens));
@@ -103,10 +104,11 @@ void for_units(std::vector<Worker<C>>& workers, int64_t units, const F& body) {
 
 // First pass. states [ranges][tokens], acc [ranges][tokens][width] (null: no gradient). False: take the other engine.
 template <typename C>
-bool gather(const Call<C>& call, const Plan& plan, bool amx, TokenState<C>* states, C* acc) {
+bool gather(const Call<C>& call, const Plan& plan, bool packed, TokenState<C>* states, C* acc) {
   const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width, vocab = call.problem.vocab;
   const int64_t units = plan.groups * plan.ranges, threads = std::min<int64_t>(at::get_num_threads(), units);
-  auto workers = make_workers(call, amx, threads, plan.group_tokens, acc == nullptr ? Product::None : Product::Hidden);
+  auto workers =
+      make_workers(call, packed, threads, plan.group_tokens, acc == nullptr ? Product::None : Product::Hidden);
   std::atomic<bool> good{true};
   for_units(workers, units, [&](Worker<C>& worker, int64_t unit) {
     HeadEngine<C>& engine = *worker.engine;
@@ -192,12 +194,12 @@ void finish(const Call<C>& call, const Plan& plan, const TokenState<C>* states, 
 
 // Second pass: d/d weight and d/d bias (each may be null) of sum_t factor_t nll_t, both in C and dense.
 template <typename C>
-void weigh(const Call<C>& call, bool amx, const std::vector<TokenDone<C>>& done, C* dweight, C* dbias) {
+void weigh(const Call<C>& call, bool packed, const std::vector<TokenDone<C>>& done, C* dweight, C* dbias) {
   constexpr int64_t kGroup = 512;
   const int64_t n = static_cast<int64_t>(call.rows.size()), width = call.problem.width, vocab = call.problem.vocab;
   const int64_t threads = at::get_num_threads();
   auto workers =
-      make_workers(call, amx, threads, std::min(n, kGroup), dweight == nullptr ? Product::None : Product::Weight);
+      make_workers(call, packed, threads, std::min(n, kGroup), dweight == nullptr ? Product::None : Product::Weight);
   for_units(workers, threads, [&](Worker<C>& worker, int64_t unit) {
     HeadEngine<C>& engine = *worker.engine;
     const int64_t tile = engine.tile_tokens(), block = engine.block_columns(), blocks = (vocab + block - 1) / block;
@@ -269,17 +271,18 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
 
   const bool second = want_weight || want_bias;
   std::vector<TokenDone<C>> done(second ? n : 0);
-  bool amx = have_amx() && acc_type == at::kFloat && width >= 1;
-  const Plan plan = make_plan(n, width, vocab, amx ? 32 : 256, want_hidden);
+  bool packed = width >= 1 && acc_type == at::kFloat &&
+                (have_amx() || (have_bf16_dots() && hidden.scalar_type() == at::kBFloat16));
+  const Plan plan = make_plan(n, width, vocab, packed ? 32 : 256, want_hidden);
   {
     std::vector<TokenState<C>> states(plan.ranges * n);
     Room<C> sums;
     if (want_hidden) sums = Room<C>(plan.ranges * n * width);
     C* acc = want_hidden ? sums.data() : nullptr;
-    if (!gather(call, plan, amx, states.data(), acc)) {
-      amx = false;
+    if (!gather(call, plan, packed, states.data(), acc)) {
+      packed = false;
       states.assign(states.size(), {});
-      gather(call, plan, amx, states.data(), acc);
+      gather(call, plan, packed, states.data(), acc);
     }
     finish<T, C>(call, plan, states.data(), acc, nll.mutable_data_ptr<C>(),
                  want_hidden ? jac.mutable_data_ptr<HeadRow<T>>() : nullptr, second ? &done : nullptr);
@@ -294,7 +297,7 @@ Outputs run(const at::Tensor& hidden_in, const at::Tensor& weight_in, const at::
     for (int64_t i = 0; i < n; i++) done[i].factor = static_cast<C>(scale) * (w == nullptr ? C(1) : w[call.rows[i]]);
     C* dw = want_weight ? dweight.mutable_data_ptr<C>() : nullptr;
     C* db = want_bias ? dbias.mutable_data_ptr<C>() : nullptr;
-    weigh(call, amx, done, dw, db);
+    weigh(call, packed, done, dw, db);
   }
   return {at::full({}, loss, acc_options), nll, jac, dweight, dbias};
 }

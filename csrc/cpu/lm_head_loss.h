@@ -1,6 +1,7 @@
 // lm_head_loss on CPU: what its files share. lm_head_loss.cpp owns the algorithm (threads, merging, registration),
 // lm_head_loss_simd.cpp the elementwise work, and a HeadEngine the matrix products of one thread:
-// lm_head_loss_gemm.cpp through torch's BLAS (every type), lm_head_loss_amx.cpp on the AMX tiles (bf16, fp16 and fp32).
+// lm_head_loss_gemm.cpp through torch's BLAS (every type), lm_head_loss_amx.cpp on the AMX tiles (bf16, fp16 and fp32)
+// or, without tiles, by dot products of bf16.
 #pragma once
 
 #include <cstdint>
@@ -95,7 +96,8 @@ class Room {
 // Engines for groups of at most `tokens` tokens whose blocks go through `next`.
 template <typename C>
 std::unique_ptr<HeadEngine<C>> make_gemm_engine(const HeadProblem& problem, int64_t tokens, Product next);
-std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& problem, int64_t tokens, Product next);
+// Null where this CPU has no unit for the type.
+std::unique_ptr<HeadEngine<float>> make_packed_engine(const HeadProblem& problem, int64_t tokens, Product next);
 
 }  // namespace lmvae
 

@@ -1,5 +1,6 @@
 // lm_head_loss: one thread's matrix products on the AMX tiles (x86 with amx_bf16), written directly because the
 // products here are small, their operands are reused while they sit in the second-level cache, and sums must stay fp32.
+// bf16 has a second unit for the same packed operands: the dot products of AVX512-BF16, where there are no tiles.
 //
 // A number is a sum of bf16 parts: one for bf16, two for fp16, three for fp32 (8 + 8 + 8 bits: all of its 24). Products
 // of parts i and j are taken where i + j < parts, smallest first: 1, 3 and 6 tile products. What is left out is below
@@ -9,6 +10,8 @@
 #include "lm_head_loss.h"
 
 #include "amx.h"
+#include "bf16_dots.h"
+#include "cpu_features.h"
 
 #ifdef LMVAE_AMX
 #include <algorithm>
@@ -157,10 +160,29 @@ TILES bool pack(const T* x, const int64_t* index, int64_t stride, int64_t rows, 
   return bad == 0;
 }
 
-template <typename T, int parts>
-class AmxEngine final : public HeadEngine<float> {
+struct Tiles {
+  static void enter() { configure_tiles(); }
+  static void leave() { release_tiles(); }
+  template <int parts>
+  static void product(const char* a, const char* b, int64_t steps, float* c, int64_t ldc, bool add) {
+    product32<parts>(a, b, steps, c, ldc, add);
+  }
+};
+
+struct Dots {
+  static void enter() {}
+  static void leave() {}
+  template <int parts>
+  static void product(const char* a, const char* b, int64_t steps, float* c, int64_t ldc, bool add) {
+    static_assert(parts == 1, "with more than one part fp32 vectors are faster");
+    dots32(a, b, steps, c, ldc, add);
+  }
+};
+
+template <typename T, int parts, typename Unit>
+class PackedEngine final : public HeadEngine<float> {
  public:
-  AmxEngine(const HeadProblem& problem, int64_t tokens, Product next)
+  PackedEngine(const HeadProblem& problem, int64_t tokens, Product next)
       : p_(problem), depth_((p_.width + 31) / 32), next_(next) {
     const int64_t tiles = (tokens + 31) / 32, panels = block_columns() / 32, pair = parts * kPair;
     left_ = Room<char>(tiles * depth_ * pair);
@@ -175,8 +197,8 @@ class AmxEngine final : public HeadEngine<float> {
       gradient_ = Room<char>(tiles * panels * pair);
     }
   }
-  void enter() override { configure_tiles(); }
-  void leave() override { release_tiles(); }
+  void enter() override { Unit::enter(); }
+  void leave() override { Unit::leave(); }
   int64_t tile_tokens() const override { return 32; }
   // One packed form of a block at a time is in use; it may fill about 600 kB of the second-level cache (2 MB where
   // there is AMX), beside what streams through: tokens, and the sums.
@@ -206,7 +228,7 @@ class AmxEngine final : public HeadEngine<float> {
   void scores(int64_t t0, int64_t, float* s, int64_t ld) override {
     const char* a = left_.data() + t0 / 32 * depth_ * parts * kPair;
     for (int64_t j = 0; j < panels_; j++)
-      product32<parts>(a, flip_.data() + j * depth_ * parts * kPair, depth_, s + 32 * j, ld, false);
+      Unit::template product<parts>(a, flip_.data() + j * depth_ * parts * kPair, depth_, s + 32 * j, ld, false);
   }
 
   void accumulate(int64_t t0, int64_t count, const float* alpha, const float* p, int64_t ld) override {
@@ -218,7 +240,8 @@ class AmxEngine final : public HeadEngine<float> {
     char* left = softmax_.data();
     pack<parts>(p, nullptr, ld, count, columns_, left, {0, parts * kPair}, nullptr, {}, nullptr, {});
     for (int64_t k = 0; k < depth_; k++)
-      product32<parts>(left, block_right_.data() + k * panels_ * parts * kPair, panels_, acc + 32 * k, ld_acc(), true);
+      Unit::template product<parts>(left, block_right_.data() + k * panels_ * parts * kPair, panels_, acc + 32 * k,
+                                    ld_acc(), true);
   }
 
   const float* acc_row(int64_t t) const override { return acc_.data() + t * ld_acc(); }
@@ -234,8 +257,8 @@ class AmxEngine final : public HeadEngine<float> {
     alignas(64) float c[32 * 32];
     for (int64_t j = 0; j < panels_; j++) {
       for (int64_t k = 0; k < depth_; k++) {
-        product32<parts>(gradient_.data() + j * steps_ * parts * kPair, right_.data() + k * steps_ * parts * kPair,
-                         steps_, c, 32, false);
+        Unit::template product<parts>(gradient_.data() + j * steps_ * parts * kPair,
+                                      right_.data() + k * steps_ * parts * kPair, steps_, c, 32, false);
         const int64_t rows = std::min<int64_t>(32, columns_ - 32 * j), width = std::min<int64_t>(32, p_.width - 32 * k);
         for (int64_t i = 0; i < rows; i++) {
           float* to = dw + (32 * j + i) * p_.width + 32 * k;
@@ -257,15 +280,18 @@ class AmxEngine final : public HeadEngine<float> {
 
 }  // namespace
 
-std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem& p, int64_t tokens, Product next) {
+std::unique_ptr<HeadEngine<float>> make_packed_engine(const HeadProblem& p, int64_t tokens, Product next) {
+  const bool half = p.dtype == c10::ScalarType::BFloat16;
+  if (!have_amx())
+    return half && have_bf16_dots() ? std::make_unique<PackedEngine<c10::BFloat16, 1, Dots>>(p, tokens, next) : nullptr;
   switch (p.dtype) {
-    case c10::ScalarType::BFloat16: return std::make_unique<AmxEngine<c10::BFloat16, 1>>(p, tokens, next);
-    case c10::ScalarType::Half: return std::make_unique<AmxEngine<c10::Half, 2>>(p, tokens, next);
-    default: return std::make_unique<AmxEngine<float, 3>>(p, tokens, next);
+    case c10::ScalarType::BFloat16: return std::make_unique<PackedEngine<c10::BFloat16, 1, Tiles>>(p, tokens, next);
+    case c10::ScalarType::Half: return std::make_unique<PackedEngine<c10::Half, 2, Tiles>>(p, tokens, next);
+    default: return std::make_unique<PackedEngine<float, 3, Tiles>>(p, tokens, next);
   }
 }
 #else
-std::unique_ptr<HeadEngine<float>> make_amx_engine(const HeadProblem&, int64_t, Product) { return nullptr; }
+std::unique_ptr<HeadEngine<float>> make_packed_engine(const HeadProblem&, int64_t, Product) { return nullptr; }
 #endif
 
 }  // namespace lmvae

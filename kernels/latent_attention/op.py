@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backend
 from ..inplace import check_written, written
 from ..registration import autocast, define, primitives, refuse_gradients, refuse_vmap, tangents
-from . import reference
+from . import flash, reference
 from .checks import (
     check_decode,
     check_lengths,
@@ -115,6 +115,7 @@ define(
 _PRIMITIVES = ("latent_attention_fwd", "latent_attention_bwd")
 backend.register(
     "latent_attention",
+    flash=backend.Support(flash.HALVES, check=flash.check),
     cpp=backend.Support(backend.FLOATS_AND_DOUBLE, _PRIMITIVES),
     triton=backend.Support(backend.FLOATS, _PRIMITIVES),
 )
@@ -174,7 +175,18 @@ def latent_attention(
     check_packed(q, k, v, memory_k, memory_v, cu_seqlens, visibility, scale, max_seqlen, window, softcap)
     if sinks is not None:
         check_sinks(sinks, q)
-    choice = backend.choose("latent_attention", q, **tangents(q, k, v, memory_k, memory_v))
+    given = (q, k, v, memory_k, memory_v)
+    facts: dict[str, Any] = dict(tangents(*given))
+    facts |= flash.facts(
+        backend.current(), q, v.shape[-1], visibility=visibility, max_seqlen=max_seqlen, softcap=softcap,
+        sinks=sinks is not None, graded=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given),
+    )  # fmt: skip
+    choice = backend.choose("latent_attention", q, **facts)
+    if choice == "flash":
+        assert max_seqlen is not None
+        return flash.latent_attention(
+            *given, cu_seqlens=cu_seqlens, scale=scale, max_seqlen=max_seqlen, window=window, softcap=softcap
+        )
     if choice != "reference":
         options = (visibility_code(visibility), float(scale), max_seqlen, window, softcap)
         if sinks is not None:

@@ -1,6 +1,6 @@
 """A few rows times a large frozen weight that was packed once: the products of a decoding step on a CPU."""
 
-from .choices import most_rows
+from .choices import most_rows, training_product
 from .int8 import QuantizedWeight, packed_linear_int8, quantize_gated, quantize_weight
 from .layer import PackedLinear
 from .op import pack_gated, pack_weight, packed_linear
@@ -15,4 +15,5 @@ __all__ = [
     "packed_linear_int8",
     "quantize_gated",
     "quantize_weight",
+    "training_product",
 ]

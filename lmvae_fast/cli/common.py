@@ -50,7 +50,7 @@ BAD_INPUT, INTERRUPTED = 3, 130
 # Standard output, while everything but the JSON document goes to standard error.
 _documents: list[TextIO] = []
 
-BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+BACKENDS = ("auto", "reference", "cpp", "triton", "flash", "cuda")
 
 
 def _known_backend(name: str) -> str:

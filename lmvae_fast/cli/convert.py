@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmvae_fast.cli.common import Json, console, load_model, print_json
+from lmvae_fast.cli.common import DryRun, Json, console, load_model, print_json, show_estimate
 from lmvae_fast.errors import ConfigError, OutputError
 
 
@@ -27,6 +27,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a target that an earlier conversion wrote.")
     ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Convert a LangVAE checkpoint to a model folder, or back, or an Optimus checkpoint to a model folder.
@@ -63,6 +64,9 @@ def convert(
                 value=source, limit="a LangVAE or Optimus checkpoint folder", remedy="leave them out",
             )  # fmt: skip
         model = load_model(source, device="cpu")
+    if dry_run:
+        show_estimate(_estimate(model, target, to), model, as_json)
+        return
     if to == "langvae":
         save_checkpoint(model, target, overwrite=overwrite)
     else:
@@ -71,3 +75,21 @@ def convert(
         print_json({"source": str(source), "target": str(target), "format": to})
     else:
         console.print(f"{source} -> {target} ({to})")
+
+
+def _estimate(model: Any, target: Path, to: str) -> dict[str, Any]:
+    """What the target would take on its disk: the weights that train, and the parts that no hub name restores."""
+    from lmvae_fast.memory import free_disk
+
+    written = {"weights": sum(value.numel() * value.element_size() for value in model.trainable_state_dict().values())}
+    for name in ("encoder", "decoder"):
+        part = getattr(model, name)
+        source = getattr(part, "source", None)
+        if hasattr(part, "model") and (source is None or Path(source).exists()):
+            written[name] = sum(value.numel() * value.element_size() for value in part.model.state_dict().values())
+    return {
+        "format": to,
+        "stored": ", ".join(written),
+        "disk_bytes": sum(written.values()),
+        "disk_free": free_disk(target),
+    }

@@ -12,6 +12,7 @@ from rich.table import Table
 from lmvae_fast.cli.common import (
     INTERRUPTED,
     Backend,
+    DryRun,
     Json,
     Model,
     SamplingOptions,
@@ -21,6 +22,7 @@ from lmvae_fast.cli.common import (
     merged,
     notice,
     print_json,
+    show_estimate,
     takes_sampling,
 )
 from lmvae_fast.documents import read_object
@@ -85,6 +87,7 @@ def fit_flow(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field: --set flow.permutation=soft (repeatable).")
     ] = None,
+    dry_run: DryRun = False,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -132,9 +135,13 @@ def fit_flow(
         torch.manual_seed(train_config.seed)
         fitted = InvertibleCVAE(vae, flow_config, vectors=source, source=model_folder(model))
         fitted_to = parts["all"] if whole else parts["train"]
-        result = fitted.fit(
-            fitted_to, valid=parts["valid"], config=train_config, missing="skip" if skip_missing else "error"
-        )
+        missing = "skip" if skip_missing else "error"
+        if dry_run:
+            from lmvae_fast.training.estimates import estimate_fit
+
+            show_estimate(estimate_fit(fitted, fitted_to, train_config, missing=missing), fitted, as_json)
+            return
+        result = fitted.fit(fitted_to, valid=parts["valid"], config=train_config, missing=missing)
         fitted.save_pretrained(folder / "flow")
     (folder / FIT).write_text(json.dumps({
         "data": values["data"], "shares": shares, "seed": train_config.seed, "all": whole,
@@ -178,13 +185,18 @@ def define(
     """
     if samples < 1:
         raise ConfigError("--samples is out of range", value=samples, limit=">= 1")
+    from lmvae_fast.generation.estimates import check_estimate, estimate
     from lmvae_fast.kernels.backend import backend as use_backend
 
     with use_backend(backend):
         model = load_flow(flow)
         source = None if vectors is None else vector_source(vectors, model.vae, None)
         drawn = SamplingOptions(**{**vars(sampling), "sample": sampling.sample or samples > 1})
-        options = drawn.config(max_new_tokens=max_new_tokens, num_samples=samples).to_dict()
+        config = drawn.config(max_new_tokens=max_new_tokens, num_samples=samples)
+        check_estimate(
+            estimate(len(words), config, model.vae.config.max_len, None, text_only=False), None, as_json=as_json
+        )
+        options = config.to_dict()
         found = model.define(
             words, vectors=source, conditions=None if condition is None else [condition] * len(words),
             missing="skip" if skip_missing else "error", **options,

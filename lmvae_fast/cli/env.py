@@ -24,7 +24,7 @@ def collect() -> dict:
 
     import lmvae_fast.kernels
     from lmvae_fast.kernels import backend
-    from lmvae_fast.kernels.packed_linear.choices import bodies
+    from lmvae_fast.kernels.packed_linear.choices import bodies, training_bodies
 
     for module in pkgutil.iter_modules(lmvae_fast.kernels.__path__):
         if module.ispkg:  # an op registers its backends when it is imported
@@ -52,6 +52,7 @@ def collect() -> dict:
         "backend": backend.current(),
         "ops": [row._asdict() for row in backend.report(device)],
         "packed_weights": bodies(),
+        "training_weights": training_bodies(),
     }
 
 
@@ -78,3 +79,8 @@ def env(as_json: Json = False) -> None:
         for line in facts["packed_weights"]:
             packed.add_row(line["weights"], line["rows"], line["by"], line["reason"])
         console.print(packed)
+    if facts["training_weights"]:
+        trained = Table("weights prepared for training", "multiplied by", "reason")
+        for line in facts["training_weights"]:
+            trained.add_row(line["weights"], line["by"], line["reason"])
+        console.print(trained)

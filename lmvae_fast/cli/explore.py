@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE
     from lmvae_fast.models.posterior import Posterior
 
+#: Dimensions that a traversal may be asked for: more than any latent has.
+MOST_DIMS = 1_000_000
+
 Output = Annotated[Path | None, typer.Option(help="Draw it: a page (.html) or a picture (.png).")]
 
 
@@ -272,5 +275,7 @@ def parse_dims(text: str) -> list[int]:
             raise ConfigError("--dims wants numbers and ranges", value=text, remedy="for example 0,3,5-7")
         if max(len(low), len(high)) > 6:  # wider than any latent, and too many to be listed
             raise ConfigError("no such latent dimension", value=text, limit="below 1,000,000", remedy="change --dims")
+        if len(dims) + int(high or low) - int(low) >= MOST_DIMS:
+            raise ConfigError("too many latent dimensions", value=text, limit=f"{MOST_DIMS:,}", remedy="name each once")
         dims.extend(range(int(low), int(high or low) + 1))
     return dims

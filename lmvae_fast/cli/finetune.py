@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmvae_fast.cli.common import Backend, Json, console, merged
+from lmvae_fast.cli.common import Backend, DryRun, Json, console, merged
 from lmvae_fast.cli.prompt_data import Layout, MaxPromptLen, TurnEnd, load_pairs, with_lengths
 from lmvae_fast.cli.train import SECTIONS, finish
 
@@ -47,6 +47,7 @@ def finetune(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field: --set model.lora_rank=16 (repeatable).")
     ] = None,
+    dry_run: DryRun = False,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
@@ -92,4 +93,7 @@ def finetune(
     )
     if not as_json:
         console.print(train_data.report, markup=False)
-    finish(lambda: PlainDecoder(model_config), train_data, held_out, train_config, backend, as_json, unit="responses")
+    finish(
+        lambda: PlainDecoder(model_config), train_data, held_out, train_config, backend, as_json, unit="responses",
+        dry_run=dry_run,
+    )  # fmt: skip

@@ -30,6 +30,7 @@ from lmvae_fast.cli.common import (
 )
 from lmvae_fast.cli.prompt_data import Layout, MaxPromptLen, TurnEnd, read_distinct_prompts
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.memory import check_memory
 from lmvae_fast.signals import HANGUP, StopSignals
 
 
@@ -228,6 +229,7 @@ def _answering(model: Any, asked: list[str], z: str | None, samples: int, seed: 
             remedy="give one; --texts answers from the posteriors of given responses",
         )  # fmt: skip
     # every response has a draw of its own, so each is the only one of its latent
+    check_memory("a prompt and a latent for each response", "lower --num-samples", 64 * len(asked) * samples)
     each = [prompt for prompt in asked for _ in range(samples)]
     return sources.latents_of_prior(len(each), width, seed), each, 1
 

@@ -21,6 +21,7 @@ from lmvae_fast.cli.common import (
     takes_sampling,
 )
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.memory import memory_guard
 
 if TYPE_CHECKING:
     from lmvae_fast.models.lmvae import LMVAE
@@ -146,7 +147,12 @@ def generate(
         subject = _subject(model, tiny, preset, system, latent_dim, max_len, _texts("corpus", None, 32)).eval()
         if precision is not None:
             torch.nn.Module.to(subject.decoder.model, dtypes[precision])
-        record = profile_generate(subject, config, batches=sizes, folder=output, seconds=seconds, reference=reference)
+        with memory_guard(
+            f"batches of {max(sizes):,} sentences", "lower --batch-sizes", needed=_batch_bytes(subject, max(sizes))
+        ):
+            record = profile_generate(
+                subject, config, batches=sizes, folder=output, seconds=seconds, reference=reference
+            )
     if _written(record, write_generate, output, as_json):
         return
     for row in record["batches"]:
@@ -158,6 +164,13 @@ def generate(
             _print_side(side, f"{speed}, {step} ({side['bound_by']}), {first}")
         if "speedup" in row:
             console.print(f"the engine is {row['speedup']:.2f} times as fast")
+
+
+def _batch_bytes(model: LMVAE, batch: int) -> int:
+    """What latents, memory and cache of a batch take, at least."""
+    decoder, config = model.decoder, model.config
+    per_token = 2 * decoder.num_layers * decoder.kv_heads * decoder.head_dim * decoder.dtype.itemsize
+    return batch * (8 * config.latent_dim + per_token * (config.max_len + 2 * int(config.slots or 0)))
 
 
 def _written(

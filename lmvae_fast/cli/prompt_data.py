@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmvae_fast.errors import ConfigError
+from lmvae_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lmvae_fast.data import PromptDataset
@@ -93,13 +93,15 @@ def read_distinct_prompts(path: Path, *, decoder: str, layout: str | None, turn_
 
 def _alone(path: Path) -> bool:
     """Whether the objects of a jsonl, by the first of them, have no responses."""
-    import json
+    from lmvae_fast.data.lines import decoded_lines, open_file
+    from lmvae_fast.documents import parse_json
 
     if path.suffix != ".jsonl" or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with open_file(path) as file:
         try:
-            first = json.loads(file.readline())
-        except ValueError:
+            number, line = next(decoded_lines(file, path), (1, ""))
+            first = parse_json(line, f"{path} line {number}")
+        except DataError:  # what reads all of it says so, and of which kind it should be
             return False
     return not isinstance(first, dict) or not {"response", "responses"} & first.keys()

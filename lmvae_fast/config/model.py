@@ -22,6 +22,7 @@ OBJECTIVES = ("elbo", "langvae-0.6")
 LATENT_INITS = ("uniform", "normal")
 MEMORY_INITS = ("random", "sink", "mean")
 POSTERIOR_INITS = ("random", "whitened")
+MOST_SAMPLES = 65536  # a posterior, where 16 and 32 are published: every one is computed in every step
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -167,8 +168,10 @@ class LMVAEConfig(ConfigBase):
         self._number("lora_alpha", 0.0, open_low=True)
         self._number("latent_dim", 1, integer=True)
         self._number("max_len", 1, integer=True)
-        for name in ("encoder_layers", "queries", "residual_samples", "group_size", "kl_samples", "pooling_segments"):
+        for name in ("encoder_layers", "queries", "group_size", "pooling_segments"):
             self._number(name, 1, integer=True)
+        for name in ("residual_samples", "kl_samples"):
+            self._number(name, 1, MOST_SAMPLES, integer=True)
         self._number("max_prompt_len", 1, integer=True, optional=True)
         self._number("stage", 0, 2, integer=True, optional=True)
         self._number("density_floor", 0.0)

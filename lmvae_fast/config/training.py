@@ -41,6 +41,8 @@ class TrainConfig(RunConfig):
             had a gradient: exact without weight decay, for an embedding that is not the head's weight too; refused otherwise.
         recompute_decoder: keep only what goes into the decoder's layers, and compute the rest anew in backward: less memory
             for long sentences or deep decoders, for one more forward pass.
+        cuda_graphs: record whole steps as CUDA graphs, so that the host launches one graph a step: where it can be done (None,
+            the default), always (True: refused where it cannot) or never. Batches are filled up to a few sizes for it.
         compile: run the decoder's layers through torch.compile; it compiles anew, for a while, at the first step and where
             sizes of batches begin to vary. Not with ``shard`` or ``recompute_decoder``.
         eval_every, save_every, log_every: in optimiser steps; None for once an epoch (log: 10).
@@ -72,6 +74,7 @@ class TrainConfig(RunConfig):
     embedding_rows_update: bool = False
     recompute_decoder: bool = False
     compile: bool = False
+    cuda_graphs: bool | None = None
     eval_batch_size: int | None = None
     monitor: str = "elbo"
     final_model: str = "last"

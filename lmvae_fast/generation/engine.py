@@ -20,6 +20,7 @@ from lmvae_fast.generation.cuda_graphs import capture_for
 from lmvae_fast.generation.decode_rows import Ended, Rows
 from lmvae_fast.generation.queue import Block, Prompt, Prompts, Waiting, blocks_of
 from lmvae_fast.generation.spelling import responses, spelled
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.decoder.prepared_weights import check_weights, packed_weights
 from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
@@ -92,6 +93,7 @@ def generate(
     limit = token_limit(model, config, longest)
     capture_for(model.decoder, model.device, config.cuda_graphs)  # raises where what is asked for cannot be
     if config.num_beams > 1:
+        check_memory(f"{config.num_beams:,} beams", "lower num_beams", 8 * config.num_beams * model.decoder.vocab_size)
         blocks = blocks_of(model, latents, annotations, max(1, config.batch_size // config.num_beams), beside)
         return _beams(model, blocks, given, config, limit, first_index)
     blocks = blocks_of(model, latents, annotations, -(-config.batch_size // config.num_samples), beside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, OutputError
-from lmvae_fast.memory import check_memory
+from lmvae_fast.memory import check_memory, free_disk
 
 #: More sentences than this are not for a terminal; and more than that are hardly meant.
 MOST_PRINTED, ABSURD = 10_000_000, 1_000_000_000
@@ -37,7 +36,7 @@ def estimate(latents: int, config: GenerationConfig, max_len: int, output: Path 
     """The estimate for so many latents of a model of this max_len."""
     sentences, tokens = latents * config.num_samples, config.max_new_tokens or max_len
     line = 1 if text_only else _LINE_BYTES + _LOGPROB_BYTES * tokens * config.logprobs
-    free = None if output is None else shutil.disk_usage(_existing(output)).free
+    free = None if output is None else free_disk(output)
     return Estimate(sentences, tokens, sentences * (tokens * _TOKEN_BYTES + line), free)
 
 
@@ -51,7 +50,7 @@ def check_estimate(found: Estimate, output: Path | None, *, as_json: bool) -> No
         if found.sentences > MOST_PRINTED:
             raise ConfigError(
                 "too many sentences to print", value=f"{found.sentences:,}", limit=f"{MOST_PRINTED:,}",
-                remedy="give --output FILE, or ask for fewer",
+                remedy="ask for fewer; `generate` writes any number to --output FILE",
             )  # fmt: skip
         if as_json:
             check_memory("one JSON document of all sentences", "give --output FILE", 2 * found.disk_bytes)
@@ -63,7 +62,3 @@ def check_estimate(found: Estimate, output: Path | None, *, as_json: bool) -> No
         )  # fmt: skip
     if found.sentences > ABSURD:
         warnings.warn(f"{found.sentences:,} sentences are asked for: is that meant?", stacklevel=2)
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in path.absolute().parents if folder.is_dir())

@@ -15,6 +15,7 @@ from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.files import sha256_file
 from lmvae_fast.generation.latent_files import check_latents, read_latents
 from lmvae_fast.kernels import philox
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.text.tokenizer import label_features
 
@@ -58,7 +59,9 @@ def latents_of_prior(count: int, latent_dim: int, seed: int) -> LatentSource:
 
     def read(block: int, skip: int) -> Iterable[Tensor]:
         for start in range(skip, count, block):
-            rows = torch.arange(start, min(start + block, count))
+            size = min(block, count - start)
+            check_memory(f"a block of {size:,} latents", "lower batch_size", size * (8 + 16 * latent_dim))
+            rows = torch.arange(start, start + size)
             yield philox.normal(key, (len(rows), latent_dim), which=rows)
 
     return LatentSource(count, f"prior seed={seed}", read)
@@ -74,7 +77,9 @@ def latents_of_zero(count: int, latent_dim: int) -> LatentSource:
 
     def read(block: int, skip: int) -> Iterable[Tensor]:
         for start in range(skip, count, block):
-            yield torch.zeros(min(block, count - start), latent_dim)
+            size = min(block, count - start)
+            check_memory(f"a block of {size:,} latents", "lower batch_size", 4 * size * latent_dim)
+            yield torch.zeros(size, latent_dim)
 
     return LatentSource(count, "zero", read)
 

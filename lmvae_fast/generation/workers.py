@@ -18,7 +18,10 @@ from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, OutputError
 from lmvae_fast.generation.engine import Generated, generate
 from lmvae_fast.kernels.backend import backend as use_backend
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.lmvae import LMVAE
+
+_PROCESS_BYTES = 200 << 20  # of torch and what it reads, in each, without a model
 
 _model: LMVAE | None = None  # of a worker process
 
@@ -55,7 +58,8 @@ class Workers:
         backend: kernels to use, as in ``lf.backend``.
 
     Raises:
-        ConfigError: fewer than one worker, or more workers than GPUs where there are GPUs.
+        ConfigError: fewer than one worker, or more workers than GPUs where there are GPUs. MemoryLimitError: more than
+            the machine has room for.
     """
 
     def __init__(self, load: Callable[[str, str], LMVAE], source: str, count: int, backend: str = "auto"):
@@ -64,6 +68,7 @@ class Workers:
         gpus = torch.cuda.device_count()
         if 0 < gpus < count:
             raise ConfigError("every worker takes a GPU of its own", value=f"{count} workers", limit=f"{gpus} GPUs")
+        check_memory(f"{count:,} processes that decode", "lower workers", count * _PROCESS_BYTES)
         context = multiprocessing.get_context("spawn")  # a forked child must not touch CUDA or OpenMP
         self.count, numbers = count, context.Queue()
         for number in range(count):

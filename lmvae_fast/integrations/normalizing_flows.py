@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.integrations.freia.conversion import Builder
+from lmvae_fast.integrations.versions import warn_outside
 from lmvae_fast.models.flow import CouplingFlow
 
 # Their couplings add whatever the subnet says to the log-scale: no clamp, no gain.
@@ -27,7 +28,8 @@ def from_normflows(flows: Any, *, memory: str = "save") -> CouplingFlow:
     Raises:
         ConfigError: anything else; the message says which and where.
     """
-    modules = list(getattr(flows, "flows", flows))
+    warn_outside("normflows", "1.7", "1.8")
+    modules = list(_several(getattr(flows, "flows", flows)))
     dim = _dim(modules, _width_of_normflows)
     return _converted(
         modules, dim, {n.removeprefix("_nf_"): f for n, f in globals().items() if n.startswith("_nf_")}, memory
@@ -44,12 +46,19 @@ def from_nflows(transform: Any, *, memory: str = "save") -> CouplingFlow:
     Raises:
         ConfigError: anything else; the message says which and where.
     """
+    warn_outside("nflows", "0.14", "0.15")
     transform = getattr(transform, "_transform", transform)
     modules = list(getattr(transform, "_transforms", [transform]))
     dim = _dim(modules, _width_of_nflows)
     return _converted(
         modules, dim, {n.removeprefix("_nx_"): f for n, f in globals().items() if n.startswith("_nx_")}, memory
     )
+
+
+def _several(flows: Any) -> Iterable[Any]:
+    if not isinstance(flows, Iterable):
+        raise ConfigError("from_normflows takes a NormalizingFlow, or a list of flows", value=type(flows).__name__)
+    return flows
 
 
 def _converted(modules: list[Any], dim: int, known: dict[str, Any], memory: str) -> CouplingFlow:

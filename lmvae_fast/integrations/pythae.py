@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError
+from lmvae_fast.integrations.ours import checked_lmvae
 from lmvae_fast.integrations.saving import save_beside
 from lmvae_fast.integrations.versions import warn_outside
 from lmvae_fast.models.free_running import greedy_ids
@@ -36,7 +37,7 @@ def as_pythae(model: LMVAE) -> PythaeLMVAE:
     An input is a row of the decoder's token ids ``[B, max_len]``, padded with the end token, as ``sentences(model, texts)``
     makes them; a reconstruction is such a row. So are what samplers return: ``texts(model, ids)`` spells them.
 
-    Raises ConfigError for a model of prompts or with annotations.
+    Raises ConfigError for a model of prompts or with annotations, or what is no ``LMVAE``.
     """
     return PythaeLMVAE(model)
 
@@ -113,6 +114,7 @@ class PythaeLMVAE(VAE):
     """See :func:`as_pythae`. ``lmvae`` is the model; its ``beta`` weighs the KL in training."""
 
     def __init__(self, lmvae: LMVAE):
+        lmvae = checked_lmvae(lmvae, "as_pythae")
         if lmvae.config.prompted or lmvae.config.annotations:
             raise ConfigError(
                 "pythae's models read one tensor, a sentence", value=f"system={lmvae.config.system!r}, "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.integrations.ours import checked_lmvae
 from lmvae_fast.integrations.versions import warn_outside
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.lmvae import LMVAE
@@ -37,7 +38,7 @@ class PosteriorMean(InputModule):
         model: an LMVAE of sentences without annotations, or a folder or hub name of one.
 
     Raises:
-        ConfigError: a model of prompts, or one that reads annotations beside the sentence.
+        ConfigError: a model of prompts, one that reads annotations beside the sentence, or what is no ``LMVAE``.
     """
 
     save_in_root = False  # a model folder holds nothing else
@@ -45,7 +46,9 @@ class PosteriorMean(InputModule):
 
     def __init__(self, model: LMVAE | str | os.PathLike[str]):
         super().__init__()
-        model = model if isinstance(model, LMVAE) else LMVAE.from_pretrained(model)
+        if isinstance(model, (str, os.PathLike)):
+            model = LMVAE.from_pretrained(model)
+        model = checked_lmvae(model, "PosteriorMean")
         if not isinstance(model.encoder, Encoder) or model.config.annotations:
             raise ConfigError(
                 "embeddings are of sentences alone", value=f"system={model.config.system!r}, "

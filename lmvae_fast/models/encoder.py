@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
 from lmvae_fast.files import tensor_bytes
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.sentence_modules import load_dense, read_modules, write_modules
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.batch import Batch
@@ -61,6 +64,11 @@ class Encoder(nn.Module):
         layer: int | None = None,
     ):
         super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(
+                f"{type(model).__name__} has no configuration of its own, so that it could not be saved and loaded again",
+                remedy="use another encoder",
+            )
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise TokenizerError(
@@ -90,6 +98,11 @@ class Encoder(nn.Module):
         self.model, self.tokenizer, self.pooling, self.normalize = model, tokenizer, pooling, normalize
         self.segments, self.layer = segments, layer
         embedding: Any = model.get_input_embeddings()
+        if not isinstance(getattr(embedding, "weight", None), Tensor):
+            raise ConfigError(
+                f"{type(model).__name__} has no table of token embeddings", value=type(embedding).__name__,
+                remedy="use a text encoder that reads input_ids",
+            )  # fmt: skip
         self._vocabulary: int = embedding.weight.shape[0]
         check_size(tokenizer, self._vocabulary, "encoder")
         self.trains, self.source = train, source
@@ -163,11 +176,20 @@ class Encoder(nn.Module):
             width = widths[-1] if widths else self.model.config.hidden_size
             return width * self.segments if self.pooling == "segments" else width
         name = type(self.model).__name__
-        texts = ["a cat", "a cat is a kind of animal that lives with people"]
+        texts = ["a cat is an animal", "a cat is a kind of animal that lives with people in their houses"]
+        if self.pooling == "segments":
+            width = getattr(self.model.config, "hidden_size", 1024)
+            check_memory(f"means of {self.segments:,} parts", "lower pooling_segments", 16 * self.segments * width)
         try:
             alone = self(*(part.to(self.device) for part in self.tokenize(texts[:1])))
             padded = self(*(part.to(self.device) for part in self.tokenize(texts)))[:1]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError, KeyError) as error:
+            others = inspect.signature(self.model.forward).parameters.keys() - {"input_ids", "attention_mask"}
+            if wanted := sorted(other for other in others if re.search(rf"\b{other}\b", str(error))):
+                raise ConfigError(
+                    f"{name} does not read text alone", value=f"it asks for {' or '.join(wanted)}",
+                    remedy="use a text encoder (BERT, MiniLM, T5, RoBERTa, Qwen ...)",
+                ) from error  # fmt: skip
             raise ConfigError(
                 f"{name} cannot be run as a text encoder: {str(error).strip().splitlines()[0][:200]}",
                 remedy="use a text encoder that takes input_ids and attention_mask (BERT, MiniLM, T5, RoBERTa, Qwen ...)",
@@ -296,7 +318,7 @@ def segment_means(hidden: Tensor, mask: Tensor, segments: int) -> Tensor:
 
 def longest_input(model: nn.Module) -> int | None:
     """The most tokens that an encoder has positions for; None for any number (relative positions)."""
-    config: Any = model.config
+    config: Any = _of_text(model.config)
     names = ("max_encoder_position_embeddings", "max_position_embeddings")  # LED names its halves apart
     longest = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     if longest is None or longest < 1:  # XLNet says -1
@@ -307,6 +329,14 @@ def longest_input(model: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and first is not None and isinstance(weight, Tensor):
             return min(longest, weight.shape[0] - first - 1)
     return longest
+
+
+def _of_text(config: Any) -> Any:
+    """The part of a configuration that is about text, where it has parts (speech models with a language model inside)."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # two of them
+        return config
 
 
 def _saved_encoder_half(config: Any) -> type[PreTrainedModel] | None:

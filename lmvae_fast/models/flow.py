@@ -22,6 +22,9 @@ from lmvae_fast.kernels.coupling_flow import (
     hard_permutation,
     soft_permutation,
 )
+from lmvae_fast.memory import check_memory
+
+_BLOCK_BYTES = 4096  # of a block's description, beside its numbers
 
 
 def build_spec(
@@ -62,6 +65,8 @@ def build_spec(
         block = (Stage(coupling(0, "none", 1.0), "exp", permutation),)
     else:
         raise ConfigError("unknown kind of coupling block", value=kind, limit=", ".join(KINDS))
+    numbers = FlowSpec(dim, cond_dim, block).sizes[0]
+    check_memory(f"a flow of {blocks:,} blocks", "lower blocks or hidden", blocks * (4 * numbers + _BLOCK_BYTES))
     return FlowSpec(dim, cond_dim, block * blocks)
 
 

@@ -217,25 +217,25 @@ class LMVAE(nn.Module):
             "objective": str(config.objective),
             "length_normalize": bool(config.length_normalize),
         }
-        lengths = batch.tokens + int(config.count_start_token)
-        weights = token_weights(lengths.to(self.latent_dtype), batch.rows, **options)
+        lengths = batch.own(batch.tokens) + int(config.count_start_token)
+        weights = token_weights(lengths.to(self.latent_dtype), batch.rows, fillers=batch.fillers, **options)
         read = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids
         loss, nll = token_losses(self.decoder, batch, read, injection, weights)
-        loss = loss + beta * latents.kl.mean()
+        loss = loss + beta * batch.own(latents.kl).mean()
         auxiliary = self._auxiliary(batch, posterior, nll, eps, seed)
         with torch.no_grad():
-            of_sentences = segment_sum(nll.detach(), batch.cu_seqlens)
-            terms = combine(of_sentences, lengths, latents.kl.detach(), beta, **options)
+            of_sentences = batch.own(segment_sum(nll.detach(), batch.cu_seqlens))
+            terms = combine(of_sentences, lengths, batch.own(latents.kl).detach(), beta, **options)
         return LMVAEOutput(
             loss if auxiliary is None else loss + auxiliary,
             terms.reconstruction,
             terms.kl,
             beta,
             nll.detach(),
-            batch.tokens,
-            posterior.mu,
-            posterior.logvar,
-            latents.z,
+            batch.own(batch.tokens),
+            batch.own(posterior.mu),
+            batch.own(posterior.logvar),
+            batch.own(latents.z),
             None if auxiliary is None else auxiliary.detach(),
         )
 

@@ -71,16 +71,20 @@ def kl_mode_at(mode: str, beta: float | Tensor) -> str:
     return "sum" if mode == "dim_threshold" and isinstance(beta, (int, float)) and beta == 0 else mode
 
 
-def token_weights(tokens: Tensor, rows: Tensor, *, objective: str = "elbo", length_normalize: bool = False) -> Tensor:
+def token_weights(
+    tokens: Tensor, rows: Tensor, *, objective: str = "elbo", length_normalize: bool = False, fillers: int = 0
+) -> Tensor:
     """How much each token's NLL counts in the loss ``[T]``, so that one weighted sum is the mean of `combine`'s reconstruction.
 
-    tokens [B]: targets of each sentence, floating; rows int64 [T]: sentence of each token.
+    tokens [B]: targets of each sentence, floating; rows int64 [T]: sentence of each token. fillers: sentences that ``rows``
+    names after those B, none of whose tokens is predicted.
     """
     sentences = max(tokens.shape[0], 1)
     if objective == "langvae-0.6":
         return (tokens.sum() / sentences**2).expand(rows.shape[0])
     weights = torch.ones_like(tokens) if not length_normalize else 1.0 / tokens.clamp_min(1)
-    return (weights / sentences)[rows]
+    weights = weights / sentences
+    return (torch.nn.functional.pad(weights, (0, fillers)) if fillers else weights)[rows]
 
 
 def combine(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.config.plain_decoder import PlainDecoderConfig
+from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError, ConfigError
 from lmvae_fast.files import check_ours, fsync_file, mark, output_errors, replace_folder, sweep, temporary_beside
 from lmvae_fast.models import inputs
@@ -196,7 +197,4 @@ def limits_of(source: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(source) / SETTINGS
     if not file.is_file():
         return {}
-    try:
-        return {name: value for name, value in json.loads(file.read_text()).items() if name in LIMITS}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is unreadable: {error}", remedy="restore it, or remove it") from error
+    return {name: value for name, value in read_object(file, error=CheckpointError).items() if name in LIMITS}

@@ -207,7 +207,7 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
     folder = Path(source)
     recover_folder(folder)
     if not folder.is_dir():
-        folder = _download(str(source))
+        folder = download(str(source))
     values = read_object(folder / CONFIG, error=CheckpointError)
     if values.pop("format", None) != FORMAT:
         raise CheckpointError(
@@ -251,11 +251,13 @@ def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
 
 def _store_part(part: Any, folder: Path) -> None:
     """Encoder or decoder with its tokenizer as an ordinary Hugging Face folder."""
-    if any(map(in_pieces, part.model.parameters())):
-        # no process has all of it; but what it was loaded from and what trains, which is stored anyway, are all it is
+    sharded = any(map(in_pieces, part.model.parameters()))
+    if sharded or getattr(part.model, "is_quantized", False):
+        # No process has all of it, or transformers cannot write again what it has read; but what it was loaded from and what
+        # trains, which is stored anyway, are all it is.
         if part.source is None or not Path(part.source).is_dir():
             raise OutputError(
-                "a sharded decoder that came from no folder cannot be stored",
+                f"a {'sharded' if sharded else 'quantised'} decoder that came from no folder cannot be stored",
                 value=f"source={part.source}",
                 remedy="save with include_frozen=False, or load the decoder from a folder",
             )
@@ -292,12 +294,16 @@ def _check_frozen_entries(frozen: Any, path: Path) -> None:
         )  # fmt: skip
 
 
-def _download(name: str) -> Path:
+def download(name: str, **options: Any) -> Path:
+    """The folder of a model on the Hugging Face hub; options of ``snapshot_download`` (revision, token, cache_dir ...).
+
+    Raises CheckpointError where it cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, **options))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
             f"no model at {name!r}: neither a folder nor to be had from the hub ({type(error).__name__})",

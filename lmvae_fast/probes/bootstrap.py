@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lmvae_fast.errors import DataError
+from lmvae_fast.memory import check_memory
 from lmvae_fast.probes import checks
 from lmvae_fast.probes.results import Array, plain
 
@@ -29,6 +30,7 @@ def resamples(rows: int, number: int = RESAMPLES, seed: int = 0) -> Iterator[Arr
 
 def replicates(statistic: Callable[[Array], float], rows: int, *, number: int = RESAMPLES, seed: int = 0) -> Array:
     """The statistic of each resample's row indices: float64 ``[number]``."""
+    check_memory(f"{number:,} resamples", "lower resamples", 40 * number)
     return np.array([statistic(chosen) for chosen in resamples(rows, number, seed)], dtype=np.float64)
 
 

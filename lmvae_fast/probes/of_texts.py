@@ -14,6 +14,7 @@ from lmvae_fast.data.word_vectors import TokenEmbeddingVectors, VectorSource
 from lmvae_fast.errors import DataError, LMVAEError
 from lmvae_fast.evaluation.text import token_accuracy
 from lmvae_fast.exploration.points import aggregate_quantiles
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.probes.encodings import decode
 from lmvae_fast.probes.generation_quality import generation_quality
@@ -55,7 +56,9 @@ def generation(context: Context) -> Section:
     settings = context.settings
     rows = context.chosen_rows(settings.decoded, _RECONSTRUCTED)
     source = torch.Generator().manual_seed(settings.seed)
-    z = torch.randn(settings.decoded, context.encodings.mu.shape[1], generator=source)
+    width = context.encodings.mu.shape[1]
+    check_memory(f"{settings.decoded:,} draws from the prior", "lower decoded", settings.decoded * (4 * width + 2048))
+    z = torch.randn(settings.decoded, width, generator=source)
     annotations = _annotations(context, np.resize(rows, settings.decoded))
     with context.bar("generation", settings.decoded) as advance:
         drawn = decode(context.model, z, annotations, advance, settings.batch_size)

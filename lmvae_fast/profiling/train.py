@@ -71,6 +71,8 @@ def profile_train(
             trace = folder / f"trace-{name}.json"
             figures = break_down(side, times[name], PARTS, limits, dtype, trace, traced=traced)
             record["sides"][name] = {**figures, "tokens_per_s": batch.num_tokens / figures["seconds"]}
+    body = fast.trainer.body
+    record["decoder_layers"] = "modules" if body is None else body.runs
     record["encoder_pass_seconds"] = None if model.encoder.trains else _encoder_seconds(model, batch.texts)
     if reference:
         record["speedup"] = speedup(times, "fast", "reference")

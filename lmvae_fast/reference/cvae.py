@@ -10,23 +10,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError, ConfigError, LatentError
 from lmvae_fast.reference.cvae_gpt2 import GPT2Encoder, GPT2LatentDecoder
 from lmvae_fast.reference.cvae_objective import RAMPS, anneal_weight, mutual_information, penalty, sample
 from lmvae_fast.reference.cvae_parts import CVAESettings, LlamaEncoder, LlamaLatentDecoder
 from lmvae_fast.reference.cvae_text import IGNORED, CVAEBatch, PromptAndResponse, collate
+from lmvae_fast.tensor_files import read_tensors
 
 SAMPLES = {"z": 1, "emb": 1, "skip": 32, "kl": 16, "mi": 16}
 
@@ -358,16 +357,10 @@ def load_checkpoint(
         CheckpointError: the folder cannot be read, or does not hold exactly this model's parameters.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "model.safetensors")
-        if extra is not None:
-            state.update(load_file(Path(extra) / "extra.safetensors"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot read the CVAE in {folder} ({error})",
-            remedy="point to a folder with config.json and model.safetensors",
-        ) from error
+    config = read_object(folder / "config.json", error=CheckpointError)
+    state = read_tensors(folder / "model.safetensors")
+    if extra is not None:
+        state.update(read_tensors(Path(extra) / "extra.safetensors"))
     decoder = AutoModelForCausalLM.from_pretrained(base_model, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     model = ReferenceCVAE(

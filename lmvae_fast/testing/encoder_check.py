@@ -5,36 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lmvae_fast.errors import LMVAEError
 from lmvae_fast.models.encoder import Encoder
-from lmvae_fast.testing.mapped_types import tiny_encoder_of
-from lmvae_fast.testing.parts import tiny_tokenizer
 
 TOLERANCE = 1e-5
 _TEXTS = ("a cat is a kind of animal", "the sun", "an animal needs food to live")
-_LONG = " ".join(["the sun is a star and water is a liquid"] * 8)  # past every limit of a tiny configuration
+_LONG = " ".join(["the sun is a star and water is a liquid"] * 8)  # past the limit of most tiny configurations
 
 
-def check_type(model_type: str) -> dict[str, Any]:
-    """What became of a type: ``status`` right, refused, wrong or unbuilt, ``reason``, ``width`` and ``longest``."""
-    tokenizer = tiny_tokenizer()
-    try:
-        model = tiny_encoder_of(model_type, len(tokenizer))
-    except Exception as error:
-        text = str(error).strip().splitlines() or [""]
-        return {"status": "unbuilt", "reason": f"{type(error).__name__}: {text[-1].strip()[:200]}"}
-    result: dict[str, Any] = {"class": type(model).__name__}
-    try:
-        encoder = Encoder(model, tokenizer)
-    except LMVAEError as error:
-        return {**result, "status": "refused", "reason": error.problem}
-    result |= {"width": encoder.width, "longest": encoder.max_tokens}
+def check_encoder(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What became of a text encoder: ``status`` right or wrong, ``reason``, ``width`` and ``longest``.
+
+    Raises ConfigError for one that is refused.
+    """
+    encoder = Encoder(model, tokenizer)
     try:
         off = _faults(encoder)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         off = [f"{type(error).__name__} {str(error)[:150]}"]
-    return {**result, "status": "wrong" if off else "right", "reason": "; ".join(off)}
+    found = {"width": encoder.width, "longest": encoder.max_tokens}
+    return {"status": "wrong" if off else "right", "reason": "; ".join(off), **found}
 
 
 @torch.no_grad()
@@ -44,7 +36,7 @@ def _faults(encoder: Encoder) -> list[str]:
     together = encoder(*encoder.tokenize(list(_TEXTS)))
     if not (alone - together).norm() <= TOLERANCE * alone.norm():
         found.append(f"depends on what a text is padded with ({(alone - together).norm() / alone.norm():.1e})")
-    ids, mask = encoder.tokenize([_LONG])
+    ids, mask = encoder.tokenize([" ".join([_LONG] * (1 + (encoder.max_tokens or 0) // 64))])
     if encoder.max_tokens is not None and ids.shape[1] != encoder.max_tokens:
         found.append(f"a long text is cut at {ids.shape[1]} tokens")
     if encoder(ids, mask).shape != (1, encoder.width):

@@ -27,29 +27,33 @@ from lmvae_fast.text.tokenizer import SentenceTokenizer
 
 TOLERANCE = 1e-5  # relative to the norm, of float32
 TOKENS, PREFIX_SLOTS, BATCH = 9, 3, 2  # past a window of 4 under every rule
+LONGEST = 64  # tokens of a sentence that is read one by one to a decoder's last position
 
 
 def check_decoder(model: PreTrainedModel, *, gradients: bool = True) -> dict[str, float | str]:
     """Differences by what was computed, relative to the norm; a string where a case is refused, and why.
 
     Keys: ``no_memory``, each visibility, ``positions`` (explicit ones, prefix), ``generation`` (logits along greedy tokens,
-    infinite where a token differs), ``gradients`` (of the memory, the worst visibility) and ``limit``.
+    infinite where a token differs), ``gradients`` (of the memory, the worst visibility), ``last`` (a sentence that ends at
+    the decoder's last position, where it has one) and ``limit``, how many it has.
 
     Raises:
         UnsupportedDecoderError: the decoder is refused.
     """
     decoder = Decoder(model, SentenceTokenizer(tiny_tokenizer()))
-    ids = _ids(decoder)
-    found: dict[str, float | str] = {
-        "no_memory": _relative(_ours(decoder, ids, None, "prefix"), _own(decoder, ids, None, "prefix"))
-    }
-    worst = 0.0
+    found: dict[str, float | str] = {}
+    ids, worst = _ids(decoder), 0.0
+    try:
+        decoder.check_positions(0, TOKENS, "prefix")
+        found["no_memory"] = _relative(_ours(decoder, ids, None, "prefix"), _own(decoder, ids, None, "prefix"))
+    except LMVAEError as error:
+        found["no_memory"] = f"refused: {error.problem}; allowed: {error.limit}"
     for visibility in VISIBILITIES:
         memory = _memory(decoder, visibility)
         try:
             decoder.check_positions(memory.shape[-2], TOKENS, visibility)
         except LMVAEError as error:
-            found[visibility] = f"refused: {error.problem}"
+            found[visibility] = f"refused: {error.problem}; allowed: {error.limit}"
             continue
         memory.requires_grad_(gradients)
         ours, own = _ours(decoder, ids, memory, visibility), _own(decoder, ids, memory, visibility)
@@ -69,7 +73,7 @@ def check_decoder(model: PreTrainedModel, *, gradients: bool = True) -> dict[str
         own = _own(decoder, ids, memory, "prefix", explicit=True)
         found["positions"] = _relative(_ours(decoder, ids, memory, "prefix"), own)
     found["generation"] = _generation(decoder, ids[:, 0], memory)
-    found["limit"] = _limit(decoder)
+    found |= _limit(decoder, memory)
     return found
 
 
@@ -87,7 +91,7 @@ def _memory(decoder: Decoder, visibility: str) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     slots = PREFIX_SLOTS if visibility == "prefix" else TOKENS + 1
     shape = (decoder.num_layers, 2, BATCH, decoder.kv_heads, slots, decoder.head_dim)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator).to(decoder.dtype)
 
 
 def _ours(decoder: Decoder, ids: Tensor, memory: Tensor | None, visibility: str) -> Tensor:
@@ -102,6 +106,8 @@ def _ours(decoder: Decoder, ids: Tensor, memory: Tensor | None, visibility: str)
 
 
 def _own(decoder: Decoder, ids: Tensor, memory: Tensor | None, visibility: str, explicit: bool = False) -> Tensor:
+    if not takes(decoder.model, "past_key_values"):
+        return uncached_logits(decoder, ids, memory, visibility)
     if not _caches_what_it_reads(decoder):
         return masked_logits(decoder, ids, memory, visibility)
     reader = OwnCache(decoder, memory, visibility, explicit)
@@ -163,6 +169,8 @@ def _used(decoder: Decoder, gradient: Tensor) -> Tensor:
 @torch.no_grad()
 def _caches_what_it_reads(decoder: Decoder) -> bool:
     """Whether the model's own cache holds the keys and values of its attention, rather than what they are made of (MLA)."""
+    if not takes(decoder.model, "past_key_values"):
+        return False
     cache = DynamicCache()
     with eager(decoder):
         decoder.model(input_ids=_ids(decoder)[:, :1], past_key_values=cache, use_cache=True)
@@ -190,16 +198,44 @@ def masked_logits(decoder: Decoder, ids: Tensor, memory: Tensor | None, visibili
         return own(module, query, key, value, mask[None, None], **options)
 
     AttentionInterface.register("lmvae_oracle", attention)
-    positions = (
-        torch.tensor([token_position(visibility, step, slots) for step in range(tokens)])
-        if slots
-        else torch.arange(tokens)
-    )
+    positions = _positions(visibility, tokens, slots)
     model.set_attn_implementation("lmvae_oracle")
     try:
         return model(input_ids=ids, position_ids=positions.expand(len(ids), -1), use_cache=False).logits.float()
     finally:
         model.set_attn_implementation(decoder.way.attention)
+
+
+def _positions(visibility: str, tokens: int, slots: int) -> Tensor:
+    steps = [token_position(visibility, step, slots) if slots else step for step in range(tokens)]
+    return torch.tensor(steps)
+
+
+def uncached_logits(decoder: Decoder, ids: Tensor, memory: Tensor | None, visibility: str) -> Tensor:
+    """As `masked_logits`, for a model without a cache and without a registry of attention functions: the first GPT."""
+    tokens, slots = ids.shape[1], 0 if memory is None else memory.shape[-2]
+    visible = visibility_mask(tokens, slots, visibility if slots else "prefix", None)
+
+    def attention(layer: int) -> Any:
+        def softmax(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> list[Tensor]:
+            key = key.transpose(2, 3)
+            if memory is not None:
+                key, value = torch.cat([memory[layer, 0], key], 2), torch.cat([memory[layer, 1], value], 2)
+            scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+            return [scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value]
+
+        return softmax
+
+    modules = [module for module in decoder.body.modules() if type(module).__name__ == "Attention"]
+    ours = [module.__dict__.pop("_attn") for module in modules]
+    for layer, module in enumerate(modules):
+        module.__dict__["_attn"] = attention(layer)
+    try:
+        positions = _positions(visibility, tokens, slots)
+        return decoder.model(input_ids=ids, position_ids=positions.expand(len(ids), -1)).logits.float()
+    finally:
+        for module, own in zip(modules, ours, strict=True):
+            module.__dict__["_attn"] = own
 
 
 @torch.no_grad()
@@ -212,7 +248,7 @@ def _generation(decoder: Decoder, start: Tensor, memory: Tensor) -> float:
     for _ in range(TOKENS):
         logits = decoder.step(current, cache, injection).float()
         if reader is None:
-            own = masked_logits(decoder, read, memory, "prefix")[:, -1]
+            own = _own(decoder, read, memory, "prefix")[:, -1]
         else:
             with eager(decoder):
                 own = reader.read(current)
@@ -224,15 +260,22 @@ def _generation(decoder: Decoder, start: Tensor, memory: Tensor) -> float:
     return worst
 
 
-def _limit(decoder: Decoder) -> str:
-    """That what lies past the positions is refused."""
-    if decoder.max_positions is None:
-        return "none"
+@torch.no_grad()
+def _limit(decoder: Decoder, memory: Tensor) -> dict[str, float | str]:
+    """That the decoder's last position is right, and that what lies past it is refused."""
+    positions = decoder.max_positions
+    if positions is None:
+        return {"limit": "none"}
+    found: dict[str, float | str] = {"limit": str(positions)}
+    tokens = positions - PREFIX_SLOTS
+    if decoder.hidden_window is None and TOKENS < tokens <= LONGEST:
+        ids = torch.arange(BATCH * tokens).mul(7).remainder(decoder.vocab_size - 4).add(4).view(BATCH, tokens)
+        found["last"] = _relative(_ours(decoder, ids, memory, "prefix"), _own(decoder, ids, memory, "prefix"))
     try:
-        decoder.check_positions(PREFIX_SLOTS, decoder.max_positions, "prefix")
+        decoder.check_positions(PREFIX_SLOTS, tokens + 1, "prefix")
     except LMVAEError:
-        return str(decoder.max_positions)
-    raise UnsupportedDecoderError("positions past the decoder's are not refused", value=decoder.max_positions)
+        return found
+    raise UnsupportedDecoderError("positions past the decoder's are not refused", value=positions)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ LAYERS, WINDOW, POSITIONS = 4, 4, 24
 # Sizes by the names that configurations give them.
 _SIZES: dict[int, str] = {
     32: "hidden_size d_model n_embd dim emb_dim embedding_size word_embed_proj_dim embed_dim hidden_dim "
-    "input_embedding_size output_embedding_size decoder_hidden_size",
+    "input_embedding_size output_embedding_size decoder_hidden_size hidden_size_global audio_hidden_size",
     48: "intermediate_size ffn_dim d_inner n_inner decoder_ffn_dim encoder_ffn_dim d_ff dff ffn_hidden_size dim_ff "
     "intermediate_size_mlp dense_intermediate_size",
     16: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size q_lora_rank kv_lora_rank "
@@ -56,6 +56,10 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MUP = {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _KV_SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+_SOUND = ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config")
+_INDEXER = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+}  # fmt: skip
 FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("granite", "granitemoe", "granitemoeshared", "granite_swa", "granitemoe_swa", "hyperclovax"), _MUP
@@ -64,6 +68,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     **{name: {"head_dim": 8} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "blt": {"encoder_hash_byte_group_vocab": 101},
+    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": {"text_config": _INDEXER},
     "bailing_hybrid": {"n_group": 1, "topk_group": 1},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v32": {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
@@ -71,19 +78,35 @@ FIELDS: dict[str, dict[str, Any]] = {
     # Its heads are of another width in layers that see everything.
     "gemma4_text": {"per_layer_config": {"1": {"head_dim": 16}, "3": {"head_dim": 16}}},
     "gemma3n_text": {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4, **_KV_SHARED},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "dots3_note": {"vision_config": {"adapter_in_dim": 32}, "audio_config": {"adapter_in_dim": 32}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "per_layer_config": {}},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "glm_moe_dsa": {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
+    # Published ones have convolutions; without a list of layers all would attend.
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "esm": {"pad_token_id": 0, "mask_token_id": 3},
     "esmc": {"num_key_value_heads": 4},
+    "funnel": {"architectures": ["FunnelModel"], "block_sizes": [2, 2], "block_repeats": [1, 1]},
+    "musicflamingo": {"audio_config": {"model_type": "audioflamingo3_encoder"}, "text_config": {"model_type": "qwen2"}},
+    "neomme": {"head_dim": 16},
+    "vibevoice_asr": {name: {"num_filters": 2} for name in _SOUND},
+    "t5gemma": {"is_encoder_decoder": False},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 6], "attn_layers": ["local"] * 4},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+# What cannot be built, by type; where it can after all, it is examined all the same.
+ABSENT = dict.fromkeys(
+    ("gemma4_assistant", "gemma4_unified_assistant"),
+    "transformers builds none: by its configuration every layer reads another model's keys and values, which its layers refuse",
+) | {"encoder-decoder": "is a pair of two other types, and has no configuration of its own"}
 
 
 def tiny_config(model_type: str, *, window: int = WINDOW) -> Any:
@@ -93,9 +116,12 @@ def tiny_config(model_type: str, *, window: int = WINDOW) -> Any:
     return made(**_merged(shrunk, FIELDS.get(model_type, {})))
 
 
-def tiny_model(model_type: str, *, window: int = WINDOW, seed: int = 0) -> PreTrainedModel:
-    """A random causal LM of a mapped type, fp32, eval mode: matrices N(0, 0.2^2), vectors moved by N(0, 0.1^2)."""
-    config = tiny_config(model_type, window=window)
+def tiny_model(model_type: str, *, window: int = WINDOW, seed: int = 0, config: Any = None) -> PreTrainedModel:
+    """A random causal LM of a mapped type, fp32, eval mode: matrices N(0, 0.2^2), vectors moved by N(0, 0.1^2).
+
+    config: another than `tiny_config` makes.
+    """
+    config = tiny_config(model_type, window=window) if config is None else config
     wanted: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     wanted = wanted[0] if isinstance(wanted, tuple) else wanted
     part = getattr(config, "decoder", None)

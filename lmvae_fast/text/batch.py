@@ -73,6 +73,8 @@ class Batch:
         prompt_ids: what the decoder reads of each prompt, or None.
         annotations: pooled label features, float32 ``[B, labels]``, or None.
         texts: the sentences, or None.
+        fillers: the last so many sentences only fill the batch up to a size that a recorded step has: nothing of them is
+            predicted (their labels are -100, their ``tokens`` 0), and no figure counts them. See :func:`filled`.
         share: what these sentences are of a batch that several processes share, or None: the noise of a sentence is that
             of its place in the whole batch.
     """
@@ -97,12 +99,22 @@ class Batch:
     prompt_ids: list[tuple[int, ...]] | None = None
     annotations: Tensor | None = None
     texts: list[str] | None = None
+    fillers: int = 0
     share: Share | None = None
 
     @property
     def batch_size(self) -> int:
         """Number of sentences B."""
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def counted(self) -> int:
+        """Number of sentences without fillers."""
+        return self.batch_size - self.fillers
+
+    def own(self, x: Tensor) -> Tensor:
+        """What of a tensor ``[B, ...]`` belongs to sentences that count; a view."""
+        return x[: self.counted] if self.fillers else x
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +129,41 @@ class Batch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+
+def filled(batch: Batch, tokens: int, fillers: int, longest: int) -> Batch:
+    """The batch with sentences after its own that fill it up to ``tokens`` tokens, none longer than ``longest``.
+
+    They read the batch's first token again and again, under the features and labels of its first sentence, so that nothing
+    that is computed of them is out of the ordinary. Raises ValueError where so many fillers cannot have so many tokens, each
+    one at least.
+    """
+    missing = tokens - batch.num_tokens
+    if not fillers <= missing <= fillers * longest:
+        raise ValueError(f"{fillers} sentences of 1 to {longest} tokens cannot have {missing} tokens")
+    lengths = torch.full((fillers,), missing // fillers)
+    lengths[: missing % fillers] += 1
+    ends = batch.cu_seqlens[-1] + lengths.cumsum(0)
+    rows = torch.repeat_interleave(torch.arange(fillers), lengths)
+    index = torch.arange(missing) - (lengths.cumsum(0) - lengths)[rows]
+
+    def repeated(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.cat([x, x[:1].expand(fillers, *x.shape[1:])])
+
+    return dataclasses.replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, batch.input_ids[:1].expand(missing)]),
+        labels=torch.cat([batch.labels, batch.labels.new_full((missing,), IGNORED)]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, ends.to(torch.int32)]),
+        max_seqlen=longest,
+        rows=torch.cat([batch.rows, rows + batch.batch_size]),
+        token_index=torch.cat([batch.token_index, index]),
+        tokens=torch.cat([batch.tokens, batch.tokens.new_zeros(fillers)]),
+        indices=torch.cat([batch.indices, batch.indices[:1].expand(fillers)]),
+        pooled=repeated(batch.pooled),
+        annotations=repeated(batch.annotations),
+        fillers=fillers,
+    )
 
 
 def pack(inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, Tensor | int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import OutputError
 from lmvae_fast.files import fingerprint_tensors, replacing, write_tensors
+from lmvae_fast.memory import free_disk
 from lmvae_fast.tensor_files import is_finite
 from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
 from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels, without_state
@@ -54,7 +55,7 @@ class TensorCache:
         check: raises ValueError for tensors that cannot be those of the key, whoever wrote them.
 
         A cache that cannot be written costs time, not correctness: it is reported by a warning, and the computed
-        tensors are returned.
+        tensors are returned. So is one that would fill its disk, which nothing of it is written to.
         """
         path = self.path(kind, key)
         if path.is_file():
@@ -66,6 +67,14 @@ class TensorCache:
             except (SafetensorError, OSError, ValueError) as error:
                 warnings.warn(f"cache entry {path} is unusable and is computed again: {error}", stacklevel=2)
         tensors = dict(compute())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = free_disk(path)
+        if size > free:
+            warnings.warn(
+                f"{kind} are not cached and will be computed again next time: they take {size / 1e6:,.1f} MB, and "
+                f"{free / 1e6:,.1f} MB are free for {self.folder}; set cache_dir to a folder of another disk", stacklevel=2,
+            )  # fmt: skip
+            return tensors
         metadata = {"key": key, "sha256": fingerprint_tensors(tensors)}
         try:
             with replacing(path) as temporary:

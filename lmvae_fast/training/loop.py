@@ -12,15 +12,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import NumericalError
 from lmvae_fast.evaluation.collapse import warn_of_collapse
 from lmvae_fast.memory import memory_guard
+from lmvae_fast.models.decoder.training_body import TrainingBody, trained_through
 from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.batch_plan import EpochPlan, Rows, bounds_of, groups_of, plan_epoch, steps_per_epoch
 from lmvae_fast.training.callbacks import Callback
@@ -31,6 +34,7 @@ from lmvae_fast.training.distributed import Ranks, noticing_lost_ranks
 from lmvae_fast.training.feature_cache import TensorCache, encoder_fingerprint, pooled_features, tokenized_sentences
 from lmvae_fast.training.optimizer import Optimizer
 from lmvae_fast.training.posterior_start import start_posterior
+from lmvae_fast.training.recorded_steps import RecordedSteps, StepInputs, capture_of, moved, reason_against
 from lmvae_fast.training.records import Progress, Record, TrainResult
 from lmvae_fast.training.run import RunLoop
 from lmvae_fast.training.run_checks import check_run, writing_run
@@ -80,6 +84,7 @@ class Trainer(RunLoop[TrainResult]):
         self.ranks = Ranks()
         super().__init__(config, callbacks, watched=self.ranks.first)
         self.model = model
+        self.body: TrainingBody | None = None  # of the frozen decoder, within `prepared`
         self.device = next(model.parameters()).device
         self.parameters = trainable_parameters(model)
         check_run(model, self.parameters, config, self.ranks, eval_data)
@@ -109,6 +114,14 @@ class Trainer(RunLoop[TrainResult]):
         # the record is read where figures are read anyway: at log steps and before a checkpoint is written.
         self.check_every_step = self.device.type == "cpu"
         self._plan: tuple[int, EpochPlan] | None = None
+        pooled, grouped = self.pooled is not None, self.groups is not None
+        against = partial(reason_against, model, config, self.ranks, pooled=pooled, grouped=grouped)
+        capture = capture_of(self.device, config.cuda_graphs, against)
+        self.recorded: RecordedSteps | None = None
+        if capture is not None:
+            self.recorded = RecordedSteps(
+                self._step_over, lambda: moved(self.state, self.watch), capture, int(model.config.max_len)
+            )
 
         eval_print = None if self.eval_set is None else self.eval_set.fingerprint()
         known = identity.identity(config, model, self.train_set.fingerprint(), eval_print)
@@ -122,7 +135,7 @@ class Trainer(RunLoop[TrainResult]):
         self.state = run_state.RunState(
             model,
             self.parameters,
-            Optimizer(model, self.parameters, config, self.ranks),
+            Optimizer(model, self.parameters, config, self.ranks, recorded=self.recorded is not None),
             Plateau(config.plateau_patience, config.plateau_factor),
             RunningMeans(self.device, self.ranks),
             Progress(),
@@ -147,16 +160,20 @@ class Trainer(RunLoop[TrainResult]):
     def prepared(self) -> Iterator[None]:
         """The state in which steps are taken; what it sets up is given back at its end."""
         dtype = AUTOCAST.get(self.config.precision)
-        self.model.train()
-        decoder = self.model.decoder
+        decoder = self.model.train().decoder
         with (
             frozen_in(decoder, dtype),
             recomputing(decoder, self.config.recompute_decoder),
             compiling(decoder, self.config.compile),
+            trained_through(decoder, not self.config.compile) as self.body,
             keeping_freed_memory(self.device),
             self.state.optimizer.attached(),
         ):
-            yield
+            try:
+                yield
+            finally:
+                if self.recorded is not None:  # its recordings read the weights in the precision they have here
+                    self.recorded.forget()
 
     def _advance(self, signals: StopSignals) -> None:
         """One step and all that is due after it."""
@@ -217,6 +234,9 @@ class Trainer(RunLoop[TrainResult]):
         """One step on these rows of the tokenised training set, within `prepared`."""
         beta = self.model.beta = self.beta()
         self.state.optimizer.learning_rate = self._learning_rate()
+        if self.recorded is not None:
+            self._recorded_step(self.recorded, micro_batches[0], beta)
+            return
         sentences = sum(len(rows) for rows in micro_batches)
         # Memory for the step's longest sentence and its end token: alike in all micro-batches.
         tokens = 1 + max(len(self.train_set.ids[row]) for rows in micro_batches for row in rows)
@@ -239,6 +259,7 @@ class Trainer(RunLoop[TrainResult]):
             self.state.progress.sentences += len(rows)
             if counted:
                 self.state.means.add(out, batch)
+                self.state.means.count(sentences=batch.batch_size, tokens=batch.num_tokens)
                 self.state.progress.tokens += batch.num_tokens
         self.state.optimizer.synchronize(self.ranks)
         norm = self.state.optimizer.norm()
@@ -248,11 +269,37 @@ class Trainer(RunLoop[TrainResult]):
         if self.check_every_step:
             self._stop_if_not_finite()
         self.state.means.add_step(norm)
+        self.state.means.count(steps=1)
         count = sum(parameter.numel() for parameter in self.parameters.values())
         with self._memory(
             f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS
         ):
             self.state.optimizer.step(norm)
+
+    def _recorded_step(self, recorded: RecordedSteps, rows: Rows, beta: float) -> None:
+        """As `optimizer_step` of one batch, by recordings."""
+        batch = self.model.make_batch(self.train_set, rows, self.pooled)
+        seed = int(torch.randint(2**62, ()))
+        with self._memory(f"a step of {batch.batch_size} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE):
+            recorded(batch, self.device, seed=seed, position=self._position(0), beta=beta)
+        self.state.means.count(sentences=batch.batch_size, tokens=batch.num_tokens, steps=1)
+        self.state.progress.sentences += batch.batch_size
+        self.state.progress.tokens += batch.num_tokens
+        if self.check_every_step:
+            self._stop_if_not_finite()
+
+    def _step_over(self, inputs: StepInputs, beta: float | Tensor) -> None:
+        """All that a step does on the device."""
+        batch = inputs.batch()
+        with self._autocast():
+            out = self.model(batch, beta=beta, seed=inputs.seed, tokens=inputs.size.longest)
+        self.watch.note(out.loss, inputs.position)
+        out.loss.backward()
+        self.state.means.add(out, batch)
+        norm = self.state.optimizer.norm()
+        self.watch.note(norm, inputs.position + 1)
+        self.state.means.add_step(norm)
+        self.state.optimizer.step(norm)
 
     def _memory(self, what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
         kept = self.last_checkpoint or "none yet"

@@ -33,11 +33,13 @@ class Optimizer:
         parameters: name -> parameter of everything that trains, as it is held during the run.
         config: learning rate, AdamW's settings, `grad_clip`, `precision`, `fused_projector_update`, `embedding_rows_update`.
         ranks: of the run.
+        recorded: steps are recorded: the learning rate is a tensor on the device.
     """
 
     def __init__(
-        self, model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks | None = None
-    ) -> None:
+        self, model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks | None = None,
+        *, recorded: bool = False,
+    ) -> None:  # fmt: skip
         self.grad_clip = config.grad_clip
         self.rows: RowAdamW | None = None
         self._rows_name = ""
@@ -69,6 +71,12 @@ class Optimizer:
         self.fused: LatentKVAdamW | None = None
         if self.projector is not None:
             self.fused = LatentKVAdamW(self.projector.weight, self.projector.shape, **options)
+        self._rate = config.learning_rate
+        # Of the precisions that torch's kernel and ours take.
+        self._rates = [
+            torch.zeros((), dtype=dtype, device=device) for dtype in (torch.float32, torch.float64)
+        ] * recorded
+        self.learning_rate = config.learning_rate
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -87,13 +95,18 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        return self._adamw[0][0].param_groups[0]["lr"]
+        return self._rate
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
+        self._rate = value
+        for rate in self._rates:
+            rate.fill_(value)
         for optimizer, _ in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = value
+                group["lr"] = self._rates[optimizer is self.fused] if self._rates else value
+                if self._rates and optimizer is not self.fused:
+                    group["capturable"] = True
         if self.rows is not None:
             self.rows.lr = value
 
@@ -184,6 +197,7 @@ class Optimizer:
             )
         for (optimizer, part), state in zip(self._optimizers, states, strict=True):
             restore_optimizer(optimizer, part, state)
+        self.learning_rate = self._rate  # what has been loaded has copies of the tensors
 
 
 def _fusible(model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> LinearProjector | None:

@@ -18,23 +18,30 @@ class RunningMeans:
 
     def __init__(self, device: torch.device, ranks: Ranks) -> None:
         self.device, self.ranks = device, ranks
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.reset({})
 
     def reset(self, saved: dict[str, float]) -> None:
-        self.sums = torch.tensor([saved.get(name, 0.0) for name in self.NAMES], dtype=torch.float64, device=self.device)
+        # In place: recorded steps add to this very tensor.
+        self.sums.copy_(torch.tensor([saved.get(name, 0.0) for name in self.NAMES], dtype=torch.float64))
         self.sentences, self.tokens, self.steps = (int(saved.get(n, 0)) for n in ("sentences", "tokens", "steps"))
         self.seconds = saved.get("seconds", 0.0)
 
     def add(self, out: Any, batch: Any) -> None:
-        loss = out.loss.detach().double() * batch.batch_size
+        """A batch's figures, on the device alone; `count` has the numbers that the host knows."""
+        loss = out.loss.detach().double() * batch.counted
         self.sums[:3] += torch.stack([loss, *elbo_terms(out, batch)])
-        self.sentences += batch.batch_size
-        self.tokens += batch.num_tokens
+
+    def count(self, *, sentences: int = 0, tokens: int = 0, steps: int = 0) -> None:
+        """What the figures added are of."""
+        self.sentences += sentences
+        self.tokens += tokens
+        self.steps += steps
 
     def add_step(self, grad_norm: Tensor) -> None:
+        """A step's gradient norm, on the device alone."""
         # A step that the fp16 scaler skips has an infinite norm; it is not part of the mean.
         self.sums[3] += torch.where(torch.isfinite(grad_norm), grad_norm, 0.0)
-        self.steps += 1
 
     def means(self) -> dict[str, float]:
         """Means per sentence (the gradient norm: per step) and the rate, as numbers (synchronises)."""

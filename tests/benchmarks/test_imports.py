@@ -10,7 +10,10 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # Run by LangVAE's interpreter, or imported there: nothing of this package may be needed.
-BY_LANGVAE = {"training/langvae_side.py", "training/langvae_learning.py", "generation/langvae_side.py"}
+BY_LANGVAE = {
+    "training/langvae_side.py", "training/langvae_learning.py", "generation/langvae_side.py",
+    "integrations/langvae_side.py", "integrations/pythae_side.py",
+}  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import time
 
+import numpy as np
 import pytest
 
+import lmvae_fast as lf
 from lmvae_fast import caches
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import ConfigError, OutputError
 from lmvae_fast.generation.estimates import check_estimate, estimate
-from lmvae_fast.testing import make_model
+from lmvae_fast.testing import SENTENCES, make_model
 from tests.cli.test_cli import as_json, call
+from tests.training.helpers import prompt_pairs
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,49 @@ def test_dry_runs_write_nothing(capsys, folder, tmp_path):
         and found["checkpoint_bytes"] > 3 * 4 * found["trainable_parameters"]
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt"]
+
+
+def test_dry_runs_of_the_other_commands_write_nothing(capsys, folder, tmp_path):
+    place = tmp_path / "given"
+    place.mkdir()
+    lf.PromptDataset(prompt_pairs(8)).write_jsonl(place / "pairs.jsonl")
+    words = [f"word{i}" for i in range(12)]
+    rows = [f"{word}\t{SENTENCES[i % 8]}" for i, word in enumerate(words)]
+    (place / "definitions.tsv").write_text("\n".join(["lemma\tdefinition", *rows]) + "\n")
+    vectors = np.random.default_rng(0).normal(size=(11, 5)).astype(np.float32)
+    lf.WordVectors(words[:-1], vectors).save(place / "vectors.safetensors")
+    vae = make_model(latent_dim=4, max_len=12)
+    vae.posterior_head.weight.data.mul_(3)
+    vae.save_pretrained(place / "vae", include_frozen=True)
+    new = tmp_path / "new"
+
+    tune = ("--data", place / "pairs.jsonl", "--decoder", folder / "decoder", "--max-len", 9, "--max-steps", 5)
+    found = as_json(capsys, "finetune", *tune, "--output", new, "--dry-run")
+    assert found["steps"] == 5 and found["trainable_parameters"] == found["parameters"] and found["seconds"] > 0
+    fit = ("fit-flow", place / "vae", "--data", place / "definitions.tsv", "--vectors", place / "vectors.safetensors",
+           "--output", new, "--max-steps", 7, "--blocks", 2, "--hidden", 8, "--shares", "0.6,0.2,0.2", "--skip-missing",
+           "--set", "train.tensorboard=false", "--all")  # fmt: skip
+    estimated = as_json(capsys, *fit, "--dry-run")
+    assert estimated["definitions"] == 12 and estimated["skipped"] == 1 and estimated["steps"] == 7
+    assert "disk free" in call(capsys, *fit, "--dry-run")[0]
+    sizes = {}
+    for to in ("lmvae_fast", "langvae"):
+        sizes[to] = as_json(capsys, "convert", folder, new, "--to", to, "--dry-run")
+        assert sizes[to]["disk_bytes"] > 0 and not new.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given"]
+
+    # what is written then is what was estimated
+    done = as_json(capsys, *fit)
+    assert done["parameters"] == estimated["trainable_parameters"] and done["definitions"] == estimated["definitions"]
+    newest = sorted((new / "checkpoints").iterdir())[-1]
+    held = sum(path.stat().st_size for path in newest.iterdir())
+    assert 0.3 * estimated["checkpoint_bytes"] < held <= estimated["checkpoint_bytes"]
+    for to in sizes:
+        as_json(capsys, "convert", folder, tmp_path / to, "--to", to)
+        held = sum(path.stat().st_size for path in (tmp_path / to).rglob("*") if path.suffix in (".safetensors", ".pt"))
+        assert held == pytest.approx(sizes[to]["disk_bytes"], rel=0.2)
+    with pytest.raises(AssertionError, match="neither empty"):  # what is refused is refused in a dry run, too
+        as_json(capsys, "finetune", *tune, "--output", place, "--dry-run")
 
 
 def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ class RecordedOperations(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
+    @torch.no_grad()  # what is recorded lies below autograd: backward's own operations too
     def replay(self):
         self.replays += 1
         for func, args, kwargs, out in self.calls:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmvae_fast.kernels.latent_attention import latent_attention_decode
+from lmvae_fast.kernels.backend import backend
+from lmvae_fast.kernels.latent_attention import flash, latent_attention, latent_attention_decode
 from lmvae_fast.kernels.latent_attention.visibility import VISIBILITIES
 from tests.kernels import test_latent_attention as on_cpu
 from tests.kernels.common import (
@@ -256,3 +257,20 @@ def test_large_cache_far_apart(card):
     spread = [far_apart(x, card // 2) for x in caches]
     assert torch.equal(decode(q, *spread, lengths, scale=0.125), near)
     assert torch.equal(decode(lay_out(q, "row_step"), *caches, lengths, scale=0.125), near)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_flash_attention_is_the_same_function(window):
+    tensors, cu_seqlens = make([70, 3, 129], heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, slots=5)
+    reason = flash.reason_against(
+        tensors[0], 64, visibility="prefix", max_seqlen=129, softcap=None, sinks=False, graded=False, forced=True
+    )
+    if reason is not None:
+        pytest.skip(reason)
+    call = options(tensors, cu_seqlens, window=window, max_seqlen=129)
+    with torch.no_grad(), backend("flash"):
+        out = latent_attention(*tensors, **call)
+    call.pop("max_seqlen")
+    with torch.no_grad():
+        exact = plain(*[x.double() for x in tensors], **call)
+        assert_within_error_rule("out", out, plain(*tensors, **call), exact)

@@ -115,3 +115,24 @@ def test_training_learns_and_saves(tmp_path, name, precision):
     trained = dict(model.named_parameters())
     assert stored and all(torch.equal(value.cpu(), trained[key].detach().cpu()) for key, value in stored.items())
     assert len(model.decode(torch.zeros(2, 6, device="cuda"))) == 2
+
+
+@pytest.mark.parametrize("system", [{}, {"visibility": "prefix", "slots": 4}, {"system": "llamavae"}], ids=str)
+def test_recorded_steps_train_as_launched_ones(system, tmp_path, caplog):
+    def figures(cuda_graphs):
+        torch.manual_seed(0)
+        model = make_model("gpt2", max_len=12, projector_dropout=0.0, **system).cuda()
+        for module in model.modules():  # whose draws would be those of a filled batch
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        config = lf.TrainConfig(
+            output_dir=str(tmp_path / str(cuda_graphs)), max_steps=12, batch_size=4, log_every=1, tensorboard=False,
+            progress=False, cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        history = lf.train(model, TEXTS * 4, None, config).history
+        return [[row[name] for name in ("loss", "kl", "grad_norm")] for row in history if row["kind"] == "train"]
+
+    launched = figures(False)
+    recorded = figures(True)
+    assert "kernel by kernel" not in caplog.text
+    torch.testing.assert_close(torch.tensor(recorded), torch.tensor(launched), rtol=2e-3, atol=1e-4)

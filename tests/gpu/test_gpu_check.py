@@ -11,11 +11,13 @@ import time
 import pytest
 import torch
 
+from benchmarks import loops
 from benchmarks.kernels import run as kernel_benchmarks
 from benchmarks.training import end_to_end
 from lmvae_fast.generation import cuda_graphs as graphs
 from lmvae_fast.models.decoder import recorded_step
 from tests.conftest import REPOSITORY
+from tests.generation.replay import RecordedOperations
 from tests.processes import PATIENCE, wait_until_gone
 
 
@@ -158,10 +160,10 @@ def test_commands_of_a_fallback_build_import_the_linked_package(gpu_check, tmp_p
 
 def test_ops_that_are_for_the_cpu_alone_do_not_redden_the_benchmarks(gpu_check, tmp_path, monkeypatch, capsys):
     elsewhere = [op for op in kernel_benchmarks.available() if "cuda" not in kernel_benchmarks.devices_of(op)]
-    assert elsewhere == ["greedy_head", "packed_linear"]
+    assert elsewhere == ["frozen_layer", "greedy_head", "packed_linear"]
     monkeypatch.setattr(sys, "argv", ["run", *elsewhere, "--device", "cuda", "--output", str(tmp_path)])
     assert kernel_benchmarks.main() == 0
-    assert capsys.readouterr().out.count("not for cuda") == 2
+    assert capsys.readouterr().out.count("not for cuda") == 3
     with_cuda = set(kernel_benchmarks.available()) - set(elsewhere)
     missing = [op for op in with_cuda if not (REPOSITORY / kernel_benchmarks.tests_of(op, "cuda")).exists()]
     assert not missing, "without these tests nothing is reported of these ops"
@@ -183,6 +185,42 @@ def test_end_to_end_measures_the_paths_that_ours_takes_by_itself(dtype, monkeypa
     assert {p.dtype for p in mine.decoder.parameters()} == {dtype or torch.float32}
     assert {p.dtype for p in theirs.parameters()} == {dtype or torch.float32}
     assert ours.projector.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_loops_are_measured_with_recordings_and_without(recorded, tmp_path, monkeypatch):
+    made = []
+
+    class Recording(RecordedOperations):
+        def __init__(self, step, device):
+            super().__init__(step, device)
+            made.append(self)
+
+    if recorded:
+        monkeypatch.setitem(recorded_step.CAPTURES, "cpu", Recording)
+    out = tmp_path / "loops.json"
+    common = ["--device", "cpu", "--tiny", "--output", str(out)]
+    assert loops.main(["train", "--batches", "4", "--steps", "8", *common]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["recorded", "launched"]
+    assert bool(made) == recorded
+    assert all(row["ms"] > 0 and row["profiled"]["host_ms"] > 0 for row in rows)
+    assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], rel=1e-2)
+    assert loops.main(["decode", "--batches", "2", "--seconds", "0", *common]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["can_record"] for row in rows] == [recorded, False]
+    assert all(row["same_tokens"] for row in rows)
+
+
+def test_stages_fit_the_budget_in_the_order_of_their_worth(gpu_check):
+    names = [stage.name for stage in gpu_check.STAGES]
+    wanted = ["environment", "build", "tests", "loop_tests", "training", "decoding", "benchmarks"]
+    assert names[: len(wanted)] == wanted
+    assert sum(stage.least for stage in gpu_check.STAGES) <= 0.8 * 520
+    context = type("Context", (), {"dry": True})()
+    for stage in gpu_check.STAGES:
+        if stage.name in ("training", "decoding", "counters", "benchmarks", "end_to_end", "large", "sanitizer"):
+            assert stage.run(context, 1.0)["status"] == "skipped"
 
 
 def test_dry_run_and_a_machine_without_a_device(gpu_check, tmp_path, monkeypatch, capsys):

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments, pipeline
+from transformers import AutoConfig, AutoModel, BertConfig, Trainer, TrainingArguments, pipeline
 
 from lmvae_fast.config import TrainConfig
-from lmvae_fast.errors import ConfigError, DataError, LatentError, OutputError
+from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError, OutputError
 from lmvae_fast.integrations.hub import (
     BetaSchedule,
     Collator,
@@ -49,6 +49,36 @@ def test_auto_classes_read_a_folder_of_ours(saved, loaded):
     assert AutoModel.from_pretrained(saved, dtype=torch.bfloat16).lmvae.decoder.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="device_map"):
         AutoModel.from_pretrained(saved, device_map="auto")
+
+
+def test_what_a_download_is_asked_for_is_passed_on(saved, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or saved
+    )
+    model = PretrainedLMVAE.from_pretrained("someone/model", revision="v2", token="t", cache_dir=None)
+    assert asked == [("someone/model", {"revision": "v2", "token": "t"})] and model.lmvae.config.latent_dim == 6
+    within = PretrainedLMVAE.from_pretrained("someone/model", subfolder="../model")
+    assert within.lmvae.config == model.lmvae.config
+    with pytest.raises(CheckpointError, match="no such subfolder"):
+        PretrainedLMVAE.from_pretrained("someone/model", subfolder="other")
+
+    def offline(name, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="someone/model"):
+        PretrainedLMVAE.from_pretrained("someone/model")
+
+
+def test_a_configuration_that_was_changed_is_honoured(saved):
+    config = AutoConfig.from_pretrained(saved)
+    config.lmvae["kl_target"] = 0.25
+    assert AutoModel.from_pretrained(saved, config=config).lmvae.config.kl_target == 0.25
+    with pytest.raises(ConfigError, match="PretrainedLMVAEConfig"):
+        PretrainedLMVAE.from_pretrained(saved, config=BertConfig())
 
 
 def test_labels_give_the_loss_and_ids_the_posterior(loaded):
@@ -199,3 +229,5 @@ def test_what_is_refused(loaded):
         PretrainedLMVAE.of(make_model(annotations=("a", "b")))
     with pytest.raises(ConfigError):
         PretrainedLMVAEConfig(latent_dim=-3)
+    with pytest.raises(ConfigError, match=r"hub\.model\.PretrainedLMVAE.*pass its \.lmvae"):
+        PretrainedLMVAE.of(loaded)

@@ -13,7 +13,7 @@ from lmvae_fast.testing import SENTENCES, make_model
 if importlib.util.find_spec("pythae") is None:
     pytest.skip("pythae is not installed (make test-peers runs these)", allow_module_level=True)
 
-from pythae.models import AutoModel, BaseAE
+from pythae.models import VAE, AutoModel, BaseAE, VAEConfig
 from pythae.pipelines import TrainingPipeline
 from pythae.samplers import (
     GaussianMixtureSampler,
@@ -98,6 +98,10 @@ def test_what_is_refused(model, tmp_path):
             wrapped({"data": data})
     with pytest.raises(ConfigError, match="without annotations"):
         ours.as_pythae(make_model(annotations=("a", "b")))
+    with pytest.raises(ConfigError, match=r"pass its \.lmvae"):
+        ours.as_pythae(wrapped)
+    with pytest.raises(ConfigError, match=r"pythae\.models\.\S*VAE"):
+        ours.as_pythae(VAE(VAEConfig(input_dim=(9,), latent_dim=2)))
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="never loaded"):
         ours.PythaeLMVAE.load_from_folder(str(tmp_path))

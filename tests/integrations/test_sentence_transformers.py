@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lmvae_fast.errors import ConfigError, DataError
-from lmvae_fast.integrations import versions
 from lmvae_fast.testing import SENTENCES, make_model
 
 st = pytest.importorskip("sentence_transformers")
@@ -84,23 +83,11 @@ def test_what_is_refused(model, transformer):
         PosteriorMean(make_model(annotations=("a", "b")))
     with pytest.raises(ConfigError, match="sentences alone"):
         PosteriorMean(make_model("llama", system="cvae"))
+    with pytest.raises(ConfigError, match=r"takes an LMVAE.*got.*PosteriorMean|PosteriorMean.*pass its"):
+        PosteriorMean(PosteriorMean(model))
     with pytest.raises(DataError, match="empty"):
         transformer.encode(["a cat", " "])
     with pytest.raises(DataError, match="single sentences"):
         PosteriorMean(model).preprocess([("a", "b")])
     with pytest.raises(ConfigError, match="the model's own"):
         PosteriorMean(model).tokenizer = None
-
-
-def test_other_versions_warn_once(monkeypatch):
-    monkeypatch.setattr(versions, "_warned", set())
-    monkeypatch.setattr(versions, "version", lambda package: "9.1.0rc2")
-    with pytest.warns(UserWarning, match=r"thing 9\.1\.0rc2 is outside .*>= 6\.0, < 7"):
-        versions.warn_outside("thing", "6.0", "7")
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        versions.warn_outside("thing", "6.0", "7")
-        versions.warn_outside("other", "9", "10")
-    assert versions.numbers("6.2.0rc1") == (6, 2)

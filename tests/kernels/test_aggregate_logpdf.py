@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
@@ -13,8 +14,10 @@ from lmvae_fast.kernels.aggregate_logpdf import aggregate_logpdf
 from lmvae_fast.kernels.backend import backend
 
 from .common import (
+    GRAD_FACTOR,
     LAYOUTS,
     ODD_SIZES,
+    VALUE_FACTOR,
     assert_op_within_error_rule,
     lay_out,
     on_backend,
@@ -113,8 +116,8 @@ def test_error_rule_at_odd_sizes(name, dtype, dim, per_dim):
     require("aggregate_logpdf", name, dtype)
     if name == "triton" and dim not in ((1, 2, 17, 128, 129) if dtype == torch.float32 else (17,)):
         pytest.skip("the interpreter takes its time; half types differ from fp32 in loads and stores only")
-    # few dimensions give few numbers: more rows there, since the rule compares the largest of many errors
-    rows, posteriors = (40, 16) if dim < 10 else (10, 8)
+    # the rule compares the largest of many errors: of fewer numbers plain torch's is now and then a lucky one
+    rows, posteriors = (10, 8) if name == "triton" and dim >= 10 else (40, 16)
     check(name, inputs((rows, dim), posteriors, dtype), per_dim=per_dim, min_var=PUBLIC_CODE)
 
 
@@ -164,7 +167,7 @@ def test_long_sums(per_dim):
     require("aggregate_logpdf", "cpp")
     check("cpp", inputs((700, 33), 300), per_dim=per_dim)
     check("cpp", inputs((40, 769), 35, spread=0.1), per_dim=per_dim)
-    check("cpp", inputs((5, 3), 5000), per_dim=per_dim)
+    check("cpp", inputs((40, 3), 5000), per_dim=per_dim)  # of 5 rows one seed in ten has a lucky plain form
 
 
 @pytest.mark.parametrize("per_dim", FORMS)
@@ -262,18 +265,50 @@ def test_groups_share_nothing(name, per_dim):
         assert ours.movedim(axis, 0)[3:7].isnan().all()
 
 
+def in_extended_precision(z, mu, logvar, weight, sizes, per_dim):
+    """logq and the gradients of (logq * weight).sum() in numpy's long double, by formulas of their own; rounded to fp64."""
+    z, mu, logvar, weight = (x.detach().numpy().astype(np.longdouble) for x in (z, mu, logvar, weight))
+    logq, dz, dmu, dlogvar = np.zeros_like(weight), np.zeros_like(z), np.zeros_like(mu), np.zeros_like(logvar)
+    for a, b in itertools.pairwise([0, *itertools.accumulate(sizes)]):
+        distance, variance = z[:, a:b, None] - mu[a:b], np.exp(logvar[a:b])
+        log_density = -np.log(8 * np.arctan(np.longdouble(1))) / 2 - logvar[a:b] / 2 - distance**2 / (2 * variance)
+        if not per_dim:
+            log_density = log_density.sum(-1, keepdims=True)
+        largest = log_density.max(2, keepdims=True)
+        total = np.exp(log_density - largest).sum(2, keepdims=True)
+        share = np.exp(log_density - largest) / total
+        aggregate = (largest + np.log(total))[:, :, 0] - np.log(np.longdouble(b - a))
+        logq[:, a:b] = aggregate if per_dim else aggregate[..., 0]
+        share = share * (weight[:, a:b] if per_dim else weight[:, a:b, None])[:, :, None]
+        pull = share * distance / variance
+        dz[:, a:b], dmu[a:b] = -pull.sum(2), pull.sum((0, 1))
+        dlogvar[a:b] = (share * (distance**2 / variance - 1) / 2).sum((0, 1))
+    return [torch.from_numpy(x.astype(np.float64)) for x in (logq, dz, dmu, dlogvar)]
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="long double is double here")
 @pytest.mark.parametrize("per_dim", FORMS)
-def test_fp64_is_fp64(per_dim):
+@pytest.mark.parametrize("spread", [5.0, 30.0])  # exponents of all sizes, many of which underflow
+def test_fp64_is_fp64(per_dim, spread):
+    """Against a wider type, because fp64 cannot be its own judge: jointly a log density is a sum over 33 dimensions, of size
+    1e4 at the wider spread, and its last bit alone moves a share by 1e-12. Over 40 seeds plain torch in fp64 was there up to
+    8.6e-13 of the largest gradient away from this truth, and the op as much: 1e-13 is asked of the other three cases, and of
+    all four no larger RMS error than plain torch's by the rule's factors."""
     require("aggregate_logpdf", "cpp", torch.float64)
     arguments = [x.double() for x in inputs((2, 65, 33), 65)]
-    # Exponents of all sizes, many of which underflow. Jointly they are sums over 33 dimensions: a share is known no better
-    # than their size times fp64's epsilon, and of larger ones 1e-13 would be more than fp64 has.
-    arguments[1] *= 30.0 if per_dim else 5.0
+    arguments[1] *= spread
     options = {"per_dim": per_dim, "cu_posteriors": offsets([40, 25])}
     outputs, grads, weights = run_with_grads(on_backend(aggregate_logpdf, "cpp"), arguments, **options)
-    truth, true_grads, _ = run_with_grads(plain, arguments, weights, **options)
-    for ours, expected in zip([*outputs, *grads], [*truth, *true_grads], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13 * float(expected.abs().max()))
+    eager, eager_grads, _ = run_with_grads(plain, arguments, weights, **options)
+    truth = in_extended_precision(*arguments, weights[0], [40, 25], per_dim)
+    named = zip(("logq", "dz", "dmu", "dlogvar"), [*outputs, *grads], [*eager, *eager_grads], truth, strict=True)
+    for name, ours, theirs, exact in named:
+        largest = float(exact.abs().max())
+        if per_dim or spread < 30.0:
+            torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-13 * largest, msg=name)
+        error, allowed = ((x - exact).square().mean().sqrt() for x in (ours, theirs))
+        factor = VALUE_FACTOR if name == "logq" else GRAD_FACTOR
+        assert error <= factor * allowed + torch.finfo(torch.float64).eps * largest, (name, error, allowed)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])

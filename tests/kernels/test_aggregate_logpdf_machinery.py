@@ -121,7 +121,7 @@ def test_every_instruction_set(isa):
         f"assert torch.ops.lmvae_fast.cpu_isa() == '{isa}'; torch.manual_seed(0);"
         "[t.check('cpp', t.inputs((9, d), 7, k), per_dim=p, min_var=1e-4)"
         " for d, k, p in itertools.product((17, 33, 130), (torch.float32, torch.bfloat16, torch.float16), t.FORMS)];"
-        "[t.test_fp64_is_fp64(p) for p in t.FORMS]"
+        "[t.test_fp64_is_fp64(p, s) for p in t.FORMS for s in (5.0, 30.0)]"
     )
     environment = {**os.environ, "LMVAE_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

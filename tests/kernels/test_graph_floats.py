@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -16,6 +17,7 @@ from lmvae_fast.kernels.latent_kv.adamw import latent_kv_adamw, latent_kv_norm
 from lmvae_fast.kernels.lm_head_loss import lm_head_loss
 from lmvae_fast.kernels.posterior import posterior_sample
 from lmvae_fast.kernels.sample_token import sample_token
+from tests.conftest import REPOSITORY
 
 from .common import require
 
@@ -157,6 +159,37 @@ def test_a_number_that_changes_is_an_input_of_one_graph(name, dynamic):
         assert any(not torch.equal(a, b) for a, b in zip(wanted[0], wanted[-1], strict=True)), "the number does nothing"
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= 2, "one for the first value, which might be the only one, and one for all others"
+
+
+#: What the reference is compiled anew for at every value (docs/debugging.md).
+CONSTANTS_OF_THE_REFERENCE = {"kl_target", "dropout", "beta1", "logit_scale", "min_p"}
+
+
+def test_the_page_lists_what_the_reference_is_compiled_anew_for():
+    text = (REPOSITORY / "docs" / "debugging.md").read_text()
+    sentence = text[text.index('inside `backend("reference")`') :].split("is compiled once", 1)[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == CONSTANTS_OF_THE_REFERENCE
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [("sample_token min_p", 4), ("sample_token temperature", 2), ("latent_kv_adamw eps", 2)],
+)
+def test_graphs_of_the_reference(name, graphs):
+    """One for a value, or one for the first and one for all others; the figures are right either way."""
+    _, function, shapes, graded = CASES[name]
+    assert (name.split()[1] in CONSTANTS_OF_THE_REFERENCE) == (graphs == 4)
+    tensors = [draw(*shape) for shape in shapes]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    with backend("reference"):
+        for value in VALUES[:4]:
+            for got, want in zip(
+                run(compiled, tensors, value, graded), run(function, tensors, value, graded), strict=True
+            ):
+                torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_schemas_of_twins():

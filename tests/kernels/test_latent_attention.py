@@ -103,9 +103,9 @@ def check(name, tensors, cu_seqlens, visibility="prefix", **kwargs):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_rules_windows_and_soft_caps(name, visibility, window, softcap):
     require("latent_attention", name)
-    tensors, cu = inputs(
-        [3, 1, 0, 9], heads=4
-    )  # 9 tokens on 9 slots: the most that rolling allows; 0: an empty sentence
+    # 9 tokens on 9 slots: the most that rolling allows; 0: an empty sentence. Four heads share a kv head: of few numbers the
+    # largest error of the plain form is now and then a lucky one
+    tensors, cu = inputs([3, 1, 0, 9], heads=8, head_dim=32)
     check(name, tensors, cu, visibility, window=window, softcap=softcap)
 
 
@@ -175,7 +175,7 @@ def test_long_sentences_with_groups(name, visibility, window):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(name, layout):
     require("latent_attention", name)
-    tensors, cu = inputs([4, 6], slots=6, layout=layout)
+    tensors, cu = inputs([4, 6] * 2, heads=8, head_dim=32, slots=6, layout=layout)  # many numbers, as above
     check(name, tensors, cu, "rolling")
 
 

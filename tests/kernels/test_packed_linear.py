@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, linear, silu
 
-from lmvae_fast.kernels.packed_linear import pack_gated, pack_weight, packed_linear
+from lmvae_fast.kernels.packed_linear import choices, pack_gated, pack_weight, packed_linear
 
 from .common import (
     LAYOUTS,
@@ -237,3 +237,25 @@ def test_bad_input_is_named():
         pack_gated(weight, weight[:39])
     with raises_naming(ValueError, "gradient"):
         packed_linear(x.requires_grad_(), packed, None, out_features=40)
+
+
+@pytest.mark.parametrize(
+    ("here", "table", "expected"),
+    [
+        ("avx512_bf16", {"avx512_bf16": {"float32 training": "packed"}}, "packed"),
+        ("amx", {"avx512_bf16": {"float32 training": "packed"}}, "packed"),  # the next one below that was measured
+        (
+            "amx",
+            {"avx512_bf16": {"float32 training": "onednn"}, "amx": {"float32": 1024}},
+            "packed",
+        ),  # its own rows say so
+        ("amx", {"avx512_bf16": {"float32 training": "onednn"}, "amx": {"float32": 48}}, "onednn"),
+        ("avx512", {"avx512_bf16": {"float32 training": "packed"}}, "onednn"),  # nobody measured it
+    ],
+)
+def test_what_multiplies_a_training_batch_comes_from_the_table(monkeypatch, here, table, expected):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("no oneDNN here")
+    for name, value in (("_known", lambda: True), ("instruction_set", lambda: here), ("table", lambda: table)):
+        monkeypatch.setattr(choices, name, value)
+    assert choices.training_product.__wrapped__(torch.float32) == expected

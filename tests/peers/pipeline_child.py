@@ -1,4 +1,6 @@
-"""Runs in LangVAE 0.6.13's own environment: its training pipeline without noise and dropout; the loss of every epoch.
+"""Runs in LangVAE 0.6.13's own environment: its training pipeline without noise and dropout.
+
+Writes the loss of every epoch, and what the trained model decodes.
 
 usage: python pipeline_child.py CHECKPOINT SETTINGS.json OUTPUT.json
 """
@@ -41,4 +43,5 @@ losses = Losses()
 config = CyclicalScheduleKLThresholdTrainerConfig(**settings["config"])
 LanguageTrainingPipeline(training_config=config, model=model)(data, callbacks=[losses])
 with open(output, "w", encoding="utf-8") as file:
-    json.dump(losses.losses, file)
+    texts = model.eval().decode_sentences(torch.tensor(settings["z"]))
+    json.dump({"losses": losses.losses, "texts": texts}, file)

@@ -1,4 +1,4 @@
-"""``make test-peers``: LangSpace 0.3.7's own probes, unmodified, on our LangVAE; pythae's tests with pythae installed."""
+"""``make test-peers``: LangSpace 0.3.7's own probes, unmodified, on our LangVAE."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.environments import peer_python
 from tests.integrations.langvae.parts_on_disk import build, write_parts
-from tests.peers.environments import ROOT, peer_python
 
 pytestmark = pytest.mark.peers
 
@@ -42,12 +42,3 @@ def test_disentanglement(results, metric):
     found = results[f"disentanglement {metric}"]
     assert "error" not in found, found
     assert found["rows"] == 1 and found["columns"]
-
-
-def test_pythae_takes_our_models():
-    tests = ROOT / "tests" / "integrations" / "test_pythae.py"
-    run = subprocess.run(
-        [str(peer_python("pythae")), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert run.returncode == 0 and "skipped" not in run.stdout.splitlines()[-1], run.stdout[-3000:]

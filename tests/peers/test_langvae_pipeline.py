@@ -1,4 +1,4 @@
-"""``make test-peers``: a run of our pipeline has the losses of the real LangVAE's, epoch by epoch."""
+"""``make test-peers``: a run of our pipeline has the losses of the real LangVAE's, epoch by epoch, and decodes its strings."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class Losses(TrainingCallback):
 @pytest.mark.parametrize("name", ["langvae_gpt2", "langvae_llama"])
 def test_epoch_losses_are_langvaes(shared, tmp_path, monkeypatch, name):
     checkpoint = shared / "golden" / name / "langvae_checkpoint"
-    sentences = json.loads((shared / "golden" / name / "record.json").read_text())["sentences"]
-    sentences = [*sentences, "ice", "a cat is a"]  # some padding, and a last batch that is not full
+    record = json.loads((shared / "golden" / name / "record.json").read_text())
+    sentences = [*record["sentences"], "ice", "a cat is a"]  # some padding, and a last batch that is not full
     config = dict(
         num_epochs=4, per_device_train_batch_size=3, optimizer_cls="AdamW", learning_rate=3e-3, max_beta=1.0, n_cycles=2,
         target_kl=0.5, scheduler_cls="ReduceLROnPlateau", scheduler_params={"patience": 0, "factor": 0.5}, no_cuda=True,
     )  # fmt: skip
     settings, output = tmp_path / "settings.json", tmp_path / "losses.json"
-    theirs = {"sentences": sentences, "config": {**config, "output_dir": str(tmp_path / "theirs")}}
+    z = torch.randn(8, record["latent_dim"], generator=torch.Generator().manual_seed(0))
+    theirs = {"z": z.tolist(), "sentences": sentences, "config": {**config, "output_dir": str(tmp_path / "theirs")}}
     settings.write_text(json.dumps(theirs))
     child = Path(__file__).with_name("pipeline_child.py")
     command = [str(langvae_python()), str(child), str(checkpoint), str(settings), str(output)]
@@ -58,4 +59,8 @@ def test_epoch_losses_are_langvaes(shared, tmp_path, monkeypatch, name):
     data, losses = TokenizedDataSet(sentences, model.decoder.tokenizer, model.decoder.max_len), Losses()
     ours = CyclicalScheduleKLThresholdTrainerConfig(output_dir=str(tmp_path / "ours"), **config)
     LanguageTrainingPipeline(training_config=ours, model=model)(data, callbacks=[losses])
-    assert losses.losses == pytest.approx(json.loads(output.read_text()), rel=1e-4)
+    got = json.loads(output.read_text())
+    assert losses.losses == pytest.approx(got["losses"], rel=1e-4)
+    assert model.eval().decode_sentences(z) == got["texts"] and len(set(got["texts"])) > 1
+    folders = [next((tmp_path / side).iterdir()).name for side in ("theirs", "ours")]
+    assert folders[0].rpartition("_20")[0] == folders[1].rpartition("_20")[0]  # all but the time

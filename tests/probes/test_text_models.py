@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.pretrained import resolve_source
-from lmvae_fast.probes.text import bert_score, fed, mover_score
+from lmvae_fast.probes.text import bert_score, fed, mover_score, read_follow_ups
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +60,78 @@ def test_mover_score(metrics, minilm):
         mover_score(["a"], ["b", "c"], model, tokenizer)
 
 
-def test_fed(record, shared):
+DULL = {
+    "lively": (("What a lively talk.", "Go on!"), ("How dull.",)),
+    "lost": ((), ("Where are we now?", "How dull.")),
+}
+
+
+@pytest.fixture(scope="module")
+def talker(shared):
     folder = shared / "golden" / "langvae_gpt2" / "decoder_model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_fed_is_the_published_figure(record, talker, shared):
+    """With the metric's own sentences, where somebody has put its fed.py (or a table of them) beside the records."""
+    files = [shared / "golden" / "probes" / "text" / name for name in ("fed.py", "follow_ups.json")]
+    given = next((path for path in files if path.is_file()), None)
+    if given is None:
+        pytest.skip(f"{files[0]} is absent: FED's sentences have no licence and are no part of this project")
     recorded = record("text/fed_tiny_gpt2.json")
-    found = fed(recorded["conversations"], model, tokenizer, batch_size=5)
+    found = fed(recorded["conversations"], *talker, follow_ups=given, batch_size=5)
     assert list(found.details["aspects"]) == list(recorded["scores"][0])
     for ours, theirs in zip(found.details["conversations"], recorded["scores"], strict=True):
         for aspect, value in theirs.items():
             assert ours[aspect] == pytest.approx(value, abs=1e-4), aspect
-    np.testing.assert_allclose(found.details["losses"], recorded["loss_of_each_conversation"], rtol=0, atol=1e-4)
     assert set(found.left_out["aspects"]) == {aspect for aspect, value in recorded["scores"][0].items() if value > 1.0}
-    differences = [
-        value for aspect, value in found.details["aspects"].items() if aspect not in found.left_out["aspects"]
-    ]
-    assert found.value == pytest.approx(np.mean(differences))
-    single = fed(recorded["conversations"][2], model, tokenizer, follow_ups={"dull": (("Nice.",), ("Boring.",))})
-    assert single.value == single.details["aspects"]["dull"] and not single.left_out
+
+
+def test_fed_is_a_difference_of_losses(record, talker):
+    """Each loss is transformers' own of the one dialogue; those of dialogues alone are the recorded ones."""
+    model, tokenizer = talker
+    recorded = record("text/fed_tiny_gpt2.json")
+    found = fed(recorded["conversations"], model, tokenizer, follow_ups=DULL, batch_size=5)
+    np.testing.assert_allclose(found.details["losses"], recorded["loss_of_each_conversation"], rtol=0, atol=1e-4)
+
+    def loss(conversation, sentence):
+        ids = tokenizer(f"{conversation} <|endoftext|> {sentence}", return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            return model(ids["input_ids"], labels=ids["input_ids"]).loss.item()
+
+    for conversation, ours in zip(recorded["conversations"], found.details["conversations"], strict=True):
+        dull = loss(conversation, "How dull.")
+        praise = (loss(conversation, "What a lively talk.") + loss(conversation, "Go on!")) / 2
+        assert ours["lively"] == pytest.approx(dull - praise, abs=1e-4)
+        assert ours["lost"] == pytest.approx((loss(conversation, "Where are we now?") + dull) / 2, abs=1e-4)
+    assert set(found.left_out["aspects"]) == {"lost"}  # a bare loss, no difference
+    assert found.value == pytest.approx(np.mean([row["lively"] for row in found.details["conversations"]]))
     with pytest.raises(DataError, match="needs a negative follow-up"):
         fed("hello", model, tokenizer, follow_ups={"dull": (("Nice.",), ())})
     with pytest.raises(DataError, match="too long for the model"):
-        fed("word " * 5000, model, tokenizer)
+        fed("word " * 5000, model, tokenizer, follow_ups=DULL)
+
+
+def test_follow_ups_come_from_a_file_of_the_user(tmp_path):
+    with pytest.raises(ConfigError, match=r"no licence.*fed\.py of https://github.com/Shikib/fed"):
+        fed("hello", None, None)
+    (tmp_path / "f.json").write_text(
+        json.dumps({name: {"positive": list(good), "negative": list(bad)} for name, (good, bad) in DULL.items()})
+    )
+    assert read_follow_ups(tmp_path / "f.json") == DULL
+    # as the metric's own file has them: two tables within a function, and code that is not run
+    (tmp_path / "fed.py").write_text(
+        "raise SystemExit('run')\nimport nothing_of_this_name\nx = {f(1): 2}\ny = {}\n\ndef evaluate(c):\n  turn = {\n"
+        "    'lively': {'positive': ['What a lively talk.', 'Go on!'], 'negative': ['How dull.']},\n  }\n"
+        "  dialog = {'lost': {'positive': [], 'negative': ['Where are we now?', 'How dull.']}}\n"
+    )
+    assert read_follow_ups(tmp_path / "fed.py") == DULL
+    for name, text in {
+        "a.py": "x = 1", "b.py": "def", "c.json": "[]", "d.json": '{"a": {"positive": ["x"]}}', "e.json": "{",
+        "g.py": "x = {'a': {'negative': 'no list'}}", "h.json": '{"a": {"negative": [1]}}', "i.py": "(" * 5000,
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError):
+            read_follow_ups(tmp_path / name)

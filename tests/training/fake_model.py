@@ -58,7 +58,7 @@ class FakeModel(nn.Module):
             self.dropout = nn.Dropout(dropout)
             self.output = nn.Linear(LATENT, VOCABULARY)
         tokenizer = Tokenizer()
-        self.encoder = SimpleNamespace(tokenizer=tokenizer, fingerprint=self._encoder_fingerprint)
+        self.encoder = SimpleNamespace(tokenizer=tokenizer, width=FEATURES, fingerprint=self._encoder_fingerprint)
         self.decoder = nn.Module()  # of no parameters
         self.decoder.tokenizer, self.decoder.vocab_size = SimpleNamespace(tokenizer=tokenizer), VOCABULARY
 

@@ -10,6 +10,7 @@ written, is whole, and whether going on ends as if nothing had happened. Prints 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,12 +25,13 @@ import torch
 
 import lmvae_fast as lf
 from lmvae_fast import files
+from lmvae_fast.cli import main as command_line
 from lmvae_fast.generation.latent_sources import latents_of_prior
 from lmvae_fast.generation.text_files import generate_file
 from lmvae_fast.integrations.langvae import load_checkpoint, save_checkpoint
-from lmvae_fast.testing import make_model
+from lmvae_fast.testing import make_model, tiny_decoder, tiny_encoder, tiny_tokenizer
 from lmvae_fast.training.checkpoints import folder as checkpoint
-from tests.training.helpers import assert_same_checkpoint, assert_same_history
+from tests.training.helpers import assert_same_checkpoint, assert_same_history, plain_sentences, prompt_pairs
 from tests.training.kill_server import train_once
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"}
@@ -157,6 +159,55 @@ def generated(model: lf.LMVAE) -> Task:
     return Task(lambda folder: None, act, check)
 
 
+def commanded(words: list[str]) -> Task:
+    """A command line that trains into RUN, is killed, and is given again; it ends with the same weights, saved twice."""
+
+    def act(folder: Path) -> None:
+        sys.argv = ["lmvae-fast", *words, "--output", str(folder / "run"), "--resume", "--json"]
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            try:
+                command_line()
+            except SystemExit as end:
+                if end.code:
+                    raise RuntimeError(f"{words[0]} ended with {end.code}") from end
+
+    def check(folder: Path, whole: Path) -> None:
+        child(act, folder, None)  # in a child: a command leaves settings of its process behind
+        one, two = (checkpoint.complete(place / "run" / "checkpoints")[0] for place in (folder, whole))
+        assert_same_checkpoint(one, two)
+        assert_same_history(folder / "run", whole / "run")
+        assert contents(folder / "run" / "model") == contents(whole / "run" / "model")
+        left = [path for path in folder.rglob("*") if path.name.startswith(files.TEMPORARY)]
+        assert not left, left
+
+    return Task(lambda folder: None, act, check)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The files of a folder and their hashes."""
+    return {str(path.relative_to(folder)): files.sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def commands(folder: Path) -> dict[str, Task]:
+    """The further trainings, as they are asked for on the command line."""
+    tokenizer, decoder, data = tiny_tokenizer(), folder / "decoder", folder / "pairs.jsonl"
+    tiny_decoder("llama", vocab_size=len(tokenizer)).save_pretrained(decoder)
+    tokenizer.save_pretrained(decoder)
+    tiny_encoder("bert", vocab_size=len(tokenizer)).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    lf.PromptDataset(prompt_pairs(12)).write_jsonl(data)
+    (folder / "sentences.txt").write_text("\n".join(plain_sentences(40)) + "\n")
+    common = ["--decoder", str(decoder), "--max-len", "9", "--max-steps", "6", "--set", "train.save_every=2"]
+    common += ["--set", "train.eval_every=3", "--set", "train.log_every=2"]
+    pairs = ["--data", str(data), "--max-prompt-len", "12"]
+    sentences = ["--data", str(folder / "sentences.txt"), "--encoder", str(folder / "encoder"), "--latent-dim", "6"]
+    return {
+        "cvae": commanded(["train", "--system", "cvae", *pairs, "--latent-dim", "6", *common]),
+        "llamavae": commanded(["train", "--system", "llamavae", *sentences, *common, "--batch-size", "8"]),
+        "finetune": commanded(["finetune", *pairs, *common, "--batch-size", "8"]),
+    }
+
+
 def tasks(folder: Path) -> dict[str, Task]:
     """All of them, by name; what they need lies in a folder."""
     models = [make_model("gpt2", latent_dim=4, max_len=8, seed=seed).eval() for seed in range(2)]
@@ -173,6 +224,7 @@ def tasks(folder: Path) -> dict[str, Task]:
             load_checkpoint,
             of_folders(models, folder),
         ),
+        **commands(folder),
     }
 
 

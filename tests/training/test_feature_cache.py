@@ -1,10 +1,15 @@
 """The cache of tokens and pooled features: computed once, keyed by content, mended when damaged."""
 
+import json
 import os
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from lmvae_fast.files import fingerprint_tensors, write_tensors
+from lmvae_fast.training.callbacks import read_records
 from lmvae_fast.training.feature_cache import (
     TensorCache,
     content_key,
@@ -12,7 +17,7 @@ from lmvae_fast.training.feature_cache import (
     pooled_features,
     tokenized_sentences,
 )
-from tests.training.fake_model import FakeModel, sentences
+from tests.training.fake_model import VOCABULARY, FakeModel, sentences
 
 
 @pytest.fixture
@@ -74,6 +79,72 @@ def test_damage_is_mended_with_a_warning(cache, damage):
     pooled(model, cache)
     assert model.pool_calls == 2
     assert not list(cache.folder.glob(".tmp*"))
+
+
+def _tokens(**changes):
+    """A change of the tokens' fields, which their JSON in bytes holds."""
+
+    def change(tensors):
+        text = json.loads(tensors["json"].numpy().tobytes())
+        for name, value in changes.items():
+            text[name] = value(text[name])
+        tensors["json"] = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
+
+    return change
+
+
+IMPOSSIBLE = {
+    "ids outside": ("tokens", _tokens(ids=lambda ids: [[VOCABULARY], *ids[1:]]), "outside a vocabulary"),
+    "negative ids": ("tokens", _tokens(ids=lambda ids: [[-1], *ids[1:]]), "outside a vocabulary"),
+    "no ids": ("tokens", _tokens(ids=lambda ids: [[], *ids[1:]]), "ids"),
+    "ids that are none": ("tokens", _tokens(ids=lambda ids: [["x"], *ids[1:]]), "ids"),
+    "too many ids": ("tokens", _tokens(ids=lambda ids: [[1] * 9, *ids[1:]]), "1 to 8 ids"),
+    "a sentence less": ("tokens", _tokens(ids=lambda ids: ids[1:]), "different lengths"),
+    "texts that are none": ("tokens", _tokens(texts=lambda texts: [1, *texts[1:]]), "texts are none"),
+    "no fields": ("tokens", lambda tensors: tensors.update(json=torch.frombuffer(bytearray(b"[]"), dtype=torch.uint8)), ""),
+    "a row less": ("pooled", lambda tensors: tensors.update(pooled=tensors["pooled"][1:].clone()), "it holds"),
+    "another width": ("pooled", lambda tensors: tensors.update(pooled=tensors["pooled"][:, 1:].contiguous()), "it holds"),
+    "NaN": ("pooled", lambda tensors: tensors["pooled"].view(-1)[3:4].fill_(float("nan")), "finite"),
+    "integers": ("pooled", lambda tensors: tensors.update(pooled=tensors["pooled"].long()), "finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_entry_that_fits_its_hash_and_cannot_be(cache, name):
+    """Whoever can write an entry can write its hash: what it holds is looked at, too."""
+    kind, change, message = IMPOSSIBLE[name]
+    expected = pooled(FakeModel(), cache).clone()
+    (entry,) = cache.folder.glob(f"{kind}-*")
+    with safe_open(entry, "pt") as file:
+        key = file.metadata()["key"]
+    tensors = load_file(entry)
+    change(tensors)
+    write_tensors(entry, tensors, {"key": key, "sha256": fingerprint_tensors(tensors)})
+    with pytest.warns(UserWarning, match=f"unusable and is computed again.*{message}"):
+        assert torch.equal(pooled(FakeModel(), cache), expected)
+
+
+def test_an_entry_that_would_fill_its_disk_is_not_written(cache, monkeypatch):
+    monkeypatch.setattr("lmvae_fast.training.feature_cache.free_disk", lambda path: 11)
+    with pytest.warns(UserWarning, match="not cached.*cache_dir"):
+        assert cache.get("x", "key", lambda: {"v": torch.ones(3)})["v"].sum() == 3
+    assert not cache.folder.exists()
+    monkeypatch.setattr("lmvae_fast.training.feature_cache.free_disk", lambda path: 12)
+    cache.get("x", "key", lambda: {"v": torch.ones(3)})
+    assert cache.path("x", "key").is_file()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"kind": "train", "step": 2', "[]", '{"kind": "train"}', '{"kind": "train", "step": "2"}',
+     '{"kind": "train", "step": true}', '{"kind": "train", "step": -1}', '{"kind": "x", "step": 2}',
+     '{"kind": "train", "step": 2, "loss": [1]}', '{"kind": "train", "step": 2, "step": 3}', "[" * 5000],
+    ids=lambda line: line[:45],
+)  # fmt: skip
+def test_records_end_where_they_are_none(tmp_path, line):
+    path, whole = tmp_path / "metrics.jsonl", '{"kind": "train", "step": 1, "elbo": -3.5}\n'
+    path.write_text(whole + line + "\n" + whole)
+    assert read_records(path) == [{"kind": "train", "step": 1, "elbo": -3.5}]
 
 
 def test_an_entry_of_another_key_is_not_used(cache):

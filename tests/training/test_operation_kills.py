@@ -19,7 +19,7 @@ def kills(folder: Path, most: int, *names: str) -> dict[str, int]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "tests.training.operation_kills", str(folder), str(most), *names]
     done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=10 * PATIENCE
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=16 * PATIENCE
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -31,6 +31,14 @@ def test_a_few(tmp_path):
 
 @pytest.mark.slow
 def test_every_operation(tmp_path):
-    found = kills(tmp_path, 120)
-    assert found.keys() == {"train", "flow", "generate", "save_pretrained", "convert"}
+    writers = ("train", "flow", "generate", "save_pretrained", "convert")
+    found = kills(tmp_path, 10_000, *writers)
+    print(found)
+    assert found.keys() == set(writers)
     assert all(found.values()) and sum(found.values()) >= 300, found
+
+
+@pytest.mark.slow
+def test_trainings_of_the_command_line(tmp_path):
+    found = kills(tmp_path, 24, "cvae", "llamavae", "finetune")
+    assert found == {"cvae": 24, "llamavae": 24, "finetune": 24}

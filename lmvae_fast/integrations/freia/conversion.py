@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.integrations.versions import warn_outside
 from lmvae_fast.kernels.coupling_flow import Coupling, FlowSpec, Stage, Subnet, hard_permutation, soft_permutation
 from lmvae_fast.models.flow import CouplingFlow
 
@@ -27,6 +28,11 @@ def convert(sequence_inn: Any, *, memory: str = "save") -> CouplingFlow:
     Raises:
         ConfigError: a module, an option or a subnet is none of these; the message says which and where.
     """
+    kind = type(sequence_inn)
+    if not all(hasattr(sequence_inn, name) for name in ("shapes", "conditions", "module_list")):
+        raise ConfigError("convert takes a SequenceINN", value=f"{kind.__module__}.{kind.__qualname__}")
+    if kind.__module__.partition(".")[0] == "FrEIA":
+        warn_outside("FrEIA", "0.2", "0.3")
     dims = tuple(sequence_inn.shapes[0])
     if len(dims) != 1:
         raise ConfigError("only sequences over vectors can be converted", value=f"input dims {dims}", limit="(dim,)")

@@ -10,6 +10,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from lmvae_fast.integrations.hub.columns import BetaSchedule, Collator, encode_columns, tokenize_columns
 from lmvae_fast.integrations.hub.model import MODEL_TYPE, PretrainedLMVAE, PretrainedLMVAEConfig
 from lmvae_fast.integrations.hub.pipelines import Latent2Text, Text2Latent
+from lmvae_fast.integrations.versions import warn_outside
+
+warn_outside("transformers", "5.10", "6")
 
 AutoConfig.register(MODEL_TYPE, PretrainedLMVAEConfig, exist_ok=True)
 AutoModel.register(PretrainedLMVAEConfig, PretrainedLMVAE, exist_ok=True)

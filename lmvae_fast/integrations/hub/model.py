@@ -13,17 +13,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lmvae_fast.config import LMVAEConfig
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.errors import CheckpointError, ConfigError, DataError
+from lmvae_fast.files import recover_folder
+from lmvae_fast.integrations.ours import checked_lmvae
 from lmvae_fast.integrations.saving import save_beside
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.serialization import MODEL_TYPE
+from lmvae_fast.models.serialization import MODEL_TYPE, download
 from lmvae_fast.text.batch import IGNORED, Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
 __all__ = ["MODEL_TYPE", "LMVAEOutputs", "PretrainedLMVAE", "PretrainedLMVAEConfig"]
 
-# What transformers hands to from_pretrained by itself, and to save_pretrained; all of it without effect on our folders.
-_OF_LOADING = ("config", "trust_remote_code", "adapter_kwargs", "revision", "cache_dir", "token", "local_files_only")
+# What transformers hands to from_pretrained by itself, without effect on our folders: they hold no code, and adapters in
+# their own weights. What concerns a download from the hub. What it hands to save_pretrained, without effect again.
+_OF_LOADING = ("trust_remote_code", "adapter_kwargs")
+_OF_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _OF_SAVING = ("is_main_process", "max_shard_size", "safe_serialization", "token", "variant", "save_peft_format")
 
 
@@ -94,7 +98,8 @@ class PretrainedLMVAE(PreTrainedModel):
 
     @classmethod
     def of(cls, lmvae: LMVAE) -> PretrainedLMVAE:
-        """A model in memory, sharing its weights."""
+        """A model in memory, sharing its weights. Raises ConfigError for what is no ``LMVAE``."""
+        lmvae = checked_lmvae(lmvae, "PretrainedLMVAE.of")
         return cls(PretrainedLMVAEConfig(**lmvae.config.to_dict()), lmvae).train(lmvae.training)
 
     @property
@@ -161,10 +166,19 @@ class PretrainedLMVAE(PreTrainedModel):
     def from_pretrained(cls, source: Any, *_: Any, **options: Any) -> PretrainedLMVAE:  # type: ignore[override]
         """A model that ``save_pretrained`` (of this class or of LMVAE) wrote, from a folder or the hub, in evaluation mode.
 
-        options: fields of LMVAEConfig to change, and ``dtype`` (also as a torch.dtype; "auto" keeps the saved one). Raises
-        ConfigError for any other, CheckpointError where there is no such model.
+        options: fields of LMVAEConfig to change, ``dtype`` (also as a torch.dtype; "auto" keeps the saved one), ``config``
+        (a PretrainedLMVAEConfig: what it says otherwise than the folder is changed), ``subfolder``, and of a download
+        ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and ``force_download``. Raises ConfigError for any other,
+        CheckpointError where there is no such model.
         """
-        fields: dict[str, Any] = {}
+        given, subfolder = options.pop("config", None), options.pop("subfolder", None) or ""
+        of_hub = {name: value for name in _OF_THE_HUB if (value := options.pop(name, None)) is not None}
+        recover_folder(folder := Path(source))  # what a save that was killed has left
+        folder = folder if folder.is_dir() else download(str(source), **of_hub)
+        if subfolder and not (folder / subfolder).is_dir():
+            raise CheckpointError(f"{source} has no such subfolder", value=subfolder)
+        folder = folder / subfolder
+        fields = _changed(given, folder)
         for name, value in options.items():
             if name in ("dtype", "torch_dtype"):
                 fields |= {} if value in (None, "auto") else {"dtype": str(value).removeprefix("torch.")}
@@ -172,7 +186,7 @@ class PretrainedLMVAE(PreTrainedModel):
                 fields[name] = value
             elif not name.startswith("_") and name not in _OF_LOADING and value is not None:
                 raise ConfigError("from_pretrained cannot honour this", value=f"{name}={value!r}")
-        return cls.of(LMVAE.from_pretrained(source, **fields))
+        return cls.of(LMVAE.from_pretrained(folder, **fields))
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
         """Write the model as ``LMVAE.save_pretrained`` does; into a folder with other files (a Trainer's) beside them.
@@ -221,3 +235,13 @@ class PretrainedLMVAE(PreTrainedModel):
                 value=f"missing {missing[:4]}, unknown {result.unexpected_keys[:4]}",
             )
         return type(result)([], [])
+
+
+def _changed(given: Any, folder: Path) -> dict[str, Any]:
+    """Fields of LMVAEConfig that a configuration has otherwise than the folder's own. Raises ConfigError for another kind."""
+    if given is None:
+        return {}
+    if not isinstance(given, PretrainedLMVAEConfig):
+        raise ConfigError("config must be a PretrainedLMVAEConfig", value=type(given).__name__)
+    stored = PretrainedLMVAEConfig.from_pretrained(folder).lmvae
+    return {name: value for name, value in given.lmvae.items() if value != stored[name]}

@@ -35,12 +35,12 @@ class LanguageTrainingPipeline:
     """Trains a LangVAE: ``pipeline(train_data, eval_data, callbacks)``.
 
     Batches, the weight of the KL, the learning rate and what becomes the final model are those of LangVAE 0.6.13; the steps are
-    our loop's, which saves after every epoch. The folder ``<output_dir>/LangVAE_training_<time>`` gets ``final_model`` and the
+    our loop's, which saves after every epoch. The folder ``<output_dir>/VAE_training_<time>`` gets ``final_model`` and the
     checkpoints asked for, in LangVAE's format, ``training_config.json`` and ``metrics.jsonl``.
 
     Args:
-        training_config: a ``CyclicalScheduleKLThresholdTrainerConfig``, ours or the original's.
         model: a :class:`~lmvae_fast.integrations.langvae.LangVAE`.
+        training_config: a ``CyclicalScheduleKLThresholdTrainerConfig``, ours or the original's; the two in either order.
 
     Attributes:
         training_dir: folder of the last run. result: its :class:`~lmvae_fast.training.records.TrainResult`.
@@ -49,7 +49,9 @@ class LanguageTrainingPipeline:
         ConfigError: another model, or a configuration that cannot be honoured.
     """
 
-    def __init__(self, training_config: Any = None, model: LangVAE | None = None):
+    def __init__(self, model: Any = None, training_config: Any = None):
+        if isinstance(training_config, LangVAE):
+            model, training_config = training_config, model
         if not isinstance(model, LangVAE):
             raise ConfigError(
                 "model must be a LangVAE of lmvae_fast.integrations.langvae",

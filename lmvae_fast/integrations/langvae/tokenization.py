@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lmvae_fast.data.lines import decoded_lines, open_file
+from lmvae_fast.documents import parse_json, read_text
 from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.files import output_errors, replacing
 from lmvae_fast.integrations.langvae.containers import DatasetOutput
@@ -332,22 +334,24 @@ def _read_cache(path: Path) -> dict[str, list[int]]:
     known: dict[str, list[int]] = {}
     if not path.exists():
         return known
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            known[entry["key"]] = list(json.loads(entry["value"])["input_ids"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"line {number} of {path} is no entry of a cache of tokens", value=line[:80],
-                remedy="delete that file, or name another as cache_persistence",
-            ) from error  # fmt: skip
+    again = "delete that file, or name another as cache_persistence"
+    with open_file(path) as file:
+        for number, line in decoded_lines(file, path):
+            place = f"line {number} of {path} is no entry of a cache of tokens"
+            entry = parse_json(line, place, remedy=again)
+            key, value = (entry.get("key"), entry.get("value")) if isinstance(entry, dict) else (None, None)
+            made = parse_json(value, place, remedy=again) if isinstance(value, str) else None
+            ids = made.get("input_ids") if isinstance(made, dict) else None
+            if not isinstance(key, str) or not isinstance(ids, list) or not all(type(token) is int for token in ids):
+                raise DataError(place, value=line[:80], limit="a key, and a value with input_ids", remedy=again)
+            known[key] = ids
     return known
 
 
 def _append_cache(path: Path, made: Mapping[str, list[int]]) -> None:
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
     with output_errors(path), replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(before)
+        if path.exists():
+            file.write(read_text(path, most="inflated"))
         for key, ids in made.items():
             value = json.dumps({"input_ids": ids, "attention_mask": [1] * len(ids)})
             file.write(json.dumps({"key": key, "value": value}) + "\n")

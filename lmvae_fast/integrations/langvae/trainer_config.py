@@ -44,7 +44,7 @@ class CyclicalScheduleKLThresholdTrainerConfig:
     """How LanguageTrainingPipeline trains; fields and defaults of LangVAE 0.6.13 and pythae 0.1.2.
 
     Attributes:
-        output_dir: a folder ``LangVAE_training_<time>`` is made in it.
+        output_dir: a folder ``VAE_training_<time>`` is made in it.
         per_device_train_batch_size, per_device_eval_batch_size: sentences per batch; batches follow the data's order.
         num_epochs: passes over the data.
         optimizer_cls, optimizer_params: "Adam" (without weight decay) or "AdamW", with ``betas``, ``eps``, ``weight_decay``.

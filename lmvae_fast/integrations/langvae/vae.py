@@ -65,7 +65,7 @@ class LangVAE(nn.Module):
         ConfigError: a part is missing, another library's or of another size, or a configured value cannot be honoured.
     """
 
-    model_name = "LangVAE"
+    model_name = "VAE"  # pythae's, which LangVAE leaves as it is: a run's folder is named by it
 
     def __init__(
         self,

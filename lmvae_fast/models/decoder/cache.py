@@ -16,6 +16,7 @@ from torch import Tensor
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.kernels.latent_attention import latent_attention_decode, latent_attention_step
 from lmvae_fast.kernels.latent_attention.visibility import token_position
+from lmvae_fast.memory import check_memory
 from lmvae_fast.models.decoder.position_columns import slot_columns
 from lmvae_fast.models.injection import Injection
 
@@ -59,6 +60,11 @@ class LatentCache:
             )
         self.visibility, self.slots, self.max_tokens = visibility, slots, max_tokens
         positions = {"prefix": slots + max_tokens, "interleaved": 2 * slots, "rolling": slots + 1}[visibility]
+        numbers = 2 * layers * batch * kv_heads * positions * head_dim
+        check_memory(
+            f"keys and values of {batch:,} sentences of {max_tokens:,} tokens", "lower batch_size or max_new_tokens",
+            numbers * dtype.itemsize, device,
+        )  # fmt: skip
         self.kv = torch.zeros(layers, 2, batch, kv_heads, positions, head_dim, dtype=dtype, device=device)
         self.step = torch.zeros(batch, dtype=torch.int64, device=device)
         #: Whether all that a row's sentence has gone through was finite.

@@ -156,13 +156,8 @@ def _geometry(decoder: Examined, config: Any, seen: RecordingAttention) -> Geome
     positions: int | None = next((value for name in names if (value := getattr(config, name, None))), None)
     if positions is not None:
         positions -= decoder.position_offset
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if "longrope" in str(rope.get("rope_type", rope.get("type", ""))):
-        # Past the original length all positions of a pass are turned by other angles, those of its short sentences too.
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        positions = min(original, positions or original) if original else positions
+    original = _one_turn_below(config)
+    positions = min(original, positions or original) if original else positions
     window = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True) and all(found is None for found in seen.windows.values())
     kinds = getattr(config, "layer_types", None)
@@ -179,6 +174,25 @@ def _geometry(decoder: Examined, config: Any, seen: RecordingAttention) -> Geome
         position_columns=COLUMNS if seen.columns else 0,
         widths=seen.widths[0],
     )
+
+
+def _one_turn_below(config: Any) -> int | None:
+    """The length past which all positions of a pass are turned by other angles, those of its short sentences too (longrope),
+    or attention is of another kind (BigBird's blocks); None for none."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [
+        rope,
+        *(part for part in rope.values() if isinstance(part, dict)),
+    ]  # one for all layers, or one for each kind
+    own = getattr(config, "original_max_position_embeddings", None)
+    lengths = [
+        part.get("original_max_position_embeddings") or own
+        for part in parts
+        if "longrope" in str(part.get("rope_type", part.get("type", "")))
+    ]
+    if getattr(config, "attention_type", None) == "block_sparse":
+        lengths.append((5 + 2 * config.num_random_blocks) * config.block_size)
+    return min((length for length in lengths if length), default=None)
 
 
 @contextlib.contextmanager
@@ -209,8 +223,13 @@ def _check_gradient(decoder: Examined, geometry: Geometry, name: str) -> None:
         attention = PackedAttention(memory, "prefix", length, len(ids), position_columns=columns)
         hidden = decoder.run(ids, positions, None, attention)
         weights = torch.linspace(-1, 1, hidden.numel(), device=decoder.device).view_as(hidden)
-        reached = hidden.requires_grad
-        gradient = torch.autograd.grad((hidden * weights).sum(), memory)[0] if reached else torch.zeros_like(memory)
+        # Quantised weights may pass none on at all, or only some layers'.
+        found = (
+            torch.autograd.grad((hidden * weights).sum(), memory, allow_unused=True)
+            if hidden.requires_grad
+            else (None,)
+        )
+        gradient = torch.zeros_like(memory) if found[0] is None else found[0]
     strength = gradient.abs().sum((1, 2, 3, 4, 5))
     if not bool((torch.isfinite(strength) & (strength > 0)).all()):
         layers = [layer for layer, value in enumerate(strength.tolist()) if not 0 < value < float("inf")]
@@ -218,7 +237,8 @@ def _check_gradient(decoder: Examined, geometry: Geometry, name: str) -> None:
             f"{name} lets no gradient through to the memory, which could not be learned",
             value=f"layers {layers[:8]}",
             limit="a gradient in every layer",
-            remedy="use weights that torch can differentiate through (not 4-bit ones)",
+            remedy="use weights that torch can differentiate through: whole ones, or int8 with activations as they are "
+            "(docs/adding_a_decoder.md: quantised decoders)",
         )
 
 
@@ -277,7 +297,8 @@ def _ways(decoder: Examined) -> list[Way]:
     if exchange_attention(decoder.body):
         decoder.model.set_attn_implementation("eager")
         own = decoder.model.config.get_text_config(decoder=True)._attn_implementation
-        return [Way(own, False, positions)]
+        held = any(name.endswith("token_type_ids") for name, _ in decoder.body.named_buffers())
+        return [Way(own, False, positions, held and takes(decoder.body, "token_type_ids"))]
     decoder.model.set_attn_implementation(ATTENTION)
     if decoder.model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
         raise UnsupportedDecoderError(

@@ -52,6 +52,7 @@ def _pays(head: nn.Module, hidden: Tensor) -> bool:
         and hidden.dtype == torch.float32
         and type(head) is nn.Linear
         and head.bias is None
+        and type(head.weight) in (Tensor, nn.Parameter)  # not a quantiser's
         and head.weight.dtype == torch.float32
         and current() in ("auto", "cpp")
         and extension()[0]

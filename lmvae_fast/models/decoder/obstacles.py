@@ -8,7 +8,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 # Layers that keep a state, or look at a few neighbours, in the place of keys and values.
-_KEYLESS = ("linear", "mamba", "conv", "recurrent", "rwkv", "lstm", "hybrid")
+_KEYLESS = ("linear", "mamba", "conv", "recurrent", "rwkv", "lstm")
+# Types that say nothing of it in their configuration.
+_BY_TYPE = {
+    "rwkv": "has layers without keys and values, which a memory cannot reach: each keeps a running state",
+    "reformer": "attends by hashing or in chunks over cached hidden states, so that there are no keys and values",
+    "xlnet": "reads in the order of a permutation mask, not from left to right, and caches hidden states",
+    "prophetnet": "predicts several tokens at once by streams of queries beside the main one",
+    "cpmant": "adds a learned bias by distance and segment to every attention score",
+}
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "layers_block_types", "attention_layer_types")
 
 
@@ -20,6 +28,15 @@ def obstacle(model: PreTrainedModel, config: Any) -> tuple[str, Any] | None:
     kinds = _layer_kinds(config)
     if (keyless := keyless_layers(config)) is not None:
         return keyless
+    kind = getattr(config, "model_type", None)
+    if kind in _BY_TYPE:
+        return _BY_TYPE[kind], kind
+    if getattr(config, "causal", None) is False:  # XLM
+        return "reads in both directions", "causal=False"
+    if getattr(config, "cross_attention_layers", None):
+        return "has layers that attend to an image, whose keys and values are not those of the text", (
+            f"cross_attention_layers={config.cross_attention_layers}"
+        )
     if not any("Attention" in type(module).__name__ for module in model.modules()):
         return "has no attention, so there are no keys and values for a memory", type(model.base_model).__name__
     if (differing := _differing_heads(config)) is not None:
@@ -43,9 +60,16 @@ def obstacle(model: PreTrainedModel, config: Any) -> tuple[str, Any] | None:
 
 
 def keyless_layers(config: Any) -> tuple[str, Any] | None:
-    """As `obstacle`, from the configuration alone: whether it lists layers that keep no keys and values."""
-    keyless = sorted(kind for kind in _layer_kinds(config) if any(part in kind for part in _KEYLESS))
-    return ("has layers without keys and values, which a memory cannot reach", ", ".join(keyless)) if keyless else None
+    """As `obstacle`, from the configuration alone: whether it lists layers that keep a state, in the place of keys and values
+    or beside them."""
+    kinds = _layer_kinds(config)
+    keyless = sorted(kind for kind in kinds if any(part in kind for part in _KEYLESS))
+    if keyless:
+        return "has layers without keys and values, which a memory cannot reach", ", ".join(keyless)
+    hybrid = sorted(kind for kind in kinds if "hybrid" in kind)
+    if hybrid:
+        return "keeps a state beside keys and values in its layers, which a memory cannot reach", ", ".join(hybrid)
+    return None
 
 
 def _layer_kinds(config: Any) -> set[str]:
@@ -55,7 +79,10 @@ def _layer_kinds(config: Any) -> set[str]:
 def _differing_heads(config: Any) -> str | None:
     """What a configuration says of heads that differ by layer, or None."""
     fields = ("head_dim", "num_key_value_heads")
-    layers = getattr(config, "per_layer_config", None) or {}
+    try:
+        layers = getattr(config, "per_layer_config", None) or {}
+    except AttributeError:  # one that counts no layers under the usual name (BLT)
+        return None
     parts = layers.values() if isinstance(layers, dict) else layers
     found = {
         tuple(part.get(name) if isinstance(part, dict) else getattr(part, name, None) for name in fields)

@@ -58,8 +58,8 @@ class Packing:
 
     def gated(self, gate: nn.Linear, up: nn.Linear) -> PackedLinear:
         """``silu(gate(x)) * up(x)``."""
-        require(gate.bias is None and up.bias is None, "a bias in a gated layer")
         both = linear_weight(gate), linear_weight(up)
+        require(gate.bias is None and up.bias is None, "a bias in a gated layer")
         packed = self._quantized(quantize_gated(*both)) if self.weights else self._pages.copy(pack_gated(*both))
         return PackedLinear(packed, out_features=both[0].shape[0], activation="swiglu", dtype=both[0].dtype)
 
@@ -68,27 +68,42 @@ class Packing:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """Weight of an nn.Linear or Conv1D as ``[outputs, inputs]``."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    """Weight of an nn.Linear or Conv1D as ``[outputs, inputs]``; raises Unlike for a quantised one."""
+    weight: Any = getattr(module, "weight", None)
+    require(_plain(weight), f"{type(module).__name__} over a weight of kind {type(weight).__name__}")
     return weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
+
+
+def plain_linears(model: nn.Module) -> list[Linear]:
+    """Linear modules whose weight is a matrix of floating numbers, rather than what a quantiser puts in its place."""
+    found = [module for module in model.modules() if isinstance(module, Linear) and type(module) in (nn.Linear, Conv1D)]
+    return [module for module in found if _plain(module.weight)]
+
+
+def _plain(weight: Any) -> bool:
+    # torchao's weights are tensors of a kind of their own that say they are float32.
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
 
 
 @contextmanager
 def exchanged(forwards: Exchanges) -> Iterator[None]:
-    """Inside, these modules call these functions."""
+    """Inside, these modules call these functions; afterwards what they called before."""
+    before = [module.__dict__.get("forward") for module, _ in forwards]
     for module, forward in forwards:
         module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module, _ in forwards:
-            module.__dict__.pop("forward", None)
+        for (module, _), own in zip(forwards, before, strict=True):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
 
 
 def rounded(model: nn.Module, weights: str | None) -> Exchanges:
     """What makes a model compute, module by module, with the weights that ``weights`` stands for: nothing for None."""
-    found = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)] if weights else []
+    found = plain_linears(model) if weights else []
     return [(module, _rounded_forward(module)) for module in found]
 
 

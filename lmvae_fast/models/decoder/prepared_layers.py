@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Layer = Callable[[Tensor, AttentionContext], Tensor]  # hidden states [T, hidden] to those of the next layer
-_LLAMAS = {
+LLAMAS = {
     llama.LlamaModel: (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP),
     mistral.MistralModel: (mistral.MistralDecoderLayer, mistral.MistralAttention, mistral.MistralMLP),
     qwen2.Qwen2Model: (qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP),
@@ -46,7 +46,7 @@ def body_forward(decoder: Decoder, packing: Packing) -> Callable[..., SimpleName
     try:
         if type(body) is gpt2.GPT2Model:
             forward = _gpt2(body, packing)
-        elif type(body) in _LLAMAS:
+        elif type(body) in LLAMAS:
             forward = _llama(body, decoder.windows, packing)
         else:
             return None
@@ -109,10 +109,8 @@ def _gpt2(body: Any, packing: Packing) -> Callable[..., SimpleNamespace]:
 
 
 def _gpt2_layer(block: Any, index: int, packing: Packing) -> Layer:
+    require_gpt2_layer(block)
     attn, mlp, norm1, norm2 = block.attn, block.mlp, block.ln_1, block.ln_2
-    require(type(block) is gpt2.GPT2Block and not hasattr(block, "crossattention"), "another kind of block")
-    require(type(attn) is gpt2.GPT2Attention and type(mlp) is gpt2.GPT2MLP, "another attention or MLP")
-    require(type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh", "another activation")
     qkv, out = packing.linear(attn.c_attn), packing.linear(attn.c_proj)
     up, down = packing.linear(mlp.c_fc, activation="gelu_tanh"), packing.linear(mlp.c_proj)
     shape, scale, heads = norm1.normalized_shape, attn.scaling, attn.num_heads
@@ -126,6 +124,14 @@ def _gpt2_layer(block: Any, index: int, packing: Packing) -> Layer:
         return down(up(layer_norm(x, shape, *second)), x)
 
     return layer
+
+
+def require_gpt2_layer(block: Any) -> None:
+    """Raises Unlike for a layer that is not exactly what is written out."""
+    attn, mlp = block.attn, block.mlp
+    require(type(block) is gpt2.GPT2Block and not hasattr(block, "crossattention"), "another kind of block")
+    require(type(attn) is gpt2.GPT2Attention and type(mlp) is gpt2.GPT2MLP, "another attention or MLP")
+    require(type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh", "another activation")
 
 
 # ---- Llama, Mistral, Qwen --------------------------------------------------------------------------------------------
@@ -148,8 +154,8 @@ def _llama(body: Any, windows: dict[int, int | None], packing: Packing) -> Calla
 
 
 def _llama_layer(body: Any, block: Any, index: int, window: int | None, packing: Packing) -> Callable[..., Tensor]:
+    require_llama_layer(body, block)
     attn, mlp, width = block.self_attn, block.mlp, body.config.hidden_size
-    require((type(block), type(attn), type(mlp)) == _LLAMAS[type(body)], "another kind of layer")
     qkv = packing.linear(attn.q_proj, attn.k_proj, attn.v_proj)
     out, down = packing.linear(attn.o_proj), packing.linear(mlp.down_proj)
     gated = packing.gated(mlp.gate_proj, mlp.up_proj)
@@ -174,3 +180,8 @@ def _llama_layer(body: Any, block: Any, index: int, window: int | None, packing:
         return down(gated(rms_norm(x, (width,), second.weight, second.variance_epsilon)), x)
 
     return layer
+
+
+def require_llama_layer(body: Any, block: Any) -> None:
+    """Raises Unlike for a layer that is not exactly what is written out."""
+    require((type(block), type(block.self_attn), type(block.mlp)) == LLAMAS[type(body)], "another kind of layer")

@@ -15,14 +15,20 @@ from functools import cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.kernels.backend import current
 from lmvae_fast.kernels.packed_linear import most_rows
 from lmvae_fast.models.decoder.decoder import Decoder
-from lmvae_fast.models.decoder.packed_products import Exchanges, Forward, Linear, Packing, exchanged, linear_weight
+from lmvae_fast.models.decoder.packed_products import (
+    Exchanges,
+    Forward,
+    Linear,
+    Packing,
+    exchanged,
+    linear_weight,
+    plain_linears,
+)
 from lmvae_fast.models.decoder.prepared_layers import body_forward
 
 OURS = (torch.float32, torch.bfloat16)  # dtypes that packed_linear has a kernel for
@@ -52,6 +58,7 @@ def check_weights(decoder: Decoder, weights: str | None) -> None:
         "its decoder trains": decoder.trains,
         f"its decoder is on {decoder.device}": decoder.device.type != "cpu",
         f"its decoder is held in {decoder.dtype}": decoder.dtype not in OURS,
+        "its decoder is quantised already": bool(getattr(decoder.model, "is_quantized", False)),
         "autocast is on": torch.is_autocast_enabled("cpu"),
     }
     for reason, holds in reasons.items():
@@ -87,8 +94,7 @@ def exchanges(decoder: Decoder, rows: int, wanted: bool = True, weights: str | N
 
 def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchanges:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
-    linear = [m for m in decoder.model.modules() if isinstance(m, Linear) and type(m) in (nn.Linear, Conv1D)]
-    modules = [m for m in linear if m.weight.dtype == dtype]
+    modules = [m for m in plain_linears(decoder.model) if m.weight.dtype == dtype]
     ours = weights is not None or _ours(decoder, rows)
     copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
     state = (ours, weights, *((tensor.data_ptr(), tensor._version) for tensor in copied))

@@ -37,9 +37,12 @@ Capture = Callable[[Step, torch.device], Graph]
 
 
 class CudaGraph:
-    """A step as a CUDA graph. Raises RuntimeError where it cannot be one, a step that waits for the device among them."""
+    """A step as a CUDA graph, done once while it is recorded; ``pool``: of memory that several graphs share.
 
-    def __init__(self, step: Step, device: torch.device):
+    Raises RuntimeError where it cannot be one, a step that waits for the device among them.
+    """
+
+    def __init__(self, step: Step, device: torch.device, *, pool: Any = None):
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -48,7 +51,7 @@ class CudaGraph:
                 step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 step()
 
     def replay(self) -> None:
@@ -93,7 +96,7 @@ def capture_for(
     return None if off or capture is None or (torch.is_autocast_enabled(device.type) and not in_autocast) else capture
 
 
-def _without_copies(device: str) -> contextlib.AbstractContextManager[Any]:
+def without_copies(device: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast as it is, but without the copies of weights that it keeps until it is left: a recording would go on reading
     them afterwards."""
     if not torch.is_autocast_enabled(device):
@@ -155,7 +158,7 @@ class RecordedStep:
         after = [x.clone() for x in self.state]
         self._restore(before)
         try:
-            with _without_copies(self.state[0].device.type):
+            with without_copies(self.state[0].device.type):
                 graph = self.capture(self.step, self.state[0].device)
             self._restore(before)
             graph.replay()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.memory import check_memory
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Tuning:
                     value="decoder_part='lora'",
                     remedy="pip install 'lmvae_fast[lora]', or choose another decoder_part",
                 ) from error
+            widths = sum(sum(module.weight.shape) for module in _linear(model))
+            check_memory(f"adapters of rank {self.rank:,}", "lower lora_rank", 4 * self.rank * widths)
             inject_adapter_in_model(LoraConfig(**self._adapter_options(model)), model)  # freezes all but the adapters
 
     def _adapter_options(self, model: PreTrainedModel) -> dict[str, Any]:
         """What peft is told of the adapters."""
         # GPT-2 keeps its linear weights transposed, which peft asks to be told.
-        transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+        transposed = any(type(module).__name__ == "Conv1D" for module in _linear(model))
         kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         return {"r": self.rank, "lora_alpha": self.alpha, "fan_in_fan_out": transposed, **kind}
 
@@ -70,6 +73,11 @@ class Tuning:
         folder.mkdir(parents=True)
         LoraConfig(**options, base_model_name_or_path=base, inference_mode=True).save_pretrained(str(folder))
         save_file(named, folder / "adapter_model.safetensors")
+
+
+def _linear(model: PreTrainedModel) -> list[Any]:
+    """The layers that adapters are put beside, and the head."""
+    return [part for part in model.modules() if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"]
 
 
 def _refuse_quantised(model: PreTrainedModel, part: str) -> None:

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,11 +22,14 @@ class Way:
         attention: the implementation that the model is switched to (its own, where an adapter exchanges methods).
         by_keyword: whether the body hands the context down as a keyword argument; it is found by `running` otherwise.
         takes_positions: whether the body takes position ids; what looks them up asks `running` otherwise.
+        takes_types: whether the body is told that all tokens are of the first type, since what it assumes itself reaches no
+            further than one sentence's positions (BigBird), and a packed batch does.
     """
 
     attention: str = ATTENTION
     by_keyword: bool = True
     takes_positions: bool = True
+    takes_types: bool = False
     #: Whether everything goes down by keyword, as in most decoders; kept, since every step asks.
     plain: bool = field(init=False)
 
@@ -36,6 +40,8 @@ class Way:
     def call(self, body: nn.Module, embedded: Tensor, positions: Tensor, context: AttentionContext) -> Any:
         """Run the body on ``[1, T, hidden]`` at positions ``[T]``."""
         options: dict[str, Any] = {"position_ids": positions.unsqueeze(0)} if self.takes_positions else {}
+        if self.takes_types:
+            options["token_type_ids"] = torch.zeros_like(positions).unsqueeze(0)
         if self.by_keyword:
             options["lmvae"] = context
         with run_with(context, positions):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lmvae_fast.errors import DataError, LatentError
+from lmvae_fast.memory import check_memory
 from lmvae_fast.probes import checks
 from lmvae_fast.probes.results import Array, MutualInformation, Score
 
@@ -169,6 +170,7 @@ def modularity(mi: Any, *, without_information: str = "zero") -> Score:
 def _joint_counts(found: Array, y: Array, bins: int, width: int) -> Array:
     """``counts[d, b, v]``: rows whose dimension d is in bin b and whose factor has value v."""
     dims = found.shape[1]
+    check_memory(f"counts in {bins:,} bins", "lower bins", 8 * dims * (bins * width + 2 * len(found)))
     cells = (np.arange(dims) * bins + found) * width + y[:, None]
     return np.bincount(cells.ravel(), minlength=dims * bins * width).reshape(dims, bins, width)
 

@@ -1,90 +1,73 @@
 """FED: a dialogue judged by how likely a language model finds pleased and displeased answers to it.
 
-Source: Mehri & Eskenazi 2020 (arXiv 2006.12719); the follow-up sentences are that metric's definition and are given here
-as published.
+Source: Mehri & Eskenazi 2020 (arXiv 2006.12719). The follow-up sentences are that metric's definition, and its repository
+gives no licence for them: they are not part of this package, and are read from what the user has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmvae_fast.errors import DataError
+from lmvae_fast.documents import parse_json, read_text
+from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.probes import checks
 from lmvae_fast.probes.results import Score
 from lmvae_fast.probes.text.overlap import texts
 
-_SENSE = ("That makes sense!", "You have a good point.")
+#: Aspect -> (positive follow-ups, negative follow-ups).
+FollowUps = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 
-#: Aspect -> (positive follow-ups, negative follow-ups). The first eight judge a turn, the others a whole dialogue.
-FOLLOW_UPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "interesting": (
-        ("Wow that is really interesting.", "That's really interesting!", "Cool! That sounds super interesting."),
-        ("That's not very interesting.", "That's really boring.", "That was a really boring response."),
-    ),
-    "engaging": (
-        ("Wow! That's really cool!", "Tell me more!", "I'm really interested in learning more about this."),
-        (
-            "Let's change the topic.",
-            "I don't really care. That's pretty boring.",
-            "I want to talk about something else.",
-        ),
-    ),
-    "specific": (
-        ("That's good to know. Cool!", "I see, that's interesting.", "That's a good point."),
-        ("That's a very generic response.", "Not really relevant here.", "That's not really relevant here."),
-    ),
-    "relevant": (
-        (),
-        ("That's not even related to what I said.", "Don't change the topic!", "Why are you changing the topic?"),
-    ),
-    "correct": (
-        (),
-        ("You're not understanding me!", "I am so confused right now!", "I don't understand what you're saying."),
-    ),
-    "semantically appropriate": (_SENSE, ("That makes no sense!",)),
-    "understandable": (
-        _SENSE,
-        ("I don't understand at all!", "I'm so confused!", "That makes no sense!", "What does that even mean?"),
-    ),
-    "fluent": (_SENSE, ("Is that real English?", "I'm so confused right now!", "That makes no sense!")),
-    "coherent": (
-        (),
-        ("You're making no sense at all.", "You're changing the topic so much!", "You are so confusing."),
-    ),
-    "error recovery": (
-        (),
-        ("I am so confused right now.", "You're really confusing.", "I don't understand what you're saying."),
-    ),
-    "consistent": ((), ("That's not what you said earlier!", "Stop contradicting yourself!")),
-    "diverse": (
-        (),
-        ("Stop saying the same thing repeatedly.", "Why are you repeating yourself?", "Stop repeating yourself!"),
-    ),
-    "depth": ((), ("Stop changing the topic so much.", "Don't change the topic!")),
-    "likeable": (
-        ("I like you!", "You're super polite and fun to talk to", "Great talking to you."),
-        ("You're not very nice.", "You're not very fun to talk to.", "I don't like you."),
-    ),
-    "understand": (
-        (),
-        ("You're not understanding me!", "What are you trying to say?", "I don't understand what you're saying."),
-    ),
-    "flexible": (
-        ("You're very easy to talk to!", "Wow you can talk about a lot of things!"),
-        ("I don't want to talk about that!", "Do you know how to talk about something else?"),
-    ),
-    "informative": (
-        ("Thanks for all the information!", "Wow that's a lot of information.", "You know a lot of facts!"),
-        ("You're really boring.", "You don't really know much."),
-    ),
-    "inquisitive": (
-        ("You ask a lot of questions!", "That's a lot of questions!"),
-        ("You don't ask many questions.", "You don't seem interested."),
-    ),
-}
+_FORM = '{"aspect": {"positive": ["..."], "negative": ["..."]}, ...}'
+
+
+def read_follow_ups(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Follow-ups of a file: ``.json`` with ``{aspect: {"positive": [...], "negative": [...]}}``, or the metric's own
+    ``fed.py`` (https://github.com/Shikib/fed), whose tables are read and of which nothing is run.
+
+    Raises DataError for a file that holds no such table.
+    """
+    text = read_text(path)
+    if Path(path).suffix == ".py":
+        found = {aspect: sides for table in _tables(text, path) for aspect, sides in table.items()}
+    else:
+        found = parse_json(text, str(path), limit_text=_FORM)
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{path} holds no follow-ups", limit=_FORM, remedy="give fed.py of github.com/Shikib/fed")
+    return {aspect: _sides(aspect, sides, path) for aspect, sides in found.items()}
+
+
+def _tables(text: str, path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The tables of follow-ups that stand in a Python file, in their order."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"{path} is no Python file: {error}", remedy="download it again") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            try:
+                value = ast.literal_eval(node.value)
+            except (ValueError, TypeError, RecursionError):
+                continue
+            if value and all(isinstance(sides, dict) and "negative" in sides for sides in value.values()):
+                yield value
+
+
+def _sides(aspect: Any, sides: Any, path: str | os.PathLike[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    known = sides if isinstance(sides, dict) else {}
+    found = [known.get("positive", []), known.get("negative")]
+    if not isinstance(aspect, str) or not all(
+        isinstance(side, list) and all(isinstance(sentence, str) for sentence in side) for side in found
+    ):
+        raise DataError(
+            f"{path}: an aspect has no follow-ups", value=repr(aspect)[:60], limit=_FORM, remedy="mend that entry"
+        )
+    return tuple(found[0]), tuple(found[1])
 
 
 def fed(
@@ -92,7 +75,7 @@ def fed(
     model: Any,
     tokenizer: Any,
     *,
-    follow_ups: Mapping[str, tuple[Sequence[str], Sequence[str]]] = FOLLOW_UPS,
+    follow_ups: FollowUps | str | os.PathLike[str] | None = None,
     batch_size: int = 32,
 ) -> Score:
     """FED of dialogues: for each aspect, mean loss of the negative follow-ups minus mean loss of the positive ones.
@@ -105,14 +88,25 @@ def fed(
     Args:
         conversations: dialogues, turns separated by `` <|endoftext|> ``; one, or a list.
         model: a causal language model (published figures: DialoGPT-large). tokenizer: of the model.
-        follow_ups: aspect -> (positive, negative).
+        follow_ups: aspect -> (positive, negative), or a file that :func:`read_follow_ups` reads; there are none here.
         batch_size: sequences per pass.
 
     Returns:
         ``value``: the mean difference over dialogues and aspects; ``details["aspects"]``: each aspect's mean over the
         dialogues (bare losses too); ``details["conversations"]``: those of each dialogue; ``details["losses"]``: the loss
         of each dialogue without a follow-up.
+
+    Raises ConfigError without follow-ups, DataError for dialogues that are too long and aspects without a negative follow-up.
     """
+    if follow_ups is None:
+        raise ConfigError(
+            "FED's follow-up sentences are no part of this package, since no licence is given for them",
+            value="follow_ups=None", limit="a mapping, or a file",
+            remedy="download fed.py of https://github.com/Shikib/fed and give its path as follow_ups, or a JSON file "
+            + _FORM,
+        )  # fmt: skip
+    if isinstance(follow_ups, (str, os.PathLike)):
+        follow_ups = read_follow_ups(follow_ups)
     given = [conversations] if isinstance(conversations, str) else texts(conversations, name="conversations")
     checks.whole("batch_size", batch_size, 1)
     if not follow_ups or any(not negative for _, negative in follow_ups.values()):

@@ -41,6 +41,7 @@ CHANGEABLE = {
     "embedding_rows_update",
     "recompute_decoder",
     "compile",
+    "cuda_graphs",
 }
 
 

@@ -107,7 +107,7 @@ def test_a_run_with_evaluation_checkpoints_and_callbacks(parts, tmp_path):
     pipeline = LanguageTrainingPipeline(training_config=config(tmp_path, num_epochs=3, steps_saving=2), model=model)
     pipeline(train_data=dataset(model), eval_data=dataset(model, SENTENCES[:4]), callbacks=[watch])
     folder = pipeline.training_dir
-    assert folder.parent == tmp_path and folder.name.startswith("LangVAE_training_")
+    assert folder.parent == tmp_path and folder.name.startswith("VAE_training_")
     assert json.loads((folder / "training_config.json").read_text())["target_kl"] == 0.5
     assert [path.name for path in sorted(folder.glob("checkpoint_epoch_*"))] == ["checkpoint_epoch_2"]
     best = min(log["eval_epoch_loss"] for log in watch.logs)
@@ -212,7 +212,7 @@ def test_the_readme_of_langvae_runs_unchanged_after_install(parts, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert "decoded [" in run.stdout
     assert (tmp_path / "train.jsonl").is_file() and list((tmp_path / "runs").iterdir())
-    assert list(tmp_path.glob("LangVAE_training_*/final_model/decoder.pt"))
+    assert list(tmp_path.glob("VAE_training_*/final_model/decoder.pt"))
 
 
 @pytest.mark.parametrize(
@@ -275,3 +275,12 @@ def test_other_models_and_data_are_refused(parts, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="one process"):
         LanguageTrainingPipeline(CyclicalScheduleKLThresholdTrainerConfig(), model)
     assert not list(tmp_path.iterdir())
+
+
+def test_model_and_configuration_come_in_either_order(parts, tmp_path):
+    model, settings = build(parts), config(tmp_path)
+    for pipeline in (
+        LanguageTrainingPipeline(model, settings), LanguageTrainingPipeline(settings, model),
+        LanguageTrainingPipeline(training_config=settings, model=model),
+    ):  # fmt: skip
+        assert pipeline.model is model and pipeline.training_config is settings

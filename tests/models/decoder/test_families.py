@@ -60,6 +60,34 @@ def test_a_kind_of_decoder_is_computed_as_its_own_code_does(model_type):
     assert {"no_memory", "prefix", "interleaved", "gradients", "generation"} <= found.keys()
 
 
+def test_a_packed_batch_may_be_longer_than_a_sentence():
+    """BigBird holds the types of as many tokens as it has positions: 24, and two sentences up to the last one are 42."""
+    found = check_decoder(tiny_model("big_bird"))
+    assert wrong(found) == [] and "last" in found, found
+
+
+def test_the_first_gpt_is_right_without_a_cache_of_its_own():
+    found = check_decoder(tiny_model("openai-gpt"))
+    assert wrong(found) == [], found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    {
+        "blt": "patches of bytes",
+        "falcon_h1": "keeps a state beside keys and values",
+        "lfm2": "layers without keys and values",
+        "mllama": "attend to an image",
+        "qwen4_exp_text": "layers without keys and values",
+        "rwkv": "each keeps a running state",
+        "xlm": "reads in both directions",
+    }.items(),
+)
+def test_a_refusal_says_what_about_the_model_is_in_the_way(model_type, reason):
+    with pytest.raises(UnsupportedDecoderError, match=reason):
+        make(model_type)
+
+
 def make(model_type):
     return Decoder(tiny_model(model_type), SentenceTokenizer(tiny_tokenizer()))
 

@@ -20,7 +20,10 @@ _methods: dict[str, tuple[str, Method]] = {}
 
 
 def exchanges(*classes: str, method: str = "forward") -> Callable[[Method], Method]:
-    """Decorates what is called as ``method`` of these classes of transformers; it gets the module and the call's arguments."""
+    """Decorates what is called as ``method`` of these classes of transformers; it gets the module and the call's arguments.
+
+    classes: names, or ``file.name`` where many families have a class of that name (``modeling_openai.Attention``).
+    """
 
     def register(function: Method) -> Method:
         for name in classes:
@@ -36,13 +39,16 @@ def exchange_attention(body: nn.Module) -> int:
     Modules that do not say which layer they are learn it by their order.
     """
     _load()
-    found = [module for module in body.modules() if type(module).__name__ in _methods]
-    for layer, module in enumerate(found):
-        name, function = _methods[type(module).__name__]
+    found = [(module, known) for module in body.modules() if (known := _known(type(module))) is not None]
+    for layer, (module, (name, function)) in enumerate(found):
         if not hasattr(module, "layer_idx"):
             module.layer_idx = layer  # type: ignore[assignment]
         _exchange(module, name, function)
     return len(found)
+
+
+def _known(kind: type) -> tuple[str, Method] | None:
+    return _methods.get(kind.__name__) or _methods.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
 
 
 def exchange_positions(body: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""GPT-J, CodeGen, GPT-NeoX Japanese and GPT-Neo: their softmax is a method of its own, ``_attn``."""
+"""GPT-J, CodeGen, GPT-NeoX Japanese, GPT-Neo and the first GPT: their softmax is a method of its own, ``_attn``."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def gpt_neo(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     """Scores as they are; every other layer sees a window."""
     window = module.config.window_size if module.attention_type == "local" else None
     return _softmax(module, query, key, value, scaling=1.0, window=window)
+
+
+@exchanges("modeling_openai.Attention", method="_attn")
+def gpt(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+    """Scores over the square root of head_dim, if at all; keys come as ``[batch, heads, head_dim, tokens]``."""
+    out, _weights = _softmax(module, query, key.transpose(2, 3), value, scaling=None if module.scale else 1.0)
+    return [out]

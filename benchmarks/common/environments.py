@@ -1,4 +1,4 @@
-"""Virtual environments that see this one's packages and have a few of their own: LangSpace and pythae beside transformers 5."""
+"""Virtual environments that see this one's packages and have a few of their own: other frameworks beside transformers 5."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.common.records import ROOT
 
 # LangSpace without what it requires: that would bring LangVAE, and with it transformers 4.48.
 WITHOUT_REQUIREMENTS = {"langspace": ("langspace==0.3.7", "saf-nlp==0.6.1", "saf-datasets==0.7.2", "yellowbrick==1.5")}
 PACKAGES = {
     "langspace": ("gensim>=4.3.3", "spacy>=3.8", "gdown", "jsonlines", "pandas"),
     "pythae": ("pythae==0.1.2",),
+    "frameworks": ("datasets>=4", "lightning>=2.6", "normflows==1.7.3", "nflows==0.14"),
 }
 
 

@@ -1,0 +1,184 @@
+"""A frozen decoder's body over prepared weights while a run trains what stands around it (training_layers.py).
+
+The body is prepared at its first pass, compared with the modules it stands for in values and gradients, and prepared again
+when a weight has changed. What it does not serve goes through the modules, with the reason in `reason` and in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+
+from lmvae_fast.kernels.backend import choose, current
+from lmvae_fast.models.decoder.attention import PackedAttention
+from lmvae_fast.models.decoder.examination import in_float32
+from lmvae_fast.models.decoder.large_pages import LargePages
+from lmvae_fast.models.decoder.packed_products import Unlike, require
+from lmvae_fast.models.decoder.prepared_layers import LLAMAS
+from lmvae_fast.models.decoder.training_layers import gpt2_forward, llama_forward
+from lmvae_fast.models.sharded_tensors import in_pieces
+
+if TYPE_CHECKING:
+    from lmvae_fast.models.decoder.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16)
+_OPTIONS = {"inputs_embeds", "position_ids", "use_cache", "lmvae"}
+Forward = Callable[..., Any]
+
+
+class TrainingBody:
+    """Stands in for ``decoder.body.forward``.
+
+    Attributes:
+        reason: why the modules run in place of prepared layers; None where these run, or before the first pass.
+
+    Args:
+        decoder: whose body. plain: the forward it stands in for.
+    """
+
+    def __init__(self, decoder: Decoder, plain: Forward) -> None:
+        self._decoder, self._plain = decoder, plain
+        self._dtype = next(decoder.body.parameters()).dtype
+        self._state: tuple | None = None
+        self._forward: Forward | None = None
+        self.reason: str | None = None
+
+    @property
+    def runs(self) -> str:
+        """What the last passes went through, for records: "prepared layers", or "modules" and why."""
+        if self._forward is not None:
+            return "prepared layers"
+        return "modules" if self.reason is None else f"modules: {self.reason}"
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """As the body's own forward."""
+        if torch.compiler.is_compiling() or arguments or not self._serves(options):
+            return self._plain(*arguments, **options)
+        forward = self._prepared()
+        return self._plain(**options) if forward is None else forward(**options)
+
+    def _serves(self, options: dict[str, Any]) -> bool:
+        """Whether this call is one that the layers are written for; other kinds are the modules' without a word."""
+        if options.keys() != _OPTIONS or type(options["lmvae"]) is not PackedAttention:
+            return False
+        embedded = options["inputs_embeds"]
+        if embedded.dtype != self._dtype or embedded.device.type != "cpu":  # as while others look at it in fp32
+            return False
+        cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != embedded.dtype
+        return current() != "reference" and embedded.dtype in DTYPES and not cast
+
+    def _prepared(self) -> Forward | None:
+        weights = list(self._decoder.body.parameters())
+        state = tuple((w.data_ptr(), w._version, w.requires_grad) for w in weights if not in_pieces(w))
+        if state != self._state:
+            self._forward = None  # before the next copies are made
+            self._forward, self.reason = self._prepare(weights)
+            if self.reason is not None:
+                logger.info("%s: its modules run in training: %s", type(self._decoder.body).__name__, self.reason)
+            self._state = state
+        return self._forward
+
+    def _prepare(self, weights: list[nn.Parameter]) -> tuple[Forward | None, str | None]:
+        decoder, pages = self._decoder, LargePages()
+        body: Any = decoder.body
+        try:
+            _require_frozen(decoder, weights)
+            if type(body) is gpt2.GPT2Model:
+                forward = gpt2_forward(body, pages)
+            elif type(body) in LLAMAS:
+                forward = llama_forward(body, decoder.windows, pages)
+            else:
+                return None, f"the layers of {type(body).__name__} are not written out"
+        except Unlike as unlike:
+            return None, str(unlike)
+        for what, (off, limit) in differences(decoder, forward, self._plain).items():
+            if not off <= limit:
+                reason = f"the {what} of prepared layers are off by {off:.1e}, more than {limit:.1e}"
+                logger.warning("%s: %s", type(body).__name__, reason)
+                return None, reason
+        return forward, None
+
+
+def _require_frozen(decoder: Decoder, weights: list[nn.Parameter]) -> None:
+    """Raises Unlike for a body whose weights are not as they are prepared."""
+    body = decoder.body
+    require(not any(weight.requires_grad for weight in weights), "a part of its weights trains")
+    require(not any(in_pieces(weight) for weight in weights), "its weights are held in pieces")
+    dtypes = {weight.dtype for weight in weights}
+    require(len(dtypes) == 1 and dtypes <= set(DTYPES), f"its weights are {', '.join(sorted(map(str, dtypes)))}")
+    require(decoder.way.plain and not decoder.position_columns, "its attention is called in another way")
+    require(not body.training, "it is in training mode")
+    require(
+        choose("frozen_layer", weights[0]) == "cpp", "the C++ extension has nothing for what stands between products"
+    )
+    for name, module in body.named_modules():
+        if module is body:
+            continue
+        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        require(not hooked and "forward" not in module.__dict__, f"{name} has hooks or a forward of its own")
+
+
+def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str, tuple[float, float]]:
+    """How far values and gradients of two short sentences under a memory are from the modules' in fp32, over their norm; and
+    the most that they may be. In bf16 the modules are off, too: ours may be by twice as much, gradients by three times.
+    """
+    body, dtype = decoder.body, next(decoder.body.parameters()).dtype
+    offsets, positions = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1, 2, 0, 1]])
+    shape = (decoder.num_layers, 2, 2, decoder.kv_heads, 3, decoder.head_dim)
+    count = torch.Size(shape).numel()
+    memory = torch.linspace(0, 0.37 * count, count).sin().view(shape)
+    embedded = torch.linspace(-1, 1, 5 * decoder.hidden_size).view(decoder.hidden_size, 5).t().unsqueeze(0)
+    weights = torch.linspace(0, 5 * decoder.hidden_size, 5 * decoder.hidden_size).cos().view(1, 5, -1)
+
+    @torch.enable_grad()
+    def figures(forward: Forward, dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (embedded.clone(), memory.clone())]
+        attention = PackedAttention(leaves[1], "prefix", offsets, 3)
+        given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
+        hidden = forward(inputs_embeds=leaves[0], **given).last_hidden_state
+        of_states, of_memory = torch.autograd.grad(hidden, leaves, weights.to(dtype))
+        found = {"values": hidden, "gradients by its inputs": of_states, "gradients by the memory": of_memory}
+        return {name: tensor.detach().float() for name, tensor in found.items()}
+
+    with torch.autocast("cpu", enabled=False):
+        ours, theirs = figures(forward, dtype), figures(plain, dtype)
+        truth = theirs
+        if dtype != torch.float32:
+            with in_float32(body):
+                truth = figures(plain, torch.float32)
+    found = {}
+    for name, want in truth.items():
+        ours_off, theirs_off = (((side[name] - want).norm() / want.norm()).item() for side in (ours, theirs))
+        factor = 2 if name == "values" else 3
+        limit = 1e-4 if dtype == torch.float32 else factor * theirs_off + torch.finfo(dtype).eps / 2
+        found[name] = ours_off, limit
+    return found
+
+
+@contextlib.contextmanager
+def trained_through(decoder: Decoder, wanted: bool = True) -> Iterator[TrainingBody | None]:
+    """While this lasts, passes of a frozen decoder over packed sentences go through prepared layers where these exist; their
+    copies of the weights are given back at its end. Gives None, and does nothing, unless ``wanted``, and for a model's decoder
+    of another kind."""
+    body: Any = getattr(decoder, "body", None)
+    if not wanted or not hasattr(decoder, "way"):
+        yield None
+        return
+    had, before = "forward" in body.__dict__, body.forward
+    stand_in = TrainingBody(decoder, before)
+    body.forward = stand_in
+    try:
+        yield stand_in
+    finally:
+        if had:
+            body.forward = before
+        else:
+            del body.forward
