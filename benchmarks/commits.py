@@ -1,12 +1,14 @@
 """Training steps and decoding of two commits in turn, in one run: whether a change made anything slower.
 
-    python -m benchmarks.commits OTHER_CHECKOUT [--shape gpt2-small] [--batches 8 32] [--rounds 7] [--output FILE]
+    python -m benchmarks.commits OTHER_CHECKOUT [--shape gpt2-small] [--batches 8 32] [--rounds 7] [--other-first]
+        [--output FILE]
 
 OTHER_CHECKOUT is a clone at the other commit in which `make setup` was run; each side runs by its own folder's `.venv`, with
 its own extension. Both sides get the same case (weights, sentences, noise, latents). Before anything is timed the losses and
 gradients must agree to 1e-5 and the decoded ids must be the same. Times are taken in turn, in random order within each
 round; `ratio` is the median over rounds of the other commit's time by this one's, so below 1 means slower than it was;
-`spread` its quartiles, of elapsed time. Writes benchmarks/results/commits.json.
+`spread` its quartiles, of elapsed time. `--other-first` starts the other commit's process first: the one that starts first may
+get better pages of memory for its weights. Writes benchmarks/results/commits.json.
 """
 
 from __future__ import annotations
@@ -105,12 +107,15 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK), metavar="WORK")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--other-first", action="store_true", help="start the other commit's process first")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=records.RESULTS / "commits.json")
     options = parser.parse_args()
     here = Path(__file__).resolve().parents[1]
     other = options.other.resolve()
     pythons = {"this": (Path(sys.executable), here), "other": (check_checkout(other), other)}
+    if options.other_first:
+        pythons = dict(reversed(pythons.items()))
     torch.set_num_threads(options.threads)
     record: dict[str, Any] = {
         "command": "python -m benchmarks.commits CHECKOUT " + " ".join(sys.argv[2:]), "machine": machine("cpu"),

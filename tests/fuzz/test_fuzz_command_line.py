@@ -152,7 +152,7 @@ def test_numbers_that_decide_allocations(ended, number):
 
 @pytest.mark.fuzz
 def test_command_lines(tmp_path):
-    seed, lines = (os.environ.get(name) for name in ("LMVAE_FUZZ_SEED", "LMVAE_FUZZ_LINES"))
+    seed, lines = os.environ.get("LMVAE_FUZZ_SEED"), os.environ.get("LMVAE_FUZZ_LINES")
     found = run(tmp_path / "world", lines or str(LINES), seed or "0", patience=7200)
     print(json.dumps({**found, "faults": len(found["faults"])}))
     assert not found["faults"], found["faults"][:3]

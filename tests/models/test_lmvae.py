@@ -164,7 +164,7 @@ def test_no_tensor_of_tokens_times_vocabulary_in_a_training_step(kernels):
         (lambda: tiny_model("gemma3n_text"), "keys and values of others"),
         (lambda: tiny_model("deepseek_v32"), "index of its own"),
         (lambda: tiny_model("lfm3"), "conv"),
-        (lambda: tiny_model("xlnet"), "attention of its own"),
+        (lambda: tiny_model("xlnet"), "permutation mask"),
         (lambda: hf.T5ForConditionalGeneration(hf.T5Config(
             vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)), "T5"),
         (lambda: _llama_that_ignores_positions(), "position ids"),

@@ -39,6 +39,17 @@ def test_bert_score(metrics, minilm, layer, idf):
     assert found.value == pytest.approx(want["F1_mean"], abs=1e-4) and found.choices["layer"] == layer
 
 
+def test_bert_score_forks_no_process(minilm, monkeypatch):
+    """The library's own way of counting words did, and now and then waited for ever for such a child."""
+    utils = pytest.importorskip("bert_score.utils", reason="bert-score is not installed")
+
+    def forked(*arguments):
+        raise AssertionError("a pool of processes")
+
+    monkeypatch.setattr(utils, "Pool", forked)
+    assert bert_score(["a cat"], ["a cat"], minilm, layer=2, idf=True).value == pytest.approx(1.0, abs=1e-5)
+
+
 def test_mover_score(metrics, minilm):
     pytest.importorskip("ot", reason="POT is not installed")
     found = mover_score(metrics["hypotheses"], metrics["references"], minilm, batch_size=7)

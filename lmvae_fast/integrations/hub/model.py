@@ -243,5 +243,5 @@ def _changed(given: Any, folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(given, PretrainedLMVAEConfig):
         raise ConfigError("config must be a PretrainedLMVAEConfig", value=type(given).__name__)
-    stored = PretrainedLMVAEConfig.from_pretrained(folder).lmvae
+    stored = PretrainedLMVAEConfig.from_pretrained(folder, trust_remote_code=False).lmvae
     return {name: value for name, value in given.lmvae.items() if value != stored[name]}

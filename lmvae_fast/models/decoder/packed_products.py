@@ -68,7 +68,8 @@ class Packing:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """Weight of an nn.Linear or Conv1D as ``[outputs, inputs]``; raises Unlike for a quantised one."""
+    """Weight of an nn.Linear or Conv1D as ``[outputs, inputs]``; raises Unlike for a quantised one and for other modules."""
+    require(isinstance(module, (nn.Linear, Conv1D)), f"{type(module).__name__} in place of a linear map")
     weight: Any = getattr(module, "weight", None)
     require(_plain(weight), f"{type(module).__name__} over a weight of kind {type(weight).__name__}")
     return weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()

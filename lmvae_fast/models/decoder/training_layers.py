@@ -19,7 +19,7 @@ from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext
 from lmvae_fast.models.decoder.frozen_products import FrozenLinear
 from lmvae_fast.models.decoder.large_pages import LargePages
-from lmvae_fast.models.decoder.packed_products import require
+from lmvae_fast.models.decoder.packed_products import linear_weight, require
 from lmvae_fast.models.decoder.prepared_layers import LLAMAS, require_gpt2_layer, require_llama_layer
 
 Saved = tuple[Tensor | None, ...]
@@ -202,6 +202,8 @@ def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) 
         require_llama_layer(body, block)
         attn, mlp = block.self_attn, block.mlp
         require(not hasattr(attn, "q_norm"), "norms of queries and keys")
+        for part in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            linear_weight(part)  # whatever else it may be, a quantised one say, is no product of ours
         require(mlp.gate_proj.bias is None and mlp.up_proj.bias is None, "a bias in a gated layer")
         kv_heads, heads = (part.weight.shape[0] // attn.head_dim for part in (attn.k_proj, attn.q_proj))
         qkv = FrozenLinear(pages, attn.q_proj, attn.k_proj, attn.v_proj)

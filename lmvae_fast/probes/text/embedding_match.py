@@ -52,6 +52,7 @@ def bert_score(
         precision, recall, f1 = library.score(
             list(hypotheses), list(references), model_type=str(model), num_layers=layer, idf=idf, batch_size=batch_size,
             rescale_with_baseline=False,
+            nthreads=0,  # it would fork, and the copy of a process with threads may wait for ever for a lock
         )  # fmt: skip
     details = {name: part.double().numpy() for name, part in (("precision", precision), ("recall", recall), ("f1", f1))}
     return Score(

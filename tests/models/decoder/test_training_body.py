@@ -291,3 +291,21 @@ def test_free_running_reads_the_same_greedy_tokens(tmp_path, monkeypatch):
     expected = model.greedy_inputs(batch, injection)
     with trained_through(model.decoder):
         assert torch.equal(model.greedy_inputs(batch, injection), expected)
+
+
+def test_a_projection_that_is_no_linear_map_is_named():
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    for name in ("gate_proj", "down_proj"):
+        decoder = _decoder("llama")
+        mlp = decoder.body.layers[1].mlp
+        setattr(mlp, name, Doubled(getattr(mlp, name)))
+        with trained_through(decoder) as body:
+            _figures(decoder, decoder.body.forward, torch.float32)
+        assert body.runs == "modules: Doubled in place of a linear map"
