@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lmvae_fast.documents import read_object
 from lmvae_fast.errors import DataError, OutputError
+from lmvae_fast.tensor_files import check_readable_again
 
 TEMPORARY = ".tmp-"
 MARK, LOCK = ".lmvae_fast.json", ".lmvae_fast.lock"
@@ -103,6 +104,7 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file and fsync it (not atomic by itself: the caller renames)."""
+    check_readable_again(path)
     save_file(storable(tensors), str(path), dict(metadata) if metadata else None)
     share_as_folder(path)
     fsync_file(path)
@@ -143,8 +145,7 @@ def replacing(path: Path, consequence: str = "") -> Iterator[Path]:
             raise
 
 
-def _machine() -> str:
-    """Eight digits for this machine: processes are numbered by it, folders may be shared with others."""
+def _machine() -> str:  # eight digits: processes are numbered by it, for folders may be shared with other machines
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -254,6 +255,7 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
     contents: of a folder that is to be replaced as a whole, all names that one of its kind holds. Raises OutputError for any
     other folder, for a file, and for one that holds something that is not in `contents`.
     """
+    check_readable_again(folder)
     recover_folder(folder)
     with output_errors(folder):
         if not folder.exists() and not folder.is_symlink():
@@ -369,10 +371,9 @@ def output_errors(path: Path, consequence: str = "") -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space" in str(error)
         raise OutputError(
-            f"cannot write {path}" + (f" ({consequence})" if consequence else ""),
-            value=str(error),
+            f"cannot write {path}" + (f" ({consequence})" if consequence else ""), value=str(error),
             remedy="free space on that disk or choose another folder" if full else "choose a folder you can write to",
-        ) from error
+        ) from error  # fmt: skip
 
 
 def check_writable(folder: Path, needed_bytes: int = 0) -> None:
@@ -393,8 +394,7 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
         free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(
-            f"not enough free space in {folder}",
-            value=f"{free / 1e6:.1f} MB free",
+            f"not enough free space in {folder}", value=f"{free / 1e6:.1f} MB free",
             limit=f"about {needed_bytes / 1e6:.1f} MB for the checkpoints that are kept at a time",
             remedy="free space, choose another output_dir or lower keep_checkpoints",
-        )
+        )  # fmt: skip

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmvae_fast.documents import check_regular
-from lmvae_fast.errors import CheckpointError, LMVAEError
+from lmvae_fast.errors import CheckpointError, LMVAEError, OutputError
 
 #: What safetensors calls the dtypes that weights may have.
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
@@ -30,6 +30,17 @@ class Header(NamedTuple):
     def numbers(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+
+def check_readable_again(path: str | os.PathLike[str]) -> None:
+    """OutputError for a path that safetensors writes to but cannot read from: one that is not valid UTF-8."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(
+            "tensors written there could not be read again: the path is not valid UTF-8", value=ascii(os.fspath(path)),
+            remedy="choose another output",
+        ) from None  # fmt: skip
 
 
 def read_headers(path: str | os.PathLike[str], *, error: type[LMVAEError] = CheckpointError) -> dict[str, Header]:

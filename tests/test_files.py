@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmvae_fast import files
 from lmvae_fast.errors import OutputError
@@ -231,3 +232,14 @@ def test_one_process_writes_at_a_time(tmp_path):
         pass
     with files.locked(tmp_path, "a run"):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such name")
+def test_a_path_that_tensors_could_not_be_read_from_again_is_refused_before_anything_is_there(tmp_path):
+    """safetensors writes below a path that is not valid UTF-8, and then refuses to read what it wrote."""
+    folder = tmp_path / "\udcff"
+    with pytest.raises(OutputError, match="not valid UTF-8"):
+        files.claim(folder, "training run")
+    with pytest.raises(OutputError, match="not valid UTF-8"):
+        files.write_tensors(folder / "z.safetensors", {"z": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())

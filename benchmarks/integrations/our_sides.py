@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lmvae_fast.optional import require
 warnings.filterwarnings("ignore")
 
 
-class Side:
+class Side(ABC):
     """What every side has: its case, and whether it runs this package's code."""
 
     def __init__(self, case: dict, after: bool) -> None:
@@ -37,9 +38,9 @@ class Side:
         self.case, self.after = case, after
         self.setup()
 
+    @abstractmethod
     def setup(self) -> None:
         """Build what the example needs."""
-        raise NotImplementedError
 
     def backend(self) -> contextlib.AbstractContextManager:
         """The backend that ``before`` and ``after`` run on."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from lmvae_fast.data.dataset import DataReport, shorten
 from lmvae_fast.errors import DataError, OutputError
+from lmvae_fast.tensor_files import check_readable_again
 
 ON_MISSING = ("error", "skip")
 ON_DUPLICATE = ("error", "first")
@@ -211,6 +212,7 @@ class WordVectors:
             "words": json.dumps(self.words), "source": self.source, "lowercase": json.dumps(self.lowercase),
             "keyed_by": self.keyed_by,
         }  # fmt: skip
+        check_readable_again(path)
         try:
             save_file({"vectors": np.ascontiguousarray(self.vectors)}, str(Path(path)), metadata)
         except (OSError, SafetensorError) as error:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lmvae_fast.config import TrainConfig
-from lmvae_fast.errors import ConfigError, OutputError
+from lmvae_fast.errors import ConfigError
 from lmvae_fast.files import check_ours, claim, locked, made_as, mark, recover_folder, sweep
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.distributed import Ranks
@@ -22,13 +22,6 @@ RUN = "training run"  # what a run's folder is marked as
 
 def check_run_folder(folder: Path) -> None:
     """Before any work: a run can be written there. OutputError unless the folder is not there, is empty, or is a run's."""
-    try:
-        str(folder.absolute()).encode()
-    except UnicodeEncodeError:
-        raise OutputError(
-            "tensors cannot be written below a path that is not valid UTF-8", value=ascii(str(folder)),
-            remedy="choose another output_dir",
-        ) from None  # fmt: skip
     if made_as(folder) is None and checkpoint.complete(folder / "checkpoints"):
         mark(folder, RUN)  # written before folders were marked
     check_ours(folder, RUN)

@@ -180,11 +180,3 @@ def test_plateau_lowers_the_rate(tmp_path):
     assert set(rates) <= {0.5**i for i in range(12)}
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 1.0
-
-
-def test_a_folder_whose_name_is_no_text_is_refused_before_any_work(tmp_path):
-    from lmvae_fast.errors import OutputError
-    from lmvae_fast.training.run_checks import check_run_folder
-
-    with pytest.raises(OutputError, match="not valid UTF-8"):
-        check_run_folder(tmp_path / "\udcff")
