@@ -124,6 +124,6 @@ def training_bodies() -> list[dict[str, str]]:
         name = str(dtype).removeprefix("torch.")
         by, reason = named[training_product(dtype)]
         if f"{name} training" not in table().get(here, {}):
-            reason += f"; not measured on {here}"
+            reason = f"not measured on {here}, taken from the nearest that was" if by != "plain" else reason
         lines.append({"weights": name, "by": by, "reason": reason})
     return lines
