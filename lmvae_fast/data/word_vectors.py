@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from lmvae_fast.data.dataset import DataReport, shorten
-from lmvae_fast.errors import DataError, OutputError
-from lmvae_fast.tensor_files import check_readable_again
+from lmvae_fast.errors import DataError
+from lmvae_fast.files import replacing, write_tensors
 
 ON_MISSING = ("error", "skip")
 ON_DUPLICATE = ("error", "first")
@@ -205,18 +206,12 @@ class WordVectors:
 
         Raises OutputError when the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
         metadata = {
             "words": json.dumps(self.words), "source": self.source, "lowercase": json.dumps(self.lowercase),
             "keyed_by": self.keyed_by,
         }  # fmt: skip
-        check_readable_again(path)
-        try:
-            save_file({"vectors": np.ascontiguousarray(self.vectors)}, str(Path(path)), metadata)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {path}: {error}", remedy="choose another path") from error
+        with replacing(Path(path)) as temporary:
+            write_tensors(temporary, {"vectors": torch.from_numpy(np.ascontiguousarray(self.vectors))}, metadata)
 
 
 class EncoderVectors:

@@ -171,7 +171,8 @@ def start_local(**options: Any) -> None:
         options: of ``ray.init`` (num_cpus, object_store_memory, ...), without ``address``.
 
     Raises:
-        ConfigError: Ray is not installed, has been started or joined already, or listens elsewhere all the same.
+        ConfigError: Ray is not installed, has been started or joined already, would keep its sockets below a path too long
+            for them, or listens elsewhere all the same.
     """
     ray = require("ray", purpose="starting Ray on this machine", extra="ray")
     if ray.is_initialized():
@@ -179,6 +180,7 @@ def start_local(**options: Any) -> None:
             "Ray runs already", value=ray.get_runtime_context().gcs_address,
             remedy="call start_local before the first dataset is made, or ray.shutdown() first",
         )  # fmt: skip
+    _check_socket_path(options.get("_temp_dir"))
     listen_on_loopback()
     ray.init(address="local", **options)
     places = {node["NodeManagerAddress"] for node in ray.nodes()}
@@ -187,6 +189,21 @@ def start_local(**options: Any) -> None:
         raise ConfigError(
             "this Ray cannot be told to listen on the loopback interface", value=f"it listens on {sorted(places)}",
             remedy=f"set {_CLUSTERS}=0 before Python starts, or update Ray",
+        )  # fmt: skip
+
+
+def _check_socket_path(given: str | None) -> None:
+    """Refuse a folder below which a socket's path would be longer than the system takes; Ray would fail half started."""
+    mac = sys.platform == "darwin"
+    default = os.environ.get("RAY_TMPDIR") or (not mac and os.environ.get("TMPDIR")) or "/tmp"
+    folder = os.path.realpath(given or os.path.join(default, "ray"))
+    below = len(f"/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    limit = (103 if mac else 107) - below
+    size = len(os.fsencode(folder))
+    if size > limit:
+        raise ConfigError(
+            "Ray's sockets lie below a folder whose path is too long for them", value=f"{folder} ({size} bytes)",
+            limit=f"{limit} bytes", remedy="set RAY_TMPDIR to a folder with a short path",
         )  # fmt: skip
 
 

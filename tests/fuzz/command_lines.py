@@ -269,7 +269,11 @@ def snapshot(place: Path) -> list[tuple]:
 
 
 def _outside(folders: list[str], rows: list[tuple]) -> list[tuple]:
-    return [row for row in rows if not any(row[0] == each or row[0].startswith(each + os.sep) for each in folders)]
+    return [
+        row
+        for row in rows
+        if not any(row[0] == each or row[0].startswith((each + os.sep, each + ".")) for each in folders)
+    ]
 
 
 def server(folder: Path) -> Callable[[list[str]], dict]:
@@ -289,7 +293,8 @@ def server(folder: Path) -> Callable[[list[str]], dict]:
         found = attempt(words, place, environment)
         found["why"] = fault(words, found)
         after = snapshot(folder / "world")
-        # An empty folder may be written to, and what was made as a run is locked and marked, where a line names it as output.
+        # Where a line names it as output, an empty file may be replaced, with files of generation beside it, and what was
+        # made as a run is locked and marked.
         own = [word for flag, word in itertools.pairwise(words) if flag == "--output" and word in ours]
         if _outside(own, after) != _outside(own, before):
             found["why"] = found["why"] or "files that are not its own were changed"

@@ -21,7 +21,7 @@ import torch
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError, MissingPackageError
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.integrations.ray import LOOPBACK, _Decode, _Encode, decode, encode
+from lmvae_fast.integrations.ray import LOOPBACK, _Decode, _Encode, decode, encode, start_local
 from lmvae_fast.testing import make_model
 from tests.conftest import REPOSITORY
 from tests.processes import PATIENCE
@@ -50,7 +50,7 @@ def folder(model, tmp_path_factory):
 def place():
     """An empty folder in which Ray finds nothing of an earlier run; its path is short, as sockets lie below it."""
     given = os.environ.get("RAY_TMPDIR", "/tmp")
-    folder = tempfile.mkdtemp(prefix="ray", dir=given if len(given) < 40 and os.path.isdir(given) else "/tmp")
+    folder = tempfile.mkdtemp(prefix="r", dir=given if len(given) < 30 and os.path.isdir(given) else "/tmp")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -160,7 +160,8 @@ print(json.dumps([sorted(listening(psutil.Process())), sorted(row["id"] for row 
 
 def test_a_local_ray_is_one_of_its_own_on_loopback(cluster, place):
     """Beside another one, with an address in the environment that leads nowhere, in a home that holds nothing."""
-    home = Path(tempfile.mkdtemp(dir=place))
+    home = Path(place) / "h"  # below it are some 66 bytes more, and a socket's path holds 107
+    home.mkdir()
     # as a user has it: Ray is imported before it is told where to listen
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {
@@ -179,6 +180,17 @@ def test_a_local_ray_is_one_of_its_own_on_loopback(cluster, place):
     addresses, rows, nodes, refused = json.loads(done.stdout.splitlines()[-1])
     assert addresses and set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert (rows, nodes) == ([1, 2, 3], 1) and "runs already" in refused
+
+
+@pytest.mark.parametrize("how", ["RAY_TMPDIR", "_temp_dir"])
+def test_a_path_too_long_for_sockets_is_refused_before_ray_starts(how, tmp_path, monkeypatch):
+    long = str(tmp_path / ("x" * 60))
+    if how == "RAY_TMPDIR":
+        monkeypatch.setenv("RAY_TMPDIR", long)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match=r"too long for them.*RAY_TMPDIR"):
+        start_local(**({"_temp_dir": long} if how == "_temp_dir" else {}))
 
 
 def test_encode_and_decode_in_one_pipeline(model, folder, cluster):

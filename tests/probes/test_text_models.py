@@ -47,7 +47,18 @@ def test_bert_score_forks_no_process(minilm, monkeypatch):
         raise AssertionError("a pool of processes")
 
     monkeypatch.setattr(utils, "Pool", forked)
-    assert bert_score(["a cat"], ["a cat"], minilm, layer=2, idf=True).value == pytest.approx(1.0, abs=1e-5)
+    same = ["a cat", "two dogs"]
+    assert bert_score(same, same, minilm, layer=2, idf=True).value == pytest.approx(1.0, abs=1e-5)
+
+
+def test_bert_score_of_words_without_weight(minilm):
+    """The library calls a text unlike itself where the inverse document frequency of all its words is 0."""
+    pytest.importorskip("bert_score", reason="bert-score is not installed")
+    found = bert_score(["a", "a dog"], ["a", "a dog"], minilm, layer=2, idf=True)
+    assert np.isnan(found.details["f1"][0]) and found.value == pytest.approx(1.0, abs=1e-5)
+    assert found.left_out == {"pairs": {0: "no word has weight"}}
+    with pytest.raises(DataError, match="no pair of texts has words with weight"):
+        bert_score(["a cat"], ["a cat"], minilm, layer=2, idf=True)
 
 
 def test_mover_score(metrics, minilm):

@@ -40,7 +40,11 @@ def bert_score(
         batch_size: texts per pass.
 
     Returns:
-        The mean F1; ``details`` has ``precision``, ``recall``, ``f1`` of each pair.
+        The mean F1; ``details`` has ``precision``, ``recall``, ``f1`` of each pair. With ``idf``, a pair with a text of
+        which no word has weight (each stands in every reference) scores NaN and is named.
+
+    Raises:
+        DataError: no pair has words with weight, as with one reference.
 
     Source: Zhang et al. 2020 (arXiv 1904.09675), by the package bert-score.
     """
@@ -54,9 +58,18 @@ def bert_score(
             rescale_with_baseline=False,
             nthreads=0,  # it would fork, and the copy of a process with threads may wait for ever for a lock
         )  # fmt: skip
+    weightless = (precision.isnan() | recall.isnan()).numpy()  # 0 / 0, for which the library's F1 is 0
+    if weightless.all():
+        raise DataError(
+            "no pair of texts has words with weight", value=f"{len(weightless)} pairs",
+            remedy="use idf=False: a word that stands in every reference has no inverse document frequency",
+        )  # fmt: skip
     details = {name: part.double().numpy() for name, part in (("precision", precision), ("recall", recall), ("f1", f1))}
+    details["f1"][weightless] = float("nan")
+    empty = {int(place): "no word has weight" for place in np.flatnonzero(weightless)}
     return Score(
-        float(details["f1"].mean()),
+        float(np.nanmean(details["f1"])),
+        left_out={"pairs": empty} if empty else {},
         choices={"model": Path(model).name, "layer": layer, "idf": idf, "library": f"bert-score {library.__version__}"},
         details=details,
     )
