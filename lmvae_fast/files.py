@@ -150,7 +150,8 @@ def _machine() -> str:  # eight digits: processes are numbered by it, for folder
 
 
 def temporary_beside(path: Path) -> Path:
-    """The name under which this process writes what is to become `path`."""
+    """The name under which this process writes what is to become `path`; what dead ones left under theirs is removed."""
+    sweep(path.parent, path.name)
     return path.parent / f"{TEMPORARY}{_machine()}-{os.getpid()}-{path.name}"
 
 
@@ -315,7 +316,6 @@ def claim(folder: Path, kind: str, *also: str) -> None:
     if made_as(folder) is None:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder, MARK)
         mark(folder, kind)
 
 

@@ -181,6 +181,21 @@ def test_what_the_dead_left_is_swept(tmp_path):
     files.sweep(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("write", ["replacing", "temporary_beside"])
+def test_who_writes_under_a_name_sweeps_what_the_dead_left_of_it(tmp_path, write):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    half = tmp_path / f"{files.TEMPORARY}{files._machine()}-{child.pid}-out.json"
+    half.write_text('{"fo')
+    if write == "replacing":
+        with files.replacing(tmp_path / "out.json") as temporary:
+            files.write_json(temporary, {})
+        assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    else:
+        files.temporary_beside(tmp_path / "out.json")
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_kill_at_the_first_mark_leaves_a_folder_that_can_be_used(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()

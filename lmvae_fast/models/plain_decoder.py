@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lmvae_fast.config.plain_decoder import PlainDecoderConfig
 from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError, ConfigError
-from lmvae_fast.files import check_ours, fsync_file, mark, output_errors, replace_folder, sweep, temporary_beside
+from lmvae_fast.files import check_ours, fsync_file, mark, output_errors, replace_folder, temporary_beside
 from lmvae_fast.models import inputs
 from lmvae_fast.models.checks import check_latents
 from lmvae_fast.models.decoder.decoder import Decoder
@@ -163,7 +163,6 @@ class PlainDecoder(nn.Module):
         temporary = temporary_beside(folder.absolute())
         with output_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            sweep(folder.parent, folder.name)
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 model.save_pretrained(temporary, state_dict=merged(model, state))

@@ -31,7 +31,6 @@ from lmvae_fast.files import (
     sampled_fingerprint,
     sha256_file,
     share_as_folder,
-    sweep,
     temporary_beside,
 )
 from lmvae_fast.models.decoder.tuning import without_adapters
@@ -94,7 +93,6 @@ def save_model(
     temporary = temporary_beside(folder.absolute())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep(folder.parent, folder.name)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     except OSError as error:

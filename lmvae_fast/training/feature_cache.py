@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import OutputError
-from lmvae_fast.files import fingerprint_tensors, replacing, write_tensors
+from lmvae_fast.files import fingerprint_tensors, replacing, sweep, write_tensors
 from lmvae_fast.memory import free_disk
 from lmvae_fast.tensor_files import is_finite
 from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
@@ -57,6 +57,7 @@ class TensorCache:
         A cache that cannot be written costs time, not correctness: it is reported by a warning, and the computed
         tensors are returned. So is one that would fill its disk, which nothing of it is written to.
         """
+        sweep(self.folder)  # another key's too: what was killed then may never be asked for again
         path = self.path(kind, key)
         if path.is_file():
             try:

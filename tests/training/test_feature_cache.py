@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lmvae_fast.files import fingerprint_tensors, write_tensors
+from lmvae_fast.files import fingerprint_tensors, temporary_beside, write_tensors
 from lmvae_fast.training.callbacks import read_records
 from lmvae_fast.training.feature_cache import (
     TensorCache,
@@ -37,6 +39,17 @@ def test_pooled_once(cache):
     assert (first.pool_calls, second.pool_calls) == (1, 0)
     assert torch.equal(expected, found)
     assert torch.equal(found, second.pool(second.tokenize(sentences(20))))
+
+
+def test_what_a_killed_process_left_goes_even_if_its_entry_is_never_asked_for_again(cache):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    pooled(FakeModel(), cache)
+    whole = sorted(cache.folder.iterdir())
+    half = temporary_beside(cache.path("tokens", "of other sentences"))
+    half.with_name(half.name.replace(f"-{os.getpid()}-", f"-{child.pid}-")).write_bytes(b"cut short")
+    pooled(FakeModel(), cache)
+    assert sorted(cache.folder.iterdir()) == whole
 
 
 def test_keyed_by_content(cache):

@@ -36,7 +36,6 @@ from lmvae_fast.files import (
     mark,
     replace_folder,
     share_as_folder,
-    sweep,
     temporary_beside,
     write_json,
 )
@@ -175,7 +174,6 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
     temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent, target.name)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         encoder_path = _place_part(contents.encoder_path, "encoder_model", temporary, target)
