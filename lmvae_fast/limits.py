@@ -37,13 +37,19 @@ def _limits(text: str) -> dict[str, int]:
     chosen = dict(DEFAULTS)
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.partition("=")
-        if key not in DEFAULTS or not value.isascii() or not value.isdigit() or len(value) > 18:
+        number = whole_number(value)
+        if key not in DEFAULTS or number is None:
             raise ConfigError(
                 f"{LIMITS} wants limits by name", value=part, limit=", ".join(DEFAULTS),
                 remedy=f"for example {LIMITS}=line=100000000,nesting=500",
             )  # fmt: skip
-        chosen[key] = int(value)
+        chosen[key] = number
     return chosen
+
+
+def whole_number(text: str) -> int | None:
+    """A number of at most 18 digits, 0 to 9; None for any other text. (Python reads digits of other scripts too.)"""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
 def refuse(

@@ -19,6 +19,7 @@ from rich.console import Console
 from lmvae_fast.config.base import read_mapping
 from lmvae_fast.documents import parse_yaml, read_object
 from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.limits import whole_number
 
 
 class Terminal(Console):
@@ -114,7 +115,8 @@ def takes_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def column_name(column: str | int | None) -> str | int | None:
     """A column as it is given on a command line: its number from 0, or its name."""
-    return int(column) if isinstance(column, str) and column.isdigit() else column
+    number = whole_number(column) if isinstance(column, str) else None
+    return column if number is None else number
 
 
 def read_sentences(data: str, column: str | None = None, limit: int | None = None, **reading: Any) -> Any:

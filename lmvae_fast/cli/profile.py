@@ -21,6 +21,7 @@ from lmvae_fast.cli.common import (
     takes_sampling,
 )
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.limits import whole_number
 from lmvae_fast.memory import memory_guard
 
 if TYPE_CHECKING:
@@ -200,12 +201,12 @@ def _print_side(side: dict[str, Any], speed: str) -> None:
 
 def _sizes(text: str) -> list[int]:
     """Batch sizes of a text: ``"1,32"`` -> ``[1, 32]``. Raises ConfigError for anything but numbers of at least 1."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
+    sizes = [whole_number(part.strip()) for part in text.split(",")]
+    if not all(sizes):
         raise ConfigError(
-            "--batch-sizes wants numbers", value=text, limit="at least 1 each", remedy="for example 1,32,256"
+            "--batch-sizes wants numbers", value=text[:200], limit="at least 1 each", remedy="for example 1,32,256"
         )
-    return [int(part) for part in parts]
+    return [size for size in sizes if size]
 
 
 def _texts(data: str, column: str | None, batch_size: int) -> list[str]:

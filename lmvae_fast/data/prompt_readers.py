@@ -16,6 +16,7 @@ from lmvae_fast.data.lines import Line, decoded_lines, open_file
 from lmvae_fast.data.prompts import PromptDataset, collect
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
+from lmvae_fast.limits import whole_number
 
 LAYOUTS = ("jsonl", "tsv", "csv", "dailydialog", "plato")
 TEXT_LAYOUTS = ("yelp", "agnews")
@@ -308,6 +309,7 @@ def _agnews_rows(lines: Iterator[Line], path: Path) -> Iterator[LabelledText]:
 def _named(layout: str, number: str, place: str) -> str:
     """The label that a number stands for, counted from 1."""
     names = LABELS[layout]
-    if not number.isdigit() or not 1 <= int(number) <= len(names):
-        raise DataError(f"{place}: unknown label of {layout}", value=repr(number), limit=f"1 to {len(names)}")
-    return names[int(number) - 1]
+    which = whole_number(number)
+    if which is None or not 1 <= which <= len(names):
+        raise DataError(f"{place}: unknown label of {layout}", value=repr(number[:80]), limit=f"1 to {len(names)}")
+    return names[which - 1]

@@ -18,6 +18,7 @@ from lmvae_fast.data.lines import check_inflated, decoded_lines, open_file
 from lmvae_fast.data.word_vectors import WordVectors
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
+from lmvae_fast.limits import whole_number
 from lmvae_fast.optional import require
 
 #: File ending -> format.
@@ -145,10 +146,11 @@ def _read_text(path: Path, limit: int | None) -> _Table:
             # Words may hold any character but space and tab (no-break spaces among them), so not str.split().
             fields = line.rstrip(" \t").replace("\t", " ").split(" ")
             place = f"{path}, line {number}"
-            if number == 1 and len(fields) == 2 and all(field.isdigit() for field in fields):
-                header = int(fields[0]), int(fields[1])
-                dim = header[1]
-                continue
+            if number == 1 and len(fields) == 2:
+                count, width = map(whole_number, fields)
+                if count is not None and width is not None:
+                    header, dim = (count, width), width
+                    continue
             if fields == [""]:
                 continue
             if not dim:

@@ -105,6 +105,8 @@ def test_labelled_texts(tmp_path):
         ("y.txt", "yelp", "good\n", "line 1: no tab"),
         ("a.csv", "agnews", '"3"\n', "line 1: a label without text"),
         ("a.csv", "agnews", '"5","a"\n', "unknown label of agnews"),
+        ("a.csv", "agnews", f'"{"9" * 5000}","a"\n', "unknown label of agnews"),
+        ("a.csv", "agnews", '"\N{SUPERSCRIPT TWO}","a"\n', "unknown label of agnews"),
         ("a.jsonl", "agnews", '{"label": 3}\n', "line 1: a label without text"),
         ("a.jsonl", "agnews", "\n", "holds no text"),
     ):

@@ -60,6 +60,8 @@ def test_text_by_tabs_and_up_to_a_limit(tmp_path):
         ("cat\n", "line 1: no numbers after the word"),
         ("\n", "holds no word vectors"),
         ("cat 1 2\n 1 2\n", "line 2: the word is empty"),
+        (f"{'9' * 5000} 2\ncat 1 2\n", "line 2: vectors of mixed widths"),
+        ("\N{SUPERSCRIPT TWO} \N{SUPERSCRIPT TWO}\ncat 1 2\n", "line 1: no numbers after the word"),
     ],
 )
 def test_bad_text(tmp_path, text, message):

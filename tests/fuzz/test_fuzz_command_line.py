@@ -52,6 +52,10 @@ FAULTS = [
     ["verify", "PIPE", "--json"],
     ["generate", "", "--prior", "2"],
     ["generate", "/", "--prior", "2"],
+    ["profile", "generate", "MODEL", "--batch-sizes", "9" * 5000, "--seconds", "0"],
+    ["profile", "generate", "MODEL", "--batch-sizes", "\N{SUPERSCRIPT TWO}", "--seconds", "0"],
+    ["eval", "MODEL", "--data", "DATA", "--column", "9" * 5000],
+    ["eval", "MODEL", "--data", "DATA", "--column", "\N{SUPERSCRIPT TWO}"],
 ]
 
 _TRAIN = ["train", "--data", "DATA", "--encoder", "ENCODER", "--decoder", "DECODER", "--output", "new", "--max-steps", "1",
