@@ -66,7 +66,9 @@ def disentanglement(context: Context) -> Section:
         "explicitness": lambda: dis.explicitness(z, y),
         "sap": lambda: dis.sap(z, y),
         "sap_continuous": lambda: dis.sap(z, y, kind="continuous"),
-        "dci": lambda: dis.dci(z, y, "gbt", seed=seed, max_rows=rows, trees=settings.trees),
+        "dci": lambda: dis.dci(
+            z, y, "gbt", seed=seed, max_rows=rows, trees=settings.trees, jobs=torch.get_num_threads()
+        ),
         "z_diff": lambda: dis.z_diff(z, y, seed=seed),
         "z_min_var": lambda: dis.z_min_var(z, y, seed=seed),
     }

@@ -138,6 +138,10 @@ def _git(*arguments: str) -> str:
         return ""
 
 
+#: What a record depends on, and not the records themselves.
+_MEASURED = ("kernels", "csrc", "lmvae_fast", "benchmarks", "setup.py", "requirements", ":(exclude)benchmarks/results")
+
+
 def machine(device: str) -> dict[str, Any]:
     """Facts without which no figure can be read: machine, versions, threads, commit."""
     cpu = platform.processor()
@@ -159,8 +163,6 @@ def machine(device: str) -> dict[str, Any]:
         "compiler": build.get("compiler", "none"),
         # a copy of the tree without its history is told its commit
         "commit": _git("rev-parse", "HEAD") or os.environ.get("LMVAE_COMMIT", "unknown"),
-        "uncommitted": bool(
-            _git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/kernels/*.py", "setup.py")
-        ),
+        "uncommitted": bool(_git("status", "--porcelain", "--", *_MEASURED)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

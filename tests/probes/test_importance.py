@@ -44,6 +44,8 @@ def test_closed_forms():
 def test_gradient_boosting_is_that_of_scikit_learn(code):
     z, y = code("noisy")
     found = dci(z, y[:, :2], trees=4, max_rows=600, seed=5)
+    together = dci(z, y[:, :2], trees=4, max_rows=600, seed=5, jobs=2)
+    np.testing.assert_array_equal(found.details["importance"], together.details["importance"])
     rows = np.sort(np.random.default_rng(5).choice(2000, size=600, replace=False))
     for factor in range(2):
         model = GradientBoostingClassifier(n_estimators=4, random_state=5).fit(z[rows].astype(float), y[rows, factor])

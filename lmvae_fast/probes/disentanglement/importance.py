@@ -126,7 +126,8 @@ def dci(
     for factor, part in zip(pairs.factors, parts, strict=True):
         train, target = _at_most(part.train, max_rows, seed), pairs.y[:, factor]
         work.append((pairs.z[train], target[train], pairs.z[part.test], target[part.test]))
-    fitted = joblib.Parallel(n_jobs=jobs)(
+    # Trees let go of Python's lock; processes would copy the latents, and must not be forked beside other threads.
+    fitted = joblib.Parallel(n_jobs=jobs, prefer="threads")(
         joblib.delayed(_importance)(estimator, rounds, seed, *columns) for columns in work
     )
     importance = np.zeros((pairs.z.shape[1], pairs.y.shape[1]))
