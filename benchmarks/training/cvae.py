@@ -5,8 +5,8 @@
 The twin is the public code's formulation: rows padded to one length, logits of every token at once, densities [N M, N, D],
 modules one by one; AdamW is torch's fused one on both sides. A step is the responses of one prompt, forward to update.
 Every side is a process of its own with the same weights and responses; before anything is timed, losses and norms of
-gradients under the same noise are compared. Steps are timed in turn, in random order within each round; peak memory is each
-process's own. With `--data` (a dialogue a line, utterances ending in __eou__) prompt and lengths of responses are those of
+gradients under the same noise are compared. `ours, bf16` trains under precision="bf16"; all others are fp32. Steps are timed
+in turn, in random order within each round; peak memory is each process's own. With `--data` (a dialogue a line, utterances ending in __eou__) prompt and lengths of responses are those of
 the dialogue that has most to say within the published limits, otherwise they are sentences of the bundled corpus. Writes
 benchmarks/results/training/cvae.json.
 """
@@ -31,7 +31,7 @@ from benchmarks.training.cvae_side import save_both
 from lmvae_fast.data import LENGTHS, generate_corpus, read_prompts
 from lmvae_fast.profiling.measure import machine
 
-SIDES = {"ours": ("ours",), "eager twin": ("twin",), "torch.compile": ("compiled",)}
+SIDES = {"ours": ("ours",), "ours, bf16": ("bf16",), "eager twin": ("twin",), "torch.compile": ("compiled",)}
 LOSS, NORM = 1e-5, 1e-4  # the most that both may differ, relative
 SPEEDUP, MEMORY = 3.0, 0.5  # what must be reached
 

@@ -1,6 +1,6 @@
 """One side of the comparison of CVAE training steps.
 
-usage: python -m benchmarks.training.cvae_side CASE.json ours|twin|compiled
+usage: python -m benchmarks.training.cvae_side CASE.json ours|bf16|twin|compiled
 """
 
 from __future__ import annotations
@@ -109,14 +109,14 @@ class Twin:
 class Ours:
     """The loop's own step on the model that the twin's folder becomes."""
 
-    def __init__(self, case: dict) -> None:
+    def __init__(self, case: dict, precision: str) -> None:
         torch.set_num_threads(case["threads"])
         self.case = case
         self.model = lf.LMVAE.from_pretrained(case["ours"])
         items = [lf.PromptResponse(*pair) for pair in case["pairs"]]
         config = lf.TrainConfig(
             output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(items), learning_rate=ADAMW["lr"],
-            grad_clip=None, tensorboard=False, progress=False, **objective_of("DG-VAE")[1],
+            precision=precision, grad_clip=None, tensorboard=False, progress=False, **objective_of("DG-VAE")[1],
         )  # fmt: skip
         self.trainer = Trainer(self.model, items, None, config, ())
         self.rows, self.held, self.stepping = self.trainer._batches(0), contextlib.ExitStack(), False
@@ -146,4 +146,5 @@ class Ours:
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         given = json.load(file)
-    serve(Ours(given) if sys.argv[2] == "ours" else Twin(given, sys.argv[2]))
+    ours = {"ours": "fp32", "bf16": "bf16"}.get(sys.argv[2])
+    serve(Ours(given, ours) if ours else Twin(given, sys.argv[2]))

@@ -5,7 +5,7 @@
 Every side is a process of its own with the same random decoder, a tiny T5 as encoder (both sides run decoders here, not
 encoders), the same sentences and AdamW (torch's fused one in the reference). Before anything is timed, losses and norms of
 gradients under the same noise are compared. Steps are timed in turn, in random order within each round; peak memory is each
-process's own. `by rows` is our step with `embedding_rows_update`, for decoders whose head is a matrix of its own. Writes
+process's own. `ours, bf16` trains under precision="bf16", all others in fp32; `by rows` is our step with `embedding_rows_update`, for decoders whose head is a matrix of its own. Writes
 benchmarks/results/training/llamavae.json.
 """
 
@@ -40,7 +40,7 @@ from lmvae_fast.training.loop import Trainer
 LATENT, MAX_LEN, BETA, RATE = 32, 32, 1.0, 5e-5
 SPEEDUP, MEMORY = 2.0, 0.6  # what must be reached
 LOSS, NORM = 1e-5, 1e-4  # the most that both may differ, relative
-SIDES = ("ours", "by rows", "eager")
+SIDES = ("ours", "ours, bf16", "by rows", "eager")
 
 
 def noise_of(case: dict) -> torch.Tensor:
@@ -88,7 +88,7 @@ class Reference:
 class Ours:
     """The loop's own step."""
 
-    def __init__(self, case: dict, by_rows: bool) -> None:
+    def __init__(self, case: dict, side: str) -> None:
         torch.set_num_threads(case["threads"])
         self.case = case
         config = lf.LMVAEConfig(
@@ -102,7 +102,8 @@ class Ours:
         training = lf.TrainConfig(
             output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(case["sentences"]), learning_rate=RATE,
             grad_clip=1.0, beta=BETA, beta_schedule="constant", tensorboard=False, progress=False,
-            embedding_rows_update=by_rows,
+            embedding_rows_update=side == "by rows",
+            precision="bf16" if side == "ours, bf16" else "fp32",
         )  # fmt: skip
         self.trainer = Trainer(self.model, case["sentences"], None, training, ())
         self.rows, self.held, self.stepping = self.trainer._batches(0), contextlib.ExitStack(), False
@@ -154,7 +155,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     file.write_text(json.dumps(case))
     command = [sys.executable, "-m", "benchmarks.training.llamavae", "--case", str(file), "--side"]
     environment = {"OMP_NUM_THREADS": str(options.threads)}
-    sides = [name for name in SIDES if name != "by rows" or not shape.tied]
+    sides = [name for name in options.sides if name != "by rows" or not shape.tied]
     workers = {name: Worker([*command, name], environment, name) for name in sides}
     try:
         found = {name: worker.ask("compare") for name, worker in workers.items()}
@@ -183,6 +184,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--data", help="sentences; default: the bundled corpus")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "training" / "llamavae.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -191,7 +193,7 @@ def main() -> int:
     if options.case:
         warnings.filterwarnings("ignore")
         case = json.loads(Path(options.case).read_text())
-        serve(Reference(case) if options.side == "eager" else Ours(case, options.side == "by rows"))
+        serve(Reference(case) if options.side == "eager" else Ours(case, options.side))
         return 0
     torch.set_num_threads(options.threads)
     command = f"python -m benchmarks.training.llamavae {' '.join(sys.argv[1:])}".strip()
