@@ -6,9 +6,9 @@ The twin is the public code's formulation: rows padded to one length, logits of 
 modules one by one; AdamW is torch's fused one on both sides. A step is the responses of one prompt, forward to update.
 Every side is a process of its own with the same weights and responses; before anything is timed, losses and norms of
 gradients under the same noise are compared. `ours, bf16` trains under precision="bf16"; all others are fp32. Steps are timed
-in turn, in random order within each round; peak memory is each process's own. With `--data` (a dialogue a line, utterances ending in __eou__) prompt and lengths of responses are those of
-the dialogue that has most to say within the published limits, otherwise they are sentences of the bundled corpus. Writes
-benchmarks/results/training/cvae.json.
+in turn, in random order within each round; peak memory is each process's own. With `--data` (a dialogue a line, utterances
+ending in __eou__) prompt and lengths of responses are those of the dialogue that has most to say within the published limits,
+otherwise they are sentences of the bundled corpus. Writes benchmarks/results/training/cvae.json.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 Every side is a process of its own with the same random decoder, a tiny T5 as encoder (both sides run decoders here, not
 encoders), the same sentences and AdamW (torch's fused one in the reference). Before anything is timed, losses and norms of
 gradients under the same noise are compared. Steps are timed in turn, in random order within each round; peak memory is each
-process's own. `ours, bf16` trains under precision="bf16", all others in fp32; `by rows` is our step with `embedding_rows_update`, for decoders whose head is a matrix of its own. Writes
-benchmarks/results/training/llamavae.json.
+process's own. `ours, bf16` trains under precision="bf16", all others in fp32; `by rows` is our step with
+`embedding_rows_update`, for decoders whose head is a matrix of its own. Writes benchmarks/results/training/llamavae.json.
 """
 
 from __future__ import annotations
