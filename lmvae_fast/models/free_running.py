@@ -50,11 +50,12 @@ class FreeRunning:
         self.looped = left.shape[0]
         start = inputs.new_full((self.looped, 1), decoder.tokenizer.bos_token_id)
         if self.looped == batch.batch_size:  # nothing is read on the host
-            ids = greedy_ids(decoder, injection, max(batch.max_seqlen - 1, 0))
+            wanted = batch.cu_seqlens.diff().long() - 1
+            ids = greedy_ids(decoder, injection, max(batch.max_seqlen - 1, 0), wanted)
             return torch.cat([start, ids], dim=1)[batch.rows, batch.token_index]
         if self.looped:
             places, lengths = _places(batch, left), batch.cu_seqlens.diff()[left].long()
-            ids = greedy_ids(decoder, injection.select(left), int(lengths.max()) - 1)
+            ids = greedy_ids(decoder, injection.select(left), int(lengths.max()) - 1, lengths - 1)
             rows = torch.repeat_interleave(torch.arange(self.looped, device=left.device), lengths)
             inputs[places] = torch.cat([start, ids], dim=1)[rows, batch.token_index[places]]
         return inputs

@@ -62,6 +62,26 @@ def test_any_guess_ends_in_what_the_loop_says(family, visibility):
         assert torch.equal(free.inputs(model.decoder, dataclasses.replace(batch, input_ids=guess), injection), want)
 
 
+@pytest.mark.parametrize(
+    "system", [{}, {"visibility": "prefix", "slots": 2}, {"visibility": "rolling"}, {"system": "optimus"}]
+)
+@pytest.mark.parametrize("wanted", [[7, 2, 0, 5], [1, 1, 1, 1], [7, 7, 7, 7], [0, 0, 0, 0], [3, 9, 3, 1]])
+def test_rows_leave_the_loop_when_they_have_their_tokens(system, wanted, monkeypatch):
+    model = make_model("gpt2", max_len=9, **system).eval()
+    injection = model.inject(2 * torch.randn(4, 6)).detach()
+    whole, lengths, rows = greedy_ids(model.decoder, injection, 7), torch.tensor(wanted), []
+    step = model.decoder.greedy_step
+    monkeypatch.setattr(
+        type(model.decoder),
+        "greedy_step",
+        lambda self, ids, *rest, **named: rows.append(len(ids)) or step(ids, *rest, **named),
+    )
+    ids = greedy_ids(model.decoder, injection, 7, lengths)
+    for row, count in enumerate(wanted):
+        assert torch.equal(ids[row, :count], whole[row, :count])
+    assert sum(rows) == lengths.clamp(max=7).sum()  # no row is read for nothing
+
+
 def test_a_right_guess_takes_one_pass_and_a_wrong_token_costs_its_sentence_another():
     model, batch, injection, want = parts()
     free = FreeRunning()

@@ -101,6 +101,11 @@ class LatentCache:
         self.kv, self.step, self.finite = self.kv[:, :, rows], self.step[rows], self.finite[rows]
         self._rows = self._rows[: rows.shape[0]]
 
+    def narrow(self, count: int) -> None:
+        """Keep only the first ``count`` rows, without a copy."""
+        self.kv, self.step, self.finite = self.kv[:, :, :count], self.step[:count], self.finite[:count]
+        self._rows = self._rows[:count]
+
     def reorder(self, rows: Tensor) -> None:
         """Row r goes on from the tokens of row ``rows[r]`` (int64 ``[batch]``), whose memory must be its own too."""
         tokens = {"prefix": slice(self.slots, None), "interleaved": slice(1, None, 2), "rolling": slice(0, 2)}

@@ -58,8 +58,12 @@ class GreedyLoop:
             state = [self.cache.step, self.cache.finite, self.token, self.place, self.ids]
             self.recorded = RecordedStep(self._advance, state, capture, decoder)
 
-    def run(self, decoder: Decoder, injection: Injection) -> Tensor:
-        """The greedy tokens of these injections, int64 ``[batch, steps]``: the loop's own buffer."""
+    def run(self, decoder: Decoder, injection: Injection, wanted: list[int] | None = None) -> Tensor:
+        """The greedy tokens of these injections, int64 ``[batch, steps]``: the loop's own buffer.
+
+        wanted: tokens of each row, none more than the row before; what a row is not asked for stays 0. The loop has fewer
+        rows afterwards, and can be run no more.
+        """
         self.cache.place(self.rows, injection)
         for name in ("embedding_shift", "output_residual"):
             if (part := getattr(injection, name)) is not None:
@@ -72,7 +76,13 @@ class GreedyLoop:
             self.recorded.decoder = decoder
         try:
             with packed_weights(decoder, len(self.rows), wanted=self.recorded is None):
-                for _ in range(self.steps):
+                for place in range(self.steps):
+                    if wanted is not None:
+                        while wanted and wanted[-1] <= place:
+                            wanted.pop()
+                        if not wanted:
+                            break
+                        self._narrow(len(wanted))
                     step()
         finally:
             self.decoder = None
@@ -80,10 +90,17 @@ class GreedyLoop:
                 self.recorded.decoder = None
         return self.ids
 
+    def _narrow(self, rows: int) -> None:
+        """Go on with the first rows alone; no buffer is copied."""
+        if rows < len(self.token):
+            self.cache.narrow(rows)
+            self.token, self.place = self.token[:rows], self.place[:rows]
+            self.injection = self.injection.select(slice(rows))
+
     def _advance(self) -> None:
         assert self.decoder is not None
         self.token.copy_(self.decoder.greedy_step(self.token, self.cache, self.injection, pack=self.recorded is None))
-        self.ids.scatter_(1, self.place, self.token.unsqueeze(1))
+        self.ids[: len(self.token)].scatter_(1, self.place, self.token.unsqueeze(1))
         self.place.add_(1)
 
 
@@ -97,16 +114,25 @@ _loops: WeakKeyDictionary[Decoder, _Loops] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def greedy_ids(decoder: Decoder, injection: Injection, steps: int) -> Tensor:
+def greedy_ids(decoder: Decoder, injection: Injection, steps: int, wanted: Tensor | None = None) -> Tensor:
     """The first ``steps`` greedy tokens of every latent, int64 ``[batch, steps]``; end tokens do not stop it.
 
     This is how LangVAE decodes, in training and in generation: what follows an end token is kept.
+
+    wanted: int64 ``[batch]``, how many tokens of each row matter; the others are anything. Where the loop is not recorded,
+        rows leave it when they have theirs.
     """
     batch, device = injection.batch_size, decoder.device
     if steps == 0 or batch == 0:
         return torch.empty(batch, steps, dtype=torch.int64, device=device)
     if capture_for(decoder, device, None, in_autocast=True) is None:
-        return GreedyLoop(decoder, injection, steps).run(decoder, injection)
+        if wanted is None or device.type != "cpu":  # reading numbers of a device would wait for it
+            return GreedyLoop(decoder, injection, steps).run(decoder, injection)
+        order = wanted.argsort(descending=True, stable=True)
+        injection, most = injection.select(order), wanted[order].clamp(max=steps).tolist()
+        ids = torch.empty(batch, steps, dtype=torch.int64)
+        ids[order] = GreedyLoop(decoder, injection, steps).run(decoder, injection, most)
+        return ids
     parts = (injection.memory, injection.embedding_shift, injection.output_residual)
     shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in parts)
     key = (steps, injection.visibility, shapes, baked_in(decoder))
