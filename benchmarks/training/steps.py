@@ -40,6 +40,7 @@ OURS = ("-m", "benchmarks.training.our_side")
 SIDES = {
     "langvae": {
         "free-running fp32": ("free-running", "fp32"),
+        "free-running bf16": ("free-running", "bf16"),
         "teacher-forced fp32": ("teacher-forced", "fp32"),
         "teacher-forced bf16": ("teacher-forced", "bf16"),
     },

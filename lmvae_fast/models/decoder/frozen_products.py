@@ -1,8 +1,12 @@
-"""Linear maps of a frozen decoder prepared once for both passes of a training step: the product, and its input gradient."""
+"""Linear maps of a frozen decoder prepared once for both passes of a training step: the product, and its input gradient.
+
+Low-rank adapters (LoRA) beside such a map train: their products are added, and their gradients are given with the inputs'.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +21,98 @@ ROWS = 512
 Product = Callable[[Tensor, Tensor | None], Tensor]  # rows, and what is added to the result or None
 
 
+class LowRank(NamedTuple):
+    """An adapter: ``scale * up(down(x))`` is added to some columns of a map's outputs. It trains."""
+
+    columns: slice
+    down: Tensor  # [rank, inputs]
+    up: Tensor  # [outputs, rank]
+    scale: float
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        out[:, self.columns].addmm_(x @ down.t(), up.t(), alpha=self.scale)
+
+    def gradients(self, grad: Tensor, x: Tensor, by_x: Tensor) -> list[Tensor]:
+        """By ``down`` and ``up``; what comes to x through the adapter is added to ``by_x``."""
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        grad = grad[:, self.columns]
+        inner = self.scale * (grad @ up)
+        by_x.addmm_(inner, down)
+        return [(inner.t() @ x).to(self.down.dtype), (self.scale * (grad.t() @ (x @ down.t()))).to(self.up.dtype)]
+
+
 class FrozenLinear:
     """``x W^T + b`` over a weight that does not train, or over several with the same inputs, whose outputs then lie side by
     side. A second and a third copy of the weight are held, one for each pass.
 
     Args:
-        parts: linear modules. pages: what the copies are put into where the layout is ours.
+        parts: linear modules, adapters beside them or not. pages: what the copies are put into where the layout is ours.
+
+    Attributes:
+        adapters: what trains beside the weights.
     """
 
     def __init__(self, pages: LargePages, *parts: nn.Module) -> None:
-        weight = torch.cat([linear_weight(part) for part in parts]) if len(parts) > 1 else linear_weight(parts[0])
-        biases = [part.bias.detach() for part in parts if isinstance(part.bias, Tensor)]
-        require(len(biases) in (0, len(parts)), "a bias in some of the projections of one input")
+        bases = [without_adapter(part) for part in parts]
+        weights = [linear_weight(base) for base in bases]
+        biases = [base.bias.detach() for base in bases if isinstance(base.bias, Tensor)]
+        require(len(biases) in (0, len(bases)), "a bias in some of the projections of one input")
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.forward = _product(pages, weight, torch.cat(biases) if biases else None)
         self.backward = _product(pages, weight.t(), None)
+        self.adapters: list[LowRank] = []
+        start = 0
+        for part, own in zip(parts, weights, strict=True):
+            columns, start = slice(start, start + own.shape[0]), start + own.shape[0]
+            if is_adapted(part):
+                self.adapters.append(_adapter(part, columns))
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """``[T, inputs]`` to ``[T, outputs]``, ``added`` ``[T, outputs]`` to the result before it is rounded."""
-        return self.forward(x, added)
+        out = self.forward(x, added)
+        for adapter in self.adapters:
+            adapter.add(x, out)
+        return out
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """By the inputs ``[T, inputs]``, given that of the outputs ``[T, outputs]``."""
-        return self.backward(grad, None)
+    def gradient(self, grad: Tensor, inputs: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """By the inputs ``[T, inputs]``, given that of the outputs ``[T, outputs]``; and by all that trains beside the weights.
+
+        inputs: gives the inputs, which are asked for only where something trains.
+        """
+        by_x, found = self.backward(grad, None), []
+        if self.adapters:
+            x = inputs()
+            for adapter in self.adapters:
+                found += adapter.gradients(grad, x, by_x)
+        return by_x, found
+
+    def trained(self) -> list[Tensor]:
+        """What trains beside the weights, in the order of its gradients."""
+        return [part for adapter in self.adapters for part in (adapter.down, adapter.up)]
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a linear map with peft's adapters beside it."""
+    return type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
+
+
+def without_adapter(module: Any) -> Any:
+    """The linear map that adapters stand beside, or the module itself."""
+    return module.base_layer if is_adapted(module) else module
+
+
+def _adapter(module: Any, columns: slice) -> LowRank:
+    """Peft's one adapter of a module; raises Unlike for more, for other kinds, and for those that are not plainly added."""
+    names = list(module.active_adapters)
+    require(type(module).__name__ == "Linear" and len(names) == 1, "another kind of adapter, or several")
+    (name,) = names
+    plain = not (module.disable_adapters or module.merged or name in module.lora_variant or module.lora_bias.get(name))
+    dropout = module.lora_dropout[name]
+    require(plain and not getattr(dropout, "p", 0.0), "an adapter that is not plainly added")
+    down, up = module.lora_A[name].weight, module.lora_B[name].weight
+    require(down.requires_grad and up.requires_grad, "an adapter that does not train")
+    return LowRank(columns, down, up, float(module.scaling[name]))
 
 
 def _product(pages: LargePages, weight: Tensor, bias: Tensor | None) -> Product:

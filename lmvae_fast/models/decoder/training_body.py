@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16)
 _OPTIONS = {"inputs_embeds", "position_ids", "use_cache", "lmvae"}
 Forward = Callable[..., Any]
+_ADAPTER = ".lora_"  # in names of parameters that peft puts beside a weight
 
 
 class TrainingBody:
@@ -76,7 +77,7 @@ class TrainingBody:
         return current() != "reference" and embedded.dtype in DTYPES and not cast
 
     def _prepared(self) -> Forward | None:
-        weights = list(self._decoder.body.parameters())
+        weights = [weight for name, weight in self._decoder.body.named_parameters() if _ADAPTER not in name]
         state = tuple((w.data_ptr(), w._version, w.requires_grad) for w in weights if not in_pieces(w))
         if state != self._state:
             self._forward = None  # before the next copies are made
@@ -115,7 +116,7 @@ def _require_frozen(decoder: Decoder, weights: list[nn.Parameter]) -> None:
     dtypes = {weight.dtype for weight in weights}
     require(len(dtypes) == 1 and dtypes <= set(DTYPES), f"its weights are {', '.join(sorted(map(str, dtypes)))}")
     require(decoder.way.plain and not decoder.position_columns, "its attention is called in another way")
-    require(not body.training, "it is in training mode")
+    require(not body.training or not _drops(body), "it drops values while it trains")
     require(
         choose("frozen_layer", weights[0]) == "cpp", "the C++ extension has nothing for what stands between products"
     )
@@ -124,6 +125,11 @@ def _require_frozen(decoder: Decoder, weights: list[nn.Parameter]) -> None:
             continue
         hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         require(not hooked and "forward" not in module.__dict__, f"{name} has hooks or a forward of its own")
+
+
+def _drops(body: nn.Module) -> bool:
+    """Whether a body in training mode leaves out values at random (on attention weights nobody may: attention.py)."""
+    return any(module.p > 0 for module in body.modules() if isinstance(module, nn.Dropout))
 
 
 def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str, tuple[float, float]]:
@@ -137,6 +143,7 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
     memory = torch.linspace(0, 0.37 * count, count).sin().view(shape)
     embedded = torch.linspace(-1, 1, 5 * decoder.hidden_size).view(decoder.hidden_size, 5).t().unsqueeze(0)
     weights = torch.linspace(0, 5 * decoder.hidden_size, 5 * decoder.hidden_size).cos().view(1, 5, -1)
+    adapters = [weight for name, weight in body.named_parameters() if _ADAPTER in name and weight.requires_grad]
 
     @torch.enable_grad()
     def figures(forward: Forward, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -144,8 +151,10 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
         attention = PackedAttention(leaves[1], "prefix", offsets, 3)
         given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
         hidden = forward(inputs_embeds=leaves[0], **given).last_hidden_state
-        of_states, of_memory = torch.autograd.grad(hidden, leaves, weights.to(dtype))
+        of_states, of_memory, *of_adapters = torch.autograd.grad(hidden, [*leaves, *adapters], weights.to(dtype))
         found = {"values": hidden, "gradients by its inputs": of_states, "gradients by the memory": of_memory}
+        if of_adapters:
+            found["gradients by adapters"] = torch.cat([grad.flatten().float() for grad in of_adapters])
         return {name: tensor.detach().float() for name, tensor in found.items()}
 
     with torch.autocast("cpu", enabled=False):

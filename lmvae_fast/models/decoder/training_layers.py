@@ -3,21 +3,22 @@
 Between two attentions a frozen decoder has one function to autograd: out of a layer's attention, through its MLP, into the
 queries, keys and values of the next. Its weights are prepared once for both passes (frozen_products.py), what stands between
 the products is fused (kernels/frozen_layer), and it keeps what its gradient needs and nothing else: the rows that go into the
-two norms, and what goes into the activation. Attention itself stays `latent_attention` with a gradient of its own.
+two norms, and what goes into the activation (what adapters read besides is made again). Attention itself stays
+`latent_attention` with a gradient of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext
-from lmvae_fast.models.decoder.frozen_products import FrozenLinear
+from lmvae_fast.models.decoder.frozen_products import FrozenLinear, without_adapter
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import linear_weight, require
 from lmvae_fast.models.decoder.prepared_layers import LLAMAS, require_gpt2_layer, require_llama_layer
@@ -42,27 +43,56 @@ class Norm:
         return frozen_layer.norm_gradient(grad, x, stats, self.weight, centred=centred, added=added)
 
 
-class IntoAttention:
-    """Hidden states to queries, keys and values side by side, the first ``turned`` heads of them at their positions."""
+class HeadNorm(NamedTuple):
+    """A norm of every head in some columns of queries, keys and values."""
 
-    def __init__(self, norm: Norm, qkv: FrozenLinear, turned: int) -> None:
-        self.norm, self.qkv, self.turned = norm, qkv, turned
+    norm: Norm
+    columns: slice
+
+    def __call__(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes the columns in place; the heads as they were, and what `gradient_` needs of them."""
+        part = out[:, self.columns]
+        heads = part.reshape(-1, self.norm.weight.shape[0])
+        rows, stats = self.norm(heads)
+        part.copy_(rows.view_as(part))
+        return heads, stats
+
+    def gradient_(self, grad: Tensor, heads: Tensor, stats: Tensor) -> None:
+        part = grad[:, self.columns]
+        rows = part.reshape(heads.shape)
+        part.copy_(self.norm.gradient(rows, heads, stats, None).view_as(part))
+
+
+class IntoAttention:
+    """Hidden states to queries, keys and values side by side, heads with a norm of their own or not, the first ``turned``
+    of them at their positions."""
+
+    def __init__(self, norm: Norm, qkv: FrozenLinear, turned: int, of_heads: Sequence[HeadNorm] = ()) -> None:
+        self.norm, self.qkv, self.turned, self.of_heads = norm, qkv, turned, of_heads
 
     def forward(self, x: Tensor, turns: Turns | None) -> tuple[Tensor, Saved]:
         rows, stats = self.norm(x)
         out = self.qkv(rows)
+        kept = [tensor for norm in self.of_heads for tensor in norm(out)]
         if turns is not None:
             frozen_layer.rotate_(out, *turns, heads=self.turned)
-        return out, (x, stats, *(turns or (None, None)))
+        return out, (x, stats, *(turns or (None, None)), *kept)
 
-    def backward(self, grad: Tensor, added: Tensor | None, saved: Saved) -> Tensor:
-        x, stats, cos, sin = saved
+    def backward(self, grad: Tensor, added: Tensor | None, saved: Saved) -> tuple[Tensor, list[Tensor]]:
+        x, stats, cos, sin, *kept = saved
         assert x is not None and stats is not None
         if cos is not None:
             assert sin is not None
             # Autograd may hold on to what it handed over.
             grad = frozen_layer.rotate_(grad.clone(), cos, sin, heads=self.turned, back=True)
-        return self.norm.gradient(self.qkv.gradient(grad), x, stats, added)
+        for norm, heads, of_head in zip(self.of_heads, kept[::2], kept[1::2], strict=True):
+            assert heads is not None and of_head is not None
+            norm.gradient_(grad, heads, of_head)
+        by_rows, trained = self.qkv.gradient(grad, lambda: self.norm(x)[0])
+        return self.norm.gradient(by_rows, x, stats, added), trained
+
+    def trained(self) -> list[Tensor]:
+        return self.qkv.trained()
 
 
 class LastNorm:
@@ -75,10 +105,13 @@ class LastNorm:
         rows, stats = self.norm(x)
         return rows, (x, stats)
 
-    def backward(self, grad: Tensor, added: Tensor | None, saved: Saved) -> Tensor:
+    def backward(self, grad: Tensor, added: Tensor | None, saved: Saved) -> tuple[Tensor, list[Tensor]]:
         x, stats = saved
         assert x is not None and stats is not None
-        return self.norm.gradient(grad, x, stats, added)
+        return self.norm.gradient(grad, x, stats, added), []
+
+    def trained(self) -> list[Tensor]:
+        return []
 
 
 class OutOfAttention(NamedTuple):
@@ -94,15 +127,24 @@ class OutOfAttention(NamedTuple):
         middle = self.out(seen, x)
         rows, stats = self.norm(middle)
         inner = self.up(rows)
-        return self.down(frozen_layer.activation(inner, self.activation), middle), (middle, stats, inner)
+        saved = (middle, stats, inner, seen if self.out.adapters else None)
+        return self.down(frozen_layer.activation(inner, self.activation), middle), saved
 
-    def backward(self, grad: Tensor, saved: Saved, wanted: bool) -> tuple[Tensor | None, Tensor]:
-        """By what attention found (None unless ``wanted``), and by the hidden states."""
-        middle, stats, inner = saved
+    def backward(self, grad: Tensor, saved: Saved, wanted: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+        """By what attention found (None unless ``wanted``), by the hidden states, and by what trains here."""
+        middle, stats, inner, seen = saved
         assert middle is not None and stats is not None and inner is not None
-        by_inner = frozen_layer.activation_gradient(self.down.gradient(grad), inner, self.activation)
-        by_middle = self.norm.gradient(self.up.gradient(by_inner), middle, stats, grad)
-        return self.out.gradient(by_middle) if wanted else None, by_middle
+        by_act, of_down = self.down.gradient(grad, lambda: frozen_layer.activation(inner, self.activation))
+        by_inner = frozen_layer.activation_gradient(by_act, inner, self.activation)
+        by_rows, of_up = self.up.gradient(by_inner, lambda: self.norm(middle)[0])
+        by_middle = self.norm.gradient(by_rows, middle, stats, grad)
+        if not (wanted or self.out.adapters):
+            return None, by_middle, of_up + of_down
+        by_seen, of_out = self.out.gradient(by_middle, lambda: cast(Tensor, seen))
+        return by_seen, by_middle, of_out + of_up + of_down
+
+    def trained(self) -> list[Tensor]:
+        return self.out.trained() + self.up.trained() + self.down.trained()
 
 
 class Segment(NamedTuple):
@@ -111,14 +153,21 @@ class Segment(NamedTuple):
     before: OutOfAttention | None
     after: IntoAttention | LastNorm
 
+    def trained(self) -> list[Tensor]:
+        """Adapters, in the order of their gradients."""
+        return [*(self.before.trained() if self.before is not None else ()), *self.after.trained()]
+
 
 class _Between(torch.autograd.Function):
-    """A segment as one function of ``seen`` ``[T, heads * head_dim]`` (None for the first) and hidden states ``[T, hidden]``.
+    """A segment as one function of ``seen`` ``[T, heads * head_dim]`` (None for the first), of hidden states ``[T, hidden]``
+    and of what trains in it.
 
     Returns what goes into the next attention, and the hidden states there, which for the first are those that came."""
 
     @staticmethod
-    def forward(ctx: Any, seen: Tensor | None, x: Tensor, segment: Segment, turns: Turns | None) -> Any:
+    def forward(
+        ctx: Any, seen: Tensor | None, x: Tensor, segment: Segment, turns: Turns | None, *trained: Tensor
+    ) -> Any:
         ctx.set_materialize_grads(False)
         saved: Saved = ()
         if segment.before is not None:
@@ -133,14 +182,16 @@ class _Between(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, by_states: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if grad is None and by_states is None:
-            return None, None, None, None
+            return (None,) * len(ctx.needs_input_grad)
         tensors, segment = ctx.saved_tensors, ctx.segment
         saved, kept = tensors[: ctx.count], tensors[ctx.count :]
-        by_x = by_states if grad is None else segment.after.backward(grad, by_states, kept)
-        by_seen = None
+        by_x, of_after = (by_states, None) if grad is None else segment.after.backward(grad, by_states, kept)
+        by_seen, of_before = None, []
         if segment.before is not None:
-            by_seen, by_x = segment.before.backward(by_x, saved, ctx.needs_input_grad[0])
-        return by_seen, by_x, None, None
+            by_seen, by_x, of_before = segment.before.backward(by_x, saved, ctx.needs_input_grad[0])
+        if of_after is None:
+            of_after = [None] * len(segment.after.trained())
+        return by_seen, by_x, None, None, *of_before, *of_after
 
 
 class Layers(NamedTuple):
@@ -151,10 +202,14 @@ class Layers(NamedTuple):
 
     def run(self, x: Tensor, context: AttentionContext, turns: Turns | None) -> Tensor:
         """Hidden states ``[T, hidden]`` through all layers and the last norm."""
-        heard = _Between.apply(None, x, self.segments[0], turns)
+
+        def between(seen: Tensor | None, x: Tensor, segment: Segment) -> Any:
+            return _Between.apply(seen, x, segment, turns, *segment.trained())
+
+        heard = between(None, x, self.segments[0])
         for attend, segment in zip(self.attend, self.segments[1:-1], strict=False):
-            heard, x = _Between.apply(attend(context, heard), x, segment, turns)
-        return _Between.apply(self.attend[-1](context, heard), x, self.segments[-1], turns)
+            heard, x = between(attend(context, heard), x, segment)
+        return between(self.attend[-1](context, heard), x, self.segments[-1])
 
 
 def _attention(index: int, heads: int, kv_heads: int, scale: float, window: int | None) -> Callable[..., Tensor]:
@@ -195,19 +250,24 @@ def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]
 
 
 def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) -> Callable[..., SimpleNamespace]:
-    """The same of Llama, Mistral and Qwen2."""
+    """The same of Llama, Mistral, Qwen2 and Qwen3."""
     require(type(body) in LLAMAS and body.config.hidden_act == "silu", "another activation")
     into, out, attend = [], [], []
     for index, block in enumerate(body.layers):
         require_llama_layer(body, block)
         attn, mlp = block.self_attn, block.mlp
-        require(not hasattr(attn, "q_norm"), "norms of queries and keys")
-        for part in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        parts = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        for part in map(without_adapter, parts):
             linear_weight(part)  # whatever else it may be, a quantised one say, is no product of ours
         require(mlp.gate_proj.bias is None and mlp.up_proj.bias is None, "a bias in a gated layer")
-        kv_heads, heads = (part.weight.shape[0] // attn.head_dim for part in (attn.k_proj, attn.q_proj))
+        dim = attn.head_dim
+        kv_heads, heads = (part.weight.shape[0] // dim for part in (attn.k_proj, attn.q_proj))
+        of_heads = []
+        if hasattr(attn, "q_norm"):
+            columns = slice(heads * dim), slice(heads * dim, (heads + kv_heads) * dim)
+            of_heads = [HeadNorm(_rms_norm(n), c) for n, c in zip((attn.q_norm, attn.k_norm), columns, strict=True)]
         qkv = FrozenLinear(pages, attn.q_proj, attn.k_proj, attn.v_proj)
-        into.append(IntoAttention(_rms_norm(block.input_layernorm), qkv, heads + kv_heads))
+        into.append(IntoAttention(_rms_norm(block.input_layernorm), qkv, heads + kv_heads, of_heads))
         up, down = FrozenLinear(pages, mlp.gate_proj, mlp.up_proj), FrozenLinear(pages, mlp.down_proj)
         second = _rms_norm(block.post_attention_layernorm)
         out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, "swiglu", down))
