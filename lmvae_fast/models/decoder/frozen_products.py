@@ -56,7 +56,7 @@ class FrozenLinear:
     def __init__(self, pages: LargePages, *parts: nn.Module) -> None:
         bases = [without_adapter(part) for part in parts]
         weights = [linear_weight(base) for base in bases]
-        biases = [base.bias.detach() for base in bases if isinstance(base.bias, Tensor)]
+        biases = [base.bias.detach().to(weights[0].dtype) for base in bases if isinstance(base.bias, Tensor)]
         require(len(biases) in (0, len(bases)), "a bias in some of the projections of one input")
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.forward = _product(pages, weight, torch.cat(biases) if biases else None)

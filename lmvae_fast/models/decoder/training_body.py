@@ -113,8 +113,10 @@ def _require_frozen(decoder: Decoder, weights: list[nn.Parameter]) -> None:
     body = decoder.body
     require(not any(weight.requires_grad for weight in weights), "a part of its weights trains")
     require(not any(in_pieces(weight) for weight in weights), "its weights are held in pieces")
-    dtypes = {weight.dtype for weight in weights}
+    dtypes = {weight.dtype for weight in weights if weight.dim() > 1}
     require(len(dtypes) == 1 and dtypes <= set(DTYPES), f"its weights are {', '.join(sorted(map(str, dtypes)))}")
+    vectors = {weight.dtype for weight in weights} - dtypes  # of a decoder that trains in part (step_setup.castable)
+    require(vectors <= {torch.float32}, f"some of its weights are {', '.join(sorted(map(str, vectors)))}")
     require(decoder.way.plain and not decoder.position_columns, "its attention is called in another way")
     require(not body.training or not _drops(body), "it drops values while it trains")
     require(
@@ -137,6 +139,7 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
     the most that they may be. In bf16 the modules are off, too: ours may be by twice as much, gradients by three times.
     """
     body, dtype = decoder.body, next(decoder.body.parameters()).dtype
+    mixed = any(weight.dtype != dtype for name, weight in body.named_parameters() if _ADAPTER not in name)
     offsets, positions = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1, 2, 0, 1]])
     shape = (decoder.num_layers, 2, 2, decoder.kv_heads, 3, decoder.head_dim)
     count = torch.Size(shape).numel()
@@ -158,7 +161,9 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
         return {name: tensor.detach().float() for name, tensor in found.items()}
 
     with torch.autocast("cpu", enabled=False):
-        ours, theirs = figures(forward, dtype), figures(plain, dtype)
+        ours = figures(forward, dtype)
+        with torch.autocast("cpu", dtype, enabled=mixed):  # the modules' own way out of two dtypes
+            theirs = figures(plain, dtype)
         truth = theirs
         if dtype != torch.float32:
             with in_float32(body):

@@ -232,14 +232,17 @@ def _segments(into: list[IntoAttention], out: list[OutOfAttention], last: Norm) 
 def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]:
     """What GPT-2's body may call in place of its own forward. Raises Unlike for a layer that is not exactly GPT-2's."""
     into, out, attend = [], [], []
+    dtype = body.wpe.weight.dtype  # vectors may be wider where adapters train
     for index, block in enumerate(body.h):
         require_gpt2_layer(block)
         attn, mlp = block.attn, block.mlp
-        into.append(IntoAttention(_layer_norm(block.ln_1), FrozenLinear(pages, attn.c_attn), 0))
+        into.append(IntoAttention(_layer_norm(block.ln_1, dtype), FrozenLinear(pages, attn.c_attn), 0))
         up, down = FrozenLinear(pages, mlp.c_fc), FrozenLinear(pages, mlp.c_proj)
-        out.append(OutOfAttention(FrozenLinear(pages, attn.c_proj), _layer_norm(block.ln_2), up, "gelu_tanh", down))
+        out.append(
+            OutOfAttention(FrozenLinear(pages, attn.c_proj), _layer_norm(block.ln_2, dtype), up, "gelu_tanh", down)
+        )
         attend.append(_attention(index, attn.num_heads, attn.num_heads, attn.scaling, None))
-    layers = Layers(_segments(into, out, _layer_norm(body.ln_f)), attend)
+    layers = Layers(_segments(into, out, _layer_norm(body.ln_f, dtype)), attend)
     positions = body.wpe.weight
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
@@ -253,6 +256,7 @@ def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) 
     """The same of Llama, Mistral, Qwen2 and Qwen3."""
     require(type(body) in LLAMAS and body.config.hidden_act == "silu", "another activation")
     into, out, attend = [], [], []
+    dtype = body.embed_tokens.weight.dtype
     for index, block in enumerate(body.layers):
         require_llama_layer(body, block)
         attn, mlp = block.self_attn, block.mlp
@@ -265,14 +269,16 @@ def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) 
         of_heads = []
         if hasattr(attn, "q_norm"):
             columns = slice(heads * dim), slice(heads * dim, (heads + kv_heads) * dim)
-            of_heads = [HeadNorm(_rms_norm(n), c) for n, c in zip((attn.q_norm, attn.k_norm), columns, strict=True)]
+            of_heads = [
+                HeadNorm(_rms_norm(n, dtype), c) for n, c in zip((attn.q_norm, attn.k_norm), columns, strict=True)
+            ]
         qkv = FrozenLinear(pages, attn.q_proj, attn.k_proj, attn.v_proj)
-        into.append(IntoAttention(_rms_norm(block.input_layernorm), qkv, heads + kv_heads, of_heads))
+        into.append(IntoAttention(_rms_norm(block.input_layernorm, dtype), qkv, heads + kv_heads, of_heads))
         up, down = FrozenLinear(pages, mlp.gate_proj, mlp.up_proj), FrozenLinear(pages, mlp.down_proj)
-        second = _rms_norm(block.post_attention_layernorm)
+        second = _rms_norm(block.post_attention_layernorm, dtype)
         out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, "swiglu", down))
         attend.append(_attention(index, heads, kv_heads, attn.scaling, windows[index]))
-    layers = Layers(_segments(into, out, _rms_norm(body.norm)), attend)
+    layers = Layers(_segments(into, out, _rms_norm(body.norm, dtype)), attend)
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
         cos, sin = (part.squeeze(0) for part in body.rotary_emb(inputs_embeds, position_ids=position_ids))
@@ -282,10 +288,10 @@ def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) 
     return forward
 
 
-def _layer_norm(module: nn.LayerNorm) -> Norm:
+def _layer_norm(module: nn.LayerNorm, dtype: torch.dtype) -> Norm:
     require(type(module) is nn.LayerNorm and module.bias is not None, "another norm")
-    return Norm(module.weight.detach(), module.bias.detach(), module.eps)
+    return Norm(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
 
 
-def _rms_norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), None, module.variance_epsilon)
+def _rms_norm(module: Any, dtype: torch.dtype) -> Norm:
+    return Norm(module.weight.detach().to(dtype), None, module.variance_epsilon)

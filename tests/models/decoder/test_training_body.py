@@ -360,11 +360,11 @@ def test_a_run_learns_what_it_learns_through_the_modules(tmp_path, monkeypatch, 
     options = {"max_steps": 6, "log_every": 1, "precision": precision, "accumulation": 2, "batch_size": 4}
     if tuned:  # adapters start without gradients to speak of: AdamW would take its steps from their rounding
         options["adam_eps"] = 1e-2
-    served = []
+    served, bodies = [], []
     call = TrainingBody._prepared
-    monkeypatch.setattr(TrainingBody, "_prepared", lambda self: served.append(1) or call(self))
+    monkeypatch.setattr(TrainingBody, "_prepared", lambda self: served.append(1) or bodies.append(self) or call(self))
     ours = run(tmp_path / "ours", model=make_model("llama", max_len=12, **tuned), **options)
-    assert len(served) >= 12
+    assert len(served) >= 12 and bodies[-1].runs == "prepared layers"
     Off(monkeypatch)
     theirs = run(tmp_path / "theirs", model=make_model("llama", max_len=12, **tuned), **options)
     pairs = [
