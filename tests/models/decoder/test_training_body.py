@@ -53,7 +53,7 @@ def _figures(decoder, forward, dtype, tokens=9, kind=PackedAttention):
     return dict(zip(NAMES, (hidden.detach(), *grads), strict=True))
 
 
-def _relative(got, want):
+def relative(got, want):
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
@@ -85,7 +85,7 @@ def test_in_bf16_no_further_from_fp32_than_the_modules(family):
     with in_float32(decoder.body):
         truth = _figures(decoder, plain, torch.float32)
     for name in NAMES:
-        assert _relative(ours[name], truth[name]) <= 1.5 * _relative(theirs[name], truth[name]), name
+        assert relative(ours[name], truth[name]) <= 1.5 * relative(theirs[name], truth[name]), name
 
 
 @pytest.mark.parametrize(("family", "share"), [("gpt2", 1.01), ("llama", 0.9)])
@@ -130,7 +130,7 @@ def test_a_family_that_is_not_written_out_keeps_its_modules_with_a_reason(caplog
     assert all(torch.equal(ours[name], plain[name]) for name in NAMES)
 
 
-def _reason(decoder):
+def reason_of(decoder):
     with trained_through(decoder) as body:
         decoder.hidden(
             torch.arange(4), None, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32), max_seqlen=4,
@@ -141,128 +141,28 @@ def _reason(decoder):
 
 def test_unusual_layers_keep_their_modules_with_a_reason():
     decoder = _decoder()
-    assert _reason(decoder) is None
+    assert reason_of(decoder) is None
     layer = decoder.body.h[1].mlp
     hook = layer.register_forward_hook(lambda *_: None)
-    assert "h.1.mlp has hooks" in _reason(decoder)
+    assert "h.1.mlp has hooks" in reason_of(decoder)
     hook.remove()
     decoder.body.h[0].ln_1.weight.requires_grad_(True)
-    assert "trains" in _reason(decoder)
+    assert "trains" in reason_of(decoder)
     decoder.body.h[0].ln_1.weight.requires_grad_(False)
     with recomputing(decoder, True):
-        assert "a forward of its own" in _reason(decoder)
+        assert "a forward of its own" in reason_of(decoder)
     decoder.body.h[1].attn.scale_of_mine = nn.Linear(2, 2).bfloat16()
     decoder.body.h[1].attn.scale_of_mine.requires_grad_(False)
-    assert "torch.bfloat16, torch.float32" in _reason(decoder)
+    assert "torch.bfloat16, torch.float32" in reason_of(decoder)
     del decoder.body.h[1].attn.scale_of_mine
     decoder.body.h[1].mlp.act = nn.ReLU()
-    assert _reason(decoder) == "another activation"
-
-
-# ---- adapters --------------------------------------------------------------------------------------------------------
-
-
-def _adapted(family, dtype=torch.float32, **options):
-    """A decoder with adapters that do something; these stay in fp32, as training keeps them."""
-    pytest.importorskip("peft")
-    torch.manual_seed(0)
-    decoder = make_model(family, train_decoder=True, decoder_part="lora", **options).decoder.eval()
-    with torch.no_grad():
-        for name, parameter in decoder.model.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-            if ".lora_" not in name:
-                parameter.data = parameter.data.to(dtype)
-    return decoder
-
-
-def _with_adapters(decoder, forward, dtype):
-    """As `_figures`, and the gradients by every adapter."""
-    adapters = {name: p for name, p in decoder.body.named_parameters() if p.requires_grad}
-    assert adapters and all(".lora_" in name for name in adapters)
-    for parameter in adapters.values():
-        parameter.grad = None
-    draw = torch.Generator().manual_seed(1)
-    shape = (decoder.num_layers, 2, 2, decoder.kv_heads, 3, decoder.head_dim)
-    sizes = ((1, 9, decoder.hidden_size), shape, (1, 9, decoder.hidden_size))
-    embedded, memory, weights = (torch.randn(size, generator=draw).bfloat16().to(dtype) for size in sizes)
-    leaves = embedded.requires_grad_(), memory.requires_grad_()
-    attention = PackedAttention(memory, "prefix", torch.tensor([0, 4, 9], dtype=torch.int32), 5)
-    positions = torch.tensor([[3, 4, 5, 6, 3, 4, 5, 6, 7]])
-    given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
-    hidden = forward(inputs_embeds=embedded, **given).last_hidden_state
-    grads = torch.autograd.grad(hidden, [*leaves, *adapters.values()], weights)
-    return dict(zip((*NAMES, *adapters), (hidden.detach(), *grads), strict=True))
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-def test_adapters_train_beside_prepared_weights(family):
-    decoder = _adapted(family)
-    plain = decoder.body.forward
-    with trained_through(decoder) as body:
-        ours = _with_adapters(decoder, decoder.body, torch.float32)
-        assert body.runs == "prepared layers"
-    theirs = _with_adapters(decoder, plain, torch.float32)
-    decoder.model.double()
-    truth = _with_adapters(decoder, plain, torch.float64)
-    for name in ours:
-        factor = VALUE_FACTOR if name == "values" else GRAD_FACTOR
-        assert_within_error_rule(name, ours[name], theirs[name], truth[name], factor=factor)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_adapters_in_bf16(family):
-    decoder = _adapted(family, torch.bfloat16)
-    plain = decoder.body.forward
-    with trained_through(decoder) as body, torch.autocast("cpu", torch.bfloat16):
-        ours = _with_adapters(decoder, decoder.body, torch.bfloat16)
-        assert body.runs == "prepared layers"
-        theirs = _with_adapters(decoder, plain, torch.bfloat16)
-    decoder.model.float()
-    truth = _with_adapters(decoder, plain, torch.float32)
-    assert all(ours[name].dtype == torch.float32 for name in ours if ".lora_" in name)
-    for name in ours:
-        assert _relative(ours[name], truth[name]) <= 1.5 * _relative(theirs[name], truth[name]) + 2**-9, name
-
-
-def test_a_step_of_the_adapters_prepares_nothing_anew():
-    decoder = _adapted("llama")
-    with trained_through(decoder) as body:
-        before, first = _with_adapters(decoder, decoder.body, torch.float32), body._forward
-        with torch.no_grad():
-            for name, parameter in decoder.body.named_parameters():
-                if ".lora_" in name:
-                    parameter.add_(0.1)
-        after = _with_adapters(decoder, decoder.body, torch.float32)
-        assert body._forward is first and first is not None
-        theirs = _with_adapters(decoder, body._plain, torch.float32)
-    assert _relative(after["values"], before["values"]) > 1e-3
-    assert all(_relative(after[name], theirs[name]) < 1e-5 for name in NAMES)
-
-
-def test_unusual_adapters_keep_the_modules():
-    decoder = _adapted("llama")
-    part = decoder.body.layers[0].mlp.up_proj
-    part.lora_dropout["default"] = nn.Dropout(0.1)
-    assert _reason(decoder) == "an adapter that is not plainly added"
-    part.lora_dropout["default"] = nn.Identity()
-    assert _reason(decoder) is None
-    part.lora_A["default"].weight.requires_grad_(False)
-    assert _reason(decoder) == "an adapter that does not train"
-    part.lora_A["default"].weight.requires_grad_(True)
-    decoder.train()
-    assert _reason(decoder) is None
-    decoder.body.layers[0].self_attn.dropout = nn.Dropout(0.1)
-    assert _reason(decoder) == "it drops values while it trains"
-    decoder.eval()
-    assert _reason(decoder) is None
-    decoder.body.layers[1].input_layernorm.weight.requires_grad_(True)
-    assert "trains" in _reason(decoder)
+    assert reason_of(decoder) == "another activation"
 
 
 def test_without_the_extension_the_modules_run(monkeypatch):
     decoder = _decoder()
     monkeypatch.setattr(training_body, "choose", lambda *_: "reference")
-    assert "C++ extension" in _reason(decoder)
+    assert "C++ extension" in reason_of(decoder)
 
 
 def test_what_is_off_is_not_used(monkeypatch, caplog):
@@ -280,7 +180,7 @@ def test_what_is_off_is_not_used(monkeypatch, caplog):
 
     monkeypatch.setattr(training_body, "gpt2_forward", wrong)
     with caplog.at_level(logging.WARNING, "lmvae_fast"):
-        assert "gradients by its inputs" in _reason(decoder)
+        assert "gradients by its inputs" in reason_of(decoder)
     assert "off by" in caplog.text
 
 
@@ -294,9 +194,9 @@ def test_changed_weights_are_prepared_again():
         after = _figures(decoder, decoder.body, torch.float32)
         assert body._forward is not first
         theirs = _figures(decoder, body._plain, torch.float32)
-    assert _relative(after["values"], before["values"]) > 1e-3
+    assert relative(after["values"], before["values"]) > 1e-3
     for name in NAMES:
-        assert _relative(after[name], theirs[name]) < 2e-6, name
+        assert relative(after[name], theirs[name]) < 2e-6, name
 
 
 def test_layers_in_bf16_are_prepared_once_though_others_look_at_the_weights_in_fp32():

@@ -1,0 +1,115 @@
+"""Low-rank adapters train beside a frozen decoder's prepared weights as they do beside its modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lmvae_fast.models.decoder.attention import PackedAttention
+from lmvae_fast.models.decoder.training_body import trained_through
+from lmvae_fast.testing import make_model
+from tests.kernels.common import GRAD_FACTOR, VALUE_FACTOR, assert_within_error_rule, require
+from tests.models.decoder.test_training_body import NAMES, reason_of, relative
+
+
+@pytest.fixture(autouse=True)
+def _extension():
+    require("frozen_layer", "cpp")
+
+
+def _adapted(family, dtype=torch.float32, **options):
+    """A decoder with adapters that do something; these stay in fp32, as training keeps them."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    decoder = make_model(family, train_decoder=True, decoder_part="lora", **options).decoder.eval()
+    with torch.no_grad():
+        for name, parameter in decoder.model.named_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(dtype)
+    return decoder
+
+
+def _with_adapters(decoder, forward, dtype):
+    """As `_figures`, and the gradients by every adapter."""
+    adapters = {name: p for name, p in decoder.body.named_parameters() if p.requires_grad}
+    assert adapters and all(".lora_" in name for name in adapters)
+    for parameter in adapters.values():
+        parameter.grad = None
+    draw = torch.Generator().manual_seed(1)
+    shape = (decoder.num_layers, 2, 2, decoder.kv_heads, 3, decoder.head_dim)
+    sizes = ((1, 9, decoder.hidden_size), shape, (1, 9, decoder.hidden_size))
+    embedded, memory, weights = (torch.randn(size, generator=draw).bfloat16().to(dtype) for size in sizes)
+    leaves = embedded.requires_grad_(), memory.requires_grad_()
+    attention = PackedAttention(memory, "prefix", torch.tensor([0, 4, 9], dtype=torch.int32), 5)
+    positions = torch.tensor([[3, 4, 5, 6, 3, 4, 5, 6, 7]])
+    given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
+    hidden = forward(inputs_embeds=embedded, **given).last_hidden_state
+    grads = torch.autograd.grad(hidden, [*leaves, *adapters.values()], weights)
+    return dict(zip((*NAMES, *adapters), (hidden.detach(), *grads), strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_adapters_train_beside_prepared_weights(family):
+    decoder = _adapted(family)
+    plain = decoder.body.forward
+    with trained_through(decoder) as body:
+        ours = _with_adapters(decoder, decoder.body, torch.float32)
+        assert body.runs == "prepared layers"
+    theirs = _with_adapters(decoder, plain, torch.float32)
+    decoder.model.double()
+    truth = _with_adapters(decoder, plain, torch.float64)
+    for name in ours:
+        factor = VALUE_FACTOR if name == "values" else GRAD_FACTOR
+        assert_within_error_rule(name, ours[name], theirs[name], truth[name], factor=factor)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_in_bf16(family):
+    decoder = _adapted(family, torch.bfloat16)
+    plain = decoder.body.forward
+    with trained_through(decoder) as body, torch.autocast("cpu", torch.bfloat16):
+        ours = _with_adapters(decoder, decoder.body, torch.bfloat16)
+        assert body.runs == "prepared layers"
+        theirs = _with_adapters(decoder, plain, torch.bfloat16)
+    decoder.model.float()
+    truth = _with_adapters(decoder, plain, torch.float32)
+    assert all(ours[name].dtype == torch.float32 for name in ours if ".lora_" in name)
+    for name in ours:
+        assert relative(ours[name], truth[name]) <= 1.5 * relative(theirs[name], truth[name]) + 2**-9, name
+
+
+def test_a_step_of_the_adapters_prepares_nothing_anew():
+    decoder = _adapted("llama")
+    with trained_through(decoder) as body:
+        before, first = _with_adapters(decoder, decoder.body, torch.float32), body._forward
+        with torch.no_grad():
+            for name, parameter in decoder.body.named_parameters():
+                if ".lora_" in name:
+                    parameter.add_(0.1)
+        after = _with_adapters(decoder, decoder.body, torch.float32)
+        assert body._forward is first and first is not None
+        theirs = _with_adapters(decoder, body._plain, torch.float32)
+    assert relative(after["values"], before["values"]) > 1e-3
+    assert all(relative(after[name], theirs[name]) < 1e-5 for name in NAMES)
+
+
+def test_unusual_adapters_keep_the_modules():
+    decoder = _adapted("llama")
+    part = decoder.body.layers[0].mlp.up_proj
+    part.lora_dropout["default"] = nn.Dropout(0.1)
+    assert reason_of(decoder) == "an adapter that is not plainly added"
+    part.lora_dropout["default"] = nn.Identity()
+    assert reason_of(decoder) is None
+    part.lora_A["default"].weight.requires_grad_(False)
+    assert reason_of(decoder) == "an adapter that does not train"
+    part.lora_A["default"].weight.requires_grad_(True)
+    decoder.train()
+    assert reason_of(decoder) is None
+    decoder.body.layers[0].self_attn.dropout = nn.Dropout(0.1)
+    assert reason_of(decoder) == "it drops values while it trains"
+    decoder.eval()
+    assert reason_of(decoder) is None
+    decoder.body.layers[1].input_layernorm.weight.requires_grad_(True)
+    assert "trains" in reason_of(decoder)
