@@ -275,10 +275,10 @@ class LMVAEConfig(ConfigBase):
                 "bag_of_words and contrast are about the responses to a prompt", value="encoder_kind='text'",
                 remedy="set encoder_kind='decoder_layers'",
             )  # fmt: skip
-        if 2 * self.latent_dim % self.queries and self.encoder_kind == "decoder_layers":
+        if self.latent_dim % self.queries and self.encoder_kind == "decoder_layers":
             raise ConfigError(
                 "every query gives an equal share of mu and logvar", value=f"latent_dim={self.latent_dim}",
-                limit=f"a multiple of queries={self.queries} / 2", remedy="change latent_dim or queries",
+                limit=f"a multiple of queries={self.queries}", remedy="change latent_dim or queries",
             )  # fmt: skip
         trains = {None: None, 0: True, 1: False, 2: False}[self.stage]
         if trains is not None and self.train_decoder not in (None, trains):

@@ -48,7 +48,7 @@ def test_three_commands(place, capsys):
     assert all(row["tokens"] >= 2 for row in rows) and len({row["response"] for row in rows[:4]}) > 1
     done = as_json(
         capsys, "train", "--system", "cvae", "--data", answers, "--decoder", sft / "model", "--output", cvae,
-        "--latent-dim", 6, "--max-steps", 3, "--set", "train.accumulation=1", "--set", "model.kl_samples=4", *QUIET,
+        "--latent-dim", 8, "--max-steps", 3, "--set", "train.accumulation=1", "--set", "model.kl_samples=4", *QUIET,
     )  # fmt: skip
     assert done["step"] == 3
     model = lf.LMVAE.from_pretrained(cvae / "model")
@@ -61,7 +61,7 @@ def test_three_commands(place, capsys):
 def test_a_stage_in_which_the_decoder_trains_begins_from_it_too(place, capsys, tmp_path):
     done = as_json(
         capsys, "train", "--system", "cvae", "--penalty", "FB-VAE", "--data", place / "pairs.jsonl", "--decoder",
-        place / "decoder", "--output", tmp_path, "--latent-dim", 6, "--max-len", 9, "--max-steps", 1, "--set",
+        place / "decoder", "--output", tmp_path, "--latent-dim", 8, "--max-len", 9, "--max-steps", 1, "--set",
         "model.stage=1", *QUIET,
     )  # fmt: skip
     assert done["step"] == 1

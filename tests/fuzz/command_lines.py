@@ -83,7 +83,7 @@ VALID = [
     ["train", "--data", "DATA", *NEW, "--latent-dim", "2", "--max-len", "8", "--batch-size", "2"],
     ["train", "--data", "DATA", *NEW, "--system", "optimus", "--dry-run"],
     ["train", "--system", "cvae", "--data", "PAIRS", "--decoder", "DECODER", "--output", "new", "--max-steps", "1",
-     "--latent-dim", "3", "--max-len", "8", "--max-prompt-len", "8", "--penalty", "DG-VAE"],
+     "--latent-dim", "4", "--max-len", "8", "--max-prompt-len", "8", "--penalty", "DG-VAE"],
     ["finetune", "--data", "PAIRS", "--decoder", "DECODER", "--output", "new", "--max-steps", "1", "--batch-size", "2",
      "--max-len", "9", "--max-prompt-len", "9", "--lr", "0.01"],
     ["finetune", "--data", "PAIRS", "--decoder", "DECODER", "--output", "new", "--lora", "--dry-run"],
@@ -96,6 +96,7 @@ VALID = [
     ["profile", "generate", "MODEL", "--batch-sizes", "1", "--seconds", "0"],
     ["nonsense"], [], ["--version"], ["--help"],
 ]  # fmt: skip
+WRONG = (["nonsense"], [])  # the others end with 0
 OPTIONS = [
     "--json", "--help", "--seed", "--steps", "--output", "--backend", "--batch-size", "--limit", "--column", "--set",
     "--config", "--dry-run", "--prior", "--latents", "--prompts", "--annotations", "--workers", "--overwrite", "--resume",
@@ -323,9 +324,13 @@ def warm_up(world: dict[str, str], place: Path) -> None:
         sys.argv = ["lmvae-fast", *(world.get(word, word) for word in words)]
         with (
             open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere), contextlib.suppress(SystemExit),
+            contextlib.redirect_stderr(nowhere),
         ):  # fmt: skip
-            command_line()
+            try:
+                command_line()
+            except SystemExit as end:
+                if end.code and words not in WRONG:
+                    raise RuntimeError(f"{words} was meant to be valid, and ended with {end.code}") from end
     os.chdir(before)
     sys.argv = argv
     gc.freeze()  # and their pages stay shared

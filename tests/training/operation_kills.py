@@ -202,7 +202,7 @@ def commands(folder: Path) -> dict[str, Task]:
     pairs = ["--data", str(data), "--max-prompt-len", "12"]
     sentences = ["--data", str(folder / "sentences.txt"), "--encoder", str(folder / "encoder"), "--latent-dim", "6"]
     return {
-        "cvae": commanded(["train", "--system", "cvae", *pairs, "--latent-dim", "6", *common]),
+        "cvae": commanded(["train", "--system", "cvae", *pairs, "--latent-dim", "8", *common]),
         "llamavae": commanded(["train", "--system", "llamavae", *sentences, *common, "--batch-size", "8"]),
         "finetune": commanded(["finetune", *pairs, *common, "--batch-size", "8"]),
     }
