@@ -82,6 +82,28 @@ def test_rows_leave_the_loop_when_they_have_their_tokens(system, wanted, monkeyp
     assert sum(rows) == lengths.clamp(max=7).sum()  # no row is read for nothing
 
 
+@pytest.mark.parametrize("system", [{}, {"visibility": "prefix", "slots": 2, "embedding_shift": True}])
+def test_autocast_is_left_where_all_weights_are_of_its_dtype(system, monkeypatch):
+    """So that a bf16 run reads its own output through the weights packed for decoding, as generation does."""
+    model = make_model("gpt2", max_len=9, **system).eval()
+    model.decoder.model.bfloat16()
+    injection = model.inject(2 * torch.randn(4, 6)).detach()
+    within, run = [], type(model.decoder).greedy_step
+    monkeypatch.setattr(
+        type(model.decoder),
+        "greedy_step",
+        lambda *args, **named: within.append(torch.is_autocast_enabled("cpu")) or run(*args, **named),
+    )
+    expected = greedy_ids(model.decoder, injection, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(greedy_ids(model.decoder, injection, 7), expected)
+        assert torch.is_autocast_enabled("cpu")
+        assert not any(within)
+        model.decoder.body.ln_f.float()
+        greedy_ids(model.decoder, injection, 7)
+    assert all(within[-7:])  # weights of two dtypes need it
+
+
 def test_a_right_guess_takes_one_pass_and_a_wrong_token_costs_its_sentence_another():
     model, batch, injection, want = parts()
     free = FreeRunning()

@@ -6,7 +6,8 @@ once are run as they are: only the second loop of a shape is kept and recorded.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -113,6 +114,32 @@ class _Loops:
 _loops: WeakKeyDictionary[Decoder, _Loops] = WeakKeyDictionary()
 
 
+@contextlib.contextmanager
+def _without_idle_autocast(decoder: Decoder) -> Iterator[None]:
+    """Turns autocast off where all weights are of its dtype already, as a frozen decoder's are in training: it would change
+    nothing that matters, and weights packed for decoding are not for it (prepared_weights.pays)."""
+    kind = decoder.device.type
+    idle = torch.is_autocast_enabled(kind) and kind == "cpu" and not decoder.trains
+    dtype = torch.get_autocast_dtype(kind) if idle else None
+    with torch.autocast(kind, enabled=False) if idle and _all_of(decoder, dtype) else contextlib.nullcontext():
+        yield
+
+
+def _all_of(decoder: Decoder, dtype: torch.dtype | None) -> bool:
+    return all(weight.dtype == dtype for weight in decoder.model.parameters())
+
+
+def _plain_ids(decoder: Decoder, injection: Injection, steps: int, wanted: Tensor | None) -> Tensor:
+    """By a loop that is not recorded."""
+    if wanted is None or decoder.device.type != "cpu":  # reading numbers of a device would wait for it
+        return GreedyLoop(decoder, injection, steps).run(decoder, injection)
+    order = wanted.argsort(descending=True, stable=True)
+    injection, most = injection.select(order), wanted[order].clamp(max=steps).tolist()
+    ids = torch.empty(injection.batch_size, steps, dtype=torch.int64)
+    ids[order] = GreedyLoop(decoder, injection, steps).run(decoder, injection, most)
+    return ids
+
+
 @torch.no_grad()
 def greedy_ids(decoder: Decoder, injection: Injection, steps: int, wanted: Tensor | None = None) -> Tensor:
     """The first ``steps`` greedy tokens of every latent, int64 ``[batch, steps]``; end tokens do not stop it.
@@ -126,13 +153,8 @@ def greedy_ids(decoder: Decoder, injection: Injection, steps: int, wanted: Tenso
     if steps == 0 or batch == 0:
         return torch.empty(batch, steps, dtype=torch.int64, device=device)
     if capture_for(decoder, device, None, in_autocast=True) is None:
-        if wanted is None or device.type != "cpu":  # reading numbers of a device would wait for it
-            return GreedyLoop(decoder, injection, steps).run(decoder, injection)
-        order = wanted.argsort(descending=True, stable=True)
-        injection, most = injection.select(order), wanted[order].clamp(max=steps).tolist()
-        ids = torch.empty(batch, steps, dtype=torch.int64)
-        ids[order] = GreedyLoop(decoder, injection, steps).run(decoder, injection, most)
-        return ids
+        with _without_idle_autocast(decoder):
+            return _plain_ids(decoder, injection, steps, wanted)
     parts = (injection.memory, injection.embedding_shift, injection.output_residual)
     shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in parts)
     key = (steps, injection.visibility, shapes, baked_in(decoder))
