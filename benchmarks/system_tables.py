@@ -1,4 +1,4 @@
-"""Table of whole steps of the further systems, from benchmarks/results/training/{cvae,llamavae,flow}.json and
+"""Table of whole steps of the further systems, from benchmarks/results/training/{cvae,llamavae,adapters,flow}.json and
 generation/{one_to_many,int8-*}.json."""
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ def _steps(title: str, record: dict[str, Any]) -> Iterator[str]:
             yield _line(f"{title}, {side}", case, baseline, factor, _memory(row["peak_bytes"], side, baseline), asked)
 
 
+def _adapters(title: str, record: dict[str, Any]) -> Iterator[str]:
+    for row in record["results"]:
+        case = f"{row['shape']}, {row['tokens']:,} tokens, rank {row['rank']}"
+        for side, factor in row["speedup"].items():
+            plain = side.replace("prepared layers", "modules")
+            yield _line(f"{title}, {side}", case, plain, factor, _memory(row["peak_bytes"], side, plain), "")
+
+
 def _flow(title: str, record: dict[str, Any]) -> Iterator[str]:
     for row in record["results"]:
         case = f"{row['kind']}, {row['blocks']} blocks of {row['hidden']}, {row['dim']} channels, batch {row['batch']}"
@@ -52,6 +60,7 @@ def systems() -> str:
     for name, title, rows in (
         ("training/cvae", "CVAE's step of stage 2", _steps),
         ("training/llamavae", "LlaMaVAE's step", _steps),
+        ("training/adapters", "our preset's step", _adapters),
         ("training/flow", "flow's step with AdamW", _flow),
         ("generation/one_to_many", "one-to-many sampling", _one_to_many),
     ):
