@@ -116,6 +116,27 @@ def encoder_layers() -> str:
     return "\n".join([*lines, "", f"Machine: {where(record['machine'])}. Command: `{record['command']}`."])
 
 
+def probes() -> str:
+    """How long probes take: each metric beside a loop over pairs, and every probe of a report."""
+    record = load("science/probes_speed.json")
+    if record is None:
+        return "Not measured."
+    metrics, report = record["metrics"], record["report"]
+    of = f"{metrics['rows']:,} rows, {metrics['dims']} dimensions, {metrics['factors']} factors"
+    lines = [f"| metric of {of} | seconds | a loop's | times faster |", "|---|---|---|---|"]
+    for name, row in metrics.items():
+        if isinstance(row, dict):
+            loop = row.get("loop_seconds")
+            told = f"{loop:,.1f} | {loop / row['seconds']:,.0f}" if loop else " | "
+            lines.append(f"| {name} | {row['seconds']:,.2f} | {told} |")
+    lines += ["", f"| probe of {report['sentences']:,} sentences, {report['dims']} dimensions | seconds |", "|---|---|"]
+    lines += [
+        f"| {name} | {seconds:,.1f} |" for name, seconds in report["seconds"].items() if name not in report["skipped"]
+    ]
+    lines.append(f"| all, encoding apart | {report['seconds_after_encoding']:,.1f} |")
+    return "\n".join([*lines, "", f"Machine: {where(record['machine'])}. Command: `{record['command']}`."])
+
+
 def reconstructions() -> str:
     """The first held-out sentences of the recorded worldtree recipe and what their latents decode to, unchosen."""
     record = load("science/worldtree.json")
@@ -159,5 +180,5 @@ def _commands(found: dict[str, dict]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
-    "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers,
+    "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers, "probes": probes,
 }  # fmt: skip
