@@ -224,7 +224,7 @@ def test_what_is_refused(loaded):
     with pytest.raises(ConfigError, match="another model"):
         loaded.load_state_dict({"nothing.weight": torch.zeros(1)})
     with pytest.raises(ConfigError, match="single texts"):
-        PretrainedLMVAE.of(make_model("llama", system="cvae"))
+        PretrainedLMVAE.of(make_model("llama", system="cvae", queries=2))
     with pytest.raises(ConfigError, match="annotations"):
         PretrainedLMVAE.of(make_model(annotations=("a", "b")))
     with pytest.raises(ConfigError):

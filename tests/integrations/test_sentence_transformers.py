@@ -82,7 +82,7 @@ def test_what_is_refused(model, transformer):
     with pytest.raises(ConfigError, match="sentences alone"):
         PosteriorMean(make_model(annotations=("a", "b")))
     with pytest.raises(ConfigError, match="sentences alone"):
-        PosteriorMean(make_model("llama", system="cvae"))
+        PosteriorMean(make_model("llama", system="cvae", queries=2))
     with pytest.raises(ConfigError, match=r"takes an LMVAE.*got.*PosteriorMean|PosteriorMean.*pass its"):
         PosteriorMean(PosteriorMean(model))
     with pytest.raises(DataError, match="empty"):

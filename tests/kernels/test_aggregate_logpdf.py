@@ -116,8 +116,9 @@ def test_error_rule_at_odd_sizes(name, dtype, dim, per_dim):
     require("aggregate_logpdf", name, dtype)
     if name == "triton" and dim not in ((1, 2, 17, 128, 129) if dtype == torch.float32 else (17,)):
         pytest.skip("the interpreter takes its time; half types differ from fp32 in loads and stores only")
-    # the rule compares the largest of many errors: of fewer numbers plain torch's is now and then a lucky one
-    rows, posteriors = (10, 8) if name == "triton" and dim >= 10 else (40, 16)
+    # the rule compares the largest of many errors: of few rows plain torch's is now and then a lucky one (of 40 rows, in 1
+    # draw of 200 under every instruction set)
+    rows, posteriors = ((10, 8) if dim >= 10 else (40, 16)) if name == "triton" else (160, 16)
     check(name, inputs((rows, dim), posteriors, dtype), per_dim=per_dim, min_var=PUBLIC_CODE)
 
 
