@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -30,13 +29,13 @@ from torch import Tensor
 
 from lmvae_fast.documents import read_object
 from lmvae_fast.errors import DataError, OutputError
+from lmvae_fast.temporaries import TEMPORARY, becoming, remove, sweep, temporary_beside
 from lmvae_fast.tensor_files import check_readable_again
 
-TEMPORARY = ".tmp-"
+__all__ = ["TEMPORARY", "sweep", "temporary_beside"]
 MARK, LOCK = ".lmvae_fast.json", ".lmvae_fast.lock"
 GENERATOR = "lmvae_fast-drawing"  # what pages and pictures say of who made them, within their first bytes
 _MARK_FORMAT = "lmvae_fast-output-1"
-_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"([0-9a-f]{8})-(\d+)-(.+)")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
@@ -145,45 +144,6 @@ def replacing(path: Path, consequence: str = "") -> Iterator[Path]:
             raise
 
 
-def _machine() -> str:  # eight digits: processes are numbered by it, for folders may be shared with other machines
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def temporary_beside(path: Path) -> Path:
-    """The name under which this process writes what is to become `path`; what dead ones left under theirs is removed."""
-    sweep(path.parent, path.name)
-    return path.parent / f"{TEMPORARY}{_machine()}-{os.getpid()}-{path.name}"
-
-
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what processes of this machine that are dead left half written in a folder (of one name, if given)."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            match = _TEMPORARY_NAME.fullmatch(path.name)
-            if match is None or match[1] != _machine() or (name is not None and match[3] != name):
-                continue
-            if int(match[2]) != os.getpid() and not _is_running(int(match[2])):
-                _remove(path)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # there, and another user's
-        pass
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
 def exchange(one: Path, other: Path) -> bool:
     """Two names change places in one step; False where the system or the file system cannot do that."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -212,10 +172,10 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     if folder.exists():
         if exchange(temporary, folder):
             fsync_folder(folder.parent)
-            _remove(temporary)  # it is the old one now
+            remove(temporary)  # it is the old one now
             return
         aside = _aside(folder)
-        _remove(aside)
+        remove(aside)
         folder.rename(aside)
         try:
             temporary.rename(folder)
@@ -223,7 +183,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
             aside.rename(folder)
             raise
         fsync_folder(folder.parent)
-        _remove(aside)
+        remove(aside)
     else:
         temporary.rename(folder)
         fsync_folder(folder.parent)
@@ -235,7 +195,7 @@ def recover_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if aside.is_dir():
             if folder.exists():
-                _remove(aside)
+                remove(aside)
             else:
                 aside.rename(folder)
 
@@ -263,7 +223,7 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
             return
         if not folder.is_dir():
             raise OutputError(f"{folder} is no folder", value="a file of that name", remedy="choose another output")
-        inside = sorted(path.name for path in folder.iterdir() if not _half_a_mark(path.name))
+        inside = sorted(path.name for path in folder.iterdir() if becoming(path.name) != MARK)
     if not inside:  # but for what a writer left that was killed at its first file
         return
     kind = made_as(folder)
@@ -276,10 +236,6 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
         )
     if contents is not None:
         check_contents(folder, contents)
-
-
-def _half_a_mark(name: str) -> bool:
-    return (match := _TEMPORARY_NAME.fullmatch(name)) is not None and match[3] == MARK
 
 
 def check_file_ours(path: Path) -> None:

@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmvae_fast import files
+from lmvae_fast import files, temporaries
 from lmvae_fast.errors import OutputError
 from tests.processes import PATIENCE
 
@@ -105,7 +106,7 @@ def test_replacing_a_folder(tmp_path, exchanging):
 
 def test_a_kill_at_any_point_leaves_one_of_the_two(tmp_path, exchanging, monkeypatch):
     """After each file operation in turn; then the next reader and the next writer come."""
-    real = {"rename": Path.rename, "remove": files._remove, "exchange": files.exchange}
+    real = {"rename": Path.rename, "remove": files.remove, "exchange": files.exchange}
     points = 0
     while True:
         place = tmp_path / f"{points}"
@@ -124,7 +125,7 @@ def test_a_kill_at_any_point_leaves_one_of_the_two(tmp_path, exchanging, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", counted("rename"))
-            patch.setattr(files, "_remove", counted("remove"))
+            patch.setattr(files, "remove", counted("remove"))
             patch.setattr(files, "exchange", counted("exchange"))
             try:
                 files.replace_folder(new, old)
@@ -164,7 +165,7 @@ def test_what_the_dead_left_is_swept(tmp_path):
     """Of processes of this machine that run no more; not of the living, of other machines, or what others named so."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    machine = files._machine()
+    machine = temporaries.among()
     dead = [f".tmp-{machine}-{child.pid}-model", f".tmp-{machine}-{child.pid}-tokens.safetensors"]
     kept = [
         f".tmp-{machine}-{os.getpid()}-model", f".tmp-{machine}-{os.getppid()}-model", f".tmp-00000000-{child.pid}-model",
@@ -181,11 +182,31 @@ def test_what_the_dead_left_is_swept(tmp_path):
     files.sweep(tmp_path / "nowhere")
 
 
+def test_what_others_left_is_swept_when_it_is_a_day_old(tmp_path):
+    """Of another machine, or of another container on this one, whose processes cannot be seen from here."""
+    fresh, old = (tmp_path / f".tmp-0000000{digit}-1-out.json" for digit in range(2))
+    for path in (fresh, old):
+        path.write_text("x")
+    yesterday = time.time() - 90_000
+    os.utime(old, (yesterday, yesterday))
+    files.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [fresh]
+
+
+def test_numbers_that_no_process_has_stop_no_writer(tmp_path):
+    """2^31 and above is none to the system at all; such a name is nobody's."""
+    stray = tmp_path / f"{files.TEMPORARY}{temporaries.among()}-{1 << 31}-out.json"
+    stray.write_text("x")
+    with files.replacing(tmp_path / "out.json") as temporary:
+        files.write_json(temporary, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", stray.name}
+
+
 @pytest.mark.parametrize("write", ["replacing", "temporary_beside"])
 def test_who_writes_under_a_name_sweeps_what_the_dead_left_of_it(tmp_path, write):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    half = tmp_path / f"{files.TEMPORARY}{files._machine()}-{child.pid}-out.json"
+    half = tmp_path / f"{files.TEMPORARY}{temporaries.among()}-{child.pid}-out.json"
     half.write_text('{"fo')
     if write == "replacing":
         with files.replacing(tmp_path / "out.json") as temporary:
@@ -199,7 +220,7 @@ def test_who_writes_under_a_name_sweeps_what_the_dead_left_of_it(tmp_path, write
 def test_a_kill_at_the_first_mark_leaves_a_folder_that_can_be_used(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    half = tmp_path / f"{files.TEMPORARY}{files._machine()}-{child.pid}-{files.MARK}"
+    half = tmp_path / f"{files.TEMPORARY}{temporaries.among()}-{child.pid}-{files.MARK}"
     half.write_text('{"fo')
     files.check_ours(tmp_path, "training run")
     files.claim(tmp_path, "training run")

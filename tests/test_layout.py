@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lmvae_fast"
 
 # A room may import from rooms of its own level and below. Within a level, circles are found by the other test.
 LEVELS = [
-    {"errors", "lazy", "optional", "signals", "limits", "memory"},
+    {"errors", "lazy", "optional", "signals", "limits", "memory", "temporaries"},
     {"documents"},
     {"files", "tensor_files", "model_folders"},
     {"config", "kernels", "pretrained", "caches"},

@@ -196,7 +196,7 @@ def _check_socket_path(given: str | None) -> None:
     """Refuse a folder below which a socket's path would be longer than the system takes; Ray would fail half started."""
     mac = sys.platform == "darwin"
     default = os.environ.get("RAY_TMPDIR") or (not mac and os.environ.get("TMPDIR")) or "/tmp"
-    folder = os.path.realpath(given or os.path.join(default, "ray"))
+    folder = os.path.abspath(given or os.path.join(default, "ray"))  # a short link to a long path is short to sockets
     below = len(f"/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
     limit = (103 if mac else 107) - below
     size = len(os.fsencode(folder))

@@ -21,7 +21,7 @@ import torch
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.errors import CheckpointError, ConfigError, DataError, LatentError, MissingPackageError
 from lmvae_fast.generation.engine import generate
-from lmvae_fast.integrations.ray import LOOPBACK, _Decode, _Encode, decode, encode, start_local
+from lmvae_fast.integrations.ray import LOOPBACK, _check_socket_path, _Decode, _Encode, decode, encode, start_local
 from lmvae_fast.testing import make_model
 from tests.conftest import REPOSITORY
 from tests.processes import PATIENCE
@@ -191,6 +191,16 @@ def test_a_path_too_long_for_sockets_is_refused_before_ray_starts(how, tmp_path,
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
     with pytest.raises(ConfigError, match=r"too long for them.*RAY_TMPDIR"):
         start_local(**({"_temp_dir": long} if how == "_temp_dir" else {}))
+
+
+def test_a_short_link_to_a_long_path_is_short(place, tmp_path):
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    link = Path(place) / "l"
+    link.symlink_to(folder)
+    _check_socket_path(str(link))
+    with pytest.raises(ConfigError, match="too long for them"):
+        _check_socket_path(str(folder))
 
 
 def test_encode_and_decode_in_one_pipeline(model, folder, cluster):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.errors import ConfigError, DataError, NumericalError
 from lmvae_fast.pretrained import resolve_source
 from lmvae_fast.probes.text import bert_score, fed, mover_score, read_follow_ups
 
@@ -59,6 +59,14 @@ def test_bert_score_of_words_without_weight(minilm):
     assert found.left_out == {"pairs": {0: "no word has weight"}}
     with pytest.raises(DataError, match="no pair of texts has words with weight"):
         bert_score(["a cat"], ["a cat"], minilm, layer=2, idf=True)
+
+
+def test_bert_score_of_a_model_that_gives_nan(minilm, monkeypatch):
+    library = pytest.importorskip("bert_score", reason="bert-score is not installed")
+    pairs = torch.tensor([0.5, float("nan")])
+    monkeypatch.setattr(library, "score", lambda *_, **__: (pairs, pairs, pairs.nan_to_num()))
+    with pytest.raises(NumericalError, match=r"gives NaN.*pair 1"):
+        bert_score(["a", "b"], ["a", "b"], minilm, layer=2)
 
 
 def test_mover_score(metrics, minilm):

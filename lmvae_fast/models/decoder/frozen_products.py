@@ -102,11 +102,33 @@ def without_adapter(module: Any) -> Any:
     return module.base_layer if is_adapted(module) else module
 
 
+def adapter_state(body: nn.Module) -> tuple:
+    """What, if it changes, makes prepared adapters others: all that peft looks at in a pass, but the weights' values."""
+    return tuple(_state_of(module) for module in body.modules() if is_adapted(module))
+
+
+def _state_of(module: Any) -> tuple:
+    return (
+        tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters),
+        *((name, float(scale)) for name, scale in module.scaling.items()),
+        *((name, getattr(dropout, "p", 0.0)) for name, dropout in module.lora_dropout.items()),
+        *((name, id(w), w.requires_grad) for name, w in module.named_parameters() if not name.startswith("base_layer.")),
+    )  # fmt: skip
+
+
+def require_adapters(body: nn.Module) -> None:
+    """Raises Unlike unless all that trains in a body is an adapter beside a linear map."""
+    beside = [weight for module in body.modules() if is_adapted(module) for weight in _adapter(module, slice(0))[1:3]]
+    known = {id(weight) for weight in beside}
+    require(all(id(w) in known for w in body.parameters() if w.requires_grad), "a part of its weights trains")
+
+
 def _adapter(module: Any, columns: slice) -> LowRank:
     """Peft's one adapter of a module; raises Unlike for more, for other kinds, and for those that are not plainly added."""
     names = list(module.active_adapters)
     require(type(module).__name__ == "Linear" and len(names) == 1, "another kind of adapter, or several")
     (name,) = names
+    require(name in module.lora_A, "an adapter that only some of its layers have")
     plain = not (module.disable_adapters or module.merged or name in module.lora_variant or module.lora_bias.get(name))
     dropout = module.lora_dropout[name]
     require(plain and not getattr(dropout, "p", 0.0), "an adapter that is not plainly added")

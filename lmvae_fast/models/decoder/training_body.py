@@ -18,6 +18,7 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from lmvae_fast.kernels.backend import choose, current
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
+from lmvae_fast.models.decoder.frozen_products import adapter_state, require_adapters
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import Unlike, require
 from lmvae_fast.models.decoder.prepared_layers import LLAMAS
@@ -77,8 +78,10 @@ class TrainingBody:
         return current() != "reference" and embedded.dtype in DTYPES and not cast
 
     def _prepared(self) -> Forward | None:
-        weights = [weight for name, weight in self._decoder.body.named_parameters() if _ADAPTER not in name]
-        state = tuple((w.data_ptr(), w._version, w.requires_grad) for w in weights if not in_pieces(w))
+        body = self._decoder.body
+        weights = [weight for name, weight in body.named_parameters() if _ADAPTER not in name]
+        of_weights = ((w.data_ptr(), w._version, w.requires_grad) for w in weights if not in_pieces(w))
+        state = (body.training, adapter_state(body), *of_weights)
         if state != self._state:
             self._forward = None  # before the next copies are made
             self._forward, self.reason = self._prepare(weights)
@@ -112,6 +115,7 @@ def _require_frozen(decoder: Decoder, weights: list[nn.Parameter]) -> None:
     """Raises Unlike for a body whose weights are not as they are prepared."""
     body = decoder.body
     require(not any(weight.requires_grad for weight in weights), "a part of its weights trains")
+    require_adapters(body)
     require(not any(in_pieces(weight) for weight in weights), "its weights are held in pieces")
     dtypes = {weight.dtype for weight in weights if weight.dim() > 1}
     require(len(dtypes) == 1 and dtypes <= set(DTYPES), f"its weights are {', '.join(sorted(map(str, dtypes)))}")
@@ -146,7 +150,7 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
     memory = torch.linspace(0, 0.37 * count, count).sin().view(shape)
     embedded = torch.linspace(-1, 1, 5 * decoder.hidden_size).view(decoder.hidden_size, 5).t().unsqueeze(0)
     weights = torch.linspace(0, 5 * decoder.hidden_size, 5 * decoder.hidden_size).cos().view(1, 5, -1)
-    adapters = [weight for name, weight in body.named_parameters() if _ADAPTER in name and weight.requires_grad]
+    adapters = {name: w for name, w in body.named_parameters() if _ADAPTER in name and w.requires_grad}
 
     @torch.enable_grad()
     def figures(forward: Forward, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -154,13 +158,16 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
         attention = PackedAttention(leaves[1], "prefix", offsets, 3)
         given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
         hidden = forward(inputs_embeds=leaves[0], **given).last_hidden_state
-        of_states, of_memory, *of_adapters = torch.autograd.grad(hidden, [*leaves, *adapters], weights.to(dtype))
+        of_states, of_memory, *of_adapters = torch.autograd.grad(
+            hidden, [*leaves, *adapters.values()], weights.to(dtype)
+        )
         found = {"values": hidden, "gradients by its inputs": of_states, "gradients by the memory": of_memory}
-        if of_adapters:
-            found["gradients by adapters"] = torch.cat([grad.flatten().float() for grad in of_adapters])
+        for half in ("lora_A", "lora_B") if adapters else ():
+            own = [grad.flatten().float() for name, grad in zip(adapters, of_adapters, strict=True) if half in name]
+            found[f"gradients by {half}"] = torch.cat(own)
         return {name: tensor.detach().float() for name, tensor in found.items()}
 
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False), _doing_something(list(adapters.values())):
         ours = figures(forward, dtype)
         with torch.autocast("cpu", dtype, enabled=mixed):  # the modules' own way out of two dtypes
             theirs = figures(plain, dtype)
@@ -175,6 +182,21 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
         limit = 1e-4 if dtype == torch.float32 else factor * theirs_off + torch.finfo(dtype).eps / 2
         found[name] = ours_off, limit
     return found
+
+
+@contextlib.contextmanager
+def _doing_something(adapters: list[nn.Parameter]) -> Iterator[None]:
+    """While this lasts, adapters hold a pattern: they begin as no change, of which there is nothing to compare."""
+    kept = [weight.data for weight in adapters]
+    for weight in adapters:
+        count = weight.numel()
+        pattern = torch.linspace(0, 0.61 * count, count).sin().view(weight.shape) * 0.3 * weight.shape[1] ** -0.5
+        weight.data = pattern.to(weight.dtype)
+    try:
+        yield
+    finally:
+        for weight, data in zip(adapters, kept, strict=True):
+            weight.data = data
 
 
 @contextlib.contextmanager

@@ -52,7 +52,8 @@ class HeadNorm(NamedTuple):
     def __call__(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Changes the columns in place; the heads as they were, and what `gradient_` needs of them."""
         part = out[:, self.columns]
-        heads = part.reshape(-1, self.norm.weight.shape[0])
+        # A copy always: of a single row, the columns lie in one piece, and would be changed below.
+        heads = part.clone(memory_format=torch.contiguous_format).view(-1, self.norm.weight.shape[0])
         rows, stats = self.norm(heads)
         part.copy_(rows.view_as(part))
         return heads, stats
@@ -174,8 +175,9 @@ class _Between(torch.autograd.Function):
             assert seen is not None
             x, saved = segment.before.forward(seen, x)
         out, kept = segment.after.forward(x, turns)
-        ctx.segment, ctx.count = segment, len(saved)
-        ctx.save_for_backward(*saved, *kept)
+        ctx.segment, ctx.count, ctx.trained = segment, len(saved), len(trained)
+        # Adapters too: autograd then refuses a gradient after they were changed in place.
+        ctx.save_for_backward(*saved, *kept, *trained)
         return out if segment.before is None or isinstance(segment.after, LastNorm) else (out, x)
 
     @staticmethod
@@ -184,7 +186,7 @@ class _Between(torch.autograd.Function):
         if grad is None and by_states is None:
             return (None,) * len(ctx.needs_input_grad)
         tensors, segment = ctx.saved_tensors, ctx.segment
-        saved, kept = tensors[: ctx.count], tensors[ctx.count :]
+        saved, kept = tensors[: ctx.count], tensors[ctx.count : len(tensors) - ctx.trained]
         by_x, of_after = (by_states, None) if grad is None else segment.after.backward(grad, by_states, kept)
         by_seen, of_before = None, []
         if segment.before is not None:

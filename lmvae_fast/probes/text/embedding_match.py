@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.errors import ConfigError, DataError, NumericalError
 from lmvae_fast.probes import checks
 from lmvae_fast.probes.geometry.transport import transport_cost
 from lmvae_fast.probes.optional import require
@@ -41,10 +41,10 @@ def bert_score(
 
     Returns:
         The mean F1; ``details`` has ``precision``, ``recall``, ``f1`` of each pair. With ``idf``, a pair with a text of
-        which no word has weight (each stands in every reference) scores NaN and is named.
+        which no word has weight (each stands in every reference) scores NaN and is named. A pair with an empty text scores 0.
 
     Raises:
-        DataError: no pair has words with weight, as with one reference.
+        DataError: no pair has words with weight, as with one reference. NumericalError: the model gives NaN.
 
     Source: Zhang et al. 2020 (arXiv 1904.09675), by the package bert-score.
     """
@@ -59,6 +59,11 @@ def bert_score(
             nthreads=0,  # it would fork, and the copy of a process with threads may wait for ever for a lock
         )  # fmt: skip
     weightless = (precision.isnan() | recall.isnan()).numpy()  # 0 / 0, for which the library's F1 is 0
+    if weightless.any() and not idf:
+        raise NumericalError(
+            "the model gives NaN for a pair of texts", value=f"pair {int(weightless.argmax())}, model {model}",
+            remedy="use a model whose weights are finite",
+        )  # fmt: skip
     if weightless.all():
         raise DataError(
             "no pair of texts has words with weight", value=f"{len(weightless)} pairs",

@@ -110,6 +110,32 @@ def test_no_more_is_kept_for_the_backward_pass_than_of_the_modules(family, share
     assert ours <= share * total(plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_row(family, dtype):
+    """Its columns lie in one piece: what is kept of them must not be what is written next."""
+    decoder = _decoder(family, dtype)
+    draw = torch.Generator().manual_seed(1)
+    numbers = [torch.randn(1, 1, decoder.hidden_size, generator=draw).to(dtype) for _ in range(2)]
+
+    def gradient(forward):
+        embedded = numbers[0].clone().requires_grad_()
+        attention = PackedAttention(None, "prefix", torch.tensor([0, 1], dtype=torch.int32), 1)
+        given = {"position_ids": torch.tensor([[3]]), "use_cache": False, "lmvae": attention}
+        hidden = forward(inputs_embeds=embedded, **given).last_hidden_state
+        return hidden.detach(), *torch.autograd.grad(hidden, embedded, numbers[1])
+
+    with trained_through(decoder) as body:
+        ours = gradient(decoder.body)
+        assert body.runs == "prepared layers"
+    theirs = gradient(body._plain)
+    numbers = [number.float() for number in numbers]
+    with in_float32(decoder.body):
+        truth = gradient(body._plain)
+    for one, two, right in zip(ours, theirs, truth, strict=True):
+        assert relative(one, right) < (1e-5 if dtype == torch.float32 else 2 * relative(two, right) + 2**-8)
+
+
 def test_a_pass_without_gradients_is_served_too():
     decoder = _decoder("llama")
     ids = torch.arange(6)
