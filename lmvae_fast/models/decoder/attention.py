@@ -26,8 +26,6 @@ _HARMLESS = {
     "position_ids",
     "cache_position",
     "use_cache",
-    "output_attentions",
-    "output_hidden_states",
     "is_causal",
     "position_embeddings",
     "return_dict",
@@ -133,7 +131,9 @@ class RecordingAttention(PackedAttention):
 
 def refuse_unknown(module: nn.Module, dropout: float, other: dict[str, Any]) -> None:
     """Raise UnsupportedDecoderError where a layer asks for something that we would ignore."""
-    unknown = {name for name, value in other.items() if value is not None and name not in _HARMLESS}
+    given = {name for name, value in other.items() if value is not None}
+    # What a model returns besides (output_attentions, output_router_logits, ...) changes no hidden state.
+    unknown = {name for name in given if name not in _HARMLESS and not name.startswith("output_")}
     if unknown:
         raise UnsupportedDecoderError(
             f"{type(module).__name__} asks for attention features we do not honour", value=", ".join(sorted(unknown))
