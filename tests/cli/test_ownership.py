@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmvae_fast import files
+from lmvae_fast import files, temporaries
 from lmvae_fast.errors import OutputError
 from lmvae_fast.testing import make_model
 from lmvae_fast.training.run_checks import RUN
@@ -107,7 +107,7 @@ def test_records_without_checkpoints_are_kept(mine):
     log = mine / "run" / "metrics.jsonl"
     log.write_text('{"step": 1}\n')
     for path in (mine / "run" / "checkpoints").iterdir():
-        files._remove(path)
+        temporaries.remove(path)
     with pytest.raises(OutputError, match="records of a run"):
         run(mine / "run")
     assert log.read_text() == '{"step": 1}\n'
