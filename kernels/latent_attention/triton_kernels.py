@@ -121,11 +121,13 @@ def _times_transposed(a, b):
     """a [M, D] times b [N, D] transposed. fp32 of 256 columns in four parts: without tensor cores a thread holds whole rows
     of both operands in registers, and Triton 3.6 spills them."""
     width: tl.constexpr = a.shape[1]
-    if width < 256 or a.dtype != tl.float32:
-        return tl.dot(a, tl.trans(b), input_precision="ieee")
-    rows = tl.permute(tl.reshape(a, (a.shape[0], 4, width // 4)), (1, 0, 2))
-    columns = tl.permute(tl.reshape(b, (b.shape[0], 4, width // 4)), (1, 2, 0))
-    return tl.sum(tl.dot(rows, columns, input_precision="ieee"), 0)
+    if width >= 256 and a.dtype == tl.float32:  # not a return before the rest: what follows one is compiled all the same
+        rows = tl.permute(tl.reshape(a, (a.shape[0], 4, width // 4)), (1, 0, 2))
+        columns = tl.permute(tl.reshape(b, (b.shape[0], 4, width // 4)), (1, 2, 0))
+        product = tl.sum(tl.dot(rows, columns, input_precision="ieee"), 0)
+    else:
+        product = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return product
 
 
 @triton.jit
