@@ -178,21 +178,33 @@ def test_older_versions_are_compiled_for_the_cards_they_run_on(gate):
     assert early and all(key.endswith("-aligned") for key in early)
 
 
-def test_a_vocabulary_of_one_compiles(gate, tmp_path):
-    """At 1 token the sizes are constants to Triton, which have no methods of a tensor, and the bits of the size are 1."""
-    cases = gate.cases_of("sample_token")
-    index = next(i for i, case in enumerate(cases) if case.name == "one-token-fp32")
-    general = next(i for i, case in enumerate(cases) if case.name == "draw-fp32-many")
+def compiled(tmp_path, op, jobs):
+    """Compile cases, (index, sizes that are 1) each, where nothing interprets; none may fail or spill."""
     code = (
         f"import sys; sys.path.insert(0, {str(GATE.parent)!r}); import compile_gate as gate\n"
-        f"for index, ones in (({index}, ()), ({general}, {tuple(gate.compile_jobs.integers_of(cases[general]))!r})):\n"
-        f"    key, row = gate.compile_case(gate.Job('sample_token', index, 90, False, ones=ones))\n"
+        f"for index, ones in {tuple(jobs)!r}:\n"
+        f"    key, row = gate.compile_case(gate.Job({op!r}, index, 90, False, ones=ones))\n"
         "    assert 'error' not in row and not row['spill_bytes'], row\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_vocabulary_of_one_compiles(gate, tmp_path):
+    """At 1 token the sizes are constants to Triton, which have no methods of a tensor, and the bits of the size are 1."""
+    cases = gate.cases_of("sample_token")
+    index = next(i for i, case in enumerate(cases) if case.name == "one-token-fp32")
+    general = next(i for i, case in enumerate(cases) if case.name == "draw-fp32-many")
+    compiled(tmp_path, "sample_token", [(index, ()), (general, tuple(gate.compile_jobs.integers_of(cases[general])))])
+
+
+def test_attention_compiles_for_the_narrowest_heads(gate, tmp_path):
+    """What is meant for heads of 256 columns cannot be compiled for them, and must not be."""
+    cases = [case.name for case in gate.cases_of("latent_attention")]
+    names = ("fwd-fp32-16-rows16-prefix", "bwd-all-bf16-32-rows16-prefix")
+    compiled(tmp_path, "latent_attention", [(cases.index(name), ()) for name in names])
 
 
 def test_blocks_beyond_a_grids_second_axis_go_into_its_third():
