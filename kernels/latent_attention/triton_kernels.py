@@ -121,9 +121,8 @@ def _times_transposed(a, b):
     """a [M, D] times b [N, D] transposed. fp32 of 256 columns in four parts: without tensor cores a thread holds whole rows
     of both operands in registers, and Triton 3.6 spills them."""
     width: tl.constexpr = a.shape[1]
-    if (
-        width >= 256 and a.dtype == tl.float32
-    ):  # not a return before the rest: what follows one is compiled all the same
+    # Two branches, not a return before the rest: what follows one is compiled all the same.
+    if width >= 256 and a.dtype == tl.float32:
         rows = tl.permute(tl.reshape(a, (a.shape[0], 4, width // 4)), (1, 0, 2))
         columns = tl.permute(tl.reshape(b, (b.shape[0], 4, width // 4)), (1, 2, 0))
         product = tl.sum(tl.dot(rows, columns, input_precision="ieee"), 0)
