@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
-_NAME = re.compile(
-    re.escape(TEMPORARY) + r"([0-9a-f]{8})-([0-9]{1,9})-(.+)", re.DOTALL
-)  # as `temporary_beside` makes them
+_NAME = re.compile(re.escape(TEMPORARY) + r"([0-9a-f]{8})-([0-9]{1,9})-(.+)", re.DOTALL)
 _LONG_DEAD = 86_400.0  # seconds
 
 

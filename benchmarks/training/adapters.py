@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -134,7 +135,7 @@ def main() -> int:
         serve(Side(json.loads(Path(options.case).read_text()), *SIDES[options.side]))
         return 0
     torch.set_num_threads(options.threads)
-    command = f"python -m benchmarks.training.adapters {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m benchmarks.training.adapters {shlex.join(sys.argv[1:])}".strip()
     with tempfile.TemporaryDirectory() as folder:
         row = measure(options, Path(folder))
     write({"command": command, "machine": machine("cpu"), "results": [row]}, options.output)

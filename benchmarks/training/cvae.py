@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -97,7 +98,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "training" / "cvae.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    command = f"python -m benchmarks.training.cvae {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m benchmarks.training.cvae {shlex.join(sys.argv[1:])}".strip()
     with tempfile.TemporaryDirectory() as folder:
         row = measure(options, Path(folder))
     write({"command": command, "machine": machine("cpu"), "results": [row]}, options.output)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -196,7 +197,7 @@ def main() -> int:
         serve(Reference(case) if options.side == "eager" else Ours(case, options.side))
         return 0
     torch.set_num_threads(options.threads)
-    command = f"python -m benchmarks.training.llamavae {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m benchmarks.training.llamavae {shlex.join(sys.argv[1:])}".strip()
     with tempfile.TemporaryDirectory() as folder:
         row = measure(options, Path(folder))
     write({"command": command, "machine": machine("cpu"), "results": [row]}, options.output)

@@ -108,11 +108,13 @@ def adapter_state(body: nn.Module) -> tuple:
 
 
 def _state_of(module: Any) -> tuple:
+    # At every pass, of a few hundred modules: no walk over what lies below them.
     return (
         tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters),
         *((name, float(scale)) for name, scale in module.scaling.items()),
         *((name, getattr(dropout, "p", 0.0)) for name, dropout in module.lora_dropout.items()),
-        *((name, id(w), w.requires_grad) for name, w in module.named_parameters() if not name.startswith("base_layer.")),
+        *((name, id(part.weight), part.weight.requires_grad)
+          for half in (module.lora_A, module.lora_B) for name, part in half.items()),
     )  # fmt: skip
 
 
