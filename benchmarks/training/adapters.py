@@ -10,7 +10,6 @@ random order within each round; peak memory is each process's own. Writes benchm
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
 import statistics
@@ -27,6 +26,7 @@ from benchmarks.common.cases import MAX_LEN, SHAPES, make_case
 from benchmarks.common.records import RESULTS, write
 from benchmarks.common.timing import speedups, time_request
 from benchmarks.common.worker import Worker, peak_bytes, serve
+from benchmarks.training.trainer_side import TrainerSide
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.models.decoder.training_body import TrainingBody, trained_through
 from lmvae_fast.profiling.measure import machine
@@ -38,7 +38,7 @@ SIDES = {"modules fp32": (False, "fp32"), "prepared layers fp32": (True, "fp32")
 DIFFERENCE = 1e-4  # the most that sides in fp32 may differ, relative
 
 
-class Side:
+class Side(TrainerSide):
     """The loop's own step; without prepared layers, the decoder's body is left as it is."""
 
     def __init__(self, case: dict, prepared: bool, precision: str) -> None:
@@ -59,8 +59,7 @@ class Side:
             output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(case["sentences"]), precision=precision,
             learning_rate=1e-3, tensorboard=False, progress=False,
         )  # fmt: skip
-        self.trainer = Trainer(self.model, case["sentences"], None, training, ())
-        self.rows, self.held, self.stepping = self.trainer._batches(0), contextlib.ExitStack(), False
+        self.holds(Trainer(self.model, case["sentences"], None, training, ()))
         if not prepared:
             TrainingBody._serves = lambda self, options: False  # type: ignore[method-assign]
 
@@ -80,14 +79,6 @@ class Side:
     def layers(self) -> dict:
         """What the decoder's layers are, once a step was taken."""
         return {"layers": "modules" if self.trainer.body is None else self.trainer.body.runs}
-
-    def step(self) -> dict:
-        """One training step."""
-        if not self.stepping:
-            self.held.enter_context(self.trainer.prepared())
-            self.stepping = True
-        self.trainer.optimizer_step(self.rows)
-        return {}
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ usage: python -m benchmarks.training.cvae_side CASE.json ours|bf16|twin|compiled
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lmvae_fast as lf
 from benchmarks.common.worker import peak_bytes, serve
+from benchmarks.training.trainer_side import TrainerSide
 from lmvae_fast.integrations.cvae import load_checkpoint
 from lmvae_fast.models.systems.cvae import objective_of
 from lmvae_fast.reference.cvae import SAMPLES, ReferenceCVAE
@@ -106,7 +106,7 @@ class Twin:
         return {}
 
 
-class Ours:
+class Ours(TrainerSide):
     """The loop's own step on the model that the twin's folder becomes."""
 
     def __init__(self, case: dict, precision: str) -> None:
@@ -118,8 +118,7 @@ class Ours:
             output_dir=tempfile.mkdtemp(), max_steps=10**6, batch_size=len(items), learning_rate=ADAMW["lr"],
             precision=precision, grad_clip=None, tensorboard=False, progress=False, **objective_of("DG-VAE")[1],
         )  # fmt: skip
-        self.trainer = Trainer(self.model, items, None, config, ())
-        self.rows, self.held, self.stepping = self.trainer._batches(0), contextlib.ExitStack(), False
+        self.holds(Trainer(self.model, items, None, config, ()))
 
     def compare(self) -> dict:
         """Loss and norm of all gradients under given noise."""
@@ -133,14 +132,6 @@ class Ours:
         return {
             "loss": float(out.loss), "gradient_norm": float(norm), "tokens": batch.num_tokens, "loaded_bytes": peak_bytes()
         }  # fmt: skip
-
-    def step(self) -> dict:
-        """One training step."""
-        if not self.stepping:
-            self.held.enter_context(self.trainer.prepared())
-            self.stepping = True
-        self.trainer.optimizer_step(self.rows)
-        return {}
 
 
 if __name__ == "__main__":

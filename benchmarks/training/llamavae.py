@@ -12,7 +12,6 @@ process's own. `ours, bf16` trains under precision="bf16", all others in fp32; `
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
 import statistics
@@ -31,6 +30,7 @@ from benchmarks.common.cases import SHAPES, make_decoder_case
 from benchmarks.common.records import RESULTS, write
 from benchmarks.common.timing import speedups, time_request
 from benchmarks.common.worker import Worker, peak_bytes, serve
+from benchmarks.training.trainer_side import TrainerSide
 from lmvae_fast.data import generate_corpus
 from lmvae_fast.models.sentence_modules import write_modules
 from lmvae_fast.profiling.measure import machine
@@ -86,7 +86,7 @@ class Reference:
         return {}
 
 
-class Ours:
+class Ours(TrainerSide):
     """The loop's own step."""
 
     def __init__(self, case: dict, side: str) -> None:
@@ -106,8 +106,7 @@ class Ours:
             embedding_rows_update=side == "by rows",
             precision="bf16" if side == "ours, bf16" else "fp32",
         )  # fmt: skip
-        self.trainer = Trainer(self.model, case["sentences"], None, training, ())
-        self.rows, self.held, self.stepping = self.trainer._batches(0), contextlib.ExitStack(), False
+        self.holds(Trainer(self.model, case["sentences"], None, training, ()))
 
     def compare(self) -> dict:
         """Loss and norm of all gradients under given noise."""
@@ -121,14 +120,6 @@ class Ours:
         self.model.zero_grad(set_to_none=True)
         tokens = batch.num_tokens
         return {"loss": float(out.loss), "gradient_norm": float(norm), "tokens": tokens, "loaded_bytes": peak_bytes()}
-
-    def step(self) -> dict:
-        """One training step."""
-        if not self.stepping:
-            self.held.enter_context(self.trainer.prepared())
-            self.stepping = True
-        self.trainer.optimizer_step(self.rows)
-        return {}
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
