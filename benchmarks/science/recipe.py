@@ -96,6 +96,7 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=200, help="sentences of a point; the last figures are of all")
     parser.add_argument("--final", type=int, help="sentences of the last figures; default: all held out")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--annotations", action="store_true", help="condition on the data's per-word labels")
     parser.add_argument("--set", action="append", default=[], dest="changes")
     parser.add_argument("--name", help="of the record (screens/x: in a folder); default: the recipe's")
     parser.add_argument("--runs", type=Path, default=Path("runs/science"), help="folder of checkpoints")
@@ -112,6 +113,8 @@ def main() -> int:
     )
     torch.manual_seed(config.seed)
     train_set, held_out = load_data(values["data"], config.seed)
+    if options.annotations:
+        values["model"].setdefault("annotations", sorted({*train_set.label_set(), *held_out.label_set()}))
     model = lf.LMVAE(lf.LMVAEConfig.from_dict(values["model"]))
     record, before = begun(file, folder, options, values)
     record |= {
@@ -121,20 +124,20 @@ def main() -> int:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }  # fmt: skip
     marks = [60 * options.minutes * (mark + 1) / options.marks for mark in range(options.marks)]
-    curve = Curve(record, file, held_out.texts[: options.held_out], marks, before)
-    sentences = model.tokenize(train_set.texts)
+    curve = Curve(record, file, held_out[: options.held_out], marks, before)
+    sentences = model.tokenize(train_set)
     result = lf.train(model, sentences, None, config, [curve])
     if result.interrupted:
         return 1
     model.save_pretrained(folder / "model")
     found = lf.evaluate(
         model,
-        held_out.texts[: options.final],
+        held_out[: options.final],
         metrics=("elbo", "active_units", "mutual_information", "bleu", "exact_match"),
     )
     record["final"] = found.to_dict() | {"steps": result.step, "cpu_minutes": curve.seconds / 60}
     record["interpolations"] = [
-        lf.interpolate(model, *held_out.texts[i : i + 2], steps=5).texts for i in range(0, 8, 2)
+        lf.interpolate(model, *held_out[i : i + 2], steps=5).texts for i in range(0, 8, 2)
     ]
     records.write(record, file)
     print({name: record["final"][name] for name in FIGURES})
