@@ -136,9 +136,7 @@ def main() -> int:
         metrics=("elbo", "active_units", "mutual_information", "bleu", "exact_match"),
     )
     record["final"] = found.to_dict() | {"steps": result.step, "cpu_minutes": curve.seconds / 60}
-    record["interpolations"] = [
-        lf.interpolate(model, *held_out[i : i + 2], steps=5).texts for i in range(0, 8, 2)
-    ]
+    record["interpolations"] = [lf.interpolate(model, *held_out[i : i + 2], steps=5).texts for i in range(0, 8, 2)]
     records.write(record, file)
     print({name: record["final"][name] for name in FIGURES})
     return 0

@@ -114,6 +114,21 @@ def test_mauve_of_embeddings_depends_on_the_seed(metrics, arrays):
     assert near.choices["seeds"] == [0, 1, 2] and far.spread is not None and len(far.details["per_seed"]) == 3
 
 
+def test_mauve_by_its_authors_package(metrics, arrays):
+    package = pytest.importorskip("mauve", reason="mauve-text is not installed")
+    sets = arrays("text/embedding_sets.npz")
+    found = mauve(sets["a"], sets["c"], clusters=20, seeds=(25, 26), package="mauve-text")
+    theirs = [
+        package.compute_mauve(p_features=sets["a"], q_features=sets["c"], num_buckets=20, seed=seed).mauve
+        for seed in (25, 26)
+    ]
+    assert found.details["per_seed"] == pytest.approx(theirs, abs=1e-6) and found.choices["package"] == "mauve-text"
+    # Two k-means of the same points, and two definitions of the same clusters: near, not equal.
+    assert found.value == pytest.approx(mauve(sets["a"], sets["c"], clusters=20).value, abs=0.03)
+    with pytest.raises(ConfigError, match="package"):
+        mauve(sets["a"], sets["c"], package="faiss")
+
+
 def test_frechet_distance(metrics, arrays):
     sets, want = arrays("text/embedding_sets.npz"), metrics["frechet_distance_pytorch_fid_0.3.0"]
     for other in "bc":

@@ -64,8 +64,9 @@ def mauve_from_histograms(p: Any, q: Any, *, mixtures: int = 25, scaling: float 
 
 
 def mauve(
-    a: Any, b: Any, *, clusters: int | None = None, seeds: tuple[int, ...] = (0, 1, 2), scaling: float = 5.0
-) -> Score:
+    a: Any, b: Any, *, clusters: int | None = None, seeds: tuple[int, ...] = (0, 1, 2), scaling: float = 5.0,
+    package: str = "scikit-learn",
+) -> Score:  # fmt: skip
     """MAUVE of two sets of embeddings: the mean over seeds of the k-means that makes the histograms, with its spread.
 
     Args:
@@ -73,10 +74,12 @@ def mauve(
         clusters: of the k-means; None for a tenth of the smaller set, at least 2.
         seeds: of the k-means, which the figure depends on: quote them.
         scaling: see :func:`mauve_from_histograms`.
+        package: ``"mauve-text"``, the authors' own package (extra ``mauve``; GPL), whose k-means is faiss's; or
+            ``"scikit-learn"``: the same steps with its k-means. Figures of one are not compared with those of the other.
 
-    As in mauve-text, rows are scaled to length one and projected on the principal components that explain 90 % of their
-    variance; the k-means is scikit-learn's.
+    Rows are scaled to length one and projected on the principal components that explain 90 % of their variance.
     """
+    checks.one_of("package", package, ("scikit-learn", "mauve-text"))
     a, b = checks.latents(a, name="a", min_rows=4), checks.latents(b, name="b", min_rows=4)
     if a.shape[1] != b.shape[1] or not seeds:
         raise DataError("both sets must have one width, and a seed", value=f"{a.shape[1]}, {b.shape[1]}, seeds {seeds}")
@@ -85,6 +88,25 @@ def mauve(
         if clusters is None
         else checks.whole("clusters", clusters, 2, len(a) + len(b))
     )
+    cluster = _by_mauve_text if package == "mauve-text" else _by_scikit_learn
+    found = [mauve_from_histograms(*parts, scaling=scaling).value for parts in cluster(a, b, count, seeds)]
+    return Score(
+        float(np.mean(found)),
+        choices={
+            "clusters": count,
+            "seeds": list(seeds),
+            "scaling": scaling,
+            "rows": (len(a), len(b)),
+            "package": package,
+        },
+        seed=seeds[0],
+        spread=float(np.std(found, ddof=1)) if len(found) > 1 else None,
+        details={"per_seed": found},
+    )
+
+
+def _by_scikit_learn(a: Array, b: Array, clusters: int, seeds: tuple[int, ...]) -> list[tuple[Array, Array]]:
+    """For each seed the histograms of both sets over the clusters of all."""
     decomposition = require("sklearn.decomposition", "MAUVE", "metrics")
     clustering = require("sklearn.cluster", "MAUVE", "metrics")
     both = np.concatenate([a, b])
@@ -94,16 +116,20 @@ def mauve(
     )
     found = []
     for seed in seeds:
-        chosen = clustering.KMeans(n_clusters=count, n_init=5, random_state=seed).fit_predict(both)
-        histograms = (np.bincount(part, minlength=count) for part in (chosen[: len(a)], chosen[len(a) :]))
-        found.append(mauve_from_histograms(*histograms, scaling=scaling).value)
-    return Score(
-        float(np.mean(found)),
-        choices={"clusters": count, "seeds": list(seeds), "scaling": scaling, "rows": (len(a), len(b))},
-        seed=seeds[0],
-        spread=float(np.std(found, ddof=1)) if len(found) > 1 else None,
-        details={"per_seed": found},
+        chosen = clustering.KMeans(n_clusters=clusters, n_init=5, random_state=seed).fit_predict(both)
+        parts = (chosen[: len(a)], chosen[len(a) :])
+        found.append((np.bincount(parts[0], minlength=clusters), np.bincount(parts[1], minlength=clusters)))
+    return found
+
+
+def _by_mauve_text(a: Array, b: Array, clusters: int, seeds: tuple[int, ...]) -> list[tuple[Array, Array]]:
+    """The histograms that the package makes."""
+    package = require("mauve", "MAUVE by its authors' package", "mauve")
+    found = (
+        package.compute_mauve(p_features=a, q_features=b, num_buckets=clusters, seed=seed, verbose=False)
+        for seed in seeds
     )
+    return [(each.p_hist, each.q_hist) for each in found]
 
 
 def _root(matrix: Array) -> Array:
