@@ -16,15 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import lmvae_fast as lf
 from benchmarks.common import records
 from lmvae_fast.cli.train import load_data
+from lmvae_fast.pretrained import load_pretrained
+from lmvae_fast.probes.geometry import line
 from lmvae_fast.probes.run import probe
 from lmvae_fast.profiling.measure import machine
 from lmvae_fast.reports import probes as pages
@@ -46,7 +50,7 @@ def probe_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"no record benchmarks/results/science/{name}.json: train it with benchmarks.science.recipe")
     folder = options.runs / name
     model = lf.LMVAE.from_pretrained(folder / "model")
-    _, held_out = load_data({"path": str(options.data)}, trained["seed"])
+    _, held_out = load_data({**trained.get("data", {}), "path": str(options.data)}, trained["seed"])
     report = probe(
         model, held_out[: options.limit], name=name, cache=folder / "encodings", sts=options.sts, linguistic=options.linguistic,
         probes=options.probes.split(",") if options.probes else None, decoded=options.decoded, vectors=options.vectors,
@@ -65,7 +69,35 @@ def probe_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "steps": trained["final"]["steps"], "trained_cpu_minutes": trained["final"]["cpu_minutes"],
         "data": report["data"], "settings": report["settings"], "figures": figures,
         "skipped": report["skipped"], "seconds": report["seconds"],
+        "fluency": fluency(model, held_out),
     }  # fmt: skip
+
+
+def fluency(model: Any, sentences: Any, paths: int = 40, points: int = 5) -> dict[str, float]:
+    """Perplexity a token, by the decoder as it was published, of what the ends of interpolations decode to and their middles.
+
+    Of ``paths`` pairs of sentences that follow each other; ``sentences`` is that of the sentences themselves.
+    """
+    first, last = (sentences[start : 2 * min(paths, len(sentences) // 2) : 2] for start in (0, 1))
+    ways = line(model.encode(first).mu.double().numpy(), model.encode(last).mu.double().numpy(), points)
+    texts = [model.decode(torch.from_numpy(ways[point]).float()) for point in range(points)]
+    tokenizer = load_pretrained(transformers.AutoTokenizer, model.config.decoder, "decoder tokenizer")
+    decoder = load_pretrained(transformers.AutoModelForCausalLM, model.config.decoder, "decoder").eval()
+    start = tokenizer.convert_tokens_to_ids(model.config.start_token or tokenizer.eos_token)
+
+    def perplexity(found: list[str]) -> float:
+        loss, tokens = 0.0, 0
+        for text in filter(None, found):
+            ids = torch.tensor([[start, *tokenizer(text, add_special_tokens=False).input_ids]])
+            with torch.no_grad():
+                logits = decoder(input_ids=ids).logits[0, :-1].float()
+            loss += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            tokens += ids.shape[1] - 1
+        return math.exp(loss / max(1, tokens))
+
+    ends, middle = perplexity(texts[0] + texts[-1]), perplexity(texts[points // 2])
+    return {"ends": ends, "middle": middle, "ratio": middle / ends, "paths": len(first),
+            "sentences": perplexity([*first.texts, *last.texts])}  # fmt: skip
 
 
 def draw(path: Path) -> None:
@@ -82,10 +114,11 @@ def draw(path: Path) -> None:
     sizes = sorted(found)
     panels = {"reconstruction, nats a sentence (lower)": [found[size][1]["final"]["reconstruction"] for size in sizes]}
     spreads: dict[str, list[float]] = {}
-    for (section, figure), title in PLOTTED.items():
-        scores = [found[size][0]["figures"][section][figure] for size in sizes]
-        panels[title] = [score["value"] for score in scores]
-        spreads[title] = [score.get("spread", 0.0) for score in scores]
+    for (section, name), title in PLOTTED.items():
+        scores = [found[size][0]["figures"].get(section, {}).get(name) for size in sizes]
+        if all(scores):
+            panels[title] = [score["value"] for score in scores]
+            spreads[title] = [score.get("spread", 0.0) for score in scores]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2))
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         axis.errorbar(sizes, values, yerr=spreads.get(title), marker="o", markersize=4, capsize=3)

@@ -119,6 +119,7 @@ def main() -> int:
     record, before = begun(file, folder, options, values)
     record |= {
         "machine": machine("cpu"), "sentences_of_a_point": min(options.held_out, len(held_out)),
+        "data": {name: value for name, value in values["data"].items() if not name.endswith("path")},
         "train_sentences": len(train_set), "held_out_sentences": len(held_out),
         "model": values["model"], "train": config.replace(output_dir="runs", cache_dir=None).to_dict(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

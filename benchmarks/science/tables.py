@@ -137,6 +137,58 @@ def probes() -> str:
     return "\n".join([*lines, "", f"Machine: {where(record['machine'])}. Command: `{record['command']}`."])
 
 
+#: Of the tables of probed models: section and figure of a record, how the figure is called and written.
+_PROBED = (
+    ("overview", "active_units", "active units", "{:.0f}"), ("overview", "kl", "KL, nats", "{:.0f}"),
+    ("overview", "effective_dimensions", "effective dimensions", "{:.0f}"),
+    ("disentanglement", "mig", "MIG", "{:.3f}"), ("disentanglement", "modularity", "modularity", "{:.2f}"),
+    ("disentanglement", "explicitness", "explicitness", "{:.2f}"), ("disentanglement", "sap", "SAP", "{:.3f}"),
+    ("disentanglement", "dci_disentanglement", "DCI disentanglement", "{:.2f}"),
+    ("disentanglement", "dci_completeness", "DCI completeness", "{:.2f}"),
+    ("disentanglement", "dci_informativeness", "DCI informativeness", "{:.2f}"),
+    ("disentanglement", "z_diff", "z-diff", "{:.2f}"), ("disentanglement", "z_min_var", "z-min-var", "{:.2f}"),
+    ("neighbourhoods", "kept_neighbours", "neighbours kept of the encoder's", "{:.2f}"),
+    ("reconstruction", "bleu", "BLEU of reconstruction", "{:.1f}"),
+    ("reconstruction", "exact_match", "reproduced word for word", "{:.1%}"),
+    ("generation", "mauve", "MAUVE of draws from the prior", "{:.3f}"),
+    ("generation", "frechet_distance", "Frechet distance of the same", "{:.3f}"),
+    ("generation", "self_bleu", "self-BLEU of the same", "{:.1f}"),
+    ("interpolation", "smoothness", "interpolation smoothness", "{:.3f}"),
+    ("sts", "spearman_latent", "STS-B, Spearman", "{:.1f}"),
+    ("sts", "share_kept", "share of the encoder's", "{:.2f}"),
+    ("linguistic", "mean: latent", "ten linguistic tasks, mean accuracy", "{:.1f}"),
+    ("linguistic", "mean: encoder", "the same of the encoder's vectors", "{:.1f}"),
+)  # fmt: skip
+
+
+def probed(folder: str) -> str:
+    """Figures of the probed models of a folder of records, one column for each."""
+    found = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "science/probes" / folder).glob("*.json")}
+    if not found:
+        return "Not measured."
+    found = dict(sorted(found.items(), key=lambda item: (item[1]["model"].get("latent_dim", 0), item[0])))
+    lines = [f"| figure | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    lines.append(f"| training steps | {' | '.join(str(record['steps']) for record in found.values())} |")
+    for section, figure, title, form in _PROBED:
+        scores = [record["figures"].get(section, {}).get(figure, {}) for record in found.values()]
+        if any("value" in score for score in scores):
+            lines.append(f"| {title} | {' | '.join(_figure(score, form) for score in scores)} |")
+    ratios = [f"{record['fluency']['ratio']:.2f}" for record in found.values()]
+    lines.append(f"| perplexity of an interpolation's middle over its ends' | {' | '.join(ratios)} |")
+    notes = [
+        f"- {name}: `{record['command']}` on the model of `{record['trained_by']}` ({where(record['machine'])}, "
+        f"{record['data']['sentences']:,} held-out sentences)"
+        for name, record in found.items()
+    ]
+    return "\n".join([*lines, "", *notes])
+
+
+def _figure(score: dict, form: str) -> str:
+    if "value" not in score:
+        return ""
+    return form.format(score["value"]) + (f" +- {form.format(score['spread'])}" if "spread" in score else "")
+
+
 def reconstructions() -> str:
     """The first held-out sentences of the recorded worldtree recipe and what their latents decode to, unchosen."""
     record = load("science/worldtree.json")
@@ -181,4 +233,6 @@ def _commands(found: dict[str, dict]) -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
     "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers, "probes": probes,
+    "probed-systems": lambda: probed("minutes"), "probed-sizes": lambda: probed("latent_size"),
+    "probed-labels": lambda: probed("labels"),
 }  # fmt: skip

@@ -72,7 +72,7 @@ def guide(
 
         with replacing(save) as temporary:
             write_tensors(temporary, directions)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": pair.prompt, "response": pair.response, "guided": {name: texts[name][row] for name in wanted}}
         for row, pair in enumerate(moved)
     ]

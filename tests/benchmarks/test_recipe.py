@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from benchmarks.common import records
-from benchmarks.science import recipe, tables
+from benchmarks.science import probed, recipe, tables
 from lmvae_fast.testing import SENTENCES, tiny_decoder, tiny_encoder, tiny_tokenizer
 
 
@@ -31,6 +31,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(fields))
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(recipe, "RESULTS", tmp_path / "results" / "science")
+    monkeypatch.setattr(probed, "RESULTS", tmp_path / "results" / "science")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
 
     def call(*options):
@@ -61,3 +62,28 @@ def test_a_recipe_is_recorded_and_goes_on(run):
     assert again["final"]["reconstruction"] == pytest.approx(record["final"]["reconstruction"], rel=1e-5)
     table = tables.recipes()
     assert table.count("| tiny |") == 2 and record["command"] in table
+
+
+def test_a_trained_recipe_is_probed(run, tmp_path, monkeypatch):
+    run("--minutes", 1e-4, "--marks", 1, "--held-out", 4, "--final", 5)
+    (tmp_path / "results" / "science" / "latent_size").mkdir()
+    (tmp_path / "runs" / "latent_size").mkdir()
+    (tmp_path / "results" / "science" / "tiny.json").rename(tmp_path / "results" / "science" / "latent_size" / "4.json")
+    (tmp_path / "runs" / "tiny").rename(tmp_path / "runs" / "latent_size" / "4")
+    labelled = [
+        f"{text} & {' '.join('ABC'[place % 3] for place in range(len(text.split())))}" for text in SENTENCES * 3
+    ]
+    (tmp_path / "labelled.txt").write_text("\n".join(labelled))
+    arguments = (
+        "latent_size/4", "--data", tmp_path / "labelled.txt", "--runs", tmp_path / "runs", "--vectors", "encoder",
+        "--decoded", 5, "--probes", "overview,reconstruction", "--draw",
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["probed", *map(str, arguments)])
+    assert probed.main() == 0
+    record = json.loads((tmp_path / "results" / "science" / "probes" / "latent_size" / "4.json").read_text())
+    assert record["figures"]["overview"]["active_units"]["choices"]["of"] == 4 and record["trained_by"]
+    assert record["fluency"]["ratio"] == pytest.approx(record["fluency"]["middle"] / record["fluency"]["ends"])
+    assert record["fluency"]["sentences"] > 1.0 and (tmp_path / "runs" / "latent_size" / "4" / "probes.html").is_file()
+    assert "<svg" in (tmp_path / "results" / "science" / "latent_size.svg").read_text()
+    table = tables.probed("latent_size")
+    assert "| BLEU of reconstruction |" in table and "MIG" not in table and record["command"] in table
