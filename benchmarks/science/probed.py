@@ -8,8 +8,8 @@
 A name is that of a record of `python -m benchmarks.science.recipe`, whose model lies in --runs. Sentences are split by the
 record's seed, as for training; factors are the presence, number and content of their role labels, so a model that was
 conditioned on them has been told some of them. Writes benchmarks/results/science/probes/<name>.json with value, spread and
-choices of every figure, and the page beside the model. With latents of several sizes on record, --draw makes the plot of
-figures against size.
+choices of every figure, and the page beside the model. --draw makes the plots of figures against the size of the latent, and of
+how direct interpolations read against how good the texts are.
 """
 
 from __future__ import annotations
@@ -100,17 +100,11 @@ def fluency(model: Any, sentences: Any, paths: int = 40, points: int = 5) -> dic
             "sentences": perplexity([*first.texts, *last.texts])}  # fmt: skip
 
 
-def draw(path: Path) -> None:
+def draw_sizes(path: Path) -> None:
     """Reconstruction and probes against the size of the latent, after equal steps."""
     found = {}
-    for file in (RESULTS / "probes" / "latent_size").glob("*.json"):
-        record = json.loads(file.read_text())
-        found[record["model"]["latent_dim"]] = record, records.load(f"science/latent_size/{file.stem}.json")
-    if not found:
-        raise SystemExit("no model of benchmarks/results/science/latent_size has been probed")
-    style()
-    import matplotlib.pyplot as plt
-
+    for name, record in probed_models("latent_size").items():
+        found[record["model"]["latent_dim"]] = record, records.load(f"science/{name}.json")
     sizes = sorted(found)
     panels = {"reconstruction, nats a sentence (lower)": [found[size][1]["final"]["reconstruction"] for size in sizes]}
     spreads: dict[str, list[float]] = {}
@@ -119,6 +113,9 @@ def draw(path: Path) -> None:
         if all(scores):
             panels[title] = [score["value"] for score in scores]
             spreads[title] = [score.get("spread", 0.0) for score in scores]
+    style()
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2))
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         axis.errorbar(sizes, values, yerr=spreads.get(title), marker="o", markersize=4, capsize=3)
@@ -128,6 +125,39 @@ def draw(path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def draw_consistency(path: Path) -> None:
+    """How direct interpolations read against how good the texts are, one point for each probed model."""
+    style()
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "MAUVE of draws from the prior": ("generation", "mauve"),
+        "BLEU of reconstruction": ("reconstruction", "bleu"),
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4))
+    for axis, (title, (section, name)) in zip(axes, panels.items(), strict=True):
+        for model, record in probed_models().items():
+            both = [record["figures"].get(part, {}).get(score, {}).get("value")
+                    for part, score in (("interpolation", "smoothness"), (section, name))]  # fmt: skip
+            if None not in both:
+                axis.scatter(*both, s=22)
+                axis.annotate(model, both, textcoords="offset points", xytext=(5, 3), fontsize=7)
+        axis.set(title=title, xlabel="interpolation smoothness")
+        axis.margins(x=0.25)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def probed_models(folder: str = "") -> dict[str, dict[str, Any]]:
+    """Records of probed models by name; those of one folder."""
+    root = RESULTS / "probes"
+    return {
+        str(file.relative_to(root).with_suffix("")): json.loads(file.read_text())
+        for file in sorted((root / folder).rglob("*.json"))
+    }
 
 
 def main() -> int:
@@ -143,7 +173,7 @@ def main() -> int:
     parser.add_argument("--decoded", type=int, default=300, help="sentences decoded, and draws from the prior")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/science"), help="folder of the recipes' runs")
-    parser.add_argument("--draw", action="store_true", help="only the plot of latent sizes")
+    parser.add_argument("--draw", action="store_true", help="make the plots of what is on record")
     options = parser.parse_args()
     if options.names and options.data is None:
         parser.error("--data: a file of sentences")
@@ -154,7 +184,9 @@ def main() -> int:
         print(name, {figure: round(score["value"], 3) for section in record["figures"].values()
                      for figure, score in section.items() if "value" in score})  # fmt: skip
     if options.draw:
-        draw(RESULTS / "latent_size.svg")
+        if probed_models("latent_size"):
+            draw_sizes(RESULTS / "latent_size.svg")
+        draw_consistency(RESULTS / "consistency.svg")
     return 0
 
 
