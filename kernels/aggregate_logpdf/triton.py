@@ -20,13 +20,14 @@ from .triton_kernels import (
 _WIDEST_MARGINAL, _WIDEST_JOINT = 128, 2048
 
 
-def _config(block_d: int, elements: int) -> Config:
+def _config(block_d: int, elements: int, registers: int = 168) -> Config:
     rows = max(1, elements // block_d)
     warps = 4 if rows * block_d <= 1024 else 8
-    return Config({"ROWS": rows, "BLOCK_D": block_d}, num_warps=warps, max_registers=168)
+    return Config({"ROWS": rows, "BLOCK_D": block_d}, num_warps=warps, max_registers=registers)
 
 
 _ROWS = {block: _config(block, 1024) for block in (16, 32, 64, 128, 256, 512, 1024, 2048)}
+_ROWS[64] = _config(64, 1024, 192)  # of 64 half-precision columns Triton 3.6 would spill four numbers
 _PREPARE = {block: _config(block, 256) for block in (16, 32, 64, 128)}
 _POSTERIORS = {block: _config(block, 512) for block in (16, 32, 64, 128)}
 

@@ -60,19 +60,26 @@ def _bound(wide: bool, large: bool) -> int:
     return 152 if wide else 128  # fp32 in halves and small blocks of sentences: some more than 128
 
 
+def _warps(width: int) -> int:
+    """So many that each thread loads 16 bytes of a block: blocks of 16 columns do not have them for more."""
+    return 4 if width == 16 else 8
+
+
 def _split_config(batch: int, nz: int, wide: bool, large: bool) -> Config:
     rows = (16 if wide else 32) * (2 if large else 1)
     sizes = {"BLOCK_R": rows, "BLOCK_B": _power(batch, _BATCH_BLOCKS), "BLOCK_K": _power(nz, _DEPTHS)}
-    return Config(sizes, num_warps=8, num_stages=3, max_registers=_bound(wide, large))
+    return Config(sizes, _warps(sizes["BLOCK_K"]), num_stages=3, max_registers=_bound(wide, large))
 
 
 def _gram_config(batch: int, wide: bool, large: bool) -> Config:
     sizes = {"BLOCK_R": (16 if wide else 32) * (2 if large else 1), "BLOCK_B": _power(batch, _BATCH_BLOCKS)}
-    return Config(sizes, num_warps=8, num_stages=3, max_registers=_bound(wide, large))
+    return Config(sizes, _warps(sizes["BLOCK_B"]), num_stages=3, max_registers=_bound(wide, large))
 
 
 def _tile_config(batch: int, nz: int) -> Config:
     sizes = {"BLOCK_R": 32, "BLOCK_B": _power(batch, (16, 32)), "BLOCK_K": _power(nz, _DEPTHS)}
+    if sizes["BLOCK_K"] == 16:
+        sizes["BLOCK_R"] = 64  # or the loads of a block are few beside those of its scalars
     if sizes["BLOCK_K"] < 64:
         return Config(sizes, num_warps=4, num_stages=2)
     return Config(sizes, num_warps=8, num_stages=2, max_registers=128)

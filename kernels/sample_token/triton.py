@@ -69,7 +69,7 @@ def _cases() -> list[CompileCase]:
         signature: dict[str, str | int] = {
             "logits": f"*{dtype}", "seed": "*i64", "rows": "*i64", "steps": "*i64", "seen": "*u8", "ids": "*i64",
             "kept_x": "*fp32", "kept_col": "*i32",
-            "logprob": "*fp32", "vocab": "i32", "inverse": "fp32", "top_k": "i32", "top_p": "i64",
+            "logprob": "*fp32", "vocab": "i32", "inverse": "fp32", "top_k": "i32", "top_p_bits": "i64",
             "log_min_p": "fp32", "penalty": "fp32", "over_penalty": "fp32", "stride_b": "i32", "stride_v": 1,
             "stride_rows": 1, "stride_steps": 1, "stride_seen_b": "i32", "stride_seen_v": 1,
         }  # fmt: skip

@@ -136,7 +136,7 @@ def _last_bin(
     if TOP_K:
         reached = tl.cumsum(counts, 0) >= top_k
     else:
-        share = top_p.to(tl.float64, bitcast=True).to(tl.float32)
+        share = top_p.to(tl.float32)
         about = tl.exp((n.to(tl.float32) + 0.5) / -_BINS_PER_UNIT) * counts.to(tl.float32)
         reached = tl.cumsum(about, 0) >= (share + (1.0 - share) * 0.25) * tl.sum(about, 0)
     last = tl.min(tl.where(reached, n, _BINS - 1), 0)
@@ -216,7 +216,7 @@ def _draw_of_kept(
         weight = tl.where(x >= least, weight, 0.0)
         of_kept = tl.sum(weight, 0)
         total = of_kept if TOP_K else row_total
-        need = total * top_p.to(tl.float64, bitcast=True)
+        need = total * top_p
         reaches = of_kept >= need
         if reaches:
             least = tl.maximum(least, _select_of(x, weight, need))
@@ -254,7 +254,7 @@ def _draw_by_search(
         )  # fmt: skip
         least = _select(
             at, mark, vocab, stride_v, stride_seen_v, penalty, over_penalty, largest, inverse, magic, low,
-            total * top_p.to(tl.float64, bitcast=True), HAS_SEEN, True, BLOCK,
+            total * top_p, HAS_SEEN, True, BLOCK,
         )  # fmt: skip
     if MIN_P:
         least = tl.maximum(least, log_min_p)
@@ -281,7 +281,7 @@ def _draw_by_search(
 
 @triton.jit
 def sample_token_kernel(
-    logits, seed, rows, steps, seen, kept_x, kept_col, ids, logprob, vocab, inverse, top_k, top_p, log_min_p,
+    logits, seed, rows, steps, seen, kept_x, kept_col, ids, logprob, vocab, inverse, top_k, top_p_bits, log_min_p,
     penalty, over_penalty, stride_b, stride_v, stride_rows, stride_steps, stride_seen_b, stride_seen_v,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, HAS_SEEN: tl.constexpr,
     LOGPROB: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, KEPT: tl.constexpr,
@@ -293,13 +293,15 @@ def sample_token_kernel(
     largest, chosen = _best(at, mark, vocab, stride_v, stride_seen_v, penalty, over_penalty, HAS_SEEN, BLOCK)
     if not GREEDY:  # noqa: SIM102 (a constant and a run-time condition)
         if (largest > float("-inf")) & (largest < float("inf")):
-            # 1.5 * 2^BITS, built from its bits; top_p arrives as the bits of an fp64 number
+            # 1.5 * 2^BITS, built from its bits
             magic = tl.full((), ((BITS + 1023) << 52) | (1 << 51), tl.int64).to(tl.float64, bitcast=True)
+            # The bits of an fp64 number; of the least there is they are 1, which Triton makes a constant of.
+            share = tl.full((), top_p_bits, tl.int64).to(tl.float64, bitcast=True)
             found = vocab + chosen * 0
             left = 1  # to be searched for in the whole row
             if TOP_K or TOP_P:
                 last, count = _last_bin(
-                    at, mark, vocab, stride_v, stride_seen_v, penalty, over_penalty, largest, inverse, top_k, top_p,
+                    at, mark, vocab, stride_v, stride_seen_v, penalty, over_penalty, largest, inverse, top_k, share,
                     HAS_SEEN, TOP_K, BLOCK,
                 )  # fmt: skip
                 if count <= KEPT:
@@ -309,13 +311,13 @@ def sample_token_kernel(
                         magic, last, HAS_SEEN, BLOCK,
                     )  # fmt: skip
                     found, reaches = _draw_of_kept(
-                        x_of, col_of, count, row_total, vocab, magic, top_k, top_p, log_min_p, seed, rows, steps, b,
+                        x_of, col_of, count, row_total, vocab, magic, top_k, share, log_min_p, seed, rows, steps, b,
                         stride_rows, stride_steps, TOP_K, TOP_P, MIN_P, KEPT,
                     )  # fmt: skip
                     left = tl.where(reaches, 0, 1)
             if left == 1:
                 found = _draw_by_search(
-                    at, mark, vocab, stride_v, stride_seen_v, penalty, over_penalty, largest, inverse, magic, top_k, top_p,
+                    at, mark, vocab, stride_v, stride_seen_v, penalty, over_penalty, largest, inverse, magic, top_k, share,
                     log_min_p, seed, rows, steps, b, stride_rows, stride_steps, chosen,
                     TOP_K, TOP_P, MIN_P, HAS_SEEN, BLOCK,
                 )  # fmt: skip
