@@ -66,6 +66,8 @@ class Row(NamedTuple):
 @dataclass
 class _State:
     forced: str = "auto"
+    open: list[list[str]] = field(default_factory=list)  # blocks of the main thread, and what was forced outside them
+    outside: str = "auto"
     own_blocks: int = 0  # `with backend(...)` blocks that are open in threads other than the main one
     ops: dict[str, dict[str, Support]] = field(default_factory=dict)
     missing: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
@@ -108,6 +110,10 @@ class _Own(threading.local):
     """What a block entered by this thread forces, where it is not the main one."""
 
     forced: str | None = None
+    outside: str | None = None
+
+    def __init__(self) -> None:
+        self.open: list[list[str]] = []
 
 
 _own, _own_lock = _Own(), threading.Lock()
@@ -219,22 +225,40 @@ def backend(name: str) -> Iterator[None]:
     """
     _check_name(name, "backend")
     # Inside a traced function the block opens and closes while it is traced: nothing is left behind for other threads.
-    if torch.compiler.is_compiling() or threading.current_thread() is threading.main_thread():
+    if torch.compiler.is_compiling():
         before, _state.forced = _state.forced, name
         try:
             yield
         finally:
             _state.forced = before
-        return
-    previous, _own.forced = _own.forced, name
-    with _own_lock:
-        _state.own_blocks += 1
+    elif threading.current_thread() is threading.main_thread():
+        with _opened(_state, name):
+            yield
+    else:
+        with _own_lock:
+            _state.own_blocks += 1
+        try:
+            with _opened(_own, name):
+                yield
+        finally:
+            with _own_lock:
+                _state.own_blocks -= 1
+
+
+@contextmanager
+def _opened(place: Any, name: str) -> Iterator[None]:
+    """`place.forced` is that of the block opened last among those that are still open: blocks of coroutines and generators
+    close in any order."""
+    block = [name]
+    if not place.open:
+        place.outside = place.forced
+    place.open.append(block)
+    place.forced = name
     try:
         yield
     finally:
-        _own.forced = previous
-        with _own_lock:
-            _state.own_blocks -= 1
+        place.open[:] = [other for other in place.open if other is not block]
+        place.forced = place.open[-1][0] if place.open else place.outside
 
 
 def current() -> str:

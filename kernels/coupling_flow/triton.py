@@ -25,7 +25,9 @@ from .triton_kernels import coupling_flow_rows_kernel, coupling_flow_sums_kernel
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 # A wider BLOCK_N, or eight warps, spills in one architecture or another (the dispatch on the opcode holds registers).
-_ROWS = Config({"ROWS": 32, "BLOCK": 32, "BLOCK_N": 32, "BLOCK_K": 32, "FIELDS": FIELDS}, num_warps=4, max_registers=255)
+_ROWS = Config(
+    {"ROWS": 32, "BLOCK": 32, "BLOCK_N": 32, "BLOCK_K": 32, "FIELDS": FIELDS}, num_warps=4, max_registers=255
+)
 _SUMS = Config({"TILE": TILE, "CHUNK": 32, "FIELDS": SUM_FIELDS}, num_warps=8)
 
 

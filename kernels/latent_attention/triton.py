@@ -30,13 +30,13 @@ _BWD = {
     16: (64, 32, 4, None),
     32: (32, 32, 4, 255),
     64: (32, 32, 8, 255),
-    128: (32, 16, 8, None),
+    128: (32, 16, 8, 255),
     256: (16, 16, 8, 255),
 }
 _FWD_FP32 = {
     16: (32, 32, 4, 255),
     32: (32, 32, 4, 255),
-    64: (16, 32, 4, None),
+    64: (16, 32, 4, 255),
     128: (16, 16, 4, 255),
     256: (16, 16, 4, 255),
 }
@@ -51,18 +51,20 @@ _BWD_FP32 = {
 _BWD_QUERIES = {
     16: (64, 32, 4, 168),
     32: (64, 32, 4, None),
-    64: (32, 32, 4, None),
-    128: (32, 32, 8, None),
+    64: (32, 32, 4, 248),
+    128: (32, 32, 8, 255),
     256: (16, 16, 8, None),
 }
+# Of 128 columns Triton 3.6 spills without a bound, later ones with any.
+_BOUND_128 = 216 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else None
 _BWD_QUERIES_FP32 = {
     16: (32, 32, 4, None),
     32: (32, 32, 4, None),
     64: (16, 32, 8, 255),
-    128: (16, 16, 8, None),
+    128: (16, 16, 8, _BOUND_128),
     256: (16, 16, 8, 255),
 }
-_DECODE = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (32, 4), 256: (16, 4)}  # keys, warps
+_DECODE = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (16, 4), 256: (16, 4)}  # keys, warps
 
 # Decoding is split from so many cache positions on, into parts of so many at least, until two programs stand ready for each
 # of an H200's 132 multiprocessors. Below that, a second launch costs more than it brings.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..registration import tangents
 from . import reference
 from .adamw import latent_kv_adamw, latent_kv_norm
 from .held_gradient import HeldGradient
@@ -33,6 +34,33 @@ class _Carry(torch.autograd.Function):
             return None, None, None
         ctx.found[:] = [grad.detach()]
         return grad, grad.new_empty(0), None
+
+
+class _Once(torch.autograd.Function):
+    """z, whose gradient W^T dmemory has no derivative: the weight enters it as a constant, so its part would be lost."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _Refused.apply(grad) if grad.requires_grad else grad
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient as it is; an error on the way back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError(
+            "LatentKVAdamW.project: the gradient of z has no derivative (a gradient penalty, a Hessian), because the weight "
+            "gets no gradient from autograd; use latent_kv(z, weight) and torch.optim.AdamW for such a loss"
+        )
 
 
 #: Options of a torch.optim.AdamW state that would make another step, and their values that do not.
@@ -184,8 +212,14 @@ class LatentKVAdamW(torch.optim.Optimizer):
             raise ValueError(f"dropout={dropout} differs from {self._dropout} of gradients that wait for step()")
         stream = stream_tensor(seed, z.device) if dropout > 0.0 else None
         weight = self.weight.detach().view(self.shape)[:, :, :, :slots]
-        memory = latent_kv(z, weight, bias, dropout=dropout, seed=stream, dtype=dtype)
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if tangents(z, bias):
+            raise ValueError(
+                "LatentKVAdamW.project has no forward-mode derivative: z and bias must not carry a tangent; use latent_kv"
+            )
+        graded = torch.is_grad_enabled() and self.weight.requires_grad
+        latent_in = _Once.apply(z) if graded and z.requires_grad else z
+        memory = latent_kv(latent_in, weight, bias, dropout=dropout, seed=stream, dtype=dtype)
+        if not graded:
             return memory
         latent = z.detach().to(self.weight.dtype)
         handle, found = torch.empty(0, device=memory.device, requires_grad=True), []  # type: tuple[Tensor, list[Tensor]]

@@ -6,7 +6,8 @@ Used by the Invertible CVAE of LlaMaVAE (arXiv 2312.13208), and by itself as a d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +148,13 @@ class CouplingFlow(nn.Module):
 
     def _adopt(self, spec: FlowSpec, memory: str) -> None:
         self.spec, self.memory = spec, memory
+        self._stored_dtype: torch.dtype | None = None
         theta, constants, indices = spec.sizes
-        self.theta = nn.Parameter(torch.empty(theta))
-        self.register_buffer("constants", torch.empty(constants))
-        self.register_buffer("indices", torch.empty(indices, dtype=torch.int32))
+        with torch.inference_mode(False):  # whatever surrounds: what is made within it has no gradient for good
+            self.theta = nn.Parameter(torch.empty(theta))
+            self.register_buffer("constants", torch.empty(constants))
+            self.register_buffer("indices", torch.empty(indices, dtype=torch.int32))
+        self.register_load_state_dict_pre_hook(_note_rounding)
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def reset_parameters(self) -> None:
@@ -194,8 +198,19 @@ class CouplingFlow(nn.Module):
         """Every weight and permutation by name, as views that share memory with the flat tensors."""
         return self.params.named()
 
-    def check_permutations(self) -> None:
-        """Raise ValueError unless every stored permutation and its stored inverse undo each other."""
+    @torch.no_grad()
+    def renew_inverses(self) -> None:
+        """The inverse of every soft permutation anew from the permutation, in fp64."""
+        views = self.named_views()
+        for i, stage in enumerate(self.spec.stages):
+            if stage.permutation == "soft":
+                views[f"stages.{i}.inverse"].copy_(torch.linalg.inv(views[f"stages.{i}.matrix"].double()))
+
+    def check_permutations(self, rounded: torch.dtype | None = None) -> None:
+        """Raise ValueError unless every stored permutation and its stored inverse undo each other.
+
+        rounded: dtype that the matrices have been stored in, where that is not the flow's.
+        """
         views = self.named_views()
         for i, stage in enumerate(self.spec.stages):
             if stage.permutation == "hard":
@@ -207,7 +222,8 @@ class CouplingFlow(nn.Module):
                 soft_permutation(matrix.t(), self.spec.dim)
                 # Each is rounded by up to eps / 2 of its entries, which moves their product by eps |matrix| |inverse|; in fp32
                 # an inverse that was also computed in fp32 must pass.
-                allowed = max(2 * torch.finfo(matrix.dtype).eps, 1e-3)
+                coarsest = max(torch.finfo(dtype).eps for dtype in (matrix.dtype, rounded or matrix.dtype))
+                allowed = max(2 * coarsest, 1e-3)
                 a, b = matrix.double(), inverse.double()
                 error = (a @ b - torch.eye(self.spec.dim, dtype=torch.float64, device=a.device)).abs()
                 if not (error <= allowed * (a.abs() @ b.abs())).all():
@@ -302,10 +318,21 @@ class CouplingFlow(nn.Module):
         return f"dim={spec.dim}, stages={len(spec.stages)}, cond_dim={spec.cond_dim}, memory={self.memory!r}"
 
 
+def _note_rounding(flow: CouplingFlow, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Before load_state_dict: the dtype that the stored matrices were rounded to, where the flow's is another."""
+    stored = state.get(prefix + "constants")
+    flow._stored_dtype = stored.dtype if isinstance(stored, Tensor) else None
+
+
 def _check_loaded(flow: CouplingFlow, _: object) -> None:
-    """After load_state_dict; a function of the module, so that a flow can be pickled."""
-    if not flow.theta.is_meta:
-        flow.check_permutations()
+    """After load_state_dict; functions of the module, so that a flow can be pickled."""
+    stored, flow._stored_dtype = flow._stored_dtype, None
+    if flow.theta.is_meta:
+        return
+    flow.check_permutations(stored)
+    held = flow.constants.dtype
+    if stored is not None and stored.is_floating_point and torch.finfo(stored).eps > torch.finfo(held).eps:
+        flow.renew_inverses()  # of matrices that were rounded more coarsely than they are held now
 
 
 def _raw_scale(scale: Tensor, kind: str) -> Tensor:

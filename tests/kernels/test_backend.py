@@ -178,3 +178,44 @@ def test_a_block_of_the_main_thread_and_one_of_another_leave_neither_forced():
     thread.join(60)
     assert seen == {"main": "cuda", "other": "reference", "other, after its block": before}
     assert registry.current() == before
+
+
+def test_blocks_of_coroutines_that_interleave_leave_neither_forced():
+    """They share the main thread and close in the order in which they were opened."""
+    import asyncio
+
+    before, seen = registry.current(), []
+
+    async def one(opened, other):
+        with backend("reference"):
+            opened.set()
+            await other.wait()
+        seen.append(registry.current())
+
+    async def two(opened, other, done):
+        await opened.wait()
+        with backend("cpp"):
+            other.set()
+            await done.wait()
+            seen.append(registry.current())
+
+    async def both():
+        opened, other, done = (asyncio.Event() for _ in range(3))
+        tasks = [asyncio.create_task(one(opened, other)), asyncio.create_task(two(opened, other, done))]
+        await tasks[0]
+        done.set()
+        await tasks[1]
+
+    asyncio.run(both())
+    assert seen == ["cpp", "cpp"] and registry.current() == before
+
+    def generator():
+        with backend("reference"):
+            yield
+
+    first, second = generator(), generator()
+    next(first), next(second)
+    first.close()
+    assert registry.current() == "reference"
+    second.close()
+    assert registry.current() == before

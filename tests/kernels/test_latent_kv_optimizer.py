@@ -56,6 +56,30 @@ def test_create_graph_keeps_numbers_only(inputs):
     assert not any(grad.requires_grad for grad, _, _ in optimizer._held())
 
 
+def test_a_gradient_penalty_is_refused():
+    # The weight's part of d(dz)/dW would be lost: 23845 came out for 44270.
+    _, optimizer, z = make()
+    (dz,) = torch.autograd.grad(optimizer.project(z).square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"gradient of z has no derivative.*latent_kv"):
+        dz.square().sum().backward()
+    # What the memory's own gradient says goes back through the memory once more, and is whole.
+    weight, optimizer, z = make()
+    memory = optimizer.project(z.detach())
+    (seen,) = torch.autograd.grad(memory.pow(3).sum(), memory, create_graph=True)
+    seen.square().sum().backward()
+    copy = weight.detach().clone().requires_grad_()
+    (3 * latent_kv(z.detach(), copy).square()).square().sum().backward()
+    torch.testing.assert_close(optimizer.norm_sq(), copy.grad.square().sum())
+
+
+def test_forward_mode_is_refused_by_name():
+    _, optimizer, z = make()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z.detach(), torch.ones_like(z))
+        with pytest.raises(ValueError, match="project has no forward-mode derivative"):
+            optimizer.project(dual)
+
+
 def test_zero_grad_of_a_module_forgets():
     for to_none in (True, False):
         weight, optimizer, z = make()

@@ -116,3 +116,28 @@ def test_a_flow_built_on_meta(permutation):
     torch.testing.assert_close(empty.inverse(empty(x)[0])[0], x, rtol=1e-4, atol=1e-5)
     empty.load_state_dict(filled.state_dict())
     assert_same(empty, filled)
+
+
+@pytest.mark.parametrize("kind", ["allinone", "glow", "coupling"])
+def test_a_state_that_was_rounded_loads_into_a_finer_flow(kind):
+    torch.manual_seed(0)
+    flow = CouplingFlow(16, 3, 16, kind=kind, permutation="soft")
+    state = {name: x.bfloat16() if x.is_floating_point() else x for name, x in flow.state_dict().items()}
+    finer = CouplingFlow(16, 3, 16, kind=kind, permutation="soft")
+    finer.load_state_dict(state)
+    x = torch.randn(8, 16)
+    z, logdet = finer(x)
+    back, undone = finer.inverse(z)  # the inverse is that of the matrix that was loaded, not the rounded one
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(undone, -logdet, rtol=1e-4, atol=1e-4)
+    state["constants"] = state["constants"].roll(1)
+    with pytest.raises(ValueError, match="stage"):
+        finer.load_state_dict(state)
+
+
+def test_a_flow_that_is_built_in_inference_mode_trains():
+    with torch.inference_mode():
+        flow = CouplingFlow(6, 2, 8)
+    loss = -flow.log_prob(torch.randn(5, 6)).mean()
+    loss.backward()
+    assert flow.theta.grad is not None and not flow.constants.is_inference()
