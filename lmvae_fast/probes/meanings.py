@@ -71,14 +71,24 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         ),
         "knn": Meaning("5 nearest", "0 to 1, higher", "accuracy of a vote of the five nearest sentences"),
         "ari": Meaning("k-means ARI", "0 (chance) to 1, higher", "whether k-means finds the values by itself"),
+        "calinski_harabasz": Meaning(
+            "Calinski-Harabasz", "0 and up, higher", "spread between the values over spread within them"
+        ),
+        "davies_bouldin": Meaning(
+            "Davies-Bouldin", "0 and up, lower", "spread within two values over how far apart they are, at its worst"
+        ),
+        "nmi": Meaning("k-means NMI", "0 to 1, higher", "what k-means' clusters tell of the values"),
         "neighbours alike": Meaning(
             "neighbours alike", "0 to 1, higher", "share of the five nearest that have the same value"
         ),
     },
     "maps": {
-        "trustworthiness": Meaning(
-            "trustworthiness", "0.5 to 1, higher", "whether points near in the picture are near in the latent too"
-        ),
+        f"{method}_trustworthiness": Meaning(
+            f"{title} trustworthiness",
+            "0.5 to 1, higher",
+            "whether points near in the picture are near in the latent too",
+        )
+        for method, title in (("pca", "PCA"), ("tsne", "t-SNE"), ("umap", "UMAP"))
     },
     "neighbourhoods": {
         "kept_neighbours": Meaning(

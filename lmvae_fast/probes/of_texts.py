@@ -19,6 +19,7 @@ from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.probes.encodings import decode
 from lmvae_fast.probes.generation_quality import generation_quality
 from lmvae_fast.probes.geometry import KnownWords, interpolation_smoothness, line
+from lmvae_fast.probes.meanings import meaning
 from lmvae_fast.probes.results import Array, Score
 from lmvae_fast.probes.sections import Context, Section, Table
 
@@ -76,7 +77,10 @@ def generation(context: Context) -> Section:
         seeds=seeds,
     )
     of_data = generation_quality(texts)
-    lines = [(name, found[name].value, of_data[name].value if name in of_data else "") for name in found]
+    lines = [
+        (meaning("generation", name).title, found[name].value, of_data[name].value if name in of_data else "")
+        for name in found
+    ]
     tables = {
         "Draws and data": Table(("figure", "draws from the prior", "sentences of the data"), lines),
         "Draws": Table(("decoded draw from the prior",), [(text,) for text in drawn[:8]]),

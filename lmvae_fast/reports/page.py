@@ -23,7 +23,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 p.lead, .soft { color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 1.4rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: .85rem; }
 table { border-collapse: collapse; width: 100%; background: #fff; font-size: .93rem; margin: .6rem 0 1rem; }
 th, td { text-align: left; padding: .38rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
