@@ -76,9 +76,9 @@ def _gram_config(batch: int, wide: bool, large: bool) -> Config:
     return Config(sizes, _warps(sizes["BLOCK_B"]), num_stages=3, max_registers=_bound(wide, large))
 
 
-def _tile_config(batch: int, nz: int, dropout: bool) -> Config:
-    # A mask is made in registers: of 32 sentences at a time Triton 3.6 would spill two of them.
-    sentences = 16 if dropout else _power(batch, (16, 32))
+def _tile_config(batch: int, nz: int, wide: bool, dropout: bool) -> Config:
+    # A mask is made in registers: beside fp32 operands of 32 sentences Triton 3.6 would spill two of them.
+    sentences = 16 if wide and dropout else _power(batch, (16, 32))
     sizes = {"BLOCK_R": 32, "BLOCK_B": sentences, "BLOCK_K": _power(nz, _DEPTHS)}
     if sizes["BLOCK_K"] == 16:
         sizes["BLOCK_R"] = 64  # or the loads of a block are few beside those of its scalars
@@ -173,6 +173,9 @@ class _Gradients:
     def sizes(self) -> tuple[int, ...]:
         return self.batch, self.nz, self.rows, self.slots, self.dim
 
+    def tile_config(self) -> Config:
+        return _tile_config(self.batch, self.nz, self.operand == tl.float32, self.dropout > 0.0)
+
     def blocks(self, config: Config) -> int:
         return self.groups * triton.cdiv(self.rows, config.constants["BLOCK_R"])
 
@@ -197,7 +200,7 @@ def _dz(a: _Gradients, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _dw(a: _Gradients, dweight=None, dbias=None, norms=None) -> None:
-    config = _tile_config(a.batch, a.nz, a.flags["DROPOUT"])
+    config = a.tile_config()
     parts = a.tile_grid(config)
     if dweight is None and norms is None:
         parts = (*parts[:2], 1)
@@ -228,9 +231,7 @@ def latent_kv_norm(weight, grads, zs, seeds, dropout):
     """The Triton form of lmvae_fast::latent_kv_norm: by Gram matrices up to a batch of nz, else by tiles of dW."""
     a = _Gradients(weight, grads, zs, seeds, dropout)
     if a.batch > a.nz:
-        programs = torch.empty(
-            a.tile_grid(_tile_config(a.batch, a.nz, a.flags["DROPOUT"])), dtype=torch.float32, device=a.device
-        )
+        programs = torch.empty(a.tile_grid(a.tile_config()), dtype=torch.float32, device=a.device)
         _dw(a, norms=programs)
         return programs.sum(dtype=torch.float64).float()
     config = _gram_config(a.batch, a.grad.dtype == torch.float32, _large(a))
@@ -255,7 +256,7 @@ def latent_kv_adamw(
     t, rate = step.double(), lr.double()
     terms = (clip.double(), 1.0 - rate * weight_decay, rate / (1.0 - beta1**t), (1.0 - beta2**t).sqrt())
     hyper = torch.stack([x.reshape(()) for x in terms]).float()
-    config = _tile_config(a.batch, a.nz, a.flags["DROPOUT"])
+    config = a.tile_config()
     launch(
         latent_kv_adamw_kernel, a.tile_grid(config), a.device, config,
         a.grad, a.z, a.streams, weight, exp_avg, exp_avg_sq, hyper, *a.sizes, a.threshold, a.scale,
@@ -311,7 +312,7 @@ def _cases() -> list[CompileCase]:
                 cases.append(case)
 
             wide = operand["OPERAND"] == tl.float32
-            tile, split = _tile_config(batch, nz, dropout), _split_config(batch, nz, wide, False)
+            tile, split = _tile_config(batch, nz, wide, dropout), _split_config(batch, nz, wide, False)
             need = {"NEED_WEIGHT": True, "NEED_BIAS": True, "NEED_NORM": False}
             norm = {"NEED_WEIGHT": False, "NEED_BIAS": False, "NEED_NORM": True}
             add("fwd", latent_kv_fwd_kernel, _forward_config(batch, nz, weight == "fp32"), HAS_BIAS=True)
