@@ -18,7 +18,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from lmvae_fast.errors import LMVAEError, UnsupportedDecoderError
 from lmvae_fast.kernels.latent_attention.visibility import VISIBILITIES, visibility_mask
 from lmvae_fast.models.decoder.decoder import Decoder
-from lmvae_fast.models.decoder.way import takes
+from lmvae_fast.models.decoder.way import cache_argument, takes
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.reference.stepwise import past_entries, token_position
 from lmvae_fast.testing.parts import tiny_tokenizer
@@ -106,7 +106,7 @@ def _ours(decoder: Decoder, ids: Tensor, memory: Tensor | None, visibility: str)
 
 
 def _own(decoder: Decoder, ids: Tensor, memory: Tensor | None, visibility: str, explicit: bool = False) -> Tensor:
-    if not takes(decoder.model, "past_key_values"):
+    if cache_argument(decoder.model) is None:
         return uncached_logits(decoder, ids, memory, visibility)
     if not _caches_what_it_reads(decoder):
         return masked_logits(decoder, ids, memory, visibility)
@@ -135,7 +135,8 @@ class OwnCache:
         if self.explicit:
             position = token_position(self.visibility, self.step, self.slots) + self.decoder.position_offset
             options["position_ids"] = torch.full((len(ids), 1), position)
-        out = self.decoder.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True, **options)
+        options[cache_argument(self.decoder.model)] = cache
+        out = self.decoder.model(input_ids=ids[:, None], use_cache=True, **options)
         new = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in _layers(cache)]
         if self.tokens and self.visibility != "rolling":
             pairs = zip(self.tokens, new, strict=True)
@@ -169,11 +170,12 @@ def _used(decoder: Decoder, gradient: Tensor) -> Tensor:
 @torch.no_grad()
 def _caches_what_it_reads(decoder: Decoder) -> bool:
     """Whether the model's own cache holds the keys and values of its attention, rather than what they are made of (MLA)."""
-    if not takes(decoder.model, "past_key_values"):
+    name = cache_argument(decoder.model)
+    if name is None:
         return False
     cache = DynamicCache()
     with eager(decoder):
-        decoder.model(input_ids=_ids(decoder)[:, :1], past_key_values=cache, use_cache=True)
+        decoder.model(input_ids=_ids(decoder)[:, :1], use_cache=True, **{name: cache})
     found = {(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in _layers(cache)}
     return found == {(decoder.kv_heads, *decoder.widths)}
 

@@ -29,6 +29,7 @@ _HARMLESS = {
     "is_causal",
     "position_embeddings",
     "return_dict",
+    "cache",
     "past_key_values",
     "seq_idx",
     "layer_idx",

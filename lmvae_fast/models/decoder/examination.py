@@ -32,7 +32,7 @@ from lmvae_fast.models.decoder.attention import (
 from lmvae_fast.models.decoder.head import Head, find_head
 from lmvae_fast.models.decoder.obstacles import keyless_layers, obstacle
 from lmvae_fast.models.decoder.position_columns import COLUMNS
-from lmvae_fast.models.decoder.way import Way, takes
+from lmvae_fast.models.decoder.way import Way, cache_argument, takes
 
 logger = logging.getLogger(__name__)
 
@@ -336,7 +336,8 @@ def _check_memory(decoder: Examined, geometry: Geometry, seen: RecordingAttentio
         cache.update(key[..., :keys], value[..., :values], layer)
     switched = decoder.way.attention
     decoder.model.set_attn_implementation("eager")
-    steps = [decoder.model(input_ids=one[None, None], past_key_values=cache, use_cache=True) for one in ids]
+    given = {cache_argument(decoder.model) or "past_key_values": cache, "use_cache": True}
+    steps = [decoder.model(input_ids=one[None, None], **given) for one in ids]
     expected = torch.cat([out.logits[0] for out in steps]).float()
     decoder.model.set_attn_implementation(switched)
     difference = _relative(got, expected)

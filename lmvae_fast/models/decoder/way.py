@@ -63,3 +63,8 @@ def body_of(model: PreTrainedModel) -> nn.Module:
 def takes(module: nn.Module, argument: str) -> bool:
     """Whether a module's forward names this argument."""
     return argument in inspect.signature(module.forward).parameters
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """What a module's forward calls the cache of keys and values (transformers 5.24 renamed it), or None without one."""
+    return next((name for name in ("cache", "past_key_values") if takes(module, name)), None)
