@@ -18,6 +18,7 @@ from lmvae_fast.models.checks import check_labels, check_latents
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.free_running import FreeRunning
+from lmvae_fast.models.frozen_parts import remember
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.latents import Latents, Noise, draw_latents, stream
 from lmvae_fast.models.layer_encoder import LayerEncoder
@@ -77,6 +78,8 @@ class LMVAE(nn.Module):
         parts.check_parts(config, encoder, decoder)
         self.config, self.decoder = config, decoder
         self.encoder: Any = encoder  # an Encoder, or a LayerEncoder
+        for part in (encoder, decoder):
+            remember(part)
         self.beta: float | Tensor = 1.0
         self.free_running = FreeRunning()
         parts.check_sizes(config, encoder, decoder)
