@@ -98,9 +98,8 @@ def record(name: str, part: Any, config: LMVAEConfig, state: Mapping[str, Tensor
         "config": _fields(part.model.config),
         "tokenizer": _reading(part),
     }
-    dense = getattr(part, "dense", None)
-    if dense is not None and f"{name}.dense.0.weight" not in state:
-        found["dense"] = sampled_fingerprint(dict(dense.named_parameters()))
+    if (dense := _of_dense(part)) is not None and f"{name}.dense.0.weight" not in state:
+        found["dense"] = dense
     return found
 
 
@@ -148,16 +147,19 @@ def _difference(
     read_alike = all(getattr(config, field) == getattr(wanted, field) for field in ("add_prefix_space", "start_token"))
     if "tokenizer" in saved and (name != "decoder" or read_alike) and saved["tokenizer"] != _reading(part):
         return "another tokenizer", ""
-    dense = getattr(part, "dense", None)
-    if "dense" in saved and config.pooling == wanted.pooling:  # another pooling may do without them
-        if dense is None or sampled_fingerprint(dict(dense.named_parameters())) != saved["dense"]:
-            return "other dense layers", ""
+    if "dense" in saved and config.pooling == wanted.pooling and saved["dense"] != _of_dense(part):
+        return "other dense layers", ""  # which another pooling may do without
     model = part.model
     held = saved.get("held") or _held(name, config)
     if held != str(next(model.parameters()).dtype).removeprefix("torch."):
         # Other roundings of the same weights have another fingerprint: they are read again as they were held.
         model = _again(name, part, getattr(torch, held)).model
     return None if fingerprint(name, model, state) == saved["sha256"] else ("other weights", "")
+
+
+def _of_dense(part: Any) -> str | None:
+    dense = getattr(part, "dense", None)
+    return None if dense is None else sampled_fingerprint(dict(dense.named_parameters()))
 
 
 def _held(name: str, config: LMVAEConfig) -> str:

@@ -24,7 +24,9 @@ from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
 from lmvae_fast.files import (
     check_contents,
     check_ours,
+    files_inside,
     fsync_file,
+    list_of_files,
     recover_folder,
     replace_folder,
     sha256_file,
@@ -40,6 +42,7 @@ from lmvae_fast.text.tokenizer import SentenceTokenizer, without_state
 CONFIG, WEIGHTS, CARD, FORMAT = "config.json", "model.safetensors", "README.md", "lmvae_fast-1"
 MODEL_TYPE = "lmvae"  # by which transformers' Auto classes know a folder of ours (integrations/hub)
 CONTENTS = (CONFIG, WEIGHTS, CARD, "encoder", "decoder")
+_FILES = "files"  # what lies in the parts' folders: nothing else is replaced
 _FROZEN = "frozen_sha256"  # by part that is not stored: a fingerprint of its frozen weights
 
 _CARD = """---
@@ -120,6 +123,8 @@ def save_model(
             "weights_sha256": sha256_file(temporary / WEIGHTS),
         }
         header |= {_FROZEN: frozen} if frozen else {}
+        within = [name for name in files_inside(temporary) if "/" in name]
+        header |= {_FILES: within} if within else {}
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / CARD).write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
@@ -139,9 +144,21 @@ def check_model_folder(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     recover_folder(folder)
     if folder.is_dir() and holds_model(folder):
-        check_contents(folder, CONTENTS)
+        check_written(folder)
     else:
         check_ours(folder, "model")
+
+
+def check_written(folder: Path, *, beside: bool = False) -> None:
+    """OutputError where a folder with a model of ours holds something else, within its parts' folders too; beside: what lies
+    beside the model's own files and folders may be anything."""
+    files = list_of_files(read_object(folder / CONFIG, error=CheckpointError).get(_FILES))
+    if not beside:
+        check_contents(folder, CONTENTS, files)
+        return
+    for part in (folder / "encoder", folder / "decoder"):
+        within = None if files is None else [name.removeprefix(f"{part.name}/") for name in files]
+        check_contents(part, None, within)
 
 
 @dataclass(frozen=True)
@@ -217,7 +234,8 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
             remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
         )
     digest, frozen = values.pop("weights_sha256", None), values.pop(_FROZEN, {})
-    values.pop("model_type", None)
+    for name in ("model_type", _FILES):
+        values.pop(name, None)
     _check_frozen_entries(frozen, folder / CONFIG)
     try:
         config = LMVAEConfig.from_dict(values)
