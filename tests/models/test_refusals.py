@@ -142,6 +142,19 @@ def test_a_copied_decoder_is_the_examined_one():
     assert copy.deepcopy(model).decode(Z) == model.decode(Z)
 
 
+@pytest.mark.parametrize("part", ["posterior_head", "encoder", "huge"])
+def test_a_posterior_that_is_none_is_an_error(part):
+    model = make_model("gpt2").eval()
+    with torch.no_grad():
+        if part == "encoder":  # of one word, and so of one sentence
+            token = model.encoder.tokenize(["water boils"])[0][0, 1]
+            model.encoder.model.embeddings.word_embeddings.weight[token] = torch.nan
+        else:
+            model.posterior_head.weight[0] = torch.nan if part == "posterior_head" else 3e38
+    with pytest.raises(NumericalError, match=r"posteriors that are NaN or infinite.*sentence [01]"):
+        model.encode(["water boils", "water boils"])
+
+
 WAYS = [
     {}, {"pack_weights": False}, {"do_sample": True, "seed": 0}, {"do_sample": True, "top_k": 3, "seed": 0}, {"num_beams": 2},
     {"logprobs": True},

@@ -67,6 +67,7 @@ class Decoder(nn.Module):
         self.train(False)
         tokenizer.check_ids(self.vocab_size)
         self.head = Head()
+        self._examined = (model, self.body)  # in a tuple: they are no further modules
         found = examine(self)
         self.num_layers, self.num_heads = found.layers, found.heads
         self.kv_heads, self.head_dim, self.windows = found.kv_heads, found.head_dim, found.windows
@@ -76,7 +77,6 @@ class Decoder(nn.Module):
             self.tuning.apply(model)
             if self.head.transform is not None:  # adapters may have been put into what it goes through
                 self.head = replace(self.head, transform=BeforeProduct(model, self.body))
-        self._examined = (model, self.body)  # in a tuple: they are no further modules
 
     @classmethod
     def load(
