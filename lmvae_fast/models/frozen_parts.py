@@ -10,12 +10,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from lmvae_fast.config import LMVAEConfig
+from lmvae_fast.config import DTYPES, LMVAEConfig
 from lmvae_fast.errors import CheckpointError
 from lmvae_fast.files import sampled_fingerprint
 from lmvae_fast.models.decoder.tuning import without_adapters
@@ -29,7 +31,7 @@ _OF_NO_MATTER = {
     "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task", "initializer_range",
     "initializer_factor", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
     "cls_token_id", "decoder_start_token_id", "forced_eos_token_id", "gradient_checkpointing", "model_type",
-    "is_encoder_decoder", "tokenizer_class", "chunk_size_feed_forward",
+    "is_encoder_decoder", "tokenizer_class", "attn_implementation", "experts_implementation", "chunk_size_feed_forward",
 }  # fmt: skip
 
 #: What tokenizers are asked to read, beside a share of their own tokens.
@@ -93,9 +95,10 @@ def record(name: str, part: Any, config: LMVAEConfig, state: Mapping[str, Tensor
     """What a folder says of a part that it names and does not hold."""
     found = {
         "dtype": config.dtype,
-        "held": str(next(part.model.parameters()).dtype).removeprefix("torch."),
+        "held": _dtype(part.model),
         "sha256": fingerprint(name, part.model, state),
         "config": _fields(part.model.config),
+        "transformers": transformers.__version__,
         "tokenizer": _reading(part),
     }
     if (dense := _of_dense(part)) is not None and f"{name}.dense.0.weight" not in state:
@@ -140,7 +143,8 @@ def _difference(
     state: Mapping[str, Tensor],
 ) -> tuple[str, str] | None:
     """What is another (the end of a sentence), and where; None where nothing is."""
-    fields = _unequal(saved.get("config", {}), _fields(part.model.config))
+    other = saved.get("transformers") != transformers.__version__
+    fields = _unequal(saved.get("config", {}), _fields(part.model.config), unset_matters=not other)
     if fields:
         return "another configuration", f": {', '.join(fields[:3])}"
     # These two change how a decoder's tokenizer reads, and may be changed on purpose.
@@ -149,12 +153,21 @@ def _difference(
         return "another tokenizer", ""
     if "dense" in saved and config.pooling == wanted.pooling and saved["dense"] != _of_dense(part):
         return "other dense layers", ""  # which another pooling may do without
-    model = part.model
+    if "tokenizer" not in saved and _of_dense(part) is not None and not Path(part.source or ".").exists():
+        return "other dense layers", ", of which earlier versions read none by a hub name"
+    if fingerprint(name, part.model, state) == saved["sha256"]:
+        return None
     held = saved.get("held") or _held(name, config)
-    if held != str(next(model.parameters()).dtype).removeprefix("torch."):
+    if held in DTYPES and held != _dtype(part.model):
         # Other roundings of the same weights have another fingerprint: they are read again as they were held.
-        model = _again(name, part, getattr(torch, held)).model
-    return None if fingerprint(name, model, state) == saved["sha256"] else ("other weights", "")
+        again = fingerprint(name, _again(name, part, getattr(torch, str(held))).model, state)
+        return None if again == saved["sha256"] else ("other weights", "")
+    return "other weights", ""
+
+
+def _dtype(model: nn.Module) -> str:
+    """The name of the dtype that a model's first weight is held in."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _of_dense(part: Any) -> str | None:
@@ -190,14 +203,15 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: _plain(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _unequal(saved: Any, now: Mapping[str, Any], place: str = "") -> list[str]:
-    """Fields that both have and that differ: versions of transformers have different ones."""
+def _unequal(saved: Any, now: Mapping[str, Any], place: str = "", *, unset_matters: bool) -> list[str]:
+    """Fields that both have and that differ: versions of transformers have different ones, and other values for those that
+    nobody set (``unset_matters``: whether such count)."""
     found = []
     for key in sorted(saved.keys() & now.keys()) if isinstance(saved, dict) else ():
         before, after = saved[key], now[key]
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _unequal(before, after, f"{place}{key}.")
-        elif before != after and (before or after):  # a version's None is another's 0 or empty list
+            found += _unequal(before, after, f"{place}{key}.", unset_matters=unset_matters)
+        elif before != after and (unset_matters or (before is not None and after is not None)):
             found.append(f"{place}{key}={after!r}, and was {before!r}")
     return found
 
@@ -211,7 +225,8 @@ def _reading(part: Any) -> str:
     tokens = [vocabulary[token] for token in ordered[:: max(1, len(ordered) // _TOKENS_READ)]]
     texts = [*_TEXTS, *(str(tokenizer.decode([token])) for token in tokens)]
     if isinstance(own, SentenceTokenizer):
-        read: list[Any] = [own.encode(texts), own.bos_token_id, own.eos_token_id]
+        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        read: list[Any] = [ids, own.bos_token_id, own.eos_token_id]
     else:
         read = [tokenizer(texts)["input_ids"], getattr(part, "stated_tokens", None), getattr(part, "lower", False)]
     digest = hashlib.sha256(json.dumps([sorted(vocabulary.items()), read]).encode())

@@ -44,6 +44,13 @@ MODEL_TYPE = "lmvae"  # by which transformers' Auto classes know a folder of our
 CONTENTS = (CONFIG, WEIGHTS, CARD, "encoder", "decoder")
 _FILES = "files"  # what lies in the parts' folders: nothing else is replaced
 _FROZEN = "frozen_sha256"  # by part that is not stored: a fingerprint of its frozen weights
+HEADER = (
+    "format",
+    "model_type",
+    "weights_sha256",
+    _FROZEN,
+    _FILES,
+)  # what stands beside the configuration's own fields
 
 _CARD = """---
 library_name: lmvae_fast
