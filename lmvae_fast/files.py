@@ -290,8 +290,8 @@ def check_contents(folder: Path, contents: Collection[str] | None, files: Collec
         elif name not in known and (rest or contents is None):
             ours = _OF_PARTS.fullmatch(name.rpartition("/")[2]) if files is None else name in files
             strangers += [] if ours else [name]
-    entries = {path.name for path in folder.iterdir()}
-    strangers += sorted(entries - known) if contents is not None else []  # folders that hold nothing
+    if contents is not None:  # folders that hold nothing
+        strangers += sorted({path.name for path in folder.iterdir()} - known)
     strangers = list(dict.fromkeys(strangers))
     if strangers:
         raise OutputError(

@@ -130,8 +130,7 @@ def save_model(
             "weights_sha256": sha256_file(temporary / WEIGHTS),
         }
         header |= {_FROZEN: frozen} if frozen else {}
-        within = [name for name in files_inside(temporary) if "/" in name]
-        header |= {_FILES: within} if within else {}
+        header[_FILES] = [name for name in files_inside(temporary) if "/" in name]
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / CARD).write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
