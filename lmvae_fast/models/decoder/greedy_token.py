@@ -14,6 +14,8 @@ from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoder.large_pages import LargePages
 
+# Of a row's absolute weights: hidden states would have to be as large for a logit to overflow. Above it logits are made.
+_LARGEST_SUM = 2.0**62
 _prepared: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], GreedyHead, float]] = WeakKeyDictionary()
 
 
@@ -41,8 +43,9 @@ def greedy_tokens(
     """
     if prepare and only_a_product and _pays(head, hidden):
         prepared, largest = _prepared_head(head)
-        # Without logits none can be looked at; but within this bound none overflows. On a CPU asking for it waits for nothing.
-        if float(hidden.abs().amax()) * largest < torch.finfo(hidden.dtype).max / 4 if hidden.numel() else True:
+        if largest < _LARGEST_SUM:
+            if finite is not None:  # there are no logits to look at; below this none overflows
+                finite &= hidden.abs().amax(-1) * largest < torch.finfo(hidden.dtype).max / 4
             return greedy_head(hidden, prepared)
     chunks = hidden.split(at_once) if at_once is not None and len(hidden) > at_once else (hidden,)
     tokens = []
