@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -36,6 +37,12 @@ __all__ = ["TEMPORARY", "sweep", "temporary_beside"]
 MARK, LOCK = ".lmvae_fast.json", ".lmvae_fast.lock"
 GENERATOR = "lmvae_fast-drawing"  # what pages and pictures say of who made them, within their first bytes
 _MARK_FORMAT = "lmvae_fast-output-1"
+#: What is found in saved encoders and decoders, for folders that were written without a list of their files.
+_OF_PARTS = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config|modules|prompts"
+    r"|sentence_\w+_config|config_sentence_transformers|adapter_config|.+\.index)\.json|(vocab|merges)\.txt|README\.md"
+    r"|((pytorch_|adapter_)?model|consolidated)[-\w]*\.(safetensors|bin)|.+\.(model|bpe|tiktoken|jinja|codes)|encoder\.json"
+)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
@@ -210,11 +217,28 @@ def made_as(folder: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = None) -> None:
+def files_inside(folder: Path) -> list[str]:
+    """Names of all files in a folder and in those within it, relative to it, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_folder(path))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def list_of_files(value: Any) -> list[str] | None:
+    """What a record says under ``files``; None where it says nothing, as those of earlier versions."""
+    return value if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
+
+
+def check_ours(
+    folder: Path, *kinds: str, contents: Collection[str] | None = None, replaced: bool | None = None
+) -> None:
     """Before any work: a folder that is not there, is empty, or was made here as one of `kinds`.
 
-    contents: of a folder that is to be replaced as a whole, all names that one of its kind holds. Raises OutputError for any
-    other folder, for a file, and for one that holds something that is not in `contents`.
+    contents: of a folder that is to be replaced as a whole, all names that one of its kind holds. replaced: whether it is, of
+    kinds that hold no other names than their marks list; by default where `contents` is given. Raises OutputError for any
+    other folder, for a file, and for one that holds something that was not written with it.
     """
     check_readable_again(folder)
     recover_folder(folder)
@@ -234,8 +258,8 @@ def check_ours(folder: Path, *kinds: str, contents: Collection[str] | None = Non
             limit=f"an empty folder, or one made as a {' or a '.join(kinds)}",
             remedy="choose another output",
         )
-    if contents is not None:
-        check_contents(folder, contents)
+    if contents is not None or replaced:
+        check_contents(folder, contents, list_of_files(read_object(folder / MARK).get("files")))
 
 
 def check_file_ours(path: Path) -> None:
@@ -251,10 +275,24 @@ def check_file_ours(path: Path) -> None:
         raise OutputError(f"{path} is there and was not made here, and is left alone", remedy="choose another output")
 
 
-def check_contents(folder: Path, contents: Collection[str]) -> None:
-    """OutputError where a folder that is to be replaced holds more than what was written there."""
-    known = {*contents, MARK, LOCK}
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in known)
+def check_contents(folder: Path, contents: Collection[str] | None, files: Collection[str] | None = None) -> None:
+    """OutputError where a folder that is to be replaced holds more than what was written there, within its folders too.
+
+    contents: names of its entries; None for those of `files`. files: what was written, as `files_inside` names it; None where
+    that is not known, and then everything within its folders counts that encoders and decoders are saved with.
+    """
+    known = {*(contents or ()), MARK, LOCK}
+    strangers = []
+    for name in files_inside(folder):
+        first, _, rest = name.partition("/")
+        if contents is not None and first not in known:
+            strangers.append(first)
+        elif name not in known and (rest or contents is None):
+            ours = _OF_PARTS.fullmatch(name.rpartition("/")[2]) if files is None else name in files
+            strangers += [] if ours else [name]
+    if contents is not None:  # folders that hold nothing
+        strangers += sorted({path.name for path in folder.iterdir()} - known)
+    strangers = list(dict.fromkeys(strangers))
     if strangers:
         raise OutputError(
             f"{folder} would be replaced and holds something that was not written with it",
@@ -275,10 +313,11 @@ def claim(folder: Path, kind: str, *also: str) -> None:
         mark(folder, kind)
 
 
-def mark(folder: Path, kind: str) -> None:
-    """Write the mark that says what a folder was made as."""
+def mark(folder: Path, kind: str, *, complete: bool = False) -> None:
+    """Write the mark that says what a folder was made as; of a complete one, which is only ever replaced, all that it holds."""
+    files = {"files": files_inside(folder)} if complete else {}
     with replacing(folder / MARK) as temporary:
-        write_json(temporary, {"format": _MARK_FORMAT, "kind": kind})
+        write_json(temporary, {"format": _MARK_FORMAT, "kind": kind, **files})
 
 
 @contextlib.contextmanager

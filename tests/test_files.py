@@ -67,6 +67,21 @@ def test_a_folder_to_be_replaced_holds_nothing_else(tmp_path):
     assert told.value.value == "thesis.tex"
 
 
+def test_a_folder_to_be_replaced_holds_nothing_else_within_its_folders(tmp_path):
+    out = tmp_path / "out"
+    (out / "part" / "deep").mkdir(parents=True)
+    (out / "part" / "deep" / "odd.name").write_text("x")
+    files.mark(out, "checkpoint", complete=True)
+    files.check_ours(out, "checkpoint", contents=("part",))
+    files.check_ours(out, "checkpoint", replaced=True)
+    (out / "part" / "deep" / "notes.txt").write_text("mine")
+    for options in ({"contents": ("part",)}, {"replaced": True}):
+        with pytest.raises(OutputError, match="would be replaced") as told:
+            files.check_ours(out, "checkpoint", **options)
+        assert told.value.value == "part/deep/notes.txt"
+    files.check_ours(out, "checkpoint")  # one that is written into and not replaced
+
+
 def test_a_drawing_overwrites_only_drawings(tmp_path):
     files.check_file_ours(tmp_path / "new.html")
     (tmp_path / "mine.html").write_text("<html>mine")

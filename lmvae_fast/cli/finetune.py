@@ -87,7 +87,7 @@ def finetune(
     from lmvae_fast.training.run_checks import check_run_folder
 
     check_run_folder(Path(train_config.output_dir))
-    check_ours(Path(train_config.output_dir) / "model", KIND)
+    check_ours(Path(train_config.output_dir) / "model", KIND, replaced=True)
     train_data, held_out = load_pairs(
         values["data"], {**values["model"], "decoder": model_config.decoder}, train_config.seed
     )

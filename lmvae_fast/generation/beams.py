@@ -40,7 +40,8 @@ def search(
     that end while they rank among the first ``num_beams`` are set aside. A latent is done when no extension of its beams
     can surpass the worst of ``num_beams`` sentences set aside. ``prompts``: none, or one per latent.
     ``first_index``: index of the first latent, for messages. ``read_first``: what is read before each sentence, where it is
-    not the start token and its prompt. Raises NumericalError for hidden states that are not finite.
+    not the start token and its prompt. Raises NumericalError for hidden states that are not finite,
+    and logits of which none is the greatest.
     """
     latents, width = injection.batch_size, config.num_beams
     device = decoder.device

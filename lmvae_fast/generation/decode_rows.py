@@ -50,10 +50,10 @@ class Ended:
 
 
 def check_finite(finite: bool, index: int) -> None:
-    """Raises NumericalError for a sentence whose hidden states were NaN or infinite; ``index``: of its latent."""
+    """Raises NumericalError for a sentence whose hidden states or logits were NaN or infinite; ``index``: of its latent."""
     if not finite:
         raise NumericalError(
-            "decoding gave hidden states that are NaN or infinite",
+            "decoding gave hidden states or logits that are NaN or infinite",
             value=f"the sentence of latent {index}",
             limit="finite figures",
             remedy="check that latent (a huge one overflows) and the model's weights; or decode in float32",

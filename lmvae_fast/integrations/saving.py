@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lmvae_fast.errors import OutputError
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.serialization import CONFIG, CONTENTS, holds_model
+from lmvae_fast.models.serialization import CONFIG, CONTENTS, check_written, holds_model
 
 
 def save_beside(model: LMVAE, folder: Path) -> None:
@@ -24,6 +24,8 @@ def save_beside(model: LMVAE, folder: Path) -> None:
         raise OutputError(
             f"{folder} holds files that a model would replace", value=", ".join(taken), remedy="choose another folder"
         )
+    if taken:
+        check_written(folder, beside=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         model.save_pretrained(Path(scratch) / "model")
         for name in sorted(taken, key=CONFIG.__ne__):  # the configuration first: what is not whole has none

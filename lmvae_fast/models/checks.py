@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmvae_fast.errors import LatentError
+from lmvae_fast.errors import LatentError, NumericalError
 
 
 def check_latents(z: Any, width: int, *, finite: bool = True) -> None:
@@ -35,6 +36,21 @@ def check_finite(rows: Tensor, name: str) -> None:
     if not bool(torch.isfinite(rows).all()):
         row = int((~torch.isfinite(rows)).any(1).nonzero()[0])
         raise LatentError(f"{name} contain NaN or Inf", value=f"row {row}", remedy="drop or mend that row")
+
+
+def check_posterior(mu: Tensor, logvar: Tensor, rows: Sequence[int] | None = None) -> None:
+    """Raises NumericalError for a posterior with NaN or Inf, by the row of its sentence (``rows``: of each, where they are
+    numbered otherwise). It waits for the device once."""
+    finite = torch.isfinite(mu).all(1) & torch.isfinite(logvar).all(1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().squeeze(1).tolist()
+        raise NumericalError(
+            "encoding gave posteriors that are NaN or infinite",
+            value=f"sentence {bad[0] if rows is None else rows[bad[0]]}"
+            + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
+            limit="finite figures",
+            remedy="check the weights of encoder and posterior head, or load the model again; or encode in float32",
+        )
 
 
 def check_labels(annotations: Tensor | None, batch: int, labels: int) -> Tensor:

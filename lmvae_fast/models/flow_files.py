@@ -25,6 +25,7 @@ from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError, shown
 from lmvae_fast.files import (
     check_contents,
+    files_inside,
     fingerprint_tensors,
     fsync_file,
     output_errors,
@@ -39,6 +40,7 @@ from lmvae_fast.kernels.coupling_flow import Coupling, FlowSpec, Stage, Subnet
 from lmvae_fast.models.bridge import Bridge
 from lmvae_fast.models.flow import CouplingFlow
 from lmvae_fast.models.lmvae import LMVAE
+from lmvae_fast.models.serialization import check_model_folder
 from lmvae_fast.tensor_files import check_finite, read_headers, read_tensors
 
 CONFIG, WEIGHTS, VECTORS, FORMAT = "config.json", "flow.safetensors", "word_vectors.safetensors", "lmvae_fast-flow-1"
@@ -166,7 +168,11 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and _read_config(folder, None) is None:
         raise OutputError(f"{folder} exists and holds no flow of ours", remedy="choose another folder or empty it")
     if folder.exists():
-        check_contents(folder, (CONFIG, WEIGHTS, VECTORS, "README.md", "vae"))
+        inside = folder / "vae"
+        within = [f"vae/{name}" for name in files_inside(inside)]  # which is a folder of a model, and checked as one
+        check_contents(folder, (CONFIG, WEIGHTS, VECTORS, "README.md", "vae"), within)
+        if inside.is_dir():
+            check_model_folder(inside)
     bridge = model.bridge
     with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

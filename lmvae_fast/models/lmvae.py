@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
 from lmvae_fast.models import inputs, parts
 from lmvae_fast.models.auxiliary import told_apart_loss, words_loss
-from lmvae_fast.models.checks import check_labels, check_latents
+from lmvae_fast.models.checks import check_labels, check_latents, check_posterior
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.free_running import FreeRunning
+from lmvae_fast.models.frozen_parts import remember
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.models.latents import Latents, Noise, draw_latents, stream
 from lmvae_fast.models.layer_encoder import LayerEncoder
@@ -77,6 +78,8 @@ class LMVAE(nn.Module):
         parts.check_parts(config, encoder, decoder)
         self.config, self.decoder = config, decoder
         self.encoder: Any = encoder  # an Encoder, or a LayerEncoder
+        for part in (encoder, decoder):
+            remember(part)
         self.beta: float | Tensor = 1.0
         self.free_running = FreeRunning()
         parts.check_sizes(config, encoder, decoder)
@@ -119,7 +122,8 @@ class LMVAE(nn.Module):
     def encode(self, sentences: Batch | Sequence[Any]) -> Posterior:
         """Posterior of a batch; or of sentences, then without a graph, in evaluation mode and in batches of 64.
 
-        Raises DataError for an empty sentence, and for what :func:`~lmvae_fast.text.tokenizer.tokenize` refuses.
+        Raises DataError for an empty sentence, and for what :func:`~lmvae_fast.text.tokenizer.tokenize` refuses;
+        NumericalError, of sentences, where a posterior is NaN or infinite (a batch's is not looked at: training does that).
         """
         if isinstance(sentences, Batch):
             return self._posterior(sentences)
@@ -129,7 +133,9 @@ class LMVAE(nn.Module):
             for start in range(0, len(tokenized), 64):
                 rows = range(start, min(start + 64, len(tokenized)))
                 found.append(self._posterior(self.make_batch(tokenized, rows).to(self.device)))
-        return Posterior(torch.cat([part.mu for part in found]), torch.cat([part.logvar for part in found]))
+        posterior = Posterior(torch.cat([part.mu for part in found]), torch.cat([part.logvar for part in found]))
+        check_posterior(posterior.mu, posterior.logvar, tokenized.source_rows)
+        return posterior
 
     def _posterior(self, batch: Batch) -> Posterior:
         pooled = batch.pooled

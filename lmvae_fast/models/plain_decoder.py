@@ -159,7 +159,7 @@ class PlainDecoder(nn.Module):
         state = {name: whole(value).cpu() for name, value in model.state_dict().items()}
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
-        check_ours(folder, KIND)
+        check_ours(folder, KIND, replaced=True)
         temporary = temporary_beside(folder.absolute())
         with output_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class PlainDecoder(nn.Module):
                     self.decoder.tuning.write_adapter(model, state, temporary / "adapter", base=self.config.decoder)
                 limits = {name: getattr(self.config, name) for name in LIMITS}
                 (temporary / SETTINGS).write_text(json.dumps(limits, indent=2) + "\n")
-                mark(temporary, KIND)
+                mark(temporary, KIND, complete=True)
                 for file in temporary.rglob("*"):
                     if file.is_file():
                         fsync_file(file)

@@ -6,23 +6,31 @@ sentence-transformers 2 to 5 (`modules.json`, `1_Pooling/config.json`, `2_Dense/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import cached_file
 
 from lmvae_fast.documents import read_json
-from lmvae_fast.errors import CheckpointError
+from lmvae_fast.errors import CheckpointError, LMVAEError
 from lmvae_fast.pretrained import resolve_source
 from lmvae_fast.tensor_files import check_finite, read_tensors
 
 MODULES = "modules.json"
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a repository of the hub
+_QUIET: dict[str, bool] = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 #: Flag of a pooling configuration -> our name of it.
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
@@ -35,7 +43,7 @@ class SentenceModules:
     """What a folder says of its sentence vectors.
 
     Attributes:
-        transformer: folder of the transformer.
+        transformer: folder of the transformer, or its name on the hub.
         pooling: ``mean``, ``cls`` or ``last``. normalize: whether the result is L2-normalised.
         dense: folders of the dense layers in between, in order.
         max_tokens: the most tokens read of a sentence, or None. lower: whether sentences are lowered first.
@@ -50,7 +58,7 @@ class SentenceModules:
 
 
 def read_modules(name: str) -> SentenceModules | None:
-    """What `modules.json` says, in a folder or packaged model; None where there is no such file (or no such folder).
+    """What `modules.json` says, in a folder, a packaged model or a repository of the hub; None where there is no such file.
 
     Raises CheckpointError for a module, a pooling or an order of modules that we cannot honour exactly, by its name.
     """
@@ -58,6 +66,8 @@ def read_modules(name: str) -> SentenceModules | None:
         folder = Path(resolve_source(name))
     except CheckpointError:  # a package that is not installed: loading it says so
         return None
+    of_hub = None if folder.exists() else _of_hub(name)
+    folder = of_hub or folder
     if not (folder / MODULES).is_file():
         return None
     entries = _json(folder / MODULES)
@@ -86,11 +96,36 @@ def read_modules(name: str) -> SentenceModules | None:
             f"{folder} puts a prompt before every sentence, which we do not", value=prompt,
             remedy="set default_prompt_name to null in config_sentence_transformers.json",
         )  # fmt: skip
+    transformer = name if of_hub is not None and paths[0] == folder else str(paths[0])
     return SentenceModules(
-        str(paths[0]), _pooling(paths[1] / "config.json"), kinds[-1] == "Normalize",
+        transformer, _pooling(paths[1] / "config.json"), kinds[-1] == "Normalize",
         tuple(path for path, kind in zip(paths, kinds, strict=True) if kind == "Dense"),
         options.get("max_seq_length"), bool(options.get("do_lower_case", False)),
     )  # fmt: skip
+
+
+def _of_hub(name: str) -> Path | None:
+    """The folder of a repository with modules: in the local cache, or brought there where transformers would bring it."""
+    from huggingface_hub import snapshot_download
+
+    found = None
+    with contextlib.suppress(OSError, ValueError):  # no such repository: loading it says so
+        # From the cache where the hub cannot be asked; None where there is no such file.
+        found = cached_file(name, MODULES, **_QUIET) if _ID.fullmatch(name) else None
+    if found is None:
+        return None
+    folder = Path(found).parent
+    entries = _json(folder / MODULES)
+    names = (
+        [str(entry.get("path", "")) for entry in entries if isinstance(entry, dict)]
+        if isinstance(entries, list)
+        else []
+    )
+    # What stands behind the transformer, and its limits; its weights are loaded by name.
+    wanted = [f"{part}/*" for part in names if part] + ["sentence_*_config.json", "config_sentence_transformers.json"]
+    with contextlib.suppress(OSError, ValueError):  # what is missing in the cache, then, is said when it is read
+        snapshot_download(name, revision=folder.name, allow_patterns=wanted)
+    return folder
 
 
 def own_pooling(name: str) -> dict[str, Any]:
@@ -124,7 +159,10 @@ def load_dense(modules: SentenceModules) -> nn.Sequential | None:
         if name not in _ACTIVATIONS:
             raise CheckpointError(f"{folder}: we do not have its activation", value=name, limit=", ".join(_ACTIVATIONS))
         try:
-            state = {key.removeprefix("linear."): value for key, value in _weights(folder).items()}
+            weights = _weights(folder)
+            if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+                raise TypeError("its weights are no tensors by name")
+            state = {str(key).removeprefix("linear."): value for key, value in weights.items()}
             sizes = (values["out_features"], values["in_features"])
             if not all(value.is_floating_point() for value in state.values()) or tuple(state["weight"].shape) != sizes:
                 raise TypeError(
@@ -133,9 +171,12 @@ def load_dense(modules: SentenceModules) -> nn.Sequential | None:
             linear = nn.Linear(sizes[1], sizes[0], bias=bool(values.get("bias", True)))
             linear.load_state_dict({key: value.float() for key, value in state.items()})
             check_finite(state, folder)
-        except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        except (LMVAEError, MemoryError):
+            raise
+        except Exception as error:  # a damaged or foreign file ends in errors of every kind
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"the dense layer in {folder} cannot be read: {error}", remedy="restore it from a copy"
+                f"the dense layer in {folder} cannot be read: {reason}", remedy="restore it from a copy"
             ) from error
         layers.append(linear)
         if name != "Identity":

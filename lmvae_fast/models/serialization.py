@@ -6,7 +6,6 @@ This file knows a configuration, named tensors and two parts; the model that the
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,25 +24,33 @@ from lmvae_fast.errors import CheckpointError, ConfigError, OutputError
 from lmvae_fast.files import (
     check_contents,
     check_ours,
+    files_inside,
     fsync_file,
+    list_of_files,
     recover_folder,
     replace_folder,
-    sampled_fingerprint,
     sha256_file,
     share_as_folder,
     temporary_beside,
 )
-from lmvae_fast.models.decoder.tuning import without_adapters
+from lmvae_fast.models import frozen_parts
+from lmvae_fast.models.decoder.tuning import into_weights, without_adapters
 from lmvae_fast.models.sharded_tensors import in_pieces, whole
 from lmvae_fast.tensor_files import check_finite, check_floating, read_headers, read_tensors
 from lmvae_fast.text.tokenizer import SentenceTokenizer, without_state
 
-logger = logging.getLogger(__name__)
-
 CONFIG, WEIGHTS, CARD, FORMAT = "config.json", "model.safetensors", "README.md", "lmvae_fast-1"
 MODEL_TYPE = "lmvae"  # by which transformers' Auto classes know a folder of ours (integrations/hub)
 CONTENTS = (CONFIG, WEIGHTS, CARD, "encoder", "decoder")
+_FILES = "files"  # what lies in the parts' folders: nothing else is replaced
 _FROZEN = "frozen_sha256"  # by part that is not stored: a fingerprint of its frozen weights
+HEADER = (
+    "format",
+    "model_type",
+    "weights_sha256",
+    _FROZEN,
+    _FILES,
+)  # what stands beside the configuration's own fields
 
 _CARD = """---
 library_name: lmvae_fast
@@ -79,16 +86,27 @@ def save_model(
         config: of the model.
         trained: what trains, by name.
         parts: ``encoder`` and ``decoder``.
-        include_frozen: store both whole in subfolders; default: those that did not come from a hub name.
+        include_frozen: store both whole in subfolders; default: those that did not come from a hub name, or are no longer
+            what that name stands for (a decoder that an earlier stage trained).
 
     Raises:
-        OutputError: the folder cannot be written, or holds something else.
+        OutputError: the folder cannot be written, or holds something else. ConfigError: ``include_frozen=False`` would lose
+            weights of a part.
     """
-    state = {name: whole(value).cpu().contiguous() for name, value in trained.items()}
     sharded = any(in_pieces(parameter) for part in parts.values() for parameter in part.parameters())
+    if sharded:  # no process has a part whole: what is not as its source has it is stored with what trains
+        trained = {**trained, **_replaced(parts)}
+    state = {name: whole(value).cpu().contiguous() for name, value in trained.items()}
     if sharded and torch.distributed.get_rank() != 0:
         return
     folder = Path(folder)
+    another = {name: not sharded and frozen_parts.changed(name, part, state) for name, part in parts.items()}
+    for name in (name for name, differs in another.items() if differs and include_frozen is False):
+        raise ConfigError(
+            f"the {name} has other weights than the one it is named after, which would be lost",
+            value=f"include_frozen=False with {name}={parts[name].source}",
+            remedy="leave include_frozen unset, which stores it, or set it to True",
+        )
     check_model_folder(folder)
     temporary = temporary_beside(folder.absolute())
     try:
@@ -100,12 +118,11 @@ def save_model(
     try:
         frozen = {}
         for name, part in parts.items():
-            stored = part.source is None or Path(part.source).exists() if include_frozen is None else include_frozen
-            if stored:
+            if another[name] or _stored(part, include_frozen):
                 _store_part(part, temporary / name)
                 config = config.replace(**{name: f"./{name}"})
             elif not sharded:
-                frozen[name] = {"dtype": config.dtype, "sha256": frozen_fingerprint(name, part.model, state)}
+                frozen[name] = frozen_parts.record(name, part, config, state)
         save_file(state, temporary / WEIGHTS, metadata={"format": FORMAT})
         header: dict[str, Any] = {
             "format": FORMAT,
@@ -113,6 +130,7 @@ def save_model(
             "weights_sha256": sha256_file(temporary / WEIGHTS),
         }
         header |= {_FROZEN: frozen} if frozen else {}
+        header[_FILES] = [name for name in files_inside(temporary) if "/" in name]
         (temporary / CONFIG).write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
         (temporary / CARD).write_text(_CARD.format(**config.to_dict()))
         for file in temporary.rglob("*"):
@@ -132,9 +150,21 @@ def check_model_folder(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     recover_folder(folder)
     if folder.is_dir() and holds_model(folder):
-        check_contents(folder, CONTENTS)
+        check_written(folder)
     else:
         check_ours(folder, "model")
+
+
+def check_written(folder: Path, *, beside: bool = False) -> None:
+    """OutputError where a folder with a model of ours holds something else, within its parts' folders too; beside: what lies
+    beside the model's own files and folders may be anything."""
+    files = list_of_files(read_object(folder / CONFIG, error=CheckpointError).get(_FILES))
+    if not beside:
+        check_contents(folder, CONTENTS, files)
+        return
+    for part in (folder / "encoder", folder / "decoder"):
+        within = None if files is None else [name.removeprefix(f"{part.name}/") for name in files]
+        check_contents(part, None, within)
 
 
 @dataclass(frozen=True)
@@ -148,7 +178,7 @@ class StoredModel:
     config: LMVAEConfig
     wanted: LMVAEConfig
     state: dict[str, Tensor]
-    frozen: dict[str, dict[str, str]]
+    frozen: dict[str, dict[str, Any]]
 
     def load_into(self, model: nn.Module, parts: Mapping[str, Any]) -> None:
         """Copy the trained tensors into the model that ``wanted`` describes, and look whether its frozen parts are the saved
@@ -159,38 +189,34 @@ class StoredModel:
         self._check_frozen(parts)
         parameters = dict(model.named_parameters())
         trains = {name for name, value in parameters.items() if value.requires_grad}
-        fields = {"encoder.": ("train_encoder",), "decoder.": ("train_decoder", "decoder_part")}
+        fields = {
+            "encoder.": ("train_encoder",),
+            "decoder.": ("train_decoder", "decoder_part", "lora_rank", "lora_alpha"),
+        }
         changed = tuple(
             part
             for part, names in fields.items()
             if any(getattr(self.config, name) != getattr(self.wanted, name) for name in names)
         )
-        new = {name for name in trains - self.state.keys() if name.startswith(changed or ("\0",))}
-        known = {name for name in self.state if name in parameters}
-        copy_into({name: parameters[name] for name in (trains - new) | known}, self.state)
+        state = self.state
+        if "decoder." in changed:  # adapters may stand beside what was saved without, and the other way round
+            placed = {name.replace(".base_layer.", "."): name for name in parameters}
+            state = {placed.get(name, name): value for name, value in state.items()}
+            if self.config.train_decoder and self.config.decoder_part == "lora":
+                scale = self.config.lora_alpha / self.config.lora_rank
+                state |= into_weights(model, state, parameters, placed, scale)
+                state = {name: value for name, value in state.items() if ".lora_" not in name}
+        new = {name for name in trains - state.keys() if name.startswith(changed or ("\0",))}
+        known = {name for name in state if name in parameters}
+        copy_into({name: parameters[name] for name in (trains - new) | known}, state)
+        for name, part in parts.items():
+            now_frozen = {key for key in known - trains if key.startswith(f"{name}.")}
+            frozen_parts.became_another(part, {key.removeprefix(f"{name}.") for key in now_frozen})
 
     def _check_frozen(self, parts: Mapping[str, Any]) -> None:
         for name, saved in self.frozen.items():
-            if saved["dtype"] != self.wanted.dtype or name not in parts:
-                continue  # other roundings of the same weights have another fingerprint
-            if frozen_fingerprint(name, parts[name].model, self.state) == saved["sha256"]:
-                continue
-            if getattr(self.config, name) != getattr(self.wanted, name):
-                logger.warning("the %s given has other weights than the one this model was trained with", name)
-                continue
-            raise CheckpointError(
-                f"the {name} has other weights than the one this model was trained with",
-                value=getattr(self.wanted, name),
-                limit=f"fingerprint {saved['sha256'][:16]}",
-                remedy=f"restore it; or pass {name}= to take another one on purpose",
-            )
-
-
-def frozen_fingerprint(name: str, model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Fingerprint of what did not train of a part: its weights without those in ``state`` and without adapters."""
-    weights = without_adapters(dict(model.named_parameters()))  # tied ones once
-    trained = {key.replace(".base_layer.", ".") for key in state}
-    return sampled_fingerprint({key: value for key, value in weights.items() if f"{name}.model.{key}" not in trained})
+            if name in parts:
+                frozen_parts.check(saved, name, parts[name], self.config, self.wanted, self.state)
 
 
 def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
@@ -214,7 +240,8 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
             remedy="for a LangVAE checkpoint use lmvae_fast.integrations.langvae.load_checkpoint",
         )
     digest, frozen = values.pop("weights_sha256", None), values.pop(_FROZEN, {})
-    values.pop("model_type", None)
+    for name in ("model_type", _FILES):
+        values.pop(name, None)
     _check_frozen_entries(frozen, folder / CONFIG)
     try:
         config = LMVAEConfig.from_dict(values)
@@ -222,7 +249,17 @@ def read_model(source: str | os.PathLike[str], **overrides: Any) -> StoredModel:
         raise CheckpointError(f"{folder / CONFIG} does not fit this version: {error}") from error
     parts = {name: getattr(config, name) for name in ("encoder", "decoder")}
     config = config.replace(**{n: str((folder / part).resolve()) for n, part in parts.items() if part.startswith("./")})
-    return StoredModel(config, config.replace(**overrides), _read_weights(folder / WEIGHTS, digest), frozen)
+    return StoredModel(
+        config, config.replace(**_of_stage(config, overrides)), _read_weights(folder / WEIGHTS, digest), frozen
+    )
+
+
+def _of_stage(config: LMVAEConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides with what one of these two fields says of the other: a part that is named is to train, and of a frozen decoder
+    no part does."""
+    if overrides.get("decoder_part") is not None and config.stage is None:
+        return {"train_decoder": True, **overrides}
+    return {"decoder_part": "all", **overrides} if overrides.get("train_decoder") is False else overrides
 
 
 @torch.no_grad()
@@ -245,6 +282,20 @@ def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
             )
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
+
+
+def _stored(part: Any, include_frozen: bool | None) -> bool:
+    return part.source is None or Path(part.source).exists() if include_frozen is None else include_frozen
+
+
+def _replaced(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of parts that were copied in from elsewhere, by their names in a model."""
+    return {
+        f"{name}.{key}": value.detach()
+        for name, part in parts.items()
+        for key, value in part.named_parameters()
+        if key.replace(".base_layer.", ".") in frozen_parts.replaced(part)
+    }
 
 
 def _store_part(part: Any, folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.files import fingerprint_tensors
+from lmvae_fast.models.checks import check_posterior
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.modes import evaluating
 from lmvae_fast.models.posterior import Posterior
@@ -95,6 +96,7 @@ def encode(
                 rows = range(start, min(start + batch_size, len(tokenized)))
                 parts.append(model.encode(model.make_batch(tokenized, rows, pooled).to(model.device)))
         mu, logvar = (torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("mu", "logvar"))
+        check_posterior(mu, logvar, tokenized.source_rows)
         return {"mu": mu.float(), "logvar": logvar.float(), "pooled": pooled.float()}
 
     if cache is None:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
+from lmvae_fast.errors import ConfigError
 from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.callbacks import Callback, MetricsLog, ProgressBar, Shown, TensorBoard
 from lmvae_fast.training.records import Progress
@@ -23,6 +26,8 @@ class RunLoop(ABC, Generic[Result]):
         callbacks: that watch it besides the log, TensorBoard and the progress bar.
         watched: whether anybody does: not on any rank but the first.
         shown: figures on the progress bar, of training and of evaluation; default: those of `ProgressBar`.
+
+    Raises ConfigError where gradients are switched off.
     """
 
     model: Any
@@ -37,6 +42,13 @@ class RunLoop(ABC, Generic[Result]):
         watched: bool = True,
         shown: tuple[Shown, Shown] | None = None,
     ) -> None:
+        if not torch.is_grad_enabled():
+            inference = torch.is_inference_mode_enabled()
+            raise ConfigError(
+                "training needs gradients, which are switched off here",
+                value="torch.inference_mode()" if inference else "torch.no_grad()",
+                remedy="train outside of it",
+            )
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.folder = self.output_dir / "checkpoints"

@@ -18,6 +18,7 @@ from lmvae_fast.integrations.hub import (
     encode_columns,
     tokenize_columns,
 )
+from lmvae_fast.integrations.saving import save_beside
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.testing import SENTENCES, make_model
 from lmvae_fast.training.schedule import beta_at
@@ -231,3 +232,16 @@ def test_what_is_refused(loaded):
         PretrainedLMVAEConfig(latent_dim=-3)
     with pytest.raises(ConfigError, match=r"hub\.model\.PretrainedLMVAE.*pass its \.lmvae"):
         PretrainedLMVAE.of(loaded)
+
+
+def test_a_file_of_the_users_within_a_part_is_left_where_it_is(tmp_path):
+    (tmp_path / "trainer_state").mkdir()
+    (tmp_path / "trainer_state" / "of.another").write_text("theirs")
+    model = make_model("gpt2")
+    save_beside(model, tmp_path)
+    save_beside(model, tmp_path)
+    (tmp_path / "decoder" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"not written with it.*notes\.txt"):
+        save_beside(model, tmp_path)
+    assert (tmp_path / "decoder" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "trainer_state" / "of.another").read_text() == "theirs"

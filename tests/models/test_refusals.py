@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 
@@ -120,6 +121,70 @@ def test_attention_that_was_taken_away_is_noticed():
         model(list(SENTENCES[:2]))
     model.decoder.model.set_attn_implementation("lmvae")
     assert torch.isfinite(model(list(SENTENCES[:2])).loss)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("part", ["all", "body"])
+def test_a_model_that_was_put_in_the_place_of_the_examined_one_is_noticed(family, part):
+    model = make_model(family).eval()
+    other = tiny_decoder(family, vocab_size=len(tiny_tokenizer())).eval()
+    if part == "all":
+        model.decoder.model = other
+    else:
+        setattr(model.decoder.model, other.base_model_prefix, other.base_model)
+    for work in (lambda: model(list(SENTENCES[:2])), lambda: model.decode(Z), lambda: model.decode(Z, num_beams=2)):
+        with pytest.raises(UnsupportedDecoderError, match=r"replaced by one that was not examined.*remedy"):
+            work()
+
+
+def test_a_copied_decoder_is_the_examined_one():
+    model = make_model("llama").eval()
+    assert copy.deepcopy(model).decode(Z) == model.decode(Z)
+
+
+@pytest.mark.parametrize("part", ["posterior_head", "encoder", "huge"])
+def test_a_posterior_that_is_none_is_an_error(part):
+    model = make_model("gpt2").eval()
+    with torch.no_grad():
+        if part == "encoder":  # of one word, and so of one sentence
+            token = model.encoder.tokenize(["water boils"])[0][0, 1]
+            model.encoder.model.embeddings.word_embeddings.weight[token] = torch.nan
+        else:
+            model.posterior_head.weight[0] = torch.nan if part == "posterior_head" else 3e38
+    with pytest.raises(NumericalError, match=r"posteriors that are NaN or infinite.*sentence [01]"):
+        model.encode(["water boils", "water boils"])
+
+
+WAYS = [
+    {}, {"pack_weights": False}, {"do_sample": True, "seed": 0}, {"do_sample": True, "top_k": 3, "seed": 0}, {"num_beams": 2},
+    {"logprobs": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(("dtype", "row"), [(torch.float16, 6e4), (torch.float32, 3e38)])
+def test_logits_that_overflow_are_no_text(way, dtype, row):
+    model = make_model("llama", dtype=dtype).eval()
+    with torch.no_grad():
+        model.decoder.model.lm_head.weight[5:] = row  # finite, and its products are not
+        model.decoder.model.model.norm.weight.abs_().add_(1)
+    with pytest.raises(NumericalError, match=r"logits that are NaN or infinite.*latent \d"):
+        model.decode(Z, **way)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_token_that_is_never_said_is_no_fault_but_a_vocabulary_of_such_tokens_is(way):
+    model = make_model("llama").eval()
+    head = model.decoder.model.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)), requires_grad=False)
+    with torch.no_grad():
+        head.bias[7:] = -torch.inf
+    ids = [found.ids for found in lf.generate(model, Z, lf.GenerationConfig(**way))]
+    assert all(token < 7 for row in ids for token in row)
+    with torch.no_grad():
+        head.bias.fill_(-torch.inf)
+    with pytest.raises(NumericalError, match="logits"):
+        model.decode(Z, **way)
 
 
 def test_a_decoder_is_examined_in_float32():

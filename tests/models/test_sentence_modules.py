@@ -112,6 +112,43 @@ def test_dense_layers(tmp_path):
         load_dense(modules)
 
 
+@pytest.mark.parametrize(
+    "content", [b"\x80\x04c__builtin__\neval\n.", b"", b"no weights", [1, 2], {"linear.weight": 3}]
+)
+def test_dense_weights_that_are_none_are_refused(tmp_path, content):
+    """Also a pickle of more than tensors, of which nothing is executed."""
+    config = {"in_features": 4, "out_features": 3, "bias": False, "activation_function": "torch.nn.Identity"}
+    write(tmp_path, [*CHAIN, entry("Dense", "2_Dense")], MEAN | {"2_Dense/config.json": config})
+    file = tmp_path / "2_Dense" / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"2_Dense cannot be read.*remedy"):
+        load_dense(read_modules(str(tmp_path)))
+
+
+def test_modules_of_a_name_in_the_cache_are_those_of_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "hub" / "models--me--st" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("a" * 40)
+    dense = nn.Sequential(nn.Linear(24, 7))
+    part = Encoder(
+        tiny_encoder("bert", vocab_size=len(tiny_tokenizer())), tiny_tokenizer(), pooling="cls", normalize=True, dense=dense,
+        max_tokens=4,
+    )  # fmt: skip
+    part.model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    part.write_modules(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert own_pooling("me/st") == own_pooling(str(folder)) == {"pooling": "cls", "normalize": True}
+    again = Encoder.load("me/st", dtype=torch.float32, pooling="cls", normalize=True)
+    ids, mask = again.tokenize(TEXTS)
+    assert ids.shape[1] == 4 and torch.equal(again(ids, mask), part(ids, mask)) and again.source == "me/st"
+    assert own_pooling("me/another") == {}
+
+
 def test_written_and_read_back(tmp_path):
     encoder = tiny_encoder("bert", vocab_size=len(tiny_tokenizer()))
     dense = nn.Sequential(nn.Linear(24, 10), nn.Tanh(), nn.Linear(10, 7, bias=False))

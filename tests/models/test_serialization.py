@@ -85,3 +85,24 @@ def test_parts_that_are_damaged_or_lack_weights(tmp_path, part):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match=part):
         lf.LMVAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("listed", [True, False])  # as now, and as before folders listed their files
+def test_a_file_of_the_users_within_a_part_keeps_the_folder(tmp_path, listed):
+    model = make_model("gpt2")
+    folder = tmp_path / "m"
+    model.save_pretrained(folder)
+    if not listed:
+        config = json.loads((folder / "config.json").read_text())
+        del config["files"]
+        (folder / "config.json").write_text(json.dumps(config))
+    model.save_pretrained(folder)
+    (folder / "decoder" / "deep").mkdir()
+    for name in ("decoder/notes.txt", "decoder/deep/notes.txt"):
+        (folder / name).write_text("mine")
+        with pytest.raises(OutputError, match="holds something that was not written with it") as told:
+            model.save_pretrained(folder)
+        assert told.value.value == name and (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+    (folder / "decoder" / "deep").rmdir()
+    model.save_pretrained(folder)

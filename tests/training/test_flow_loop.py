@@ -211,6 +211,8 @@ def test_what_is_not_finite_stops_the_run_with_a_good_checkpoint(tmp_path, vae):
 def test_bad_settings(tmp_path, vae):
     with pytest.raises(ConfigError, match="valid=None"):
         run(tmp_path, vae, evaluated=False, early_stop=2)
+    with torch.no_grad(), pytest.raises(ConfigError, match="needs gradients"):
+        run(tmp_path, vae)
     run(tmp_path / "run", vae, StopAt(2))
     with pytest.raises(ConfigError, match="recipe"):
         run(tmp_path / "run", vae, resume=True, learning_rate=0.02)

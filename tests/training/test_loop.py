@@ -260,6 +260,9 @@ def test_bad_arguments(tmp_path):
         run(tmp_path, model=FakeModel().bfloat16())
     with pytest.raises(ConfigError, match="no trainable parameter"):
         run(tmp_path, model=FakeModel().requires_grad_(False))
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(ConfigError, match=rf"needs gradients.*{off.__name__}.*train outside"):
+            run(tmp_path)
     with pytest.raises(DataError):
         train(FakeModel(), [], None, settings(tmp_path))
     with pytest.raises(CheckpointError, match="no checkpoint folder there"):

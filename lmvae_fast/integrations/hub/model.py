@@ -18,7 +18,7 @@ from lmvae_fast.files import recover_folder
 from lmvae_fast.integrations.ours import checked_lmvae
 from lmvae_fast.integrations.saving import save_beside
 from lmvae_fast.models.lmvae import LMVAE
-from lmvae_fast.models.serialization import MODEL_TYPE, download
+from lmvae_fast.models.serialization import HEADER, MODEL_TYPE, download
 from lmvae_fast.text.batch import IGNORED, Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
@@ -44,8 +44,9 @@ class PretrainedLMVAEConfig(PreTrainedConfig):
         ours = {name: fields.pop(name) for name in list(fields) if name in LMVAEConfig.__dataclass_fields__}
         dtype = ours.get("dtype", fields.get("dtype"))
         ours = {**ours, **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})}
-        for name in ("format", "weights_sha256", "frozen_sha256"):
-            fields.pop(name, None)
+        for name in HEADER:
+            if name != "model_type":  # which is transformers' own, too
+                fields.pop(name, None)
         # Checked here, and kept apart: transformers gives some of these names a meaning of its own.
         self.lmvae: dict[str, Any] = LMVAEConfig.from_dict(ours).to_dict()
         super().__init__(**fields)

@@ -219,7 +219,7 @@ def write_folder(contents: LangVAEFolder, folder: str | os.PathLike[str], *, ove
         )
         for name, state in (("encoder.pt", contents.encoder_state), ("decoder.pt", contents.decoder_state)):
             torch.save(state, temporary / name)
-        mark(temporary, KIND)
+        mark(temporary, KIND, complete=True)
         for path in temporary.rglob("*"):
             if path.is_file():
                 share_as_folder(path)

@@ -15,6 +15,7 @@ from lmvae_fast.errors import CheckpointError
 from lmvae_fast.integrations.langvae.files import POOLINGS, LangVAEFolder, read_folder, write_folder
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
+from lmvae_fast.models.frozen_parts import changed
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.projectors import LinearProjector
 from lmvae_fast.pretrained import load_pretrained, resolve_source
@@ -115,6 +116,13 @@ def as_folder(model: LMVAE) -> LangVAEFolder:
                 limit=", ".join(map(str, limit)),
                 remedy="save it with model.save_pretrained",
             )
+    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+        if changed(name, part, {}):
+            raise CheckpointError(
+                f"LangVAE names its parts, and the {name} has other weights than the one it is named after", value=part.source,
+                remedy=f"save it as a folder of its own and load the model with {name}=<that folder>; or use "
+                "model.save_pretrained",
+            )  # fmt: skip
     # AutoModel would give T5's encoder a decoder that wants inputs of its own. (is_encoder_decoder does not tell:
     # T5EncoderModel clears it.)
     network = model.encoder.model

@@ -15,7 +15,7 @@ from lmvae_fast.kernels.latent_attention.visibility import token_position
 from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.examination import examine
-from lmvae_fast.models.decoder.greedy_token import greedy_tokens
+from lmvae_fast.models.decoder.greedy_token import greedy_tokens, speaking
 from lmvae_fast.models.decoder.head import BeforeProduct, Head
 from lmvae_fast.models.decoder.obstacles import obstacle, own_embedding
 from lmvae_fast.models.decoder.tuning import Tuning
@@ -67,6 +67,7 @@ class Decoder(nn.Module):
         self.train(False)
         tokenizer.check_ids(self.vocab_size)
         self.head = Head()
+        self._examined = (model, self.body)  # in a tuple: they are no further modules
         found = examine(self)
         self.num_layers, self.num_heads = found.layers, found.heads
         self.kv_heads, self.head_dim, self.windows = found.kv_heads, found.head_dim, found.windows
@@ -173,16 +174,21 @@ class Decoder(nn.Module):
 
     def step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
         """Logits ``[batch, vocabulary]`` of one token per row over the cache, which then is one step further."""
-        return self.logits(self._step(input_ids, cache, injection))
+        logits = self.logits(self._step(input_ids, cache, injection))
+        cache.finite &= speaking(logits)
+        return logits
 
     def greedy_step(self, input_ids: Tensor, cache: LatentCache, injection: Injection, pack: bool = True) -> Tensor:
         """As `step`, but the token of greatest logit alone, int64 ``[batch]``."""
-        return self.greedy_tokens(self._step(input_ids, cache, injection), pack=pack)
+        return self.greedy_tokens(self._step(input_ids, cache, injection), pack=pack, finite=cache.finite)
 
-    def greedy_tokens(self, hidden: Tensor, *, pack: bool = True, at_once: int | None = None) -> Tensor:
+    def greedy_tokens(
+        self, hidden: Tensor, *, pack: bool = True, at_once: int | None = None, finite: Tensor | None = None
+    ) -> Tensor:
         """The token of greatest logit after every hidden state ``[T, hidden]``: int64 ``[T]``.
 
         pack: whether a bf16 copy of a frozen head may be kept for it. at_once: tokens whose logits may exist at one time.
+        finite: truth values ``[T]`` that become false where no logit is a number that can be the greatest.
         """
         return greedy_tokens(
             hidden,
@@ -192,6 +198,7 @@ class Decoder(nn.Module):
             only_a_product=not self.trains and self.head.softcap is None,
             prepare=pack,
             at_once=at_once,
+            finite=finite,
         )
 
     def _step(self, input_ids: Tensor, cache: LatentCache, injection: Injection) -> Tensor:
@@ -211,7 +218,7 @@ class Decoder(nn.Module):
             return
         finite = torch.isfinite(weight.detach()).all(1)
         if bias is not None:
-            finite &= torch.isfinite(bias.detach())
+            finite &= torch.isfinite(bias.detach()) | torch.isneginf(bias.detach())  # a token that is never said
         if not bool(finite.all()):
             tokens = (~finite).nonzero().squeeze(1).tolist()
             raise NumericalError(
@@ -274,7 +281,13 @@ class Decoder(nn.Module):
 
     def run(self, input_ids: Tensor, position_ids: Tensor, shift: Tensor | None, context: AttentionContext) -> Tensor:
         """Hidden states ``[T, hidden]`` of packed tokens at given positions, their embeddings moved by ``shift``."""
-        way = self.way
+        way, body = self.way, self.body
+        if (self.model, body) != self._examined:
+            raise UnsupportedDecoderError(
+                "the decoder's model has been replaced by one that was not examined: its memory would be ignored",
+                value=type(self.model).__name__,
+                remedy="build a Decoder of it, Decoder(model, tokenizer), or copy its weights into the model that is there",
+            )
         if self._config._attn_implementation != way.attention:
             raise UnsupportedDecoderError(
                 "the decoder's attention has been taken away from lmvae_fast: its memory would be ignored",
@@ -289,10 +302,8 @@ class Decoder(nn.Module):
             embedded = embedded + shift.to(embedded.dtype)
         embedded = embedded.unsqueeze(0)
         if way.plain:
-            out = self.body(
-                inputs_embeds=embedded, position_ids=position_ids.unsqueeze(0), use_cache=False, lmvae=context
-            )
+            out = body(inputs_embeds=embedded, position_ids=position_ids.unsqueeze(0), use_cache=False, lmvae=context)
         else:
-            out = way.call(self.body, embedded, position_ids, context)
+            out = way.call(body, embedded, position_ids, context)
         hidden = out.last_hidden_state.squeeze(0)
         return hidden if self.head.transform is None else self.head.transform(hidden)

@@ -14,7 +14,9 @@ from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoder.large_pages import LargePages
 
-_prepared: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], GreedyHead]] = WeakKeyDictionary()
+# Of a row's absolute weights: hidden states would have to be as large for a logit to overflow. Above it logits are made.
+_LARGEST_SUM = 2.0**62
+_prepared: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], GreedyHead, float]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def greedy_tokens(
     only_a_product: bool,
     prepare: bool = True,
     at_once: int | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:
     """The token of greatest logit after every hidden state ``[T, hidden]``: int64 ``[T]``.
 
@@ -36,13 +39,30 @@ def greedy_tokens(
         only_a_product: whether the head is frozen and its logits are the product with its weight and nothing else.
         prepare: whether a bf16 copy of the head's weight may be made, which is kept while the head lives.
         at_once: tokens whose logits may exist at one time, where logits are made; all by default.
+        finite: truth values ``[T]`` that become false where :func:`speaking` is.
     """
     if prepare and only_a_product and _pays(head, hidden):
-        return greedy_head(hidden, _prepared_head(head))
+        prepared, largest = _prepared_head(head)
+        if largest < _LARGEST_SUM:
+            if finite is not None:  # there are no logits to look at; below this none overflows
+                finite &= hidden.abs().amax(-1) * largest < torch.finfo(hidden.dtype).max / 4
+            return greedy_head(hidden, prepared)
     chunks = hidden.split(at_once) if at_once is not None and len(hidden) > at_once else (hidden,)
-    # torch's argmax of bf16 is slow on a CPU
-    tokens = [sample_token(logits(chunk), greedy=True) for chunk in chunks]
+    tokens = []
+    for chunk, noted in zip(
+        chunks, (None,) * len(chunks) if finite is None else finite.split(len(chunks[0])), strict=True
+    ):
+        made = logits(chunk)
+        if noted is not None:
+            noted &= speaking(made)
+        tokens.append(sample_token(made, greedy=True))  # torch's argmax of bf16 is slow on a CPU
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+
+def speaking(logits: Tensor) -> Tensor:
+    """Whether each row of logits ``[..., vocabulary]`` has a greatest one: false where one is NaN or +inf, and where all are
+    -inf, which some may be (tokens that are never said)."""
+    return torch.isfinite(logits.amax(-1))
 
 
 def _pays(head: nn.Module, hidden: Tensor) -> bool:
@@ -60,11 +80,13 @@ def _pays(head: nn.Module, hidden: Tensor) -> bool:
     )
 
 
-def _prepared_head(module: nn.Module) -> GreedyHead:
+def _prepared_head(module: nn.Module) -> tuple[GreedyHead, float]:
+    """The head, and the greatest sum of a row's absolute weights: no logit is above that times the greatest hidden state."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     state = (weight.data_ptr(), weight._version)
     if module not in _prepared or _prepared[module][0] != state:
         head = pack_head(weight)
-        _prepared[module] = (state, replace(head, panels=LargePages().copy(head.panels)))
-    return _prepared[module][1]
+        largest = float(torch.linalg.vector_norm(weight.detach(), 1, dim=1).amax())
+        _prepared[module] = (state, replace(head, panels=LargePages().copy(head.panels)), largest)
+    return _prepared[module][1:]

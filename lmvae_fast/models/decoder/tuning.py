@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmvae_fast.errors import ConfigError
+from lmvae_fast.errors import CheckpointError, ConfigError
 from lmvae_fast.memory import check_memory
 
 
@@ -95,6 +96,45 @@ def _refuse_quantised(model: PreTrainedModel, part: str) -> None:
 def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's state as it was before adapters were put in: they are dropped, names are the original ones."""
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+
+
+@torch.no_grad()
+def into_weights(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    placed: Mapping[str, str],
+    scale: float,
+) -> dict[str, Tensor]:
+    """The weights, by name, that adapters in ``state`` stand beside, with these added to them.
+
+    module: holds the weights as they were without the adapters, ``parameters`` by name; ``placed``: their names where other
+    adapters stand beside them now, by those without. scale: of the adapters' product.
+    """
+    found = {}
+    for name, down in state.items():
+        place, _, rest = name.partition(".lora_A.")
+        if not rest:
+            continue
+        held = placed.get(f"{place}.weight", f"{place}.weight")
+        up = state.get(f"{place}.lora_B.{rest}")
+        if up is None or held not in parameters or up.shape[1] != down.shape[0]:
+            raise CheckpointError(
+                "the adapters belong to another model",
+                value=name,
+                remedy="restore configuration and weights from one copy",
+            )
+        change = scale * (up.double() @ down.double())
+        owner = module.get_submodule(held.removesuffix(".weight"))
+        change = change.T if type(owner).__name__ == "Conv1D" else change
+        weight = parameters[held]
+        if change.shape != weight.shape:
+            raise CheckpointError(
+                f"the adapter beside {held} has another shape", value=list(change.shape), limit=list(weight.shape),
+                remedy="restore configuration and weights from one copy",
+            )  # fmt: skip
+        found[held] = (weight.double() + change.to(weight.device)).to(weight.dtype)
+    return found
 
 
 def merged(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from lmvae_fast.data.definitions import DefinitionDataset
 from lmvae_fast.data.word_vectors import VectorSource, checked_words
 from lmvae_fast.errors import ConfigError, DataError
 from lmvae_fast.models.bridge import Bridge
+from lmvae_fast.models.checks import check_posterior
 from lmvae_fast.models.flow import CouplingFlow
 from lmvae_fast.models.flow_files import load_flow, save_flow
 from lmvae_fast.models.lmvae import LMVAE
@@ -175,7 +176,9 @@ class InvertibleCVAE(nn.Module):
                 rows = range(start, min(start + 1024, len(sentences)))
                 part = self.vae.encode(self.vae.make_batch(sentences, rows, pooled).to(self.vae.device))
                 found.append((part.mu.cpu(), part.logvar.cpu()))
-        return Posterior(torch.cat([mu for mu, _ in found]), torch.cat([logvar for _, logvar in found]))
+        posterior = Posterior(torch.cat([mu for mu, _ in found]), torch.cat([logvar for _, logvar in found]))
+        check_posterior(posterior.mu, posterior.logvar, sentences.source_rows)
+        return posterior
 
     def codes(self, labels: Sequence[str | None] | None, count: int) -> Tensor | None:
         """One-hot conditions ``[count, labels]`` of a label per row; None of a flow without. DataError for others."""

@@ -104,6 +104,27 @@ def test_parts_without_a_place_are_refused(parts, tmp_path):
         save_checkpoint(model, tmp_path / "saved")
 
 
+def test_parts_that_are_no_longer_what_their_names_say_are_refused(parts, tmp_path):
+    for part in ("encoder", "decoder"):
+        model = build(parts)
+        with torch.no_grad():
+            getattr(model, part).model.get_input_embeddings().weight.mul_(2)
+        with pytest.raises(CheckpointError, match=f"the {part} has other weights.*{part}=<that folder>"):
+            save_checkpoint(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_file_of_the_users_within_a_copied_part_keeps_the_folder(parts, tmp_path):
+    model = build(parts)
+    folder = save_checkpoint(model, tmp_path / "saved")
+    copies = [path for path in folder.iterdir() if path.is_dir()]
+    assert copies
+    (copies[0] / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"not written with it.*notes\.txt"):
+        save_checkpoint(model, folder, overwrite=True)
+    assert (copies[0] / "notes.txt").read_text() == "mine"
+
+
 def test_existing_folder(parts, tmp_path):
     model = build(parts)
     folder = save_checkpoint(model, tmp_path / "saved")
