@@ -168,11 +168,11 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and _read_config(folder, None) is None:
         raise OutputError(f"{folder} exists and holds no flow of ours", remedy="choose another folder or empty it")
     if folder.exists():
-        inside = folder / "vae"
-        within = [f"vae/{name}" for name in files_inside(inside)]  # which is a folder of a model, and checked as one
+        vae = folder / "vae"
+        within = [f"vae/{name}" for name in files_inside(vae)]  # which is a folder of a model, and checked as one
         check_contents(folder, (CONFIG, WEIGHTS, VECTORS, "README.md", "vae"), within)
-        if inside.is_dir():
-            check_model_folder(inside)
+        if vae.is_dir():
+            check_model_folder(vae)
     bridge = model.bridge
     with output_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ class OwnCache:
         if self.explicit:
             position = token_position(self.visibility, self.step, self.slots) + self.decoder.position_offset
             options["position_ids"] = torch.full((len(ids), 1), position)
-        options[cache_argument(self.decoder.model)] = cache
+        options[cache_argument(self.decoder.model) or "past_key_values"] = cache
         out = self.decoder.model(input_ids=ids[:, None], use_cache=True, **options)
         new = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in _layers(cache)]
         if self.tokens and self.visibility != "rolling":
