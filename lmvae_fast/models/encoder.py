@@ -28,7 +28,8 @@ from lmvae_fast.memory import check_memory
 from lmvae_fast.models.sentence_modules import load_dense, read_modules, write_modules
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.batch import Batch
-from lmvae_fast.text.tokenizer import check_size
+from lmvae_fast.text.checks import check_size
+from lmvae_fast.text.special_tokens import SpecialTokens
 
 
 class Encoder(nn.Module):

@@ -13,7 +13,7 @@ from lmvae_fast.errors import DataError
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.layer_encoder import LayerEncoder
-from lmvae_fast.text import collate, prompts, tokenizer
+from lmvae_fast.text import checks, collate, prompts, tokenizer
 from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
@@ -38,7 +38,7 @@ def tokenize(
             group_size=config.group_size,
             **options,
         )
-    tokenizer.refuse_table(examples)
+    checks.refuse_table(examples)
     examples = list(examples)
     if prompts.are_prompts(examples):
         raise DataError(
@@ -87,7 +87,12 @@ def batch_to_score(sentences: TokenizedSentences, rows: Sequence[int], config: A
 
 def beginnings(texts: Sequence[str], config: AnyConfig, decoder: Decoder) -> list[tuple[int, ...]]:
     """What the decoder reads of each prompt before it writes, never nothing: a start token and the prompt; of a model of
-    prompts, the prompt as the tokenizer writes it by itself, cut at the left to ``max_prompt_len``."""
+    prompts, the prompt as the tokenizer writes it by itself, cut at the left to ``max_prompt_len``.
+
+    Raises DataError for a prompt that is no text.
+    """
+    for row, text in enumerate(texts):
+        checks.check_text(text, f"prompt {row}")
     if config.prompted:
         return [tuple(ids) for ids in prompts.prompt_ids(texts, decoder.tokenizer, config.max_prompt_len)]
     return [(decoder.tokenizer.bos_token_id, *ids) for ids in decoder.tokenizer.encode(texts)]

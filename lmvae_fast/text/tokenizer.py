@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmvae_fast.errors import DataError, TokenizerError
 from lmvae_fast.pretrained import load_pretrained
+from lmvae_fast.text.checks import check_size, check_text, refuse_table
+from lmvae_fast.text.special_tokens import SpecialTokens
 
 logger = logging.getLogger(__name__)
-
-#: A tokenizer of fewer tokens knows no words. transformers makes one of a handful where a folder holds none.
-FEWEST = 100
 
 #: Share of unknown tokens in a data set from which there is a warning.
 MOST_UNKNOWN = 0.03
@@ -68,7 +67,9 @@ class SentenceTokenizer:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else pad_token_id
         self.pad_token_id: int = eos if pad is None else pad
         self.unknown_id: int | None = None if tokenizer.unk_token_id == eos else tokenizer.unk_token_id
-        self._special = tuple(token for token in map(str, tokenizer.all_special_tokens) if token)
+        self._texts, self._dialogues = SpecialTokens(tokenizer), SpecialTokens(tokenizer, marks=True)
+        # Of a word, as of nothing a lone begin-of-text may be the end token too.
+        self._writes_end = tokenizer("a")["input_ids"][-1:] == [eos]
 
     @classmethod
     def load(
@@ -109,13 +110,11 @@ class SentenceTokenizer:
 
         A special token that is spelled in a text ("<|endoftext|>", Penn Treebank's "<unk>") is text like any other.
         """
-        if not len(texts):
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._texts.encode(texts, add_special_tokens=False)
 
-    def spells_special(self, text: str) -> bool:
-        """Whether a text spells a special token."""
-        return any(token in text for token in self._special)
+    def spells_special(self, text: str, *, marks: bool = True) -> bool:
+        """Whether a text spells a special token; without ``marks``: one that is not a dialogue's own (:meth:`encode_whole`)."""
+        return (self._texts if marks else self._dialogues).spelled(text)
 
     def cut(self, sentence: list[int], limit: int) -> list[int]:
         """The first ``limit`` ids or a few fewer, so that none is a part of a character."""
@@ -126,10 +125,13 @@ class SentenceTokenizer:
         return kept
 
     def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text as the tokenizer writes them by itself, with a begin-of-text if it has one; an end token
-        that it puts last is left out."""
-        rows = self.tokenizer(list(texts))["input_ids"] if len(texts) else []
-        return [ids[:-1] if ids and ids[-1] == self.eos_token_id else ids for ids in rows]
+        """Token ids of each text as the tokenizer writes them by itself, with a begin-of-text if it has one, without an end
+        token that it puts last.
+
+        Marks that part a dialogue ("<|eot_id|>") are tokens, any other special token that is spelled in a text is text.
+        """
+        rows = self._dialogues.encode(texts, add_special_tokens=True)
+        return [ids[:-1] if self._writes_end and ids[-1:] == [self.eos_token_id] else ids for ids in rows]
 
     @property
     def writes_bos(self) -> bool:
@@ -170,20 +172,6 @@ def _round_trips(tokenizer: PreTrainedTokenizerBase) -> bool:
     text = "It's 3.5 km"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip() == text
-
-
-def check_size(tokenizer: PreTrainedTokenizerBase, vocab_size: int, part: str) -> None:
-    """Raises TokenizerError for a tokenizer that has hardly any of the tokens that the embedding of ``part`` has rows for.
-
-    From a folder without tokenizer files transformers makes one of nothing but special tokens, which knows no word.
-    """
-    if 10 * len(tokenizer) < vocab_size and len(tokenizer) < FEWEST:
-        raise TokenizerError(
-            f"the {part}'s tokenizer is not that of its embedding",
-            value=f"{len(tokenizer)} tokens",
-            limit=f"an embedding of {vocab_size} rows",
-            remedy=f"save the tokenizer beside the {part} (tokenizer.save_pretrained(folder)), or point to its own folder",
-        )
 
 
 @dataclass(frozen=True)
@@ -320,17 +308,6 @@ def tokenize(
     return TokenizedSentences(texts, spelled, ids, torch.stack(features) if features else None, kept, report)
 
 
-def refuse_table(examples: Any) -> None:
-    """Raises DataError for a mapping, a DataFrame or a dataset of columns: iterated, it gives its keys, not its sentences."""
-    if isinstance(examples, Mapping) or hasattr(examples, "columns") or hasattr(examples, "column_names"):
-        raise DataError(
-            "sentences must come one by one, and this is a table or a mapping",
-            value=type(examples).__name__,
-            limit="an iterable of strings or examples",
-            remedy="lf.read(table, column='text') takes DataFrames, datasets and mappings of columns",
-        )
-
-
 def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | None]]:
     """Text and labels of each sentence, given as a string or as an object with ``text`` and ``labels``.
 
@@ -347,14 +324,7 @@ def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | 
                 limit="a string, or an example with text and labels",
                 remedy="SentenceDataset.from_iterable takes mappings",
             )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"row {row} is no text: it holds half a character (a lone surrogate)",
-                value=repr(text[:60]),
-                remedy="mend that row, for instance with text.encode('utf-8', 'ignore').decode()",
-            ) from error
+        check_text(text, f"row {row}")
         rows.append((text, None if isinstance(item, str) else getattr(item, "labels", None)))
     return rows
 

@@ -25,7 +25,8 @@ from lmvae_fast.files import fingerprint_tensors, replacing, sweep, write_tensor
 from lmvae_fast.memory import free_disk
 from lmvae_fast.tensor_files import is_finite
 from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
-from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels, without_state
+from lmvae_fast.text.checks import refuse_table
+from lmvae_fast.text.tokenizer import TokenizedSentences, text_and_labels, without_state
 
 
 def content_key(**parts: Any) -> str:

@@ -7,7 +7,8 @@ import transformers as hf
 
 from lmvae_fast.errors import DataError, TokenizerError
 from lmvae_fast.testing import make_model, tiny_tokenizer
-from lmvae_fast.text.tokenizer import SentenceTokenizer, check_size, text_and_labels, tokenize
+from lmvae_fast.text.checks import check_size
+from lmvae_fast.text.tokenizer import SentenceTokenizer, text_and_labels, tokenize
 
 TOKENIZER = SentenceTokenizer(tiny_tokenizer())
 
