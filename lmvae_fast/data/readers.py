@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
-from lmvae_fast.data.frames import is_table, read_json, read_parquet, table_records
+from lmvae_fast.data.frames import read_json, read_parquet, table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
+from lmvae_fast.data.rows import is_table
 from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError

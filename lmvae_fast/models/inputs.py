@@ -21,7 +21,13 @@ AnyConfig = LMVAEConfig | PlainDecoderConfig
 
 
 def tokenize(
-    examples: Iterable[Any], config: AnyConfig, decoder: Decoder, *, on_long: str, on_empty: str
+    examples: Iterable[Any],
+    config: AnyConfig,
+    decoder: Decoder,
+    encoder: Encoder | LayerEncoder | None = None,
+    *,
+    on_long: str,
+    on_empty: str,
 ) -> TokenizedSentences:
     """Sentences (:func:`~lmvae_fast.text.tokenizer.tokenize`), or prompts with responses
     (:func:`~lmvae_fast.text.prompts.tokenize_prompts`). Raises DataError for what the other kind of model takes."""
@@ -45,7 +51,8 @@ def tokenize(
             "this model takes sentences, not prompts with responses", value=type(examples[0]).__name__,
             remedy="use system='cvae', or give the responses alone",
         )  # fmt: skip
-    return tokenizer.tokenize(examples, decoder.tokenizer, labels=config.annotations, **options)
+    reader = encoder if isinstance(encoder, Encoder) else None
+    return tokenizer.tokenize(examples, decoder.tokenizer, encoder=reader, labels=config.annotations, **options)
 
 
 def make_batch(

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmvae_fast.errors import DataError, TokenizerError
 
-#: A tokenizer of fewer tokens knows no words. transformers makes one of a handful where a folder holds none.
+#: A tokenizer of fewer tokens beside its special ones knows no words: transformers makes one where a folder holds none.
 FEWEST = 100
 
 
@@ -40,11 +40,14 @@ def check_size(tokenizer: PreTrainedTokenizerBase, vocab_size: int, part: str) -
     """Raises TokenizerError for a tokenizer that has hardly any of the tokens that the embedding of ``part`` has rows for.
 
     From a folder without tokenizer files transformers makes one of nothing but special tokens, which knows no word.
+    A T5's has a hundred of them.
     """
-    if 10 * len(tokenizer) < vocab_size and len(tokenizer) < FEWEST:
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    words = len(tokenizer.get_vocab().keys() - added)
+    if 10 * words < vocab_size and words < FEWEST:
         raise TokenizerError(
             f"the {part}'s tokenizer is not that of its embedding",
-            value=f"{len(tokenizer)} tokens",
+            value=f"{words} tokens beside the special ones",
             limit=f"an embedding of {vocab_size} rows",
             remedy=f"save the tokenizer beside the {part} (tokenizer.save_pretrained(folder)), or point to its own folder",
         )

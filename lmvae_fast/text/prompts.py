@@ -71,7 +71,7 @@ def prompts_and_responses(examples: Iterable[Any]) -> list[tuple[str, str]]:
                 f"row {row} is no prompt with a response", value=f"{type(item).__name__} {str(item)[:60]}",
                 limit="a PromptResponse", remedy="PromptDataset.from_iterable takes pairs and mappings",
             )  # fmt: skip
-        for name, text in zip(("prompt", "response"), pair, strict=True):
+        for name, text in (("prompt", pair[0]), ("response", pair[1])):
             check_text(text, f"the {name} of row {row}")
         rows.append((pair[0], pair[1]))
     return rows

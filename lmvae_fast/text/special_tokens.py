@@ -1,4 +1,4 @@
-"""Special tokens that a text spells ("</s>", "[MASK]", Penn Treebank's "<unk>"): text like any other, not what they stand for."""
+"""Special tokens that a text spells ("</s>", "[MASK]", Penn Treebank's "<unk>") are text like any other."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ logger = logging.getLogger(__name__)
 
 #: Share of unknown tokens in a data set from which there is a warning.
 MOST_UNKNOWN = 0.03
+
+
+class TextReader(Protocol):
+    """What an encoder is asked of the sentences that it will read."""
+
+    def spells_special(self, text: str) -> bool: ...
+
+    def unknown_tokens(self, texts: Sequence[str]) -> tuple[int, int]: ...
 
 
 class SentenceTokenizer:
@@ -187,7 +195,7 @@ class TokenizedSentences(Sequence):
         source_rows: row of each sentence in the data it came from.
         report: counts of sentences: ``kept``, ``truncated``, ``dropped`` (too long), ``empty``; and, where there are any,
             ``without_end`` (as long as max_len, so that no end token is predicted), ``special`` (they spell a special token,
-            which is read as text) and ``unknown_tokens``.
+            which is read as text), ``unknown_tokens`` and, of the encoder, ``encoder_unknown_tokens``.
     """
 
     texts: list[str]
@@ -227,6 +235,7 @@ def tokenize(
     *,
     max_len: int,
     vocab_size: int,
+    encoder: TextReader | None = None,
     labels: Sequence[str] = (),
     on_long: str = "truncate",
     on_empty: str = "drop",
@@ -238,6 +247,7 @@ def tokenize(
         tokenizer: of the decoder.
         max_len: the most tokens kept of a sentence.
         vocab_size: rows of the decoder's embedding.
+        encoder: what reads the sentences besides, where its own losses are to be counted.
         labels: the per-word labels that condition the model, in the order of their features; empty for none.
         on_long: ``truncate``, ``drop`` or raise an ``error`` on a sentence of more than max_len tokens.
         on_empty: ``drop`` or raise an ``error`` on a sentence without tokens.
@@ -252,7 +262,7 @@ def tokenize(
     encoded = tokenizer.encode([text for text, _ in rows])
     ids, kept, features = [], [], []
     report = {"kept": 0, "truncated": 0, "dropped": 0, "empty": 0}
-    noticed = {"without_end": 0, "special": 0, "unknown_tokens": 0}
+    noticed = {"without_end": 0, "special": 0, "unknown_tokens": 0, "encoder_unknown_tokens": 0}
     for row, ((text, words), sentence) in enumerate(zip(rows, encoded, strict=True)):
         if not text.strip() or not sentence:
             if on_empty == "error":
@@ -283,27 +293,35 @@ def tokenize(
             sentence = tokenizer.cut(sentence, max_len)
         elif len(sentence) == max_len:
             noticed["without_end"] += 1
-        noticed["special"] += tokenizer.spells_special(text)
+        noticed["special"] += tokenizer.spells_special(text) or (encoder is not None and encoder.spells_special(text))
         if tokenizer.unknown_id is not None:
             noticed["unknown_tokens"] += sentence.count(tokenizer.unknown_id)
         if labels:
             features.append(label_features(words, labels, max_len, row))
         ids.append(sentence)
         kept.append(row)
+    spelled = tokenizer.decode(ids)
+    encoder_tokens = 0
+    if encoder is not None:
+        noticed["encoder_unknown_tokens"], encoder_tokens = encoder.unknown_tokens(spelled)
     report["kept"] = len(ids)
     report |= {name: count for name, count in noticed.items() if count}
     if not ids:
         raise DataError("no sentence is left", value=report, remedy="raise max_len or choose on_long='truncate'")
     if any(count for name, count in report.items() if name != "kept"):
         logger.warning("of %d sentences: %s (max_len %d)", len(rows), report, max_len)
-    tokens = sum(map(len, ids))
-    if noticed["unknown_tokens"] > MOST_UNKNOWN * tokens:
-        logger.warning(
-            "%.0f%% of all tokens are unknown to the decoder's tokenizer: the model will learn little of these sentences; "
-            "take a decoder whose tokenizer knows their words",
-            100 * noticed["unknown_tokens"] / tokens,
-        )
-    spelled = tokenizer.decode(ids)
+    of_parts = {
+        "decoder": (noticed["unknown_tokens"], sum(map(len, ids))),
+        "encoder": (noticed["encoder_unknown_tokens"], encoder_tokens),
+    }
+    for part, (unknown, tokens) in of_parts.items():
+        if unknown > MOST_UNKNOWN * tokens:
+            logger.warning(
+                "%.0f%% of all tokens are unknown to the %s's tokenizer: the model will learn little of these sentences; "
+                "take one whose tokenizer knows their words",
+                100 * unknown / tokens,
+                part,
+            )
     texts = [text.strip() for text in spelled]
     return TokenizedSentences(texts, spelled, ids, torch.stack(features) if features else None, kept, report)
 
@@ -322,7 +340,7 @@ def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | 
                 f"row {row} is no sentence",
                 value=f"{type(item).__name__} {str(item)[:60]}",
                 limit="a string, or an example with text and labels",
-                remedy="SentenceDataset.from_iterable takes mappings",
+                remedy="SentenceDataset.from_iterable takes rows that are mappings with 'text'",
             )
         check_text(text, f"row {row}")
         rows.append((text, None if isinstance(item, str) else getattr(item, "labels", None)))

@@ -142,7 +142,10 @@ def with_mark(end: str = "</s>"):
 
 def test_special_tokens_that_are_spelled_are_text(caplog):
     """All but the mark that a dialogue's reader puts behind every turn."""
-    items = [PromptResponse("the </s> sun<|eot_id|>", " is</s> an <s>[PAD] star</s><|eot_id|>"), PromptResponse("a", " b")]
+    items = [
+        PromptResponse("the </s> sun<|eot_id|>", " is</s> an <s>[PAD] star</s><|eot_id|>"),
+        PromptResponse("a", " b"),
+    ]
     sentences, tokenizer = tokenized(items, with_mark(), vocab_size=321, max_len=60)
     mark = tokenizer.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert sentences.report["special"] == 1 and "special" in caplog.text
