@@ -137,8 +137,8 @@ class SentenceDataset(Sequence[Example]):
             limit: keep at most this many sentences.
 
         Raises:
-            DataError: one string or a table of columns for the rows, a row of another kind, labels that do not match the words, an empty sentence under
-                ``on_empty="error"``, a bad option, or no sentence at all.
+            DataError: a text, a path or a table for the rows, a row of another kind, labels that do not match the words, an
+                empty sentence under ``on_empty="error"``, a bad option, or no sentence at all.
         """
         check_options(on_empty, limit)
         refuse_for_rows(rows, "SentenceDataset.from_iterable")

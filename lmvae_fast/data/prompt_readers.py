@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
+from lmvae_fast.data.delimiters import table_reader
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
 from lmvae_fast.data.prompts import PromptDataset, collect
 from lmvae_fast.documents import parse_json
@@ -72,6 +73,7 @@ def read_prompts(
     label_column: str | int | None = None,
     acts: str | os.PathLike[str] | None = None,
     turn_end: str = TURN_END,
+    delimiter: str | None = None,
     limit: int | None = None,
     on_empty: str = "drop",
 ) -> PromptDataset:
@@ -87,6 +89,7 @@ def read_prompts(
         label_column: tsv, csv: the label, by name or index.
         acts: dailydialog: the file of dialogue acts, a number per utterance, whose lines are those of ``path``.
         turn_end: what every turn of a dialogue ends in.
+        delimiter: tsv, csv: what parts fields; None: a tab or comma, or what parts each of the first lines into equally many.
         limit: stop after this many responses.
         on_empty: ``"drop"`` counts empty responses in the report, ``"error"`` raises at the first.
 
@@ -109,6 +112,8 @@ def read_prompts(
         raise DataError("acts belong to layout='dailydialog'", value=f"layout={layout!r}", remedy="leave them out")
     if label_column is not None and layout not in ("tsv", "csv"):
         raise DataError("label_column belongs to tables", value=f"layout={layout!r}", remedy="leave it out")
+    if delimiter is not None and layout not in ("tsv", "csv"):
+        raise DataError("delimiter belongs to tables", value=f"layout={layout!r}", remedy="leave it out")
     with open_file(path) as file:
         lines = decoded_lines(file, path)
         rows: Iterator[tuple[str, Any]]
@@ -119,7 +124,7 @@ def read_prompts(
         elif layout == "plato":
             rows = _plato_rows(lines, path, turn_end)
         else:
-            rows = _table_rows(lines, path, layout, columns, label_column)
+            rows = _table_rows(lines, path, layout, columns, label_column, delimiter)
         return collect(rows, DataReport(str(path), layout), on_empty, limit)
 
 
@@ -184,13 +189,17 @@ def _json_rows(lines: Iterator[Line], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table_rows(
-    lines: Iterator[Line], path: Path, layout: str, columns: Sequence[str | int], label_column: str | int | None
+    lines: Iterator[Line],
+    path: Path,
+    layout: str,
+    columns: Sequence[str | int],
+    label_column: str | int | None,
+    delimiter: str | None,
 ) -> Iterator[tuple[str, Any]]:
     wanted = [*columns, *([] if label_column is None else [label_column])]
     if len(columns) != 2:
         raise DataError("columns are those of prompt and response", value=list(columns), limit="two names or indices")
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if layout == "tsv" else {"strict": True}
-    table = csv.reader((text + "\n" for _, text in lines), **options)
+    table = table_reader(lines, path, layout, delimiter=delimiter, quoting=layout == "csv")
     names: list[str] | None = None
     try:
         for cells in table:

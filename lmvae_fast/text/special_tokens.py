@@ -10,6 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from lmvae_fast.documents import parse_json
+from lmvae_fast.errors import TokenizerError
+
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 #: What ends a turn in the chat formats of instruction-tuned decoders, some of which end a text in it as well.
@@ -66,7 +69,7 @@ class SpecialTokens:
     def _read_as_text(self) -> Tokenizer:
         """The tokenizer's backend with other names for the special tokens that are read as text; ids are as they were."""
         if self._reader is None:
-            rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            rules = parse_json(self.tokenizer.backend_tokenizer.to_str(), "the tokenizer", error=TokenizerError)
             model = rules["model"]
             for token in rules["added_tokens"]:
                 token["content"] = self._hidden(token["content"])
