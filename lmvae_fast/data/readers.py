@@ -16,7 +16,7 @@ from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check
 from lmvae_fast.data.delimiters import table_reader
 from lmvae_fast.data.frames import read_json, read_parquet, table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
-from lmvae_fast.data.rows import is_table
+from lmvae_fast.data.rows import as_path, is_table
 from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
@@ -89,7 +89,7 @@ def read(
         records = enumerate(table_records(path, named))
         options = (column, label_column, _factor_names(factor_columns))
         return _collected(_record_rows(records, named, *options), DataReport(named, "table"), on_empty, limit, "row")
-    path = Path(path)
+    path = as_path(path, "lf.read", rows="SentenceDataset.from_iterable")
     if format is not None and format not in FORMATS.values():
         raise DataError("unknown file format", value=repr(format), limit=", ".join(dict.fromkeys(FORMATS.values())))
     chosen = format or _format_of(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lmvae_fast.errors import DataError
@@ -33,3 +34,13 @@ def refuse_for_rows(rows: Any, where: str, *, reader: str = "lf.read") -> None:
         raise DataError(
             f"{where} takes rows, and this has none", value=type(rows).__name__, limit="an iterable of rows"
         )
+
+
+def as_path(path: Any, reader: str, *, rows: str) -> Path:
+    """The path; DataError for anything else, with the maker of a dataset from ``rows`` in memory."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise DataError(
+            f"{reader} takes the path of a file, or a table", value=type(path).__name__,
+            limit="a path, a DataFrame, a datasets.Dataset, a mapping of columns", remedy=f"for rows use {rows}",
+        )  # fmt: skip
+    return Path(path)

@@ -33,6 +33,7 @@ def tokenize(
     (:func:`~lmvae_fast.text.prompts.tokenize_prompts`). Raises DataError for what the other kind of model takes."""
     if isinstance(examples, str):
         raise DataError("sentences must come as a list", value=repr(examples[:40]), remedy="wrap it: [text]")
+    checks.refuse_table(examples)
     options: dict[str, Any] = {
         "max_len": config.max_len, "vocab_size": decoder.vocab_size, "on_long": on_long, "on_empty": on_empty
     }  # fmt: skip
@@ -44,7 +45,6 @@ def tokenize(
             group_size=config.group_size,
             **options,
         )
-    checks.refuse_table(examples)
     examples = list(examples)
     if prompts.are_prompts(examples):
         raise DataError(

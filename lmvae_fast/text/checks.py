@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +15,19 @@ FEWEST = 100
 
 
 def refuse_table(examples: Any) -> None:
-    """Raises DataError for a mapping, a DataFrame or a dataset of columns: iterated, it gives its keys, not its sentences."""
+    """Raises DataError for a path and what else has no sentences, and for a mapping, a DataFrame or a dataset of columns:
+    iterated, it gives its keys, not its sentences."""
+    if isinstance(examples, os.PathLike) or not isinstance(examples, Iterable):
+        raise DataError(
+            "sentences must come one by one, and this has none", value=f"{type(examples).__name__} {examples}",
+            limit="an iterable of strings or examples", remedy="lf.read(path) or lf.read_prompts(path) reads a file",
+        )  # fmt: skip
     if isinstance(examples, Mapping) or hasattr(examples, "columns") or hasattr(examples, "column_names"):
         raise DataError(
             "sentences must come one by one, and this is a table or a mapping",
             value=type(examples).__name__,
             limit="an iterable of strings or examples",
-            remedy="lf.read(table, column='text') takes DataFrames, datasets and mappings of columns",
+            remedy="lf.read(table, column='text') or lf.read_prompts(table) takes DataFrames, datasets and mappings of columns",
         )
 
 
