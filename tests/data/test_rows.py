@@ -62,7 +62,7 @@ def test_prompts_are_read_from_tables():
     for options, message in (
         ({"layout": "csv"}, "no layout"),
         ({"columns": (0, 1)}, "names"),
-        ({"columns": ("a", "b")}, "not a"),
+        ({"columns": ("a", "b")}, "no column 'a'"),
     ):
         with pytest.raises(DataError, match=message):
             lf.read_prompts(table, **options)
