@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from lmvae_fast.data.rows import refuse_for_rows
+from lmvae_fast.data.not_rows import refuse_for_rows
 from lmvae_fast.data.stable_random import shuffled
 from lmvae_fast.errors import DataError, OutputError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmvae_fast.data.rows import is_table
+from lmvae_fast.data.not_rows import is_table
 from lmvae_fast.data.tables import TEXT_COLUMNS
 from lmvae_fast.documents import check_regular, parse_json, read_text
 from lmvae_fast.errors import DataError

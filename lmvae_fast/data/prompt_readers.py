@@ -15,8 +15,8 @@ from lmvae_fast.data.dataset import DataReport, check_options, shorten
 from lmvae_fast.data.delimiters import table_reader
 from lmvae_fast.data.frames import table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
+from lmvae_fast.data.not_rows import as_path, is_table
 from lmvae_fast.data.prompts import PromptDataset, collect
-from lmvae_fast.data.rows import as_path, is_table
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
 from lmvae_fast.limits import whole_number

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
-from lmvae_fast.data.rows import refuse_for_rows
+from lmvae_fast.data.not_rows import refuse_for_rows
 from lmvae_fast.data.stable_random import shuffled
 from lmvae_fast.errors import DataError, OutputError
 

@@ -16,7 +16,7 @@ from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check
 from lmvae_fast.data.delimiters import table_reader
 from lmvae_fast.data.frames import read_json, read_parquet, table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
-from lmvae_fast.data.rows import as_path, is_table
+from lmvae_fast.data.not_rows import as_path, is_table
 from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
