@@ -92,7 +92,8 @@ def read_prompts(
         columns: tsv, csv: prompt and response, by name (the first row then names the columns) or index from 0.
         label_column: tsv, csv: the label, by name or index.
         acts: dailydialog: the file of dialogue acts, a number per utterance, whose lines are those of ``path``.
-        turn_end: what every turn of a dialogue ends in.
+        turn_end: what every turn of a dialogue ends in: a chat format's mark or an added special token of the decoder's;
+            one that is its start, end, padding or unknown token is read as text.
         delimiter: tsv, csv: what parts fields; None: a tab or comma, or what parts each of the first lines into equally many.
         limit: stop after this many responses.
         on_empty: ``"drop"`` counts empty responses in the report, ``"error"`` raises at the first.

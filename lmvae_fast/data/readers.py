@@ -270,7 +270,12 @@ def _require(place: str, record: dict[str, Any], *names: Any) -> None:
 
 
 def field_names(
-    path: str | os.PathLike[str], *, format: str | None = None, header: bool | None = None, quoting: bool = True
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    header: bool | None = None,
+    quoting: bool = True,
+    delimiter: str | None = None,
 ) -> list[str]:
     """The columns that a csv or tsv file's header names, or the fields of a jsonl file's first object; [] if there are none.
 
@@ -289,5 +294,7 @@ def field_names(
             return list(record) if isinstance(record, dict) else []
         if chosen not in ("csv", "tsv"):
             return []
-        cells = [cell.strip() for cell in next(table_reader(lines, path, chosen, quoting=quoting), [])]
+        cells = [
+            cell.strip() for cell in next(table_reader(lines, path, chosen, delimiter=delimiter, quoting=quoting), [])
+        ]
     return cells if cells and (header or (header is None and is_header(cells))) else []

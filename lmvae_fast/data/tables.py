@@ -65,7 +65,7 @@ def table_rows(
                     f"{path}: the first row may be the names of columns, or a sentence with what goes with it",
                     value=shorten(repr(cells[0] if len(cells) == 1 else cells)),
                     limit=", ".join(TEXT_COLUMNS),
-                    remedy="say which with header=True or header=False",
+                    remedy="give the column by its name, or say which with header=True or header=False",
                 )
             width = len(cells)
             if header:

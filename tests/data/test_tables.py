@@ -133,3 +133,11 @@ def test_a_damaged_line_behind_the_limit_is_not_looked_at(tmp_path):
     assert lf.read(path, limit=1).texts == ["a cat"]
     with pytest.raises(DataError, match="line 3"):
         lf.read(path)
+
+
+def test_definitions_with_another_delimiter(tmp_path):
+    path = write(tmp_path, "a.csv", "cat;an animal, small\ndog;an animal, large\n")
+    with pytest.raises(DataError, match="delimiter="):
+        lf.read_definitions(path, word_column=0, gloss_column=1)
+    found = lf.read_definitions(path, word_column=0, gloss_column=1, header=False, delimiter=";")
+    assert [pair.gloss for pair in found] == ["an animal, small", "an animal, large"]
