@@ -56,7 +56,8 @@ def check_regular(path: str | os.PathLike[str], *, error: type[LMVAEError] = Dat
 def read_text(path: str | os.PathLike[str], *, error: type[LMVAEError] = DataError, most: str = "document") -> str:
     """The text of an ordinary UTF-8 file, without a byte-order mark.
 
-    most: name of the limit on its size. Raises ``error`` for a file that is missing, no ordinary one, too large, or no UTF-8.
+    most: name of the limit on its size. Raises ``error`` for a file that is missing, no ordinary one, too large, no UTF-8, or
+    with a byte 0, which UTF-16 is full of.
     """
     path = check_regular(path, error=error)
     try:
@@ -66,6 +67,19 @@ def read_text(path: str | os.PathLike[str], *, error: type[LMVAEError] = DataErr
         raise error(f"cannot read {path}: {problem}", remedy="check its permissions") from problem
     if len(content) > limit(most):
         raise refuse(most, f"{path} is too large", f"over {limit(most)} bytes", error=error)
+    if b"\0" in content:
+        form = (
+            "utf-16"
+            if content[:2] in (b"\xff\xfe", b"\xfe\xff")
+            else "utf-16le"
+            if content.index(0) % 2
+            else "utf-16be"
+        )
+        raise error(
+            f"{path}: there is a byte 0, which text does not have: it is UTF-16, or no text",
+            value=f"byte 0 at byte {content.index(0)}",
+            remedy=f"for UTF-16 convert the file, for example with: iconv -f {form} -t utf-8",
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:

@@ -197,3 +197,14 @@ def test_nothing_else_reads_json_or_yaml():
         if re.search(r"json\.loads?\(|yaml\.(safe_)?load", path.read_text())
     }
     assert found == own
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path, encoding):
+    path = tmp_path / "x.json"
+    path.write_bytes('["a cat"]'.encode(encoding))
+    with pytest.raises(ConfigError, match=f"iconv -f {encoding.replace('16-', '16')} -t utf-8"):
+        read_json(path, error=ConfigError)
+    path.write_bytes(b'["a\\0cat", "\0"]')
+    with pytest.raises(DataError, match="byte 0"):
+        read_text(path)

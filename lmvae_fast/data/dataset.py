@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from lmvae_fast.data.not_rows import refuse_for_rows
 from lmvae_fast.data.stable_random import shuffled
 from lmvae_fast.errors import DataError, OutputError
 
@@ -111,6 +112,7 @@ class SentenceDataset(Sequence[Example]):
         factors: Sequence[dict[str, str] | None] | None = None,
         report: DataReport | None = None,
     ):
+        refuse_for_rows(texts, "SentenceDataset")
         for name, column in (("labels", labels), ("factors", factors)):
             if column is not None and len(column) != len(texts):
                 raise DataError(f"{name} and texts differ in length", value=len(column), limit=len(texts))
@@ -135,10 +137,11 @@ class SentenceDataset(Sequence[Example]):
             limit: keep at most this many sentences.
 
         Raises:
-            DataError: a row of another kind, labels that do not match the words, an empty sentence under
-                ``on_empty="error"``, a bad option, or no sentence at all.
+            DataError: a text, a path or a table for the rows, a row of another kind, labels that do not match the words, an
+                empty sentence under ``on_empty="error"``, a bad option, or no sentence at all.
         """
         check_options(on_empty, limit)
+        refuse_for_rows(rows, "SentenceDataset.from_iterable")
         report = DataReport("iterable")
         columns = _Columns()
         for number, row in enumerate(rows):
@@ -260,11 +263,9 @@ class SentenceDataset(Sequence[Example]):
         report.kept = len(kept)
         if not kept:
             raise DataError(
-                "no sentence has the length asked for",
-                value=str(report),
-                limit=f"{min_words} to {max_words or 'any number of'} words",
-                remedy="widen the limits",
-            )
+                "no sentence has the length asked for", value=str(report),
+                limit=f"{min_words} to {max_words or 'any number of'} words", remedy="widen the limits",
+            )  # fmt: skip
         part = self.select(kept)
         part.report = report
         return part

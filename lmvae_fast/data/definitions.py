@@ -227,6 +227,7 @@ def read_definitions(
     format: str | None = None,
     header: bool | None = None,
     quoting: bool = True,
+    delimiter: str | None = None,
     limit: int | None = None,
     on_empty: str = "error",
 ) -> DefinitionDataset:
@@ -237,7 +238,7 @@ def read_definitions(
             and ``gloss`` (and ``word``, ``pos`` in its complete files). All but .json also with .gz.
         word_column, gloss_column, pos_column: names, or indices from 0 (csv/tsv). Default: the first of ``word``,
             ``lemma``, ``term``, ``definiendum``; of ``definition``, ``gloss``, ``definiens``; ``pos`` where present.
-        format, header, quoting: as of :func:`lmvae_fast.read`.
+        format, header, quoting, delimiter: as of :func:`lmvae_fast.read`.
         limit: stop after this many pairs.
         on_empty: an empty word or gloss: ``"error"`` raises, ``"drop"`` counts it in the report.
 
@@ -252,7 +253,7 @@ def read_definitions(
     check_options(on_empty, limit)
     if path.suffix.lower() == ".json" and format in (None, "codwoe"):
         return _read_codwoe(path, word_column, gloss_column, pos_column, limit, on_empty)
-    names = field_names(path, format=format, header=header, quoting=quoting)
+    names = field_names(path, format=format, header=header, quoting=quoting, delimiter=delimiter)
     word = _column("word", word_column, names, WORD_COLUMNS, path)
     gloss = _column("gloss", gloss_column, names, GLOSS_COLUMNS, path)
     pos = pos_column if pos_column is not None else next((name for name in POS_COLUMNS if name in names), None)
@@ -260,7 +261,14 @@ def read_definitions(
     report = DataReport(str(path), format)
     kept: list[Definition] = []
     rows = read(
-        path, format=format, column=gloss, factor_columns=factors, header=header, quoting=quoting, on_empty="drop"
+        path,
+        format=format,
+        column=gloss,
+        factor_columns=factors,
+        header=header,
+        quoting=quoting,
+        delimiter=delimiter,
+        on_empty="drop",
     )
     report.format = rows.report.format
     # The reader has left empty glosses out; it names their lines.

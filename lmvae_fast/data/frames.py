@@ -6,15 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmvae_fast.data.not_rows import is_table
 from lmvae_fast.data.tables import TEXT_COLUMNS
 from lmvae_fast.documents import check_regular, parse_json, read_text
 from lmvae_fast.errors import DataError
 from lmvae_fast.optional import require
-
-
-def is_table(value: Any) -> bool:
-    """Whether a value is a table of named columns: a mapping of columns, a DataFrame, or a ``datasets.Dataset``."""
-    return isinstance(value, Mapping) or hasattr(value, "columns") or hasattr(value, "column_names")
 
 
 def table_columns(table: Any) -> dict[str, Sequence[Any]]:

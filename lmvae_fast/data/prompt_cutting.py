@@ -51,6 +51,7 @@ def cut_texts(
             raise DataError(f"{name} is out of range", value=value, limit="an integer >= 1")
     report = DataReport("texts", "cut by tokens")
     special = set(tokenizer.all_special_ids)
+    written = sum(token in special for token in tokenizer("a")["input_ids"])
     kept: list[PromptResponse] = []
     for row, item in enumerate(texts):
         text, label = (item, None) if isinstance(item, str) else item
@@ -58,6 +59,9 @@ def cut_texts(
         ids = tokenizer(text)["input_ids"][: prompt_tokens + response_tokens]
         if len(ids) < max(prompt_tokens + response_tokens // 10, prompt_tokens + 1):
             report.drop("too short", f"row {row}")
+            continue
+        if sum(token in special for token in ids) > written:  # of which a text that is read back would be without
+            report.drop("spells a special token", f"row {row}")
             continue
         prompt = _readable(ids[:prompt_tokens], tokenizer, special)
         whole = _readable(ids, tokenizer, special)

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
+from lmvae_fast.data.delimiters import table_reader
+from lmvae_fast.data.frames import table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
+from lmvae_fast.data.not_rows import as_path, is_table
 from lmvae_fast.data.prompts import PromptDataset, collect
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
 from lmvae_fast.limits import whole_number
 
 LAYOUTS = ("jsonl", "tsv", "csv", "dailydialog", "plato")
+COLUMNS = ("prompt", "response")
 TEXT_LAYOUTS = ("yelp", "agnews")
 TURN_END = "<|eot_id|>"
 _TURN = "__eou__"
@@ -65,20 +69,22 @@ def without_token_spaces(text: str) -> str:
 
 
 def read_prompts(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Any,
     *,
     layout: str | None = None,
-    columns: Sequence[str | int] = ("prompt", "response"),
+    columns: Sequence[str | int] = COLUMNS,
     label_column: str | int | None = None,
     acts: str | os.PathLike[str] | None = None,
     turn_end: str = TURN_END,
+    delimiter: str | None = None,
     limit: int | None = None,
     on_empty: str = "drop",
 ) -> PromptDataset:
     """Read a file of prompts with responses.
 
     Args:
-        path: the file; a name ending in ``.gz`` is decompressed on the way.
+        path: the file; a name ending in ``.gz`` is decompressed on the way. Or a table in memory, read like jsonl records: a
+            DataFrame, a ``datasets.Dataset``, a mapping of columns.
         layout: ``"jsonl"``: an object a line with ``prompt``, and ``response`` or ``responses``, and perhaps ``label`` or
             ``labels``; ``"tsv"`` or ``"csv"``: a pair a row; ``"dailydialog"``: a dialogue a line, every utterance ending
             in ``__eou__``: each utterance after the first answers all before it; ``"plato"``: the turns of a prompt
@@ -86,7 +92,9 @@ def read_prompts(
         columns: tsv, csv: prompt and response, by name (the first row then names the columns) or index from 0.
         label_column: tsv, csv: the label, by name or index.
         acts: dailydialog: the file of dialogue acts, a number per utterance, whose lines are those of ``path``.
-        turn_end: what every turn of a dialogue ends in.
+        turn_end: what every turn of a dialogue ends in: a chat format's mark or an added special token of the decoder's;
+            one that is its start, end, padding or unknown token is read as text.
+        delimiter: tsv, csv: what parts fields; None: a tab or comma, or what parts each of the first lines into equally many.
         limit: stop after this many responses.
         on_empty: ``"drop"`` counts empty responses in the report, ``"error"`` raises at the first.
 
@@ -97,8 +105,10 @@ def read_prompts(
         DataError: the file cannot be read or is malformed (naming the line); labels and texts differ in number; a column
             does not exist; an option contradicts the layout.
     """
-    path = Path(path)
     check_options(on_empty, limit)
+    if is_table(path):
+        return _read_table(path, layout, columns, label_column, on_empty, limit)
+    path = as_path(path, "lf.read_prompts", rows="PromptDataset.from_iterable")
     layout = layout or {".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".csv": "csv"}.get(_ending(path))
     if layout not in LAYOUTS:
         raise DataError(
@@ -109,6 +119,8 @@ def read_prompts(
         raise DataError("acts belong to layout='dailydialog'", value=f"layout={layout!r}", remedy="leave them out")
     if label_column is not None and layout not in ("tsv", "csv"):
         raise DataError("label_column belongs to tables", value=f"layout={layout!r}", remedy="leave it out")
+    if delimiter is not None and layout not in ("tsv", "csv"):
+        raise DataError("delimiter belongs to tables", value=f"layout={layout!r}", remedy="leave it out")
     with open_file(path) as file:
         lines = decoded_lines(file, path)
         rows: Iterator[tuple[str, Any]]
@@ -119,7 +131,7 @@ def read_prompts(
         elif layout == "plato":
             rows = _plato_rows(lines, path, turn_end)
         else:
-            rows = _table_rows(lines, path, layout, columns, label_column)
+            rows = _table_rows(lines, path, layout, columns, label_column, delimiter)
         return collect(rows, DataReport(str(path), layout), on_empty, limit)
 
 
@@ -140,7 +152,7 @@ def read_texts(
     Raises:
         DataError: the file cannot be read or is malformed (naming the line); a label without a text; an unknown option.
     """
-    path = Path(path)
+    path = as_path(path, "read_texts", rows="cut_texts")
     if layout not in TEXT_LAYOUTS:
         raise DataError("unknown layout of texts", value=repr(layout), limit=", ".join(TEXT_LAYOUTS))
     if parity not in (None, "even", "odd"):
@@ -160,6 +172,42 @@ def read_texts(
     if not found:
         raise DataError(f"{path} holds no text", limit="at least one", remedy="check the file and its layout")
     return found
+
+
+def _read_table(
+    table: Any,
+    layout: str | None,
+    columns: Sequence[str | int],
+    label_column: str | int | None,
+    on_empty: str,
+    limit: int | None,
+) -> PromptDataset:
+    """The dataset of a table in memory, whose columns go by their names."""
+    named = f"the {type(table).__name__}"
+    if (
+        layout is not None
+        or len(columns) != 2
+        or not all(isinstance(name, (str, type(None))) for name in (*columns, label_column))
+    ):
+        raise DataError(
+            f"{named} has no layout, and its columns go by their names", value=f"{layout}, {columns}, {label_column}",
+            remedy="leave layout out, and give names",
+        )  # fmt: skip
+    wanted = {"prompt": columns[0], "response": columns[-1], "label": label_column or "label"}
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for number, record in enumerate(table_records(table, named)):
+            given = [*(columns if tuple(columns) != COLUMNS else ()), *([] if label_column is None else [label_column])]
+            if missing := [name for name in given if name not in record]:
+                raise DataError(
+                    f"{named}: there is no column {', '.join(map(repr, missing))}", limit=", ".join(map(repr, record)),
+                    remedy="name the columns of prompt and response",
+                )  # fmt: skip
+            own = {name: record[column] for name, column in wanted.items() if column in record}
+            row = own if "responses" not in record or "response" in own else record
+            yield f"{named}, row {number}", {**row, "label": row.get("label") or None} if "label" in row else row
+
+    return collect(rows(), DataReport(named, "table"), on_empty, limit)
 
 
 def _ending(path: Path) -> str:
@@ -184,13 +232,17 @@ def _json_rows(lines: Iterator[Line], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table_rows(
-    lines: Iterator[Line], path: Path, layout: str, columns: Sequence[str | int], label_column: str | int | None
+    lines: Iterator[Line],
+    path: Path,
+    layout: str,
+    columns: Sequence[str | int],
+    label_column: str | int | None,
+    delimiter: str | None,
 ) -> Iterator[tuple[str, Any]]:
     wanted = [*columns, *([] if label_column is None else [label_column])]
     if len(columns) != 2:
         raise DataError("columns are those of prompt and response", value=list(columns), limit="two names or indices")
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if layout == "tsv" else {"strict": True}
-    table = csv.reader((text + "\n" for _, text in lines), **options)
+    table = table_reader(lines, path, layout, delimiter=delimiter, quoting=layout == "csv")
     names: list[str] | None = None
     try:
         for cells in table:

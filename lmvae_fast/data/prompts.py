@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
+from lmvae_fast.data.not_rows import refuse_for_rows
 from lmvae_fast.data.stable_random import shuffled
 from lmvae_fast.errors import DataError, OutputError
 
@@ -56,6 +57,7 @@ class PromptDataset(Sequence[PromptResponse]):
     """
 
     def __init__(self, rows: Iterable[PromptResponse], report: DataReport | None = None):
+        refuse_for_rows(rows, "PromptDataset", reader="lf.read_prompts")
         places: dict[str, int] = {}
         self.prompt_rows: list[int] = []
         self.responses: list[str] = []
@@ -82,6 +84,7 @@ class PromptDataset(Sequence[PromptResponse]):
             DataError: a row of another kind, labels and responses of different number, an empty response under
                 ``on_empty="error"``, a bad option, or no response at all.
         """
+        refuse_for_rows(rows, "PromptDataset.from_iterable", reader="lf.read_prompts")
         places = ((f"row {number}", row) for number, row in enumerate(rows))
         return collect(places, DataReport("iterable"), on_empty, limit)
 

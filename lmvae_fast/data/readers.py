@@ -5,7 +5,6 @@ Files are read line by line (gzip too), so memory holds the sentences and nothin
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, _Columns, check_options, shorten
-from lmvae_fast.data.frames import is_table, read_json, read_parquet, table_records
+from lmvae_fast.data.delimiters import table_reader
+from lmvae_fast.data.frames import read_json, read_parquet, table_records
 from lmvae_fast.data.lines import Line, decoded_lines, open_file
+from lmvae_fast.data.not_rows import as_path, is_table
 from lmvae_fast.data.tables import TEXT_COLUMNS, is_header, table_rows
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
@@ -46,6 +47,7 @@ def read(
     factor_columns: Sequence[str | int] | Mapping[str, str | int] = (),
     header: bool | None = None,
     quoting: bool = True,
+    delimiter: str | None = None,
     limit: int | None = None,
     on_empty: str = "drop",
 ) -> SentenceDataset:
@@ -66,8 +68,11 @@ def read(
         factor_columns: columns or fields to keep as factors: names, indices, or a mapping from factor name to either.
             Default for jsonl: the object ``factors`` where present.
         header: csv/tsv: whether the first row names the columns. None decides: it does when a column is asked for by
-            name, or when its cells are distinct single words that start with a letter.
+            name, or when its cells are distinct single words that start with a letter and are known to be names
+            (``text``, ``id``, ``label`` ..); where they may be sentences as well, it asks.
         quoting: csv/tsv: honour double quotes around fields (RFC 4180); False takes them as plain characters.
+        delimiter: csv/tsv: what parts fields. None: a comma or tab, or what parts each of the first lines into equally many
+            (``;``, ``|`` too).
         limit: stop after this many sentences; nothing after them is read or checked.
         on_empty: ``"drop"`` counts empty sentences in the report, ``"error"`` raises at the first.
 
@@ -84,7 +89,7 @@ def read(
         records = enumerate(table_records(path, named))
         options = (column, label_column, _factor_names(factor_columns))
         return _collected(_record_rows(records, named, *options), DataReport(named, "table"), on_empty, limit, "row")
-    path = Path(path)
+    path = as_path(path, "lf.read", rows="SentenceDataset.from_iterable")
     if format is not None and format not in FORMATS.values():
         raise DataError("unknown file format", value=repr(format), limit=", ".join(dict.fromkeys(FORMATS.values())))
     chosen = format or _format_of(path)
@@ -94,6 +99,8 @@ def read(
             value=f"column={column!r}, label_column={label_column!r}, factor_columns={factor_columns!r}",
             remedy="give format='csv', 'tsv' or 'jsonl'",
         )
+    if delimiter is not None and chosen not in ("csv", "tsv"):
+        raise DataError(f"{path}: format {chosen!r} has no delimiter", value=repr(delimiter), remedy="leave it out")
     factors = _factor_names(factor_columns)
     report = DataReport(str(path), chosen)
     if chosen in ("json", "parquet"):
@@ -114,7 +121,7 @@ def read(
         elif chosen == "jsonl":
             rows = _json_rows(lines, path, column, label_column, factors)
         else:
-            rows = table_rows(lines, path, chosen, column, label_column, factors, header, quoting)
+            rows = table_rows(lines, path, chosen, column, label_column, factors, header, quoting, delimiter)
         return _collected(rows, report, on_empty, limit, "line")
 
 
@@ -263,7 +270,12 @@ def _require(place: str, record: dict[str, Any], *names: Any) -> None:
 
 
 def field_names(
-    path: str | os.PathLike[str], *, format: str | None = None, header: bool | None = None, quoting: bool = True
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    header: bool | None = None,
+    quoting: bool = True,
+    delimiter: str | None = None,
 ) -> list[str]:
     """The columns that a csv or tsv file's header names, or the fields of a jsonl file's first object; [] if there are none.
 
@@ -272,21 +284,17 @@ def field_names(
     path = Path(path)
     chosen = format or _format_of(path)
     with open_file(path) as file:
-        first = next((text for _, text in decoded_lines(file, path) if text.strip()), "")
-    if chosen == "jsonl":
-        try:
-            record = parse_json(first, str(path)) if first else {}
-        except DataError:
-            record = {}  # `read` says what is wrong with the line
-        return list(record) if isinstance(record, dict) else []
-    if chosen not in ("csv", "tsv") or not first:
-        return []
-    cells = next(
-        csv.reader(
-            [first],
-            delimiter="\t" if chosen == "tsv" else ",",
-            quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
-        )
-    )
-    cells = [cell.strip() for cell in cells]
-    return cells if header or (header is None and is_header(cells)) else []
+        lines = ((number, text) for number, text in decoded_lines(file, path) if text.strip())
+        if chosen == "jsonl":
+            first = next((text for _, text in lines), "")
+            try:
+                record = parse_json(first, str(path)) if first else {}
+            except DataError:
+                record = {}  # `read` says what is wrong with the line
+            return list(record) if isinstance(record, dict) else []
+        if chosen not in ("csv", "tsv"):
+            return []
+        cells = [
+            cell.strip() for cell in next(table_reader(lines, path, chosen, delimiter=delimiter, quoting=quoting), [])
+        ]
+    return cells if cells and (header or (header is None and is_header(cells))) else []

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmvae_fast.data.dataset import shorten
+from lmvae_fast.data.delimiters import table_reader
 from lmvae_fast.data.lines import Line
 from lmvae_fast.errors import DataError
 
 #: Column names taken when the caller names none, in this order.
 TEXT_COLUMNS = ("text", "sentence")
+
+# What often stands beside sentences; a single one may be a word of the data.
+_OTHER_COLUMNS = frozenset(
+    ("id", "index", "label", "labels", "lemma", "word", "pos", "gloss", "definition", "prompt", "response")
+)
 
 # A header's cell: an identifier-like name, no sentence and no number.
 _HEADER_CELL = re.compile(r"[^\W\d][\w.-]*")
@@ -29,22 +34,9 @@ def table_rows(
     factors: dict[str, str | int],
     header: bool | None,
     quoting: bool,
+    delimiter: str | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    first = next(lines, None)
-    if first is None:
-        return
-    lines = itertools.chain([first], lines)
-    delimiter = "\t"
-    if format == "csv":
-        # Where a comma is the decimal sign, spreadsheets write semicolons.
-        delimiter = ";" if "," not in first[1] and ";" in first[1] else ","
-    table = csv.reader(
-        # csv needs the line breaks, which may stand inside quotes; a line count of its own tells where we are.
-        (text + "\n" for _, text in lines),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
-        strict=True,
-    )
+    table = table_reader(lines, path, format, delimiter=delimiter, quoting=quoting)
     names: list[str] | None = None
     places: _Places | None = None
     width = 0
@@ -63,18 +55,18 @@ def table_rows(
             yield number, ""
             continue
         if places is None:
-            wanted = [column, label_column, *factors.values()]
-            if header is None:
-                header = any(isinstance(name, str) for name in wanted) or is_header(cells)
-                if header and len(cells) == 1 and cells[0].strip().lower() not in TEXT_COLUMNS:
-                    raise DataError(
-                        f"{path}: the first row of a single column may be its name or a sentence",
-                        value=shorten(repr(cells[0])),
-                        limit=", ".join(TEXT_COLUMNS),
-                        remedy="say which with header=True or header=False",
-                    )
+            named = any(isinstance(name, str) for name in (column, label_column, *factors.values()))
+            unsure = header is None and not named and is_header(cells) and not _names_columns(cells)
+            header = named or is_header(cells) if header is None else header
             names = [cell.strip() for cell in cells] if header else None
             places = _Places(path, format, cells, names, column, label_column, factors)
+            if unsure:  # single words may be sentences, too, and nothing says that they are names
+                raise DataError(
+                    f"{path}: the first row may be the names of columns, or a sentence with what goes with it",
+                    value=shorten(repr(cells[0] if len(cells) == 1 else cells)),
+                    limit=", ".join(TEXT_COLUMNS),
+                    remedy="give the column by its name, or say which with header=True or header=False",
+                )
             width = len(cells)
             if header:
                 continue
@@ -91,6 +83,12 @@ def table_rows(
 def is_header(cells: Sequence[str]) -> bool:
     stripped = [cell.strip() for cell in cells]
     return len(set(stripped)) == len(stripped) and all(_HEADER_CELL.fullmatch(cell) for cell in stripped)
+
+
+def _names_columns(cells: Sequence[str]) -> bool:
+    """Whether words are names of columns beyond doubt: that of sentences among them, or two that stand beside them."""
+    known = {cell.strip().lower() for cell in cells}
+    return bool(known & set(TEXT_COLUMNS)) or len(known & _OTHER_COLUMNS) > 1
 
 
 class _Places:

@@ -13,7 +13,7 @@ _SCRIPTS = (
     ("han", 0x3400, 0x9FFF),
     ("han", 0x20000, 0x323AF),
     ("kana", 0x3040, 0x30FF),
-    ("spaceless", 0x0E00, 0x0EFF),  # Thai, Lao
+    ("spaceless", 0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
     ("spaceless", 0x1000, 0x109F),  # Burmese
     ("spaceless", 0x1780, 0x17FF),  # Khmer
 )
@@ -23,7 +23,8 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], tokenize: str | N
     """Corpus BLEU-4 of sacrebleu (exponential smoothing, case kept), on a scale of 0 to 1.
 
     tokenize: sacrebleu's tokenizer: ``13a`` for words, ``zh`` for Chinese, ``char`` for every other script without spaces; by
-    default the one that the references' script asks for.
+    default the one that the references' script asks for. There is a warning where not even the references themselves would
+    score, for want of four tokens in a row.
     """
     _check(hypotheses, references)
     import sacrebleu  # a second of import time that only this figure needs
@@ -32,12 +33,14 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], tokenize: str | N
     if tokenize is None and chosen != "13a":
         logger.warning("the references are not written in words between spaces: BLEU is taken over tokens %r", chosen)
     score = sacrebleu.corpus_bleu(list(hypotheses), [list(references)], tokenize=chosen).score
+    if score == 0 and sacrebleu.corpus_bleu(list(references), [list(references)], tokenize=chosen).score == 0:
+        logger.warning("no reference has four tokens (%s): BLEU is 0 even of texts that are the same", chosen)
     return min(score / 100.0, 1.0)  # rounding may leave it a little above
 
 
 def script_tokenizer(texts: Sequence[str]) -> str:
     """Sacrebleu's tokenizer for a script: ``zh`` where most letters are Chinese, ``char`` where most are of another script
-    without spaces (Japanese, Korean kept apart as it has spaces; Thai, Lao, Khmer, Burmese), ``13a`` otherwise."""
+    without spaces (Japanese, Korean kept apart as it has spaces; Thai, Lao, Tibetan, Khmer, Burmese), ``13a`` otherwise."""
     counts = Counter(_script(character) for text in texts for character in text if character.isalpha())
     letters = sum(counts.values())
     if counts["kana"] + counts["han"] > letters / 2:

@@ -185,9 +185,19 @@ def _read_pt(path: Path, name: str) -> Tensor:
 
 
 def _read_csv(path: Path) -> Tensor:
-    """Rows of numbers, commas between them; a first row without a single number names the columns."""
+    """Rows of numbers, commas between them; a first row without a single number names the columns.
+
+    One of 0, 1, 2 .. is refused: it is what pandas names columns without names, unless it is a latent after all.
+    """
     with open_file(path) as file:
         first = next((text for _, text in decoded_lines(file, path)), "")
+    named = first.replace('"', "").split(",")
+    if [cell.strip() for cell in named] == [str(place) for place in range(len(named))]:
+        raise DataError(
+            f"{path} line 1 may be the numbers of the columns or a latent", value=first[:60],
+            remedy="write the table without its header (DataFrame.to_csv(path, header=False, index=False)); for a latent write "
+            "its numbers as 0.0, 1.0 ..",
+        )  # fmt: skip
     cells = [_as_number(cell) for cell in first.split(",")]
     if any(cell is None for cell in cells) and any(cell is not None for cell in cells):
         raise DataError(f"{path} line 1 is neither numbers nor a header", value=first[:60], remedy="mend that line")

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmvae_fast.documents import check_regular, parse_json, read_text
+from lmvae_fast.data.lines import decoded_lines, open_file
+from lmvae_fast.documents import check_regular, parse_json
 from lmvae_fast.errors import ConfigError, DataError, LatentError
 from lmvae_fast.files import sha256_file
 from lmvae_fast.generation.latent_files import check_latents, read_latents
@@ -161,7 +162,9 @@ def _lines(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[tupl
     """Lines of a text file with their numbers from 1, without line ends."""
     if Path(path).suffix not in suffixes:
         raise DataError(f"{path} is of an unknown format", value=Path(path).suffix, limit=", ".join(suffixes))
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty", value=f"{len(text)} characters", remedy="check what wrote it")
-    return list(enumerate(text.removesuffix("\n").split("\n"), 1))
+    path = check_regular(path)
+    with open_file(path) as file:
+        lines = list(decoded_lines(file, path))
+    if not any(text.strip() for _, text in lines):
+        raise DataError(f"{path} is empty", value=f"{len(lines)} lines", remedy="check what wrote it")
+    return lines

@@ -28,7 +28,8 @@ from lmvae_fast.memory import check_memory
 from lmvae_fast.models.sentence_modules import load_dense, read_modules, write_modules
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.batch import Batch
-from lmvae_fast.text.tokenizer import check_size
+from lmvae_fast.text.checks import check_size
+from lmvae_fast.text.special_tokens import SpecialTokens
 
 
 class Encoder(nn.Module):
@@ -105,6 +106,7 @@ class Encoder(nn.Module):
             )  # fmt: skip
         self._vocabulary: int = embedding.weight.shape[0]
         check_size(tokenizer, self._vocabulary, "encoder")
+        self._texts = SpecialTokens(tokenizer)
         self.trains, self.source = train, source
         self.stated_tokens, self.lower = max_tokens, lower
         wide = next(model.parameters())
@@ -207,13 +209,19 @@ class Encoder(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Padded ids and mask, both int64 ``[batch, tokens]``; longer texts are cut at the encoder's own limit.
 
+        A special token that is spelled in a text ("[MASK]", "</s>") is text like any other.
+
         Raises DataError when the tokenizer makes ids that the encoder has no embedding for.
         """
         limit = min(self.tokenizer.model_max_length, self.max_tokens or 10**9)
-        texts = [text.lower() for text in texts] if self.lower else list(texts)
-        encoded = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=limit if limit < 10**6 else None, return_tensors="pt"
-        )
+        texts, longest = self._read(texts), limit if limit < 10**6 else None
+        encoded: Any = {}
+        if not any(map(self.spells_special, texts)):
+            encoded = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        else:
+            own = self._texts.encode(texts, add_special_tokens=True, longest=longest)
+            encoded["input_ids"] = _padded(own, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
+            encoded["attention_mask"] = _padded([[1] * len(ids) for ids in own], 0, self.tokenizer.padding_side)
         ids, rows = encoded["input_ids"], self._vocabulary
         if ids.numel() and int(ids.max()) >= rows:
             raise DataError(
@@ -223,6 +231,21 @@ class Encoder(nn.Module):
                 remedy="use the encoder's own tokenizer",
             )
         return ids, encoded["attention_mask"]
+
+    def _read(self, texts: Sequence[str]) -> list[str]:
+        return [text.lower() for text in texts] if self.lower else list(texts)
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a text spells a special token of the encoder's tokenizer."""
+        return self._texts.spelled(text)
+
+    def unknown_tokens(self, texts: Sequence[str]) -> tuple[int, int]:
+        """How many tokens of these texts its tokenizer does not know, and how many there are; none where it knows all."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown == self.tokenizer.eos_token_id:
+            return 0, 0
+        rows = self._texts.encode(self._read(texts), add_special_tokens=False)
+        return sum(ids.count(unknown) for ids in rows), sum(map(len, rows))
 
     def features(self, batch: Batch) -> Tensor:
         """Pooled features of a batch, ``[B, width]``."""
@@ -298,6 +321,10 @@ class Encoder(nn.Module):
             digest.update(name.encode())
             digest.update(tensor_bytes(parameter))
         return digest.hexdigest()
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int, side: str) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, filler, side)
 
 
 def segment_means(hidden: Tensor, mask: Tensor, segments: int) -> Tensor:

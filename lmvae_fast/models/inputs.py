@@ -13,7 +13,7 @@ from lmvae_fast.errors import DataError
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder
 from lmvae_fast.models.layer_encoder import LayerEncoder
-from lmvae_fast.text import collate, prompts, tokenizer
+from lmvae_fast.text import checks, collate, prompts, tokenizer
 from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
@@ -21,12 +21,19 @@ AnyConfig = LMVAEConfig | PlainDecoderConfig
 
 
 def tokenize(
-    examples: Iterable[Any], config: AnyConfig, decoder: Decoder, *, on_long: str, on_empty: str
+    examples: Iterable[Any],
+    config: AnyConfig,
+    decoder: Decoder,
+    encoder: Encoder | LayerEncoder | None = None,
+    *,
+    on_long: str,
+    on_empty: str,
 ) -> TokenizedSentences:
     """Sentences (:func:`~lmvae_fast.text.tokenizer.tokenize`), or prompts with responses
     (:func:`~lmvae_fast.text.prompts.tokenize_prompts`). Raises DataError for what the other kind of model takes."""
     if isinstance(examples, str):
         raise DataError("sentences must come as a list", value=repr(examples[:40]), remedy="wrap it: [text]")
+    checks.refuse_table(examples)
     options: dict[str, Any] = {
         "max_len": config.max_len, "vocab_size": decoder.vocab_size, "on_long": on_long, "on_empty": on_empty
     }  # fmt: skip
@@ -38,14 +45,14 @@ def tokenize(
             group_size=config.group_size,
             **options,
         )
-    tokenizer.refuse_table(examples)
     examples = list(examples)
     if prompts.are_prompts(examples):
         raise DataError(
             "this model takes sentences, not prompts with responses", value=type(examples[0]).__name__,
             remedy="use system='cvae', or give the responses alone",
         )  # fmt: skip
-    return tokenizer.tokenize(examples, decoder.tokenizer, labels=config.annotations, **options)
+    reader = encoder if isinstance(encoder, Encoder) else None
+    return tokenizer.tokenize(examples, decoder.tokenizer, encoder=reader, labels=config.annotations, **options)
 
 
 def make_batch(
@@ -87,7 +94,12 @@ def batch_to_score(sentences: TokenizedSentences, rows: Sequence[int], config: A
 
 def beginnings(texts: Sequence[str], config: AnyConfig, decoder: Decoder) -> list[tuple[int, ...]]:
     """What the decoder reads of each prompt before it writes, never nothing: a start token and the prompt; of a model of
-    prompts, the prompt as the tokenizer writes it by itself, cut at the left to ``max_prompt_len``."""
+    prompts, the prompt as the tokenizer writes it by itself, cut at the left to ``max_prompt_len``.
+
+    Raises DataError for a prompt that is no text.
+    """
+    for row, text in enumerate(texts):
+        checks.check_text(text, f"prompt {row}")
     if config.prompted:
         return [tuple(ids) for ids in prompts.prompt_ids(texts, decoder.tokenizer, config.max_prompt_len)]
     return [(decoder.tokenizer.bos_token_id, *ids) for ids in decoder.tokenizer.encode(texts)]

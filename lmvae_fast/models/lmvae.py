@@ -296,7 +296,7 @@ class LMVAE(nn.Module):
     ) -> TokenizedSentences:
         """Tokenise sentences (strings, or examples with labels), or prompts with responses for a model of these; see
         :mod:`~lmvae_fast.models.inputs`."""
-        return inputs.tokenize(examples, self.config, self.decoder, on_long=on_long, on_empty=on_empty)
+        return inputs.tokenize(examples, self.config, self.decoder, self.encoder, on_long=on_long, on_empty=on_empty)
 
     def pool(self, sentences: TokenizedSentences, batch_size: int = 64, progress: Any = None) -> Tensor:
         """Pooled features of a frozen encoder, ``[N, width]`` on the CPU, float32 (float64 of a float64 model)."""

@@ -19,6 +19,7 @@ import torch
 
 from lmvae_fast.errors import DataError
 from lmvae_fast.text.batch import IGNORED, Batch, pack
+from lmvae_fast.text.checks import check_text
 from lmvae_fast.text.tokenizer import SentenceTokenizer, TokenizedSentences
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class TokenizedPrompts(TokenizedSentences):
         prompts: id of each response's prompt.
         group_size: the most responses of a group.
         report: counts, beside those of sentences: ``prompts_cut`` (responses whose prompt lost its left end), ``single``
-            (groups of one response, whose aggregate is their posterior: a density gap is then the plain KL).
+            (groups of one response, whose aggregate is their posterior: a density gap is then the plain KL); ``special``, where
+            there are any, are those whose prompt or response spells a special token that parts no dialogue.
     """
 
     prompt_lengths: list[int] = field(default_factory=list)
@@ -69,6 +71,8 @@ def prompts_and_responses(examples: Iterable[Any]) -> list[tuple[str, str]]:
                 f"row {row} is no prompt with a response", value=f"{type(item).__name__} {str(item)[:60]}",
                 limit="a PromptResponse", remedy="PromptDataset.from_iterable takes pairs and mappings",
             )  # fmt: skip
+        for name, text in (("prompt", pair[0]), ("response", pair[1])):
+            check_text(text, f"the {name} of row {row}")
         rows.append((pair[0], pair[1]))
     return rows
 
@@ -76,6 +80,8 @@ def prompts_and_responses(examples: Iterable[Any]) -> list[tuple[str, str]]:
 def prompt_ids(prompts: Sequence[str], tokenizer: SentenceTokenizer, max_prompt_len: int | None) -> list[list[int]]:
     """What the decoder reads before a response: the prompt as the tokenizer writes it by itself, with its begin-of-text if
     it has one, cut at the left to ``max_prompt_len`` tokens; the start token where nothing is written."""
+    if special := sum(tokenizer.spells_special(prompt, marks=False) for prompt in prompts):
+        logger.warning("%d of %d prompts spell a special token, which is read as text", special, len(prompts))
     return [_last(ids, max_prompt_len) or [tokenizer.bos_token_id] for ids in tokenizer.encode_whole(prompts)]
 
 
@@ -112,6 +118,7 @@ def tokenize_prompts(
     alone = tokenizer.encode_whole(list(distinct))
     both = tokenizer.encode_whole([prompt + response for prompt, response in rows])
     report = {"kept": 0, "truncated": 0, "dropped": 0, "empty": 0, "prompts_cut": 0, "single": 0}
+    special = 0
     ids: list[list[int]] = []
     lengths: list[int] = []
     places: list[int] = []
@@ -119,6 +126,8 @@ def tokenize_prompts(
     for row, ((prompt, response), whole) in enumerate(zip(rows, both, strict=True)):
         first = alone[distinct[prompt]]
         answer = whole[len(first) :]
+        if answer[-1:] == [tokenizer.eos_token_id]:  # a turn's end that is the end token, which a batch puts there
+            answer, whole = answer[:-1], whole[:-1]
         if not response.strip() or not answer:
             if on_empty == "error":
                 raise DataError(
@@ -144,16 +153,18 @@ def tokenize_prompts(
             answer = answer[:max_len]
         given = _last(whole[: len(first)], max_prompt_len) or [tokenizer.bos_token_id]
         report["prompts_cut"] += max_prompt_len is not None and len(first) > max_prompt_len
+        special += tokenizer.spells_special(prompt + response, marks=False)
         ids.append([*given, *answer])
         lengths.append(len(given))
         places.append(distinct[prompt])
         kept.append(row)
     report["kept"] = len(ids)
+    report |= {"special": special} if special else {}
     if not ids:
         raise DataError("no response is left", value=report, remedy="raise max_len or choose on_long='truncate'")
     groups = group_ids(places, group_size)
     report["single"] = int((np.bincount(groups) == 1).sum()) if group_size > 1 else 0
-    if any(report[name] for name in ("truncated", "dropped", "empty", "prompts_cut")):
+    if any(report[name] for name in ("truncated", "dropped", "empty", "prompts_cut")) or special:
         logger.warning(
             "of %d responses: %s (max_len %d, max_prompt_len %s)", len(rows), report, max_len, max_prompt_len
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmvae_fast.errors import DataError, TokenizerError
 from lmvae_fast.pretrained import load_pretrained
+from lmvae_fast.text.checks import check_size, check_text, refuse_table
+from lmvae_fast.text.special_tokens import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
-#: A tokenizer of fewer tokens knows no words. transformers makes one of a handful where a folder holds none.
-FEWEST = 100
-
 #: Share of unknown tokens in a data set from which there is a warning.
 MOST_UNKNOWN = 0.03
+
+
+class TextReader(Protocol):
+    """What an encoder is asked of the sentences that it will read."""
+
+    def spells_special(self, text: str) -> bool: ...
+
+    def unknown_tokens(self, texts: Sequence[str]) -> tuple[int, int]: ...
 
 
 class SentenceTokenizer:
@@ -68,7 +75,9 @@ class SentenceTokenizer:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else pad_token_id
         self.pad_token_id: int = eos if pad is None else pad
         self.unknown_id: int | None = None if tokenizer.unk_token_id == eos else tokenizer.unk_token_id
-        self._special = tuple(token for token in map(str, tokenizer.all_special_tokens) if token)
+        self._texts, self._dialogues = SpecialTokens(tokenizer), SpecialTokens(tokenizer, marks=True)
+        # Of a word, as of nothing a lone begin-of-text may be the end token too.
+        self._writes_end = tokenizer("a")["input_ids"][-1:] == [eos]
 
     @classmethod
     def load(
@@ -109,13 +118,11 @@ class SentenceTokenizer:
 
         A special token that is spelled in a text ("<|endoftext|>", Penn Treebank's "<unk>") is text like any other.
         """
-        if not len(texts):
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._texts.encode(texts, add_special_tokens=False)
 
-    def spells_special(self, text: str) -> bool:
-        """Whether a text spells a special token."""
-        return any(token in text for token in self._special)
+    def spells_special(self, text: str, *, marks: bool = True) -> bool:
+        """Whether a text spells a special token; without ``marks``: one that is not a dialogue's own (:meth:`encode_whole`)."""
+        return (self._texts if marks else self._dialogues).spelled(text)
 
     def cut(self, sentence: list[int], limit: int) -> list[int]:
         """The first ``limit`` ids or a few fewer, so that none is a part of a character."""
@@ -126,10 +133,13 @@ class SentenceTokenizer:
         return kept
 
     def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text as the tokenizer writes them by itself, with a begin-of-text if it has one; an end token
-        that it puts last is left out."""
-        rows = self.tokenizer(list(texts))["input_ids"] if len(texts) else []
-        return [ids[:-1] if ids and ids[-1] == self.eos_token_id else ids for ids in rows]
+        """Token ids of each text as the tokenizer writes them by itself, with a begin-of-text if it has one, without an end
+        token that it puts last.
+
+        Marks that part a dialogue ("<|eot_id|>") are tokens, any other special token that is spelled in a text is text.
+        """
+        rows = self._dialogues.encode(texts, add_special_tokens=True)
+        return [ids[:-1] if self._writes_end and ids[-1:] == [self.eos_token_id] else ids for ids in rows]
 
     @property
     def writes_bos(self) -> bool:
@@ -172,20 +182,6 @@ def _round_trips(tokenizer: PreTrainedTokenizerBase) -> bool:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip() == text
 
 
-def check_size(tokenizer: PreTrainedTokenizerBase, vocab_size: int, part: str) -> None:
-    """Raises TokenizerError for a tokenizer that has hardly any of the tokens that the embedding of ``part`` has rows for.
-
-    From a folder without tokenizer files transformers makes one of nothing but special tokens, which knows no word.
-    """
-    if 10 * len(tokenizer) < vocab_size and len(tokenizer) < FEWEST:
-        raise TokenizerError(
-            f"the {part}'s tokenizer is not that of its embedding",
-            value=f"{len(tokenizer)} tokens",
-            limit=f"an embedding of {vocab_size} rows",
-            remedy=f"save the tokenizer beside the {part} (tokenizer.save_pretrained(folder)), or point to its own folder",
-        )
-
-
 @dataclass(frozen=True)
 class TokenizedSentences(Sequence):
     """Sentences ready for training: ids without start and end tokens, and what was dropped on the way.
@@ -199,7 +195,7 @@ class TokenizedSentences(Sequence):
         source_rows: row of each sentence in the data it came from.
         report: counts of sentences: ``kept``, ``truncated``, ``dropped`` (too long), ``empty``; and, where there are any,
             ``without_end`` (as long as max_len, so that no end token is predicted), ``special`` (they spell a special token,
-            which is read as text) and ``unknown_tokens``.
+            which is read as text), ``unknown_tokens`` and, of the encoder, ``encoder_unknown_tokens``.
     """
 
     texts: list[str]
@@ -239,6 +235,7 @@ def tokenize(
     *,
     max_len: int,
     vocab_size: int,
+    encoder: TextReader | None = None,
     labels: Sequence[str] = (),
     on_long: str = "truncate",
     on_empty: str = "drop",
@@ -250,6 +247,7 @@ def tokenize(
         tokenizer: of the decoder.
         max_len: the most tokens kept of a sentence.
         vocab_size: rows of the decoder's embedding.
+        encoder: what reads the sentences besides, where its own losses are to be counted.
         labels: the per-word labels that condition the model, in the order of their features; empty for none.
         on_long: ``truncate``, ``drop`` or raise an ``error`` on a sentence of more than max_len tokens.
         on_empty: ``drop`` or raise an ``error`` on a sentence without tokens.
@@ -264,7 +262,7 @@ def tokenize(
     encoded = tokenizer.encode([text for text, _ in rows])
     ids, kept, features = [], [], []
     report = {"kept": 0, "truncated": 0, "dropped": 0, "empty": 0}
-    noticed = {"without_end": 0, "special": 0, "unknown_tokens": 0}
+    noticed = {"without_end": 0, "special": 0, "unknown_tokens": 0, "encoder_unknown_tokens": 0}
     for row, ((text, words), sentence) in enumerate(zip(rows, encoded, strict=True)):
         if not text.strip() or not sentence:
             if on_empty == "error":
@@ -295,40 +293,37 @@ def tokenize(
             sentence = tokenizer.cut(sentence, max_len)
         elif len(sentence) == max_len:
             noticed["without_end"] += 1
-        noticed["special"] += tokenizer.spells_special(text)
+        noticed["special"] += tokenizer.spells_special(text) or (encoder is not None and encoder.spells_special(text))
         if tokenizer.unknown_id is not None:
             noticed["unknown_tokens"] += sentence.count(tokenizer.unknown_id)
         if labels:
             features.append(label_features(words, labels, max_len, row))
         ids.append(sentence)
         kept.append(row)
+    spelled = tokenizer.decode(ids)
+    encoder_tokens = 0
+    if encoder is not None:
+        noticed["encoder_unknown_tokens"], encoder_tokens = encoder.unknown_tokens(spelled)
     report["kept"] = len(ids)
     report |= {name: count for name, count in noticed.items() if count}
     if not ids:
         raise DataError("no sentence is left", value=report, remedy="raise max_len or choose on_long='truncate'")
     if any(count for name, count in report.items() if name != "kept"):
         logger.warning("of %d sentences: %s (max_len %d)", len(rows), report, max_len)
-    tokens = sum(map(len, ids))
-    if noticed["unknown_tokens"] > MOST_UNKNOWN * tokens:
-        logger.warning(
-            "%.0f%% of all tokens are unknown to the decoder's tokenizer: the model will learn little of these sentences; "
-            "take a decoder whose tokenizer knows their words",
-            100 * noticed["unknown_tokens"] / tokens,
-        )
-    spelled = tokenizer.decode(ids)
+    of_parts = {
+        "decoder": (noticed["unknown_tokens"], sum(map(len, ids))),
+        "encoder": (noticed["encoder_unknown_tokens"], encoder_tokens),
+    }
+    for part, (unknown, tokens) in of_parts.items():
+        if unknown > MOST_UNKNOWN * tokens:
+            logger.warning(
+                "%.0f%% of all tokens are unknown to the %s's tokenizer: the model will learn little of these sentences; "
+                "take one whose tokenizer knows their words",
+                100 * unknown / tokens,
+                part,
+            )
     texts = [text.strip() for text in spelled]
     return TokenizedSentences(texts, spelled, ids, torch.stack(features) if features else None, kept, report)
-
-
-def refuse_table(examples: Any) -> None:
-    """Raises DataError for a mapping, a DataFrame or a dataset of columns: iterated, it gives its keys, not its sentences."""
-    if isinstance(examples, Mapping) or hasattr(examples, "columns") or hasattr(examples, "column_names"):
-        raise DataError(
-            "sentences must come one by one, and this is a table or a mapping",
-            value=type(examples).__name__,
-            limit="an iterable of strings or examples",
-            remedy="lf.read(table, column='text') takes DataFrames, datasets and mappings of columns",
-        )
 
 
 def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | None]]:
@@ -345,16 +340,9 @@ def text_and_labels(examples: Iterable[Any]) -> list[tuple[str, Sequence[str] | 
                 f"row {row} is no sentence",
                 value=f"{type(item).__name__} {str(item)[:60]}",
                 limit="a string, or an example with text and labels",
-                remedy="SentenceDataset.from_iterable takes mappings",
+                remedy="SentenceDataset.from_iterable takes rows that are mappings with 'text'",
             )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"row {row} is no text: it holds half a character (a lone surrogate)",
-                value=repr(text[:60]),
-                remedy="mend that row, for instance with text.encode('utf-8', 'ignore').decode()",
-            ) from error
+        check_text(text, f"row {row}")
         rows.append((text, None if isinstance(item, str) else getattr(item, "labels", None)))
     return rows
 

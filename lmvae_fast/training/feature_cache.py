@@ -24,8 +24,9 @@ from lmvae_fast.errors import OutputError
 from lmvae_fast.files import fingerprint_tensors, replacing, sweep, write_tensors
 from lmvae_fast.memory import free_disk
 from lmvae_fast.tensor_files import is_finite
+from lmvae_fast.text.checks import refuse_table
 from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
-from lmvae_fast.text.tokenizer import TokenizedSentences, refuse_table, text_and_labels, without_state
+from lmvae_fast.text.tokenizer import TokenizedSentences, text_and_labels, without_state
 
 
 def content_key(**parts: Any) -> str:
@@ -116,10 +117,13 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
     kind = TokenizedPrompts if prompted else TokenizedSentences
     rows: Any = prompts_and_responses(data) if prompted else text_and_labels(data)
     own = {name: getattr(model.config, name) for name in ("max_prompt_len", "group_size") if prompted}
+    reader = getattr(getattr(model, "encoder", None), "tokenizer", None)
     key = content_key(
         **own,
         rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        special="text",  # how special tokens are read that a text spells
         tokenizer=tokenizer_fingerprint(model.decoder.tokenizer.tokenizer),
+        encoder=None if reader is None else tokenizer_fingerprint(reader),  # the report counts what it does not know
         vocabulary=model.decoder.vocab_size,
         max_len=model.config.max_len,
         annotations=model.config.annotations,
@@ -176,7 +180,8 @@ def encoder_fingerprint(model: Any) -> str | None:
     """sha256 of all that decides a sentence's pooled features; None when the encoder trains, so that nothing does."""
     if model.config.train_encoder:
         return None
-    return content_key(encoder=model.encoder.fingerprint(), tokenizer=tokenizer_fingerprint(model.encoder.tokenizer))
+    own = {"encoder": model.encoder.fingerprint(), "special": "text"}
+    return content_key(**own, tokenizer=tokenizer_fingerprint(model.encoder.tokenizer))
 
 
 def pooled_features(

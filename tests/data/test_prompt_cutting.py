@@ -76,3 +76,9 @@ def test_real_reviews_are_cut(shared):
     report = dataset.report
     assert report.read == 300 and report.kept + sum(report.dropped.values()) == 300 and report.kept > 200
     assert all(row.label in ("0", "1") for row in dataset)
+
+
+def test_a_text_that_spells_a_special_token_is_dropped():
+    texts = ["the sun is a </s> star and water is a kind of liquid", "the sun is a star and water is a kind of liquid"]
+    dataset = cut_texts(texts, tiny_tokenizer(), prompt_tokens=3, response_tokens=9)
+    assert len(dataset) == 1 and dataset.report.dropped == {"spells a special token": 1}

@@ -146,3 +146,16 @@ def test_the_real_reviews(shared):
     texts = read_texts(shared / "data" / "yelp_sentences_valid.txt", layout="yelp")
     assert len(texts) == 10_000 and {text.label for text in texts} == {"0", "1"}
     assert not any(" ." in text.text or text.text != text.text.strip() for text in texts)
+
+
+@pytest.mark.parametrize(("name", "sign"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "|")])
+def test_tables_with_other_delimiters(tmp_path, name, sign):
+    path = tmp_path / name
+    path.write_text(f"prompt{sign}response\nhello, you{sign}hi, you\nwhere?{sign}there\n")
+    assert [(row.prompt, row.response) for row in read_prompts(path)] == [
+        ("hello, you", "hi, you"),
+        ("where?", "there"),
+    ]
+    assert len(read_prompts(path, delimiter=sign)) == 2
+    with pytest.raises(DataError, match="belongs to tables"):
+        read_prompts(path, layout="plato", delimiter=";")

@@ -61,3 +61,16 @@ def test_scripts_without_spaces_are_measured_by_character(caplog):
     assert token_accuracy(near, CHINESE) == pytest.approx(20 / 22)
     assert script_tokenizer(["これは猫です"]) == "char" and script_tokenizer(["แมวเป็นสัตว์"]) == "char"
     assert script_tokenizer(["a cat", "고양이는 동물이다"]) == "13a"
+
+
+@pytest.mark.parametrize("texts", [["a cat", "dogs bark"], ["고양이는 동물이다"], ["a cat sat"]])
+def test_bleu_warns_where_equal_texts_score_nothing(texts, caplog):
+    assert bleu(texts, texts) == 0.0
+    assert "BLEU is 0 even of texts that are the same" in caplog.text
+    caplog.clear()
+    assert bleu(["dogs run"], ["the cat sat on a mat"]) == 0.0 and not caplog.text
+
+
+def test_tibetan_has_no_spaces():
+    text = "བོད་སྐད་ཀྱི་ཡི་གེ"
+    assert script_tokenizer([text]) == "char" and bleu([text], [text]) == pytest.approx(1.0)

@@ -57,3 +57,12 @@ def test_damaged_files(tmp_path):
     np.save(tmp_path / "z.npy", np.zeros((2, 4), np.float32))
     with pytest.raises(LatentError, match="width"):
         check_latents(tmp_path / "z.npy", latent_dim=3)
+
+
+@pytest.mark.parametrize("header", ["0,1,2", '"0","1","2"'])
+def test_the_column_numbers_that_pandas_writes_are_no_latent(tmp_path, header):
+    (tmp_path / "z.csv").write_text(f"{header}\n" + "1.5,2.5,3.5\n" * 3)
+    with pytest.raises(DataError, match="header=False"):
+        check_latents(tmp_path / "z.csv", latent_dim=3)
+    (tmp_path / "z.csv").write_text("0.0,1.0,2.0\n" + "1.5,2.5,3.5\n" * 3)
+    assert check_latents(tmp_path / "z.csv", latent_dim=3) == 4

@@ -130,3 +130,46 @@ def test_what_is_dropped_is_counted():
     ):
         with pytest.raises(DataError, match=message):
             tokenized(items, **options)
+
+
+def with_mark(end: str = "</s>"):
+    """A tokenizer with the mark of a turn's end; ``end``: what ends a text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    tokenizer.eos_token = end
+    return tokenizer
+
+
+def test_special_tokens_that_are_spelled_are_text(caplog):
+    """All but the mark that a dialogue's reader puts behind every turn."""
+    items = [
+        PromptResponse("the </s> sun<|eot_id|>", " is</s> an <s>[PAD] star</s><|eot_id|>"),
+        PromptResponse("a", " b"),
+    ]
+    sentences, tokenizer = tokenized(items, with_mark(), vocab_size=321, max_len=60)
+    mark = tokenizer.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert sentences.report["special"] == 1 and "special" in caplog.text
+    first = sentences.ids[0]
+    assert first.count(mark) == 2 and first[sentences.prompt_lengths[0] - 1] == mark == first[-1]
+    assert not {0, 1, 2} & set(first)
+    assert tokenizer.decode([first], keep_special=True)[0].strip() == items[0].prompt + items[0].response
+    assert "special" not in tokenized(items[1:], with_mark(), vocab_size=321)[0].report
+    caplog.clear()
+    assert prompt_ids([items[0].prompt], tokenizer, None) == [first[: sentences.prompt_lengths[0]]]
+    assert "1 of 1 prompts spell a special token" in caplog.text
+
+
+def test_a_turn_that_ends_in_the_end_token_keeps_it_in_the_prompt_and_once_in_the_response():
+    items = [PromptResponse("the sun<|eot_id|>", " is a star<|eot_id|>")]
+    sentences, tokenizer = tokenized(items, with_mark("<|eot_id|>"), vocab_size=321)
+    end, length = tokenizer.eos_token_id, sentences.prompt_lengths[0]
+    assert sentences.ids[0][length - 1] == end and end not in sentences.ids[0][length:]
+    assert prompt_ids([items[0].prompt], tokenizer, None) == [sentences.ids[0][:length]]
+    batch = make_prompt_batch(sentences, tokenizer=tokenizer, max_len=12)
+    assert batch.labels.tolist().count(end) == 1
+
+
+@pytest.mark.parametrize("pair", [("a \ud83d", "b"), ("a", "b \ud83d")], ids=["prompt", "response"])
+def test_half_a_character_is_named_by_its_row(pair):
+    with pytest.raises(DataError, match="row 1"):
+        tokenized([PromptResponse("a", "b"), PromptResponse(*pair)])
