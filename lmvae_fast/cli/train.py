@@ -239,13 +239,13 @@ def load_data(options: dict, seed: int):
     from lmvae_fast.data import generate_corpus, read
     from lmvae_fast.errors import ConfigError
 
-    known = {"path", "eval_path", "column", "limit", "format", "label_column", "header", "held_out"}
+    known = {"path", "eval_path", "column", "limit", "format", "label_column", "header", "delimiter", "held_out"}
     unknown = set(options) - known
     if unknown:
         raise ConfigError("unknown field(s) in section data", value=sorted(unknown), limit=", ".join(sorted(known)))
     if not options.get("path"):
         raise ConfigError("no data", remedy="give --data FILE, or --data corpus for the bundled one")
-    keys = ("column", "limit", "format", "label_column", "header")
+    keys = ("column", "limit", "format", "label_column", "header", "delimiter")
     reading = {name: options[name] for name in keys if options.get(name) is not None}
     if "column" in reading:
         reading["column"] = column_name(reading["column"])
