@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from lmvae_fast.config import DTYPES, LMVAEConfig
+from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import CheckpointError
 from lmvae_fast.files import sampled_fingerprint
 from lmvae_fast.models.decoder.tuning import without_adapters
@@ -190,7 +191,7 @@ def _again(name: str, part: Any, dtype: torch.dtype) -> Any:
 
 def _fields(config: Any) -> dict[str, Any]:
     """What a configuration says of how a model computes, as JSON has it."""
-    return _plain(json.loads(json.dumps(config.to_dict(), default=str)))
+    return _plain(parse_json(json.dumps(config.to_dict(), default=str), "the configuration", error=CheckpointError))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
