@@ -152,18 +152,21 @@ _PROBED = (
     ("reconstruction", "exact_match", "reproduced word for word", "{:.1%}"),
     ("generation", "mauve", "MAUVE of draws from the prior", "{:.3f}"),
     ("generation", "frechet_distance", "Frechet distance of the same", "{:.3f}"),
-    ("generation", "self_bleu", "self-BLEU of the same", "{:.1f}"),
+    ("generation", "self_bleu", "self-BLEU of the same", "{:.3f}"),
     ("interpolation", "smoothness", "interpolation smoothness", "{:.3f}"),
     ("sts", "spearman_latent", "STS-B, Spearman", "{:.1f}"),
     ("sts", "share_kept", "share of the encoder's", "{:.2f}"),
-    ("linguistic", "mean: latent", "ten linguistic tasks, mean accuracy", "{:.1f}"),
-    ("linguistic", "mean: encoder", "the same of the encoder's vectors", "{:.1f}"),
+    ("linguistic", "mean: latent", "ten linguistic tasks, mean accuracy", "{:.3f}"),
+    ("linguistic", "mean: encoder", "the same of the encoder's vectors", "{:.3f}"),
 )  # fmt: skip
 
 
 def probed(folder: str) -> str:
     """Figures of the probed models of a folder of records, one column for each."""
     found = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "science/probes" / folder).glob("*.json")}
+    ours = RESULTS / "science/probes/latent_size/128.json"  # the preset as it is, which the others stand beside
+    if found and folder != "latent_size" and ours.is_file():
+        found["lmvae"] = json.loads(ours.read_text())
     if not found:
         return "Not measured."
     found = dict(sorted(found.items(), key=lambda item: (item[1]["model"].get("latent_dim", 0), item[0])))
