@@ -121,7 +121,8 @@ def draw_sizes(path: Path) -> None:
         axis.errorbar(sizes, values, yerr=spreads.get(title), marker="o", markersize=4, capsize=3)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set(title=title, xlabel="numbers of the latent")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("numbers of the latent")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -138,14 +139,15 @@ def draw_consistency(path: Path) -> None:
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4))
     for axis, (title, (section, name)) in zip(axes, panels.items(), strict=True):
-        for model, record in probed_models().items():
+        for place, (model, record) in enumerate(probed_models().items()):
             both = [record["figures"].get(part, {}).get(score, {}).get("value")
                     for part, score in (("interpolation", "smoothness"), (section, name))]  # fmt: skip
             if None not in both:
-                axis.scatter(*both, s=22)
-                axis.annotate(model, both, textcoords="offset points", xytext=(5, 3), fontsize=7)
-        axis.set(title=title, xlabel="interpolation smoothness")
-        axis.margins(x=0.25)
+                axis.scatter(*both, s=28, label=model, marker="osD^vPX*"[place % 8])
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("interpolation smoothness")
+        axis.margins(0.1)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

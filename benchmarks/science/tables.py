@@ -92,7 +92,11 @@ def minutes() -> str:
         return "Not measured."
     lines = _head("system")
     for name, record in found.items():
-        lines.append(_row(name, record["points"][-1], f"{record.get('sentences_of_a_point', 200):,}"))
+        last, final = record["points"][-1], record.get("final", {})
+        if final.get("steps", 0) > last["step"]:  # its steps were done before its minutes
+            lines.append(_row(name, final | {"step": final["steps"]}, f"{final['sentences']:,}"))
+        else:
+            lines.append(_row(name, last, f"{record.get('sentences_of_a_point', 200):,}"))
     notes = _commands(found)
     if learning is not None:
         for side, points in learning["sides"].items():
