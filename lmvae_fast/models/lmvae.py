@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.config import GenerationConfig, LMVAEConfig
+from lmvae_fast.errors import ConfigError
+from lmvae_fast.kernels.registration import tangents
 from lmvae_fast.models import inputs, parts
 from lmvae_fast.models.auxiliary import told_apart_loss, words_loss
 from lmvae_fast.models.checks import check_labels, check_latents, check_posterior
@@ -279,7 +281,15 @@ class LMVAE(nn.Module):
         )
 
     def score(self, batch: Batch, z: Tensor) -> Tensor:
-        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats; differentiable in z."""
+        """NLL of each sentence under given latents ``[B, latent_dim]``, teacher forced: ``[B]``, nats; differentiable in z.
+
+        Raises ConfigError for latents with a tangent: sums over sentences have no forward-mode derivative.
+        """
+        if tangents(z):
+            raise ConfigError(
+                "score has no forward-mode derivative", value="z carries a tangent", limit="reverse mode",
+                remedy="take torch.autograd.grad, a product with a vector by two of them",
+            )  # fmt: skip
         injection = self.inject(z, batch.annotations, tokens=batch.max_seqlen)
         _, nll = token_losses(self.decoder, batch, batch.input_ids, injection, None)
         return segment_sum(nll, batch.cu_seqlens)

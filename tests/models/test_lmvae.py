@@ -20,7 +20,7 @@ from lmvae_fast.errors import (
 )
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.encoder import Encoder, pool
-from lmvae_fast.testing import make_decoder, make_model, tiny_decoder, tiny_encoder, tiny_tokenizer
+from lmvae_fast.testing import SENTENCES, make_decoder, make_model, tiny_decoder, tiny_encoder, tiny_tokenizer
 from lmvae_fast.testing.mapped_types import tiny_model
 from lmvae_fast.text.tokenizer import SentenceTokenizer
 
@@ -338,3 +338,14 @@ def test_slots_that_no_token_sees_are_not_made_and_change_nothing(visibility, fr
     torch.testing.assert_close(losses[0], losses[1])
     for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_forward_mode_through_a_score_is_refused_by_name():
+    model = make_model("llama")
+    sentences = model.tokenize(SENTENCES[:3])
+    batch = model.make_batch(sentences)
+    z = torch.randn(len(sentences), model.config.latent_dim)
+    with pytest.raises(ConfigError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda z: model.score(batch, z), (z,), (torch.ones_like(z),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ConfigError, match="no forward-mode derivative"):
+        model.score(batch, torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)))
