@@ -32,6 +32,9 @@ _QUIET: dict[str, bool] = {
     "_raise_exceptions_for_connection_errors": False,
 }
 
+#: Names that the hub has been asked about in this process; what it has is in the cache since.
+_asked: set[str] = set()
+
 #: Flag of a pooling configuration -> our name of it.
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 _KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -106,13 +109,18 @@ def read_modules(name: str) -> SentenceModules | None:
 
 def _of_hub(name: str) -> Path | None:
     """The folder of a repository with modules: in the local cache, or brought there where transformers would bring it."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-    found = None
+    if not _ID.fullmatch(name):
+        return None
+    found: Any = None
     with contextlib.suppress(OSError, ValueError):  # no such repository: loading it says so
-        # From the cache where the hub cannot be asked; None where there is no such file.
-        found = cached_file(name, MODULES, **_QUIET) if _ID.fullmatch(name) else None
-    if found is None:
+        # A path, None for what is not known, or a mark that the repository has no such file.
+        found = try_to_load_from_cache(name, MODULES)
+        if found is None and name not in _asked:  # a configuration is resolved often, and an absent hub is waited for
+            _asked.add(name)
+            found = cached_file(name, MODULES, **_QUIET)
+    if not isinstance(found, str):
         return None
     folder = Path(found).parent
     entries = _json(folder / MODULES)

@@ -186,3 +186,14 @@ def test_modules_are_written_in_order(tmp_path):
     write_modules(tmp_path, pooling="mean", normalize=False, width=4, dense=None, max_tokens=None, lower=False)
     kinds = [module["type"].rpartition(".")[2] for module in json.loads((tmp_path / "modules.json").read_text())]
     assert kinds == ["Transformer", "Pooling"]
+
+
+def test_the_hub_is_asked_once_about_a_name(monkeypatch):
+    from lmvae_fast.models import sentence_modules
+
+    asked = []
+    monkeypatch.setattr(sentence_modules, "_asked", set())
+    monkeypatch.setattr(sentence_modules, "cached_file", lambda name, *_, **__: asked.append(name))
+    for _ in range(3):
+        assert sentence_modules.own_pooling("nobody/has-this") == {}
+    assert asked == ["nobody/has-this"]

@@ -53,9 +53,10 @@ def greedy_tokens(
         chunks, (None,) * len(chunks) if finite is None else finite.split(len(chunks[0])), strict=True
     ):
         made = logits(chunk)
-        if noted is not None:
-            noted &= speaking(made)
-        tokens.append(sample_token(made, greedy=True))  # torch's argmax of bf16 is slow on a CPU
+        chosen = sample_token(made, greedy=True)  # torch's argmax of bf16 is slow on a CPU
+        if noted is not None:  # NaN counts as the greatest: the chosen logit says what `speaking` says of the row
+            noted &= torch.isfinite(made.gather(-1, chosen[:, None]).squeeze(-1))
+        tokens.append(chosen)
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
 

@@ -32,13 +32,13 @@ def _adapted(family, dtype=torch.float32, **options):
     return decoder
 
 
-def _with_adapters(decoder, forward, dtype):
+def _with_adapters(decoder, forward, dtype, seed=1):
     """As `_figures`, and the gradients by every adapter."""
     adapters = {name: p for name, p in decoder.body.named_parameters() if p.requires_grad}
     assert adapters and all(".lora_" in name for name in adapters)
     for parameter in adapters.values():
         parameter.grad = None
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(seed)
     shape = (decoder.num_layers, 2, 2, decoder.kv_heads, 3, decoder.head_dim)
     sizes = ((1, 9, decoder.hidden_size), shape, (1, 9, decoder.hidden_size))
     embedded, memory, weights = (torch.randn(size, generator=draw).bfloat16().to(dtype) for size in sizes)
@@ -51,16 +51,23 @@ def _with_adapters(decoder, forward, dtype):
     return dict(zip((*NAMES, *adapters), (hidden.detach(), *grads), strict=True))
 
 
+def _of_draws(decoder, forward, dtype):
+    """The figures of several draws side by side: the largest error of one adapter's few numbers is a matter of luck, eager's
+    as well (over draws ours is 1.1 times it, and 3.8 times at one)."""
+    found = [_with_adapters(decoder, forward, dtype, seed) for seed in range(1, 9)]
+    return {name: torch.stack([figures[name] for figures in found]) for name in found[0]}
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_adapters_train_beside_prepared_weights(family):
     decoder = _adapted(family)
     plain = decoder.body.forward
     with trained_through(decoder) as body:
-        ours = _with_adapters(decoder, decoder.body, torch.float32)
+        ours = _of_draws(decoder, decoder.body, torch.float32)
         assert body.runs == "prepared layers"
-    theirs = _with_adapters(decoder, plain, torch.float32)
+    theirs = _of_draws(decoder, plain, torch.float32)
     decoder.model.double()
-    truth = _with_adapters(decoder, plain, torch.float64)
+    truth = _of_draws(decoder, plain, torch.float64)
     for name in ours:
         factor = VALUE_FACTOR if name == "values" else GRAD_FACTOR
         assert_within_error_rule(name, ours[name], theirs[name], truth[name], factor=factor)
