@@ -10,7 +10,6 @@ from torch.nn.functional import gelu, layer_norm, silu
 from benchmarks.kernels.harness import Case
 from lmvae_fast.kernels import frozen_layer
 
-DEVICES = ("cpu",)
 ROWS = 512
 
 
@@ -39,7 +38,7 @@ def cases(device: str) -> list[Case]:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         x, grad = (torch.randn(ROWS, 768, device=device).to(dtype) for _ in range(2))
-        weight, bias = torch.randn(768).to(dtype), torch.randn(768).to(dtype)
+        weight, bias = (torch.randn(768, device=device).to(dtype) for _ in range(2))
 
         def norm(x: torch.Tensor = x, grad: torch.Tensor = grad, weight=weight, bias=bias) -> list[torch.Tensor]:
             y, stats = frozen_layer.norm(x, weight, bias, eps=1e-5)
