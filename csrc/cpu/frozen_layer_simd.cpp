@@ -2,6 +2,7 @@
 // and what their gradients by the inputs are.
 #include "frozen_layer.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "simd_math.h"
@@ -11,11 +12,18 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // numbers worked on at a time where rows need no sums
 
-// Sums are made of fp32 vectors, whose number of lanes bounds the terms of each.
+// Sums are made of fp32 vectors, in pieces of a row, so that neither wide rows nor few lanes add many terms one by one.
+constexpr int64_t kPiece = 1024;
+
 LMVAE_INLINE float sum_of(const float* x, int64_t n) {
   float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += x[i];
+  for (int64_t start = 0; start < n; start += kPiece) {
+    const int64_t end = std::min(n, start + kPiece);
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < end; i++) part += x[i];
+    sum += part;
+  }
   return sum;
 }
 
@@ -46,8 +54,13 @@ void norm_rows(const NormArgs<T>& a, int64_t begin, int64_t end) {
     load_unit(a.x + r * a.x_row, x, n);
     const float mean = a.centred ? sum_of(x, n) / static_cast<float>(n) : 0.0f;
     float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    for (int64_t start = 0; start < n; start += kPiece) {
+      const int64_t end = std::min(n, start + kPiece);
+      float part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t i = start; i < end; i++) part += (x[i] - mean) * (x[i] - mean);
+      squares += part;
+    }
     const float scale = 1.0f / std::sqrt(squares / static_cast<float>(n) + static_cast<float>(a.eps));
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) x[i] = (x[i] - mean) * scale * weight[i] + bias[i];
@@ -68,12 +81,18 @@ void norm_rows_bwd(const NormArgs<T>& a, int64_t begin, int64_t end) {
     load_unit(a.grad + r * a.grad_row, g, n);
     const float mean = a.stats[2 * r], scale = a.stats[2 * r + 1];
     float sum = 0, along = 0;
-#pragma omp simd reduction(+ : sum, along)
-    for (int64_t i = 0; i < n; i++) {
-      x[i] = (x[i] - mean) * scale;
-      g[i] *= weight[i];
-      sum += g[i];
-      along += g[i] * x[i];
+    for (int64_t start = 0; start < n; start += kPiece) {
+      const int64_t end = std::min(n, start + kPiece);
+      float part = 0, part_along = 0;
+#pragma omp simd reduction(+ : part, part_along)
+      for (int64_t i = start; i < end; i++) {
+        x[i] = (x[i] - mean) * scale;
+        g[i] *= weight[i];
+        part += g[i];
+        part_along += g[i] * x[i];
+      }
+      sum += part;
+      along += part_along;
     }
     sum = a.centred ? sum / static_cast<float>(n) : 0.0f;
     along /= static_cast<float>(n);

@@ -1,7 +1,8 @@
 """frozen_layer: registration and the public functions. The truth is reference.py.
 
-CPU only, fp32 and bf16: what stands between the products of a decoder layer whose weights do not train, forward and backward
-to its inputs. A caller that writes a layer out as one autograd function calls these; they record nothing themselves.
+What stands between the products of a decoder layer whose weights do not train, forward and backward to its inputs: C++ for
+CPUs in fp32 and bf16, Triton for CUDA in these and fp16. A caller that writes a layer out as one autograd function calls these;
+they record nothing themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ def _fake_norm(x, weight, bias, eps, centred):
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.float32)
 
 
+def _fake_add_norm(x, added, weight, bias, eps, centred):
+    return torch.empty_like(x), *_fake_norm(x, weight, bias, eps, centred)
+
+
 def _fake_norm_bwd(grad, x, stats, weight, added, centred):
     return torch.empty_like(x)
 
@@ -39,18 +44,69 @@ def _fake_rotary(x, cos, sin, heads, back):
     return None
 
 
+def _triton_norm(*args):
+    from .triton import frozen_norm
+
+    return frozen_norm(*args)
+
+
+def _triton_add_norm(*args):
+    from .triton import frozen_add_norm
+
+    return frozen_add_norm(*args)
+
+
+def _triton_norm_bwd(*args):
+    from .triton import frozen_norm_bwd
+
+    return frozen_norm_bwd(*args)
+
+
+def _triton_activation(*args):
+    from .triton import frozen_activation
+
+    return frozen_activation(*args)
+
+
+def _triton_activation_bwd(*args):
+    from .triton import frozen_activation_bwd
+
+    return frozen_activation_bwd(*args)
+
+
+def _triton_rotary(*args):
+    from .triton import frozen_rotary
+
+    return frozen_rotary(*args)
+
+
 define(
-    "frozen_norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred) -> (Tensor, Tensor)", fake=_fake_norm
-)
+    "frozen_norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred) -> (Tensor, Tensor)", fake=_fake_norm,
+    triton=_triton_norm,
+)  # fmt: skip
+define(
+    "frozen_add_norm(Tensor x, Tensor added, Tensor weight, Tensor? bias, float eps, bool centred) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_add_norm, triton=_triton_add_norm,
+)  # fmt: skip
 define(
     "frozen_norm_bwd(Tensor grad, Tensor x, Tensor stats, Tensor weight, Tensor? added, bool centred) -> Tensor",
     fake=_fake_norm_bwd,
+    triton=_triton_norm_bwd,
 )
-define("frozen_activation(Tensor x, int kind) -> Tensor", fake=_fake_activation)
-define("frozen_activation_bwd(Tensor grad, Tensor x, int kind) -> Tensor", fake=_fake_activation_bwd)
-define("frozen_rotary(Tensor(a!) x, Tensor cos, Tensor sin, int heads, bool back) -> ()", fake=_fake_rotary)
+define("frozen_activation(Tensor x, int kind) -> Tensor", fake=_fake_activation, triton=_triton_activation)
+define(
+    "frozen_activation_bwd(Tensor grad, Tensor x, int kind) -> Tensor", fake=_fake_activation_bwd,
+    triton=_triton_activation_bwd,
+)  # fmt: skip
+define(
+    "frozen_rotary(Tensor(a!) x, Tensor cos, Tensor sin, int heads, bool back) -> ()", fake=_fake_rotary,
+    triton=_triton_rotary,
+)  # fmt: skip
 _PRIMITIVES = ("frozen_norm", "frozen_norm_bwd", "frozen_activation", "frozen_activation_bwd", "frozen_rotary")
-backend.register("frozen_layer", cpp=backend.Support((torch.float32, torch.bfloat16), _PRIMITIVES))
+backend.register(
+    "frozen_layer", cpp=backend.Support((torch.float32, torch.bfloat16), _PRIMITIVES),
+    triton=backend.Support(backend.FLOATS, (*_PRIMITIVES, "frozen_add_norm")),
+)  # fmt: skip
 
 # ---- the public functions --------------------------------------------------------------------------------------------
 
@@ -80,6 +136,33 @@ def norm(
     if choice == "reference":
         return reference.norm(x, weight, bias, eps, centred)
     return primitives(choice, x).frozen_norm(x, weight, bias, eps, centred)
+
+
+def add_norm(
+    x: Tensor, added: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float, centred: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + added``, and what `norm` gives of this sum, which is rounded before it is normed. Not differentiable.
+
+    Args:
+        x, added: ``[T, N]``. The rest is `norm`'s.
+
+    Returns:
+        The sum ``[T, N]``, and `norm`'s two results. Raises as `norm`.
+    """
+    refuse_vmap("frozen_layer.add_norm", x, added, weight, bias)
+    check_rows("x", x)
+    check_rows("added", added, x, tuple(x.shape))
+    check_vector("weight", weight, x)
+    if bias is not None:
+        check_vector("bias", bias, x)
+    refuse_gradients("frozen_layer.add_norm", x=x, added=added, weight=weight, bias=bias)
+    choice = backend.choose("frozen_layer", x)
+    if choice == "triton":
+        return primitives(choice, x).frozen_add_norm(x, added, weight, bias, eps, centred)
+    total = x + added  # on a CPU the product that made x adds as it goes: nobody waits for this
+    if choice == "reference":
+        return total, *reference.norm(total, weight, bias, eps, centred)
+    return total, *primitives(choice, x).frozen_norm(total, weight, bias, eps, centred)
 
 
 def norm_gradient(

@@ -67,6 +67,12 @@ def _triton_decode(*args):
     return latent_attention_decode(*args)
 
 
+def _triton_step(*args):
+    from .triton import latent_attention_step
+
+    return latent_attention_step(*args)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, cu_seqlens, visibility, scale, max_seqlen, window, softcap = inputs
     ctx.options = (visibility, scale, max_seqlen, window, softcap)
@@ -111,6 +117,7 @@ define(
     "latent_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
     "Tensor lengths, float scale, int? window, float? softcap) -> Tensor",
     fake=_fake_step,
+    triton=_triton_step,
 )
 _PRIMITIVES = ("latent_attention_fwd", "latent_attention_bwd")
 backend.register(
@@ -122,7 +129,7 @@ backend.register(
 backend.register(
     "latent_attention_decode",
     cpp=backend.Support(backend.FLOATS_AND_DOUBLE, ("latent_attention_decode", "latent_attention_step")),
-    triton=backend.Support(backend.FLOATS, ("latent_attention_decode",)),
+    triton=backend.Support(backend.FLOATS, ("latent_attention_decode", "latent_attention_step")),
 )
 
 # ---- the public functions --------------------------------------------------------------------------------------------
@@ -287,8 +294,9 @@ def latent_attention_step(
     refuse_vmap("latent_attention_step", q, k, v, k_cache, v_cache)
     refuse_gradients("latent_attention_step", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     check_written(k_cache=k_cache, v_cache=v_cache)
-    if sinks is None and backend.choose("latent_attention_decode", q) == "cpp":
-        out = primitives("cpp", q).latent_attention_step(
+    choice = "reference" if sinks is not None else backend.choose("latent_attention_decode", q)
+    if choice != "reference":
+        out = primitives(choice, q).latent_attention_step(
             q, k, v, k_cache, v_cache, positions, lengths, float(scale), window, softcap
         )
         written(k_cache, v_cache)

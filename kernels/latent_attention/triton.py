@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..launch import MAX_GRID, TRITON_TYPES, CompileCase, Config, launch
-from .checks import check_lengths, check_offsets
+from .checks import check_lengths, check_offsets, check_positions
 from .triton_decode import latent_attention_combine_kernel, latent_attention_decode_kernel
 from .triton_kernels import latent_attention_bwd_kernel, latent_attention_fwd_kernel
 from .visibility import INTERLEAVED, PREFIX, ROLLING, VISIBILITIES
@@ -190,6 +190,17 @@ def decode_splits(positions: int, pairs: int) -> int:
 
 def latent_attention_decode(q, k_cache, v_cache, lengths, scale, window, softcap):
     """The Triton form of lmvae_fast::latent_attention_decode."""
+    return _decode(q, None, None, k_cache, v_cache, None, lengths, scale, window, softcap)
+
+
+def latent_attention_step(q, k, v, k_cache, v_cache, positions, lengths, scale, window, softcap):
+    """The Triton form of lmvae_fast::latent_attention_step: one launch writes the new token and attends to it."""
+    if not q.is_cuda:
+        check_positions(positions, k_cache.shape[2])
+    return _decode(q, k, v, k_cache, v_cache, positions, lengths, scale, window, softcap)
+
+
+def _decode(q, k, v, k_cache, v_cache, places, lengths, scale, window, softcap):
     batch, heads, head_dim = q.shape
     kv_heads, positions = k_cache.shape[1], k_cache.shape[2]
     if not q.is_cuda:
@@ -204,9 +215,12 @@ def latent_attention_decode(q, k_cache, v_cache, lengths, scale, window, softcap
         stats = torch.empty((batch * heads, splits, 2), dtype=torch.float32, device=q.device)
     launch(
         latent_attention_decode_kernel, (batch * kv_heads, splits), q.device, _decode_config(block_d),
-        q, k_cache, v_cache, lengths, out, partial, stats, heads, kv_heads, head_dim, scale, window or 0, softcap or 0.0,
+        q, k_cache, v_cache, lengths, out, partial, stats,
+        *((q, q, lengths) if places is None else (k, v, places)), positions,
+        heads, kv_heads, head_dim, scale, window or 0, softcap or 0.0,
         *q.stride(), *k_cache.stride(), *v_cache.stride(), lengths.stride(0),
-        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
+        *((0, 0, 1) * 2 if places is None else (*k.stride(), *v.stride())), 0 if places is None else places.stride(0),
+        STEP=places is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
         GROUP_BLOCK=1 if group == 1 else max(16, triton.next_power_of_2(group)), EXACT=exact, SPLIT=splits > 1,
         DOT=_dot_type(q),
     )  # fmt: skip
@@ -268,12 +282,18 @@ def _compile_cases() -> list[CompileCase]:
             only = {n: t for n, t in {**signature, **strides}.items() if n in decode.arg_names}
             only |= {"k_cache": f"*{name}", "v_cache": f"*{name}", "lengths": "*i64"}
             config = _decode_config(head_dim)
-            only |= {"partial": "*fp32", "stats": "*fp32"}
+            only |= {"partial": "*fp32", "stats": "*fp32", "new_k": f"*{name}", "new_v": f"*{name}", "places": "*i64"}
+            only["cached"] = "i32"
             for group in (1, 2, 4, 8) if head_dim in (64, 128, 256) and dtype == torch.bfloat16 else (1, 4):
-                for split in (False, True):
+                for split, step in ((False, False), (True, False), (False, True), (True, True)):
                     options = {"HAS_WINDOW": group == 4, "HAS_SOFTCAP": group == 4, "GROUP": group, "EXACT": exact}
-                    options |= {"GROUP_BLOCK": 1 if group == 1 else 16, "SPLIT": split, "DOT": _DOT[dtype]}
-                    tag = f"decode-{name}-{head_dim}-group{group}" + ("-split" if split else "")
+                    options |= {
+                        "GROUP_BLOCK": 1 if group == 1 else 16,
+                        "SPLIT": split,
+                        "DOT": _DOT[dtype],
+                        "STEP": step,
+                    }
+                    tag = f"{'step' if step else 'decode'}-{name}-{head_dim}-group{group}" + ("-split" if split else "")
                     tensor_cores = group > 1 and not exact
                     cases.append(CompileCase(tag, decode, only, config, options, tensor_cores=tensor_cores))
             combine = {"partial": "*fp32", "stats": "*fp32", "out": f"*{name}", "splits": "i32", "head_dim": "i32"}

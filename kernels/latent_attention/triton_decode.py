@@ -15,13 +15,16 @@ from .triton_kernels import _exp
 
 @triton.jit
 def latent_attention_decode_kernel(
-    q, k_cache, v_cache, lengths, out, partial, stats, heads, kv_heads, head_dim, scale, window, softcap,
+    q, k_cache, v_cache, lengths, out, partial, stats, new_k, new_v, places, cached,
+    heads, kv_heads, head_dim, scale, window, softcap,
     stride_q_b, stride_q_h, stride_q_d, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     stride_v_b, stride_v_h, stride_v_n, stride_v_d, stride_lengths,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    stride_nk_b, stride_nk_h, stride_nk_d, stride_nv_b, stride_nv_h, stride_nv_d, stride_places,
+    STEP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     EXACT: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # GROUP_BLOCK 1: products by multiplication and sum; otherwise a tile of query heads (16 at least) for tl.dot.
+    # STEP: the row's new key and value go to its place in the cache; every program has them from where they come.
     # SPLIT: program_id(1) says which part of the visible positions; the parts are equal, so short rows keep all programs busy.
     b, h = divided_program(kv_heads)
     length = tl.load(lengths + b * stride_lengths).to(tl.int64)
@@ -43,6 +46,15 @@ def latent_attention_decode_kernel(
     g_ok = g < GROUP
     at = q + b * stride_q_b + head[:, None] * stride_q_h + d[None, :] * stride_q_d
     q_tile = tl.load(at, mask=g_ok[:, None] & d_ok[None, :], other=0.0).to(tl.float32)
+    if STEP:
+        place = tl.load(places + b * stride_places).to(tl.int64)
+        own_k = tl.load(new_k + b * stride_nk_b + h * stride_nk_h + d * stride_nk_d, mask=d_ok, other=0.0)
+        own_v = tl.load(new_v + b * stride_nv_b + h * stride_nv_h + d * stride_nv_d, mask=d_ok, other=0.0)
+        # One program of a row's writes; a place outside the cache is nobody's memory.
+        slot, part = place + tl.zeros_like(d), tl.program_id(1).to(tl.int64) + tl.zeros_like(d)
+        writes = d_ok & (slot >= 0) & (slot < cached) & (part == 0)
+        tl.store(k_cache + b * stride_k_b + h * stride_k_h + place * stride_k_n + d * stride_k_d, own_k, mask=writes)
+        tl.store(v_cache + b * stride_v_b + h * stride_v_h + place * stride_v_n + d * stride_v_d, own_v, mask=writes)
     largest = tl.full((GROUP_BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_BLOCK,), tl.float32)
     acc = tl.zeros((GROUP_BLOCK, BLOCK_D), tl.float32)
@@ -54,6 +66,10 @@ def latent_attention_decode_kernel(
         v_at = v_cache + b * stride_v_b + h * stride_v_h + position[:, None] * stride_v_n + d[None, :] * stride_v_d
         k = tl.load(k_at, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_at, mask=mask, other=0.0).to(tl.float32)
+        if STEP:
+            is_new = (position == place)[:, None]
+            k = tl.where(is_new, own_k.to(tl.float32)[None, :], k)
+            v = tl.where(is_new, own_v.to(tl.float32)[None, :], v)
         if GROUP_BLOCK == 1:
             s = tl.sum(q_tile * k, 1)[None, :] * scale
         else:

@@ -125,7 +125,8 @@ class Rows:
             return cls(model, kind, size, seed=seed, **options)
         key = kind_of(decoder, kind, size, end_token=decoder.tokenizer.eos_token_id, **options)
         rows = kept(decoder, key)
-        if rows is None:
+        now = exchanges(decoder, size, config.pack_weights, config.weights)
+        if rows is None or (rows.packed is not now and (rows.packed or now)):  # recorded over layers that are no more
             rows = cls(model, kind, size, seed=seed, **options)
         else:
             rows.seed.copy_(philox.seed_tensor(0 if seed is None else seed, decoder.device))
@@ -135,8 +136,8 @@ class Rows:
 
     def leave(self) -> None:
         """When all sentences have ended: keep the rows for another call, where they have a recording and their first size."""
-        if self.key is not None and self.recorded is not None and not self.packed:
-            decoder, key = self.model.decoder, self.key
+        decoder, key = self.model.decoder, self.key
+        if key is not None and self.recorded is not None and not (self.packed and decoder.device.type == "cpu"):
             self._serve(None)  # what is kept for a decoder must not keep it alive
             keep(decoder, key, self)
 

@@ -13,9 +13,18 @@ from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.kernels.frozen_layer import reference
 
-from .common import GRAD_FACTOR, ODD_SIZES, assert_within_error_rule, on_backend, opcheck, raises_naming, require
+from .common import (
+    GRAD_FACTOR,
+    ODD_SIZES,
+    assert_int64_addresses,
+    assert_within_error_rule,
+    on_backend,
+    opcheck,
+    raises_naming,
+    require,
+)
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "cpp", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -45,7 +54,7 @@ def _held(function, name: str, out, x, grad=None, factor=2.0):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("width", [*ODD_SIZES[1:], 768])
+@pytest.mark.parametrize("width", [*ODD_SIZES[1:], 768, 8200])
 def test_norm_and_its_gradient(name, dtype, centred, width):
     require("frozen_layer", name)
     x, grad, added = (_rows(7, width, dtype, spread) for spread in (3.0, 1.0, 1.0))
@@ -57,6 +66,13 @@ def test_norm_and_its_gradient(name, dtype, centred, width):
 
     y, stats = on_backend(frozen_layer.norm, name)(x, weight, bias, eps=1e-5, centred=centred)
     _held(plain, "norm", y, x)
+    total, of_total, stats_of_total = on_backend(frozen_layer.add_norm, name)(
+        x, added, weight, bias, eps=1e-5, centred=centred
+    )
+    assert torch.equal(total, x + added)
+    _held(plain, "norm of a sum", of_total, total)
+    _, expected = on_backend(frozen_layer.norm, name)(total, weight, bias, eps=1e-5, centred=centred)
+    torch.testing.assert_close(stats_of_total, expected)
     run = on_backend(frozen_layer.norm_gradient, name)
     _held(plain, "gradient", run(grad, x, stats, weight, centred=centred), x, grad)
     out = run(grad, x, stats, weight, centred=centred, added=added)
@@ -96,7 +112,9 @@ def test_activations_of_extreme_numbers(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "rest"), [(1, 2, 0), (3, 16, 0), (4, 64, 70), (2, 6, 1), (0, 8, 3)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "rest"), [(1, 2, 0), (3, 16, 0), (4, 64, 70), (2, 6, 1), (0, 8, 3), (2, 300, 1)]
+)
 def test_rotary_positions_and_back(name, dtype, heads, dim, rest):
     require("frozen_layer", name)
     x = _rows(9, heads * dim + rest, dtype)
@@ -126,14 +144,17 @@ def test_no_rows(name):
     assert on_backend(frozen_layer.activation_gradient, name)(x[:, :4], x, "swiglu").shape == (0, 8)
 
 
-def test_primitives_keep_torch_s_rules():
-    require("frozen_layer", "cpp")
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_primitives_keep_torch_s_rules(name):
+    require("frozen_layer", name)
     x, weight, stats = torch.randn(4, 8), torch.randn(8), torch.rand(4, 2)
-    opcheck("frozen_norm", (x, weight, None, 1e-5, False))
-    opcheck("frozen_norm_bwd", (x, x, stats, weight, x, True))
-    opcheck("frozen_activation", (x, 1))
-    opcheck("frozen_activation_bwd", (x[:, :4], x, 1))
-    opcheck("frozen_rotary", (x.clone(), x[:, :4].contiguous(), x[:, 4:].contiguous(), 2, False))
+    opcheck("frozen_norm", (x, weight, None, 1e-5, False), name)
+    opcheck("frozen_norm_bwd", (x, x, stats, weight, x, True), name)
+    opcheck("frozen_activation", (x, 1), name)
+    opcheck("frozen_activation_bwd", (x[:, :4], x, 1), name)
+    opcheck("frozen_rotary", (x.clone(), x[:, :4].contiguous(), x[:, 4:].contiguous(), 2, False), name)
+    if name == "triton":
+        opcheck("frozen_add_norm", (x, x, weight, None, 1e-5, True), name)
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
@@ -146,6 +167,13 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+def test_addresses_are_64_bit():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from lmvae_fast.kernels.frozen_layer import triton
+
+    assert_int64_addresses(triton)
+
+
 def test_bad_input_is_named():
     x, weight = torch.randn(3, 8), torch.randn(8)
     stats = frozen_layer.norm(x, weight, eps=1e-5)[1]
@@ -153,6 +181,8 @@ def test_bad_input_is_named():
         frozen_layer.norm(weight, weight, eps=1e-5)
     with raises_naming(ValueError, "weight", "[7]", "[8]"):
         frozen_layer.norm(x, weight[:7], eps=1e-5)
+    with raises_naming(ValueError, "added", "[2, 8]", "[3, 8]"):
+        frozen_layer.add_norm(x, x[:2], weight, eps=1e-5)
     with raises_naming(TypeError, "bias", "float64"):
         frozen_layer.norm(x, weight, weight.double(), eps=1e-5)
     with raises_naming(ValueError, "stats", "[2, 2]", "[3, 2]"):

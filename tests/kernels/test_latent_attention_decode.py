@@ -282,7 +282,7 @@ def test_decode_bad_input(name, case):
 # ---- a step: the new token is written, then attended to ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("name", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_step_writes_then_attends(name, layout, dtype):
@@ -309,15 +309,32 @@ def test_step_writes_then_attends(name, layout, dtype):
     assert_within_error_rule("out", out, eager, truth)
 
 
-def test_step_is_registered_and_names_bad_input():
-    require("latent_attention_decode", "cpp")
+@pytest.mark.parametrize("place", [0, 700, 1199])
+def test_step_of_several_programs_a_row(place):
+    """All of them see the new token, whoever writes it."""
+    require("latent_attention_decode", "triton")
+    q, k_cache, v_cache = torch.randn(2, 4, 16), *torch.randn(2, 2, 2, 1200, 16).unbind(0)
+    k, v = torch.randn(2, 2, 2, 16).unbind(0)
+    places, lengths = torch.tensor([place, 3]), torch.tensor([1200, 4])
+    expected = [k_cache.clone(), v_cache.clone()]
+    for cache, new in zip(expected, (k, v), strict=True):
+        cache[[0, 1], :, places] = new
+    out = on_backend(latent_attention_step, "triton")(q, k, v, k_cache, v_cache, places, lengths, scale=0.3)
+    assert torch.equal(k_cache, expected[0])
+    assert torch.equal(v_cache, expected[1])
+    torch.testing.assert_close(out, plain(q, *expected, lengths, scale=0.3))
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_step_is_registered_and_names_bad_input(name):
+    require("latent_attention_decode", name)
     q, k_cache, v_cache = caches()
     k, v = torch.randn(2, 3, *k_cache.shape[1::2]).unbind(0)
     places, lengths = torch.tensor([0, 19, 4]), torch.tensor([1, 20, 7])
-    opcheck("latent_attention_step", (q, k, v, k_cache, v_cache, places, lengths, 0.3, None, None))
+    opcheck("latent_attention_step", (q, k, v, k_cache, v_cache, places, lengths, 0.3, None, None), name)
 
     def run(k=k, v=v, places=places):
-        return latent_attention_step(q, k, v, k_cache, v_cache, places, lengths, scale=0.3)
+        return on_backend(latent_attention_step, name)(q, k, v, k_cache, v_cache, places, lengths, scale=0.3)
 
     with raises_naming(ValueError, "k must be", "[2, "):
         run(k=k[:2])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.errors import ConfigError
-from lmvae_fast.kernels.latent_attention import latent_attention_decode, latent_attention_step
+from lmvae_fast.kernels.latent_attention import latent_attention_step
 from lmvae_fast.kernels.latent_attention.visibility import token_position
 from lmvae_fast.memory import check_memory
 from lmvae_fast.models.decoder.position_columns import slot_columns
@@ -69,7 +69,6 @@ class LatentCache:
         self.step = torch.zeros(batch, dtype=torch.int64, device=device)
         #: Whether all that a row's sentence has gone through was finite.
         self.finite = torch.ones(batch, dtype=torch.bool, device=device)
-        self._rows = torch.arange(batch, device=device)
         self._position_columns = position_columns
         self._positions = self._lengths = self.step
 
@@ -99,12 +98,10 @@ class LatentCache:
     def select(self, rows: Tensor) -> None:
         """Keep only these rows (int64 ``[n]``), in this order."""
         self.kv, self.step, self.finite = self.kv[:, :, rows], self.step[rows], self.finite[rows]
-        self._rows = self._rows[: rows.shape[0]]
 
     def narrow(self, count: int) -> None:
         """Keep only the first ``count`` rows, without a copy."""
         self.kv, self.step, self.finite = self.kv[:, :, :count], self.step[:count], self.finite[:count]
-        self._rows = self._rows[:count]
 
     def reorder(self, rows: Tensor) -> None:
         """Row r goes on from the tokens of row ``rows[r]`` (int64 ``[batch]``), whose memory must be its own too."""
@@ -150,10 +147,6 @@ class LatentCache:
         options = {"scale": scale, "window": window, "softcap": softcap}
         if sinks is not None:
             options["sinks"] = sinks
-        if keys.device.type == "cpu":
-            new = (key.to(dtype), value.to(dtype))
-            out = latent_attention_step(query.to(dtype), *new, keys, values, self._positions, self._lengths, **options)
-        else:
-            self.write(layer, self._rows, self._positions, key, value)
-            out = latent_attention_decode(query.to(dtype), keys, values, self._lengths, **options)
+        new = (key.to(dtype), value.to(dtype))
+        out = latent_attention_step(query.to(dtype), *new, keys, values, self._positions, self._lengths, **options)
         return out.to(query.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lmvae_fast.kernels.backend import choose
 from lmvae_fast.kernels.packed_linear import PackedLinear, pack_weight, training_product
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import linear_weight, require
@@ -44,7 +45,7 @@ class LowRank(NamedTuple):
 
 class FrozenLinear:
     """``x W^T + b`` over a weight that does not train, or over several with the same inputs, whose outputs then lie side by
-    side. A second and a third copy of the weight are held, one for each pass.
+    side. On a CPU a second and a third copy of the weight are held, one for each pass; on CUDA one, of several.
 
     Args:
         parts: linear modules, adapters beside them or not. pages: what the copies are put into where the layout is ours.
@@ -59,8 +60,11 @@ class FrozenLinear:
         biases = [base.bias.detach().to(weights[0].dtype) for base in bases if isinstance(base.bias, Tensor)]
         require(len(biases) in (0, len(bases)), "a bias in some of the projections of one input")
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self.forward = _product(pages, weight, torch.cat(biases) if biases else None)
-        self.backward = _product(pages, weight.t(), None)
+        bias = torch.cat(biases) if biases else None
+        #: Whether the product itself adds; where it does not, the norm that follows does (Norm.of_sum).
+        self.sums = weight.device.type == "cpu" and choose("frozen_layer", weight) != "triton"
+        self.forward = _product(pages, weight, bias) if self.sums else _plain_product(weight, bias)
+        self.backward = _product(pages, weight.t(), None) if self.sums else _plain_product(weight.t(), None)
         self.adapters: list[LowRank] = []
         start = 0
         for part, own in zip(parts, weights, strict=True):
@@ -137,6 +141,11 @@ def _adapter(module: Any, columns: slice) -> LowRank:
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
     require(down.requires_grad and up.requires_grad, "an adapter that does not train")
     return LowRank(columns, down, up, float(module.scaling[name]))
+
+
+def _plain_product(weight: Tensor, bias: Tensor | None) -> Product:
+    """torch's own, which on CUDA takes any layout of the weight: nothing is copied."""
+    return lambda x, added: linear(x, weight, bias) if added is None else linear(x, weight, bias).add_(added)
 
 
 def _product(pages: LargePages, weight: Tensor, bias: Tensor | None) -> Product:

@@ -42,18 +42,30 @@ LLAMAS = {
 
 def body_forward(decoder: Decoder, packing: Packing) -> Callable[..., SimpleNamespace] | None:
     """What the decoder's body may call in place of its own forward, or None where its layers are not written out here."""
+    return examined(decoder, lambda: _written_out(decoder, packing), packing.weights)
+
+
+def _written_out(decoder: Decoder, packing: Packing) -> Callable[..., SimpleNamespace] | None:
+    body = decoder.body
+    if type(body) is gpt2.GPT2Model:
+        return _gpt2(body, packing)
+    return _llama(body, decoder.windows, packing) if type(body) in LLAMAS else None
+
+
+def examined(
+    decoder: Decoder, make: Callable[[], Callable[..., SimpleNamespace] | None], weights: str | None
+) -> Callable[..., SimpleNamespace] | None:
+    """What ``make`` makes to stand in for the body's forward, or None: it gives None or raises Unlike, or its values are not
+    the modules'. weights: as `Packing` takes them."""
     body = decoder.body
     try:
-        if type(body) is gpt2.GPT2Model:
-            forward = _gpt2(body, packing)
-        elif type(body) in LLAMAS:
-            forward = _llama(body, decoder.windows, packing)
-        else:
+        forward = make()
+        if forward is None:
             return None
     except Unlike as reason:
         logger.info("%s: layers stay Hugging Face's in decoding: %s", type(body).__name__, reason)
         return None
-    difference, limit = _difference(decoder, forward, packing.weights)
+    difference, limit = _difference(decoder, forward, weights)
     if not difference <= limit:
         logger.warning(
             "%s: layers stay Hugging Face's in decoding: ours are off by %.1e, more than %.1e",
@@ -74,6 +86,7 @@ def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace], weigh
     hidden, body = decoder.hidden_size, decoder.body
     embedded = torch.linspace(-1, 1, 5 * hidden, dtype=decoder.dtype).view(hidden, 5).t().unsqueeze(0)
     offsets, positions = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1, 2, 0, 1]])
+    embedded, offsets, positions = (tensor.to(decoder.device) for tensor in (embedded, offsets, positions))
 
     def states(body: Callable[..., Any], dtype: torch.dtype) -> Tensor:
         attention = PackedAttention(None, "prefix", offsets, 3)

@@ -1,6 +1,7 @@
-"""Weights of a frozen decoder in a layout of their own, for decoding on a CPU.
+"""A frozen decoder's layers as decoding runs them: over weights in a layout of their own on a CPU, fused on a GPU.
 
-A decode step multiplies few rows by every weight, and torch's plain matrix product brings a weight into the layout it
+On a GPU the layers of known families are those that training goes through (training_layers.py), whose kernels are fewer than the
+modules'; the weights stay where they are. On a CPU a decode step multiplies few rows by every weight, and torch's plain matrix product brings a weight into the layout it
 computes with anew at each call. Here that is done once per decoder: for our own products, and for more rows than they are
 fastest for (kernels/packed_linear/choices.py) for oneDNN's. Where our product is used and the family is known, a whole body is
 exchanged (prepared_layers.py); otherwise the modules and their code stay Hugging Face's, and only what a linear module calls is
@@ -17,9 +18,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lmvae_fast.errors import ConfigError
-from lmvae_fast.kernels.backend import current
+from lmvae_fast.kernels.backend import choose, current
 from lmvae_fast.kernels.packed_linear import most_rows
 from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import (
     Exchanges,
     Forward,
@@ -29,15 +31,21 @@ from lmvae_fast.models.decoder.packed_products import (
     linear_weight,
     plain_linears,
 )
-from lmvae_fast.models.decoder.prepared_layers import body_forward
+from lmvae_fast.models.decoder.prepared_layers import body_forward, examined
+from lmvae_fast.models.decoder.training_layers import written_out
 
 OURS = (torch.float32, torch.bfloat16)  # dtypes that packed_linear has a kernel for
+FUSED = (torch.float32, torch.float16, torch.bfloat16)  # and those of the fused layers of a GPU
 _packed: WeakKeyDictionary[Decoder, tuple[tuple, Exchanges]] = WeakKeyDictionary()
 
 
 def pays(decoder: Decoder, rows: int) -> bool:
-    """Whether packed weights make a step over this many rows faster (measured: docs/generation.md)."""
-    if decoder.trains or decoder.device.type != "cpu" or current() == "reference" or torch.is_autocast_enabled("cpu"):
+    """Whether prepared layers make a step over this many rows faster (measured on CPUs: docs/generation.md)."""
+    if decoder.trains or current() == "reference" or torch.is_autocast_enabled(decoder.device.type):
+        return False
+    if _fused(decoder):
+        return True
+    if decoder.device.type != "cpu":
         return False
     if _ours(decoder, rows):
         return True
@@ -74,6 +82,12 @@ def _ours(decoder: Decoder, rows: int) -> bool:
     return decoder.dtype in OURS and rows <= most_rows(decoder.dtype)
 
 
+def _fused(decoder: Decoder) -> bool:
+    # The interpreter, which runs Triton's kernels on a CPU, is for tests.
+    on_cpu = decoder.device.type == "cpu" and current() != "triton"
+    return not on_cpu and decoder.dtype in FUSED and choose("frozen_layer", next(decoder.body.parameters())) == "triton"
+
+
 @contextmanager
 def packed_weights(decoder: Decoder, rows: int, wanted: bool = True, weights: str | None = None) -> Iterator[None]:
     """Inside, the decoder's linear maps read packed weights where that is wanted and pays; outside, nothing is changed."""
@@ -95,14 +109,23 @@ def exchanges(decoder: Decoder, rows: int, wanted: bool = True, weights: str | N
 def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchanges:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
     modules = [m for m in plain_linears(decoder.model) if m.weight.dtype == dtype]
-    ours = weights is not None or _ours(decoder, rows)
+    ours = "fused" if _fused(decoder) else weights is not None or _ours(decoder, rows)
     copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
     state = (ours, weights, *((tensor.data_ptr(), tensor._version) for tensor in copied))
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed.pop(decoder, None)  # before the next copy of the weights is made
-        made = _by_our_products(decoder, modules, weights) if ours else _onednn(modules, rows)
+        if ours == "fused":
+            forward = fused_forward(decoder)
+            made: Exchanges = [] if forward is None else [(decoder.body, forward)]
+        else:
+            made = _by_our_products(decoder, modules, weights) if ours else _onednn(modules, rows)
         _packed[decoder] = (state, made)
     return _packed[decoder][1]
+
+
+def fused_forward(decoder: Decoder) -> Forward | None:
+    """The body's layers of few kernels, or None where they are not written out."""
+    return examined(decoder, lambda: written_out(decoder, LargePages()), None)
 
 
 def _by_our_products(decoder: Decoder, modules: list[Linear], weights: str | None) -> Exchanges:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
 from lmvae_fast.kernels.backend import choose, current
 from lmvae_fast.models.decoder.attention import PackedAttention
@@ -21,8 +20,7 @@ from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.frozen_products import adapter_state, require_adapters
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import Unlike, require
-from lmvae_fast.models.decoder.prepared_layers import LLAMAS
-from lmvae_fast.models.decoder.training_layers import gpt2_forward, llama_forward
+from lmvae_fast.models.decoder.training_layers import written_out
 from lmvae_fast.models.sharded_tensors import in_pieces
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 _OPTIONS = {"inputs_embeds", "position_ids", "use_cache", "lmvae"}
 Forward = Callable[..., Any]
 _ADAPTER = ".lora_"  # in names of parameters that peft puts beside a weight
@@ -72,10 +70,11 @@ class TrainingBody:
         if options.keys() != _OPTIONS or type(options["lmvae"]) is not PackedAttention:
             return False
         embedded = options["inputs_embeds"]
-        if embedded.dtype != self._dtype or embedded.device.type != "cpu":  # as while others look at it in fp32
+        device = embedded.device.type
+        if embedded.dtype != self._dtype or device not in DTYPES:  # as while others look at it in fp32
             return False
-        cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != embedded.dtype
-        return current() != "reference" and embedded.dtype in DTYPES and not cast
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != embedded.dtype
+        return current() != "reference" and embedded.dtype in DTYPES[device] and not cast
 
     def _prepared(self) -> Forward | None:
         body = self._decoder.body
@@ -95,11 +94,8 @@ class TrainingBody:
         body: Any = decoder.body
         try:
             _require_frozen(decoder, weights)
-            if type(body) is gpt2.GPT2Model:
-                forward = gpt2_forward(body, pages)
-            elif type(body) in LLAMAS:
-                forward = llama_forward(body, decoder.windows, pages)
-            else:
+            forward = written_out(decoder, pages)
+            if forward is None:
                 return None, f"the layers of {type(body).__name__} are not written out"
         except Unlike as unlike:
             return None, str(unlike)
@@ -118,14 +114,13 @@ def _require_frozen(decoder: Decoder, weights: list[nn.Parameter]) -> None:
     require_adapters(body)
     require(not any(in_pieces(weight) for weight in weights), "its weights are held in pieces")
     dtypes = {weight.dtype for weight in weights if weight.dim() > 1}
-    require(len(dtypes) == 1 and dtypes <= set(DTYPES), f"its weights are {', '.join(sorted(map(str, dtypes)))}")
+    known = set(DTYPES.get(weights[0].device.type, ()))
+    require(len(dtypes) == 1 and dtypes <= known, f"its weights are {', '.join(sorted(map(str, dtypes)))}")
     vectors = {weight.dtype for weight in weights} - dtypes  # of a decoder that trains in part (step_setup.castable)
     require(vectors <= {torch.float32}, f"some of its weights are {', '.join(sorted(map(str, vectors)))}")
     require(decoder.way.plain and not decoder.position_columns, "its attention is called in another way")
     require(not body.training or not _drops(body), "it drops values while it trains")
-    require(
-        choose("frozen_layer", weights[0]) == "cpp", "the C++ extension has nothing for what stands between products"
-    )
+    require(choose("frozen_layer", weights[0]) != "reference", "no kernel for what stands between products")
     for name, module in body.named_modules():
         if module is body:
             continue
@@ -142,7 +137,7 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
     """How far values and gradients of two short sentences under a memory are from the modules' in fp32, over their norm; and
     the most that they may be. In bf16 the modules are off, too: ours may be by twice as much, gradients by three times.
     """
-    body, dtype = decoder.body, next(decoder.body.parameters()).dtype
+    body, dtype, device = decoder.body, next(decoder.body.parameters()).dtype, decoder.device
     mixed = any(weight.dtype != dtype for name, weight in body.named_parameters() if _ADAPTER not in name)
     offsets, positions = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1, 2, 0, 1]])
     shape = (decoder.num_layers, 2, 2, decoder.kv_heads, 3, decoder.head_dim)
@@ -150,6 +145,9 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
     memory = torch.linspace(0, 0.37 * count, count).sin().view(shape)
     embedded = torch.linspace(-1, 1, 5 * decoder.hidden_size).view(decoder.hidden_size, 5).t().unsqueeze(0)
     weights = torch.linspace(0, 5 * decoder.hidden_size, 5 * decoder.hidden_size).cos().view(1, 5, -1)
+    offsets, positions, memory, embedded, weights = (
+        tensor.to(device) for tensor in (offsets, positions, memory, embedded, weights)
+    )
     adapters = {name: w for name, w in body.named_parameters() if _ADAPTER in name and w.requires_grad}
 
     @torch.enable_grad()
@@ -167,9 +165,9 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
             found[f"gradients by {half}"] = torch.cat(own)
         return {name: tensor.detach().float() for name, tensor in found.items()}
 
-    with torch.autocast("cpu", enabled=False), _doing_something(list(adapters.values())):
+    with torch.autocast(device.type, enabled=False), _doing_something(list(adapters.values())):
         ours = figures(forward, dtype)
-        with torch.autocast("cpu", dtype, enabled=mixed):  # the modules' own way out of two dtypes
+        with torch.autocast(device.type, dtype, enabled=mixed):  # the modules' own way out of two dtypes
             theirs = figures(plain, dtype)
         truth = theirs
         if dtype != torch.float32:

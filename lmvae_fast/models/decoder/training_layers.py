@@ -1,20 +1,22 @@
-"""The layers of GPT-2 and of Llama's family written out for training on a CPU: forward, and backward to the inputs alone.
+"""The layers of GPT-2 and of Llama's family written out for training: forward, and backward to the inputs alone.
 
 Between two attentions a frozen decoder has one function to autograd: out of a layer's attention, through its MLP, into the
 queries, keys and values of the next. Its weights are prepared once for both passes (frozen_products.py), what stands between
 the products is fused (kernels/frozen_layer), and it keeps what its gradient needs and nothing else: the rows that go into the
 two norms, and what goes into the activation (what adapters read besides is made again). Attention itself stays
-`latent_attention` with a gradient of its own.
+`latent_attention` with a gradient of its own. A sum of hidden states is made by the product before it (on a CPU) or by the norm
+behind it (on CUDA, `Sum`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
 from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext
@@ -23,8 +25,22 @@ from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import linear_weight, require
 from lmvae_fast.models.decoder.prepared_layers import LLAMAS, require_gpt2_layer, require_llama_layer
 
+if TYPE_CHECKING:
+    from lmvae_fast.models.decoder.decoder import Decoder
+
 Saved = tuple[Tensor | None, ...]
 Turns = tuple[Tensor, Tensor]  # cosines and sines [T, head_dim]
+
+
+class Sum(NamedTuple):
+    """Hidden states ``[T, hidden]``, which ``added`` are still to be added to."""
+
+    states: Tensor
+    added: Tensor | None = None
+
+
+def _summed(product: FrozenLinear, x: Tensor, added: Tensor) -> Sum:
+    return Sum(product(x, added)) if product.sums else Sum(product(x), added)
 
 
 class Norm:
@@ -41,6 +57,13 @@ class Norm:
         """By x, plus ``added``."""
         centred = self.bias is not None
         return frozen_layer.norm_gradient(grad, x, stats, self.weight, centred=centred, added=added)
+
+    def of_sum(self, states: Sum) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, their rows, and what `gradient` needs."""
+        x, added = states
+        if added is None:
+            return x, *self(x)
+        return frozen_layer.add_norm(x, added, self.weight, self.bias, eps=self.eps, centred=self.bias is not None)
 
 
 class HeadNorm(NamedTuple):
@@ -71,13 +94,14 @@ class IntoAttention:
     def __init__(self, norm: Norm, qkv: FrozenLinear, turned: int, of_heads: Sequence[HeadNorm] = ()) -> None:
         self.norm, self.qkv, self.turned, self.of_heads = norm, qkv, turned, of_heads
 
-    def forward(self, x: Tensor, turns: Turns | None) -> tuple[Tensor, Saved]:
-        rows, stats = self.norm(x)
+    def forward(self, states: Sum, turns: Turns | None) -> tuple[Tensor, Tensor, Saved]:
+        """Queries, keys and values; the hidden states, summed; what `backward` needs."""
+        x, rows, stats = self.norm.of_sum(states)
         out = self.qkv(rows)
         kept = [tensor for norm in self.of_heads for tensor in norm(out)]
         if turns is not None:
             frozen_layer.rotate_(out, *turns, heads=self.turned)
-        return out, (x, stats, *(turns or (None, None)), *kept)
+        return out, x, (x, stats, *(turns or (None, None)), *kept)
 
     def backward(self, grad: Tensor, added: Tensor | None, saved: Saved) -> tuple[Tensor, list[Tensor]]:
         x, stats, cos, sin, *kept = saved
@@ -102,9 +126,10 @@ class LastNorm:
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
 
-    def forward(self, x: Tensor, turns: Turns | None) -> tuple[Tensor, Saved]:
-        rows, stats = self.norm(x)
-        return rows, (x, stats)
+    def forward(self, states: Sum, turns: Turns | None) -> tuple[Tensor, Tensor, Saved]:
+        """As `IntoAttention.forward`."""
+        x, rows, stats = self.norm.of_sum(states)
+        return rows, x, (x, stats)
 
     def backward(self, grad: Tensor, added: Tensor | None, saved: Saved) -> tuple[Tensor, list[Tensor]]:
         x, stats = saved
@@ -124,12 +149,11 @@ class OutOfAttention(NamedTuple):
     activation: str
     down: FrozenLinear
 
-    def forward(self, seen: Tensor, x: Tensor) -> tuple[Tensor, Saved]:
-        middle = self.out(seen, x)
-        rows, stats = self.norm(middle)
+    def forward(self, seen: Tensor, x: Tensor) -> tuple[Sum, Saved]:
+        middle, rows, stats = self.norm.of_sum(_summed(self.out, seen, x))
         inner = self.up(rows)
         saved = (middle, stats, inner, seen if self.out.adapters else None)
-        return self.down(frozen_layer.activation(inner, self.activation), middle), saved
+        return _summed(self.down, frozen_layer.activation(inner, self.activation), middle), saved
 
     def backward(self, grad: Tensor, saved: Saved, wanted: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """By what attention found (None unless ``wanted``), by the hidden states, and by what trains here."""
@@ -171,10 +195,11 @@ class _Between(torch.autograd.Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         saved: Saved = ()
+        states = Sum(x)
         if segment.before is not None:
             assert seen is not None
-            x, saved = segment.before.forward(seen, x)
-        out, kept = segment.after.forward(x, turns)
+            states, saved = segment.before.forward(seen, x)
+        out, x, kept = segment.after.forward(states, turns)
         ctx.segment, ctx.count, ctx.trained = segment, len(saved), len(trained)
         # Adapters too: autograd then refuses a gradient after they were changed in place.
         ctx.save_for_backward(*saved, *kept, *trained)
@@ -229,6 +254,16 @@ def _segments(into: list[IntoAttention], out: list[OutOfAttention], last: Norm) 
 
 
 # ---- the families ----------------------------------------------------------------------------------------------------
+
+
+def written_out(decoder: Decoder, pages: LargePages) -> Callable[..., SimpleNamespace] | None:
+    """What a decoder's body may call in place of its own forward; None for a family that is not written out here.
+
+    Raises Unlike for a layer that is not exactly what is written out."""
+    body: Any = decoder.body
+    if type(body) is gpt2.GPT2Model:
+        return gpt2_forward(body, pages)
+    return llama_forward(body, decoder.windows, pages) if type(body) in LLAMAS else None
 
 
 def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]:
