@@ -9,8 +9,8 @@
 --prepare draws prompts to train on and others to test on, by seed 0, and leaves the rest for fine-tuning the decoder. Every
 variant then trains for the same steps on the same answers, one prompt's a step, and is judged on the test prompts: figures
 within a prompt (KL, mutual information, active and collapsed units), likelihood, and texts of draws from the prior and of
-posterior means (greedy; MAUVE by the frozen sentence encoder of --embed). Writes benchmarks/results/science/penalties/<name>.json
-after every run, and goes on from it.
+posterior means (greedy; MAUVE by the frozen sentence encoder of --embed). Writes a record, science/penalties/<name>.json, after
+every run, and goes on from it.
 """
 
 from __future__ import annotations

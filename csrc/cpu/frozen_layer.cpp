@@ -18,6 +18,8 @@ constexpr int64_t kGrain = 8192;  // numbers worth a thread
 int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 at::Tensor rows_of(const at::Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
 
+at::Tensor in_float(const at::Tensor& vector) { return vector.to(at::kFloat).contiguous(); }
+
 template <typename F>
 void for_type(const at::Tensor& x, const char* name, const F& body) {
   if (x.scalar_type() == at::kBFloat16)
@@ -30,8 +32,8 @@ void for_type(const at::Tensor& x, const char* name, const F& body) {
 
 std::tuple<at::Tensor, at::Tensor> norm_fwd(const at::Tensor& x_in, const at::Tensor& weight_in,
                                             const OptionalTensor& bias_in, double eps, bool centred) {
-  const at::Tensor x = rows_of(x_in), weight = weight_in.contiguous();
-  const at::Tensor bias = bias_in.has_value() ? bias_in->contiguous() : at::Tensor();
+  const at::Tensor x = rows_of(x_in), weight = in_float(weight_in);
+  const at::Tensor bias = bias_in.has_value() ? in_float(*bias_in) : at::Tensor();
   at::Tensor y = at::empty(x.sizes(), x.options());
   at::Tensor stats = at::empty({x.size(0), 2}, x.options().dtype(at::kFloat));
   for_type(x, "frozen_norm", [&](auto zero) {
@@ -42,8 +44,8 @@ std::tuple<at::Tensor, at::Tensor> norm_fwd(const at::Tensor& x_in, const at::Te
     a.centred = centred;
     a.x = x.const_data_ptr<T>();
     a.x_row = x.stride(0);
-    a.weight = weight.const_data_ptr<T>();
-    a.bias = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+    a.weight = weight.const_data_ptr<float>();
+    a.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
     a.stats = stats.mutable_data_ptr<float>();
     a.out = y.mutable_data_ptr<T>();
     const auto rows = LMVAE_PICK(norm_rows<T>);
@@ -55,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor> norm_fwd(const at::Tensor& x_in, const at::Te
 at::Tensor norm_bwd(const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& stats_in,
                     const at::Tensor& weight_in, const OptionalTensor& added_in, bool centred) {
   const at::Tensor grad = rows_of(grad_in), x = rows_of(x_in), stats = stats_in.contiguous();
-  const at::Tensor weight = weight_in.contiguous(), added = added_in.has_value() ? rows_of(*added_in) : at::Tensor();
+  const at::Tensor weight = in_float(weight_in), added = added_in.has_value() ? rows_of(*added_in) : at::Tensor();
   at::Tensor out = at::empty(x.sizes(), x.options());
   for_type(x, "frozen_norm_bwd", [&](auto zero) {
     using T = decltype(zero);
@@ -64,7 +66,7 @@ at::Tensor norm_bwd(const at::Tensor& grad_in, const at::Tensor& x_in, const at:
     a.centred = centred;
     a.x = x.const_data_ptr<T>();
     a.x_row = x.stride(0);
-    a.weight = weight.const_data_ptr<T>();
+    a.weight = weight.const_data_ptr<float>();
     a.stats = const_cast<float*>(stats.const_data_ptr<float>());
     a.grad = grad.const_data_ptr<T>();
     a.grad_row = grad.stride(0);
@@ -82,7 +84,7 @@ at::Tensor norm_bwd(const at::Tensor& grad_in, const at::Tensor& x_in, const at:
 at::Tensor activation(const at::Tensor& x_in, const OptionalTensor& grad_in, int64_t kind) {
   const at::Tensor x = rows_of(x_in), grad = grad_in.has_value() ? rows_of(*grad_in) : at::Tensor();
   const auto what = static_cast<RowActivation>(kind);
-  const int64_t width = what == RowActivation::SwiGlu ? x.size(1) / 2 : x.size(1);
+  const int64_t width = what == RowActivation::GeluTanh ? x.size(1) : x.size(1) / 2;
   at::Tensor out = at::empty({x.size(0), grad.defined() ? x.size(1) : width}, x.options());
   for_type(x, "frozen_activation", [&](auto zero) {
     using T = decltype(zero);

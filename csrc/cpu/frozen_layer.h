@@ -9,14 +9,15 @@
 namespace lmvae {
 
 // Numbers as in kernels/frozen_layer/op.py.
-enum class RowActivation : int64_t { GeluTanh = 0, SwiGlu = 1 };
+enum class RowActivation : int64_t { GeluTanh = 0, SwiGlu = 1, GegluTanh = 2 };
 
 template <typename T>
 struct NormArgs {
   int64_t width;
   double eps;
   bool centred;                // LayerNorm; else RMSNorm
-  const T *x, *weight, *bias;  // bias null: none
+  const float *weight, *bias;  // bias null: none
+  const T* x;
   int64_t x_row;
   float* stats;           // [rows, 2]: mean (0 where it is not centred) and 1 / deviation
   const T *grad, *added;  // backward; added null: none
@@ -26,7 +27,7 @@ struct NormArgs {
 
 template <typename T>
 struct ActivationArgs {
-  int64_t width;  // of what comes out; SwiGlu reads [gate, up], twice as wide
+  int64_t width;  // of what comes out; what is gated reads [gate, up], twice as wide
   RowActivation kind;
   const T *x, *grad;
   int64_t x_row, grad_row;

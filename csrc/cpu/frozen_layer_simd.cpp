@@ -43,13 +43,9 @@ constexpr float kGelu = 1.5957691216057308f, kCube = 0.044715f;  // 2 sqrt(2 / p
 template <typename T>
 void norm_rows(const NormArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t n = a.width;
-  std::vector<float> room(3 * n);
-  float *x = room.data(), *weight = x + n, *bias = weight + n;
-  load_unit(a.weight, weight, n);
-  if (a.bias != nullptr)
-    load_unit(a.bias, bias, n);
-  else
-    std::memset(bias, 0, n * sizeof(float));
+  std::vector<float> room(a.bias == nullptr ? 2 * n : n);
+  float* x = room.data();
+  const float *weight = a.weight, *bias = a.bias == nullptr ? x + n : a.bias;  // room is zeros at first
   for (int64_t r = begin; r < end; r++) {
     load_unit(a.x + r * a.x_row, x, n);
     const float mean = a.centred ? sum_of(x, n) / static_cast<float>(n) : 0.0f;
@@ -73,9 +69,9 @@ void norm_rows(const NormArgs<T>& a, int64_t begin, int64_t end) {
 template <typename T>
 void norm_rows_bwd(const NormArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t n = a.width;
-  std::vector<float> room(4 * n);
-  float *x = room.data(), *g = x + n, *weight = g + n, *added = weight + n;
-  load_unit(a.weight, weight, n);
+  std::vector<float> room(3 * n);
+  float *x = room.data(), *g = x + n, *added = g + n;
+  const float* weight = a.weight;
   for (int64_t r = begin; r < end; r++) {
     load_unit(a.x + r * a.x_row, x, n);
     load_unit(a.grad + r * a.grad_row, g, n);
@@ -115,12 +111,16 @@ void activation_rows(const ActivationArgs<T>& a, int64_t begin, int64_t end) {
       const int64_t n = std::min(kChunk, a.width - i);
       load_unit(a.x + r * a.x_row + i, x, n);
       if (a.kind == RowActivation::SwiGlu) {
-        load_unit(a.x + r * a.x_row + a.width + i, up, n);
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) x[j] *= sigmoid(x[j]) * up[j];
+        for (int64_t j = 0; j < n; j++) x[j] *= sigmoid(x[j]);
       } else {  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u)
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) x[j] *= sigmoid(kGelu * (x[j] + kCube * x[j] * x[j] * x[j]));
+      }
+      if (a.kind != RowActivation::GeluTanh) {
+        load_unit(a.x + r * a.x_row + a.width + i, up, n);
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) x[j] *= up[j];
       }
       store_row(x, a.out + r * a.width + i, n);
     }
@@ -128,34 +128,44 @@ void activation_rows(const ActivationArgs<T>& a, int64_t begin, int64_t end) {
 
 template <typename T>
 void activation_rows_bwd(const ActivationArgs<T>& a, int64_t begin, int64_t end) {
-  float x[kChunk], up[kChunk], g[kChunk];
-  const bool gated = a.kind == RowActivation::SwiGlu;
+  float x[kChunk], up[kChunk], g[kChunk], slopes[kChunk];
+  const bool gated = a.kind != RowActivation::GeluTanh;
   for (int64_t r = begin; r < end; r++)
     for (int64_t i = 0; i < a.width; i += kChunk) {
       const int64_t n = std::min(kChunk, a.width - i);
       load_unit(a.x + r * a.x_row + i, x, n);
       load_unit(a.grad + r * a.grad_row + i, g, n);
       T* out = a.out + r * (gated ? 2 : 1) * a.width + i;
-      if (gated) {
-        load_unit(a.x + r * a.x_row + a.width + i, up, n);
+      // The value goes to x, its slope to `slopes`.
+      if (a.kind == RowActivation::SwiGlu) {
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
           float s, slope;
           sigmoid_of(x[j], &s, &slope);
-          slope = s + x[j] * slope;
-          x[j] = g[j] * (x[j] * s);
-          g[j] *= up[j] * slope;
+          slopes[j] = s + x[j] * slope;
+          x[j] *= s;
         }
-        store_row(x, out + a.width, n);
       } else {
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) {
           const float square = x[j] * x[j];
           float s, slope;
           sigmoid_of(kGelu * (x[j] + kCube * x[j] * square), &s, &slope);
-          g[j] *= s + x[j] * slope * kGelu * (1.0f + 3.0f * kCube * square);
+          slopes[j] = s + x[j] * slope * kGelu * (1.0f + 3.0f * kCube * square);
+          x[j] *= s;
         }
       }
+      if (gated) {
+        load_unit(a.x + r * a.x_row + a.width + i, up, n);
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+          x[j] *= g[j];
+          slopes[j] *= up[j];
+        }
+        store_row(x, out + a.width, n);
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < n; j++) g[j] *= slopes[j];
       store_row(g, out, n);
     }
 }

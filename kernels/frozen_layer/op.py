@@ -15,7 +15,7 @@ from ..inplace import check_written, written
 from ..registration import define, primitives, refuse_gradients, refuse_vmap
 from . import reference
 from .checks import check_kind, check_rows, check_stats, check_turns, check_vector
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, GATED
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def _fake_norm_bwd(grad, x, stats, weight, added, centred):
 
 
 def _fake_activation(x, kind):
-    return x.new_empty((x.shape[0], x.shape[1] // 2 if ACTIVATIONS[kind] == "swiglu" else x.shape[1]))
+    return x.new_empty((x.shape[0], x.shape[1] // 2 if ACTIVATIONS[kind] in GATED else x.shape[1]))
 
 
 def _fake_activation_bwd(grad, x, kind):
@@ -117,7 +117,7 @@ def norm(
     """LayerNorm of rows, or RMSNorm. Not differentiable: `norm_gradient` is its gradient.
 
     Args:
-        x: ``[T, N]``. weight, bias: ``[N]``, of x's dtype.
+        x: ``[T, N]``. weight, bias: ``[N]``, of x's dtype or fp32.
         eps: added to the variance. centred: whether the mean is taken off (LayerNorm).
 
     Returns:
@@ -185,8 +185,8 @@ def norm_gradient(
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """``gelu_tanh`` of rows ``[T, N]``, or ``swiglu`` of rows ``[gate, up]`` ``[T, 2 N]``: ``silu(gate) * up`` ``[T, N]``.
-    Not differentiable: `activation_gradient` is its gradient. Raises as `norm`."""
+    """``gelu_tanh`` of rows ``[T, N]``; of rows ``[gate, up]`` ``[T, 2 N]`` ``swiglu``, ``silu(gate) * up`` ``[T, N]``, or
+    ``geglu_tanh``, ``gelu_tanh(gate) * up``. Not differentiable: `activation_gradient` is its gradient. Raises as `norm`."""
     refuse_vmap("frozen_layer.activation", x)
     check_rows("x", x)
     check_kind(kind, x)
@@ -202,7 +202,7 @@ def activation_gradient(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     refuse_vmap("frozen_layer.activation_gradient", grad, x)
     check_rows("x", x)
     check_kind(kind, x)
-    check_rows("grad", grad, x, (x.shape[0], x.shape[1] // 2 if kind == "swiglu" else x.shape[1]))
+    check_rows("grad", grad, x, (x.shape[0], x.shape[1] // 2 if kind in GATED else x.shape[1]))
     refuse_gradients("frozen_layer.activation_gradient", grad=grad, x=x)
     choice = backend.choose("frozen_layer", x)
     if choice == "reference":

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-ACTIVATIONS = ("gelu_tanh", "swiglu")  # numbered as enum RowActivation in csrc/cpu/frozen_layer.h
+ACTIVATIONS = ("gelu_tanh", "swiglu", "geglu_tanh")  # numbered as enum RowActivation in csrc/cpu/frozen_layer.h
+GATED = ACTIVATIONS[1:]
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
@@ -37,12 +38,12 @@ def norm_gradient(
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """GELU in its tanh form of rows [T, N]; or ``silu(gate) * up`` of rows [gate, up] [T, 2 N]."""
+    """GELU in its tanh form of rows [T, N]; or ``silu(gate) * up``, or this GELU's, of rows [gate, up] [T, 2 N]."""
     (wide,) = _wide(x)
     if kind == "gelu_tanh":
         return gelu(wide, approximate="tanh").to(x.dtype)
     gate, up = wide.chunk(2, dim=1)
-    return (silu(gate) * up).to(x.dtype)
+    return ((silu(gate) if kind == "swiglu" else gelu(gate, approximate="tanh")) * up).to(x.dtype)
 
 
 def activation_gradient(grad: Tensor, x: Tensor, kind: str) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from ..triton_math import cast, exp_, tanh_
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, GATED
 
 # ---- device code -----------------------------------------------------------------------------------------------------
 
@@ -35,15 +35,15 @@ def frozen_norm_kernel(
     if HAS_ADDED:
         total += row * width
         added += row * stride_added
-        for start in range(0, width, BLOCK):
-            at = start + col
-            both = cast(_row(x, at, width) + _row(added, at, width), total.dtype.element_ty)
-            tl.store(total + at, both, mask=at < width)
-            if ONE:
-                values = both.to(tl.float32)
+        values = cast(_row(x, col, width) + _row(added, col, width), total.dtype.element_ty)
+        tl.store(total + col, values, mask=col < width)
         if not ONE:
+            for start in range(BLOCK, width, BLOCK):
+                at = start + col
+                both = cast(_row(x, at, width) + _row(added, at, width), total.dtype.element_ty)
+                tl.store(total + at, both, mask=at < width)
             tl.debug_barrier()  # what a thread stored, any may read below
-            values = _row(total, col, width)
+        values = values.to(tl.float32)
         x = total
     else:
         values = _row(x, col, width)
@@ -122,38 +122,46 @@ def _sigmoid(x):
 
 
 @triton.jit
-def frozen_activation_kernel(x, out, width, stride_x, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _activated(x, SILU: tl.constexpr):
+    """SiLU or GELU of x and its slope."""
+    if SILU:
+        s, slope = _sigmoid(x)
+        y, slope = x * s, s + x * slope
+    else:
+        t, inner = _gelu_parts(x)
+        # Where tanh is +-1 its slope is 0, and the polynomial's may overflow: their product is left out.
+        flat = 1.0 - t * t
+        y, slope = 0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + tl.where(flat == 0.0, 0.0, 0.5 * x * flat * inner)
+    return y, slope
+
+
+@triton.jit
+def frozen_activation_kernel(x, out, width, stride_x, GATED: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x += row * stride_x
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first = _row(x, at, width)
+    y, _ = _activated(_row(x, at, width), SILU)
     if GATED:
-        s, _ = _sigmoid(first)
-        y = first * s * _row(x + width, at, width)
-    else:
-        t, _ = _gelu_parts(first)
-        y = 0.5 * first * (1.0 + t)
+        y = y * _row(x + width, at, width)
     tl.store(out + row * width + at, cast(y, out.dtype.element_ty), mask=at < width)
 
 
 @triton.jit
-def frozen_activation_bwd_kernel(grad, x, out, width, stride_grad, stride_x, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def frozen_activation_bwd_kernel(
+    grad, x, out, width, stride_grad, stride_x, GATED: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     x += row * stride_x
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    by_out, first = _row(grad + row * stride_grad, at, width), _row(x, at, width)
+    by_out = _row(grad + row * stride_grad, at, width)
+    y, slope = _activated(_row(x, at, width), SILU)
     if GATED:
         out += row * 2 * width
-        s, slope = _sigmoid(first)
-        up = _row(x + width, at, width)
-        tl.store(out + width + at, cast(by_out * first * s, out.dtype.element_ty), mask=at < width)
-        tl.store(out + at, cast(by_out * up * (s + first * slope), out.dtype.element_ty), mask=at < width)
+        slope = slope * _row(x + width, at, width)
+        tl.store(out + width + at, cast(by_out * y, out.dtype.element_ty), mask=at < width)
     else:
-        t, inner = _gelu_parts(first)
-        # Where tanh is +-1 its slope is 0, and the polynomial's may overflow: their product is left out.
-        flat = 1.0 - t * t
-        slope = 0.5 * (1.0 + t) + tl.where(flat == 0.0, 0.0, 0.5 * first * flat * inner)
-        tl.store(out + row * width + at, cast(by_out * slope, out.dtype.element_ty), mask=at < width)
+        out += row * width
+    tl.store(out + at, cast(by_out * slope, out.dtype.element_ty), mask=at < width)
 
 
 @triton.jit
@@ -246,19 +254,23 @@ def frozen_norm_bwd(grad, x, stats, weight, added, centred):
     return out
 
 
+def _activation_options(kind: int) -> dict[str, bool]:
+    return {"GATED": ACTIVATIONS[kind] in GATED, "SILU": ACTIVATIONS[kind] == "swiglu"}
+
+
 def _activation_grid(rows: int, width: int) -> tuple[int, int]:
     return rows, triton.cdiv(width, _ACTIVATION.constants["BLOCK"])
 
 
 def frozen_activation(x, kind):
     """The Triton form of lmvae_fast::frozen_activation."""
-    gated = ACTIVATIONS[kind] == "swiglu"
-    width = x.shape[1] // 2 if gated else x.shape[1]
+    options = _activation_options(kind)
+    width = x.shape[1] // 2 if options["GATED"] else x.shape[1]
     out = x.new_empty((x.shape[0], width))
     x = _dense_rows(x)
     launch(
         frozen_activation_kernel, _activation_grid(x.shape[0], width), x.device, _ACTIVATION, x, out, width, x.stride(0),
-        GATED=gated,
+        **options,
     )  # fmt: skip
     return out
 
@@ -269,7 +281,7 @@ def frozen_activation_bwd(grad, x, kind):
     grad, x = _dense_rows(grad), _dense_rows(x)
     launch(
         frozen_activation_bwd_kernel, _activation_grid(*grad.shape), x.device, _ACTIVATION,
-        grad, x, out, grad.shape[1], grad.stride(0), x.stride(0), GATED=ACTIVATIONS[kind] == "swiglu",
+        grad, x, out, grad.shape[1], grad.stride(0), x.stride(0), **_activation_options(kind),
     )  # fmt: skip
     return out
 
@@ -325,8 +337,8 @@ def _cases() -> list[CompileCase]:
                     )
                     for added in (True, False)
                 ]  # fmt: skip
-        for gated in (False, True):
-            tag, options = f"{dtype}-{ACTIVATIONS[gated]}", {"GATED": gated}
+        for kind, name in enumerate(ACTIVATIONS):
+            tag, options = f"{dtype}-{name}", _activation_options(kind)
             forward = {"x": io, "out": io, **sizes}
             cases.append(CompileCase(f"activation-{tag}", frozen_activation_kernel, forward, _ACTIVATION, options))
             backward = {"grad": io, "x": io, "out": io, "stride_grad": "i32", **sizes}

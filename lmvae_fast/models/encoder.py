@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lmvae_fast.errors import ConfigError, DataError, TokenizerError
 from lmvae_fast.files import tensor_bytes
 from lmvae_fast.memory import check_memory
+from lmvae_fast.models.encoder_attention import choose_attention
 from lmvae_fast.models.sentence_modules import load_dense, read_modules, write_modules
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.batch import Batch
@@ -258,6 +259,7 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled features, float32 ``[batch, width]``; without a graph when the encoder is frozen."""
+        choose_attention(self.model)
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
             more = {} if self.layer is None else {"output_hidden_states": True}
             out = self.model(input_ids=input_ids, attention_mask=attention_mask, **more)

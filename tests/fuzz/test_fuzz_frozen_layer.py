@@ -46,7 +46,7 @@ def test_cpp(rows, width, layout, dtype, centred, kind, scale, seed):
     ratio = max(RMS_RATIO, GRAD_FACTOR * own)
     assert_within_error_rule("norm's gradient", out, plain, truth, GRAD_FACTOR, ratio)
 
-    both = lay_out(scale * draw(rows, (1 + (kind == "swiglu")) * width), layout)
+    both = lay_out(scale * draw(rows, (1 + (kind in reference.GATED)) * width), layout)
     out = on_backend(frozen_layer.activation, "cpp")(both, kind)
     assert_within_error_rule(kind, out, reference.activation(both, kind), reference.activation(both.double(), kind))
     out = on_backend(frozen_layer.activation_gradient, "cpp")(grad, both, kind)

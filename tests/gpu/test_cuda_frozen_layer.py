@@ -58,14 +58,14 @@ def test_norms(dtype, centred, width):
 @pytest.mark.parametrize("width", [*ODD_SIZES, 1536, 3072])
 def test_activations(dtype, kind, width):
     torch.manual_seed(0)
-    gated = kind == "swiglu"
+    gated = kind in reference.GATED
     x, grad = _rows(65, (1 + gated) * width, dtype, 4.0), _rows(65, width, dtype)
 
     def plain(x):
         if not gated:
             return gelu(x, approximate="tanh")
         gate, up = x.chunk(2, dim=1)
-        return silu(gate) * up
+        return (silu(gate) if kind == "swiglu" else gelu(gate, approximate="tanh")) * up
 
     assert_within_error_rule(kind, triton(frozen_layer.activation)(x, kind), plain(x), plain(x.double()))
     out = triton(frozen_layer.activation_gradient)(grad, x, kind)

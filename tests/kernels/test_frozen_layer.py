@@ -81,19 +81,37 @@ def test_norm_and_its_gradient(name, dtype, centred, width):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_factors_of_a_norm_may_be_wider_than_its_rows(name):
+    """Gemma's are 1 + w: rounded to bf16 they would be off by as much as a whole rounding of the rows."""
+    require("frozen_layer", name)
+    x, grad = _rows(7, 96, torch.bfloat16, 3.0), _rows(7, 96, torch.bfloat16)
+    weight = 1 + 0.1 * torch.randn(96)
+
+    def plain(x):
+        return rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), (96,), None, 1e-6) * weight.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
+
+    y, stats = on_backend(frozen_layer.norm, name)(x, weight, eps=1e-6, centred=False)
+    _held(lambda x: plain(x).to(x.dtype), "norm", y, x)
+    out = on_backend(frozen_layer.norm_gradient, name)(grad, x, stats, weight, centred=False)
+    _held(lambda x: plain(x).to(x.dtype), "gradient", out, x, grad)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", reference.ACTIVATIONS)
 @pytest.mark.parametrize("width", [*ODD_SIZES, 256, 1030])
 def test_activation_and_its_gradient(name, dtype, kind, width):
     require("frozen_layer", name)
-    gated = kind == "swiglu"
+    gated = kind in reference.GATED
     x, grad = _rows(5, (1 + gated) * width, dtype, 4.0), _rows(5, width, dtype)
 
     def plain(x):
         if not gated:
             return gelu(x, approximate="tanh")
         gate, up = x.chunk(2, dim=1)
-        return silu(gate) * up
+        return (silu(gate) if kind == "swiglu" else gelu(gate, approximate="tanh")) * up
 
     _held(plain, "activation", on_backend(frozen_layer.activation, name)(x, kind), x)
     _held(plain, "gradient", on_backend(frozen_layer.activation_gradient, name)(grad, x, kind), x, grad)

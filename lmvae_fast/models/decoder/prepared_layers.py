@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
+from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
+from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.packed_products import Packing, Unlike, exchanged, require, rounded
@@ -37,7 +39,10 @@ LLAMAS = {
     mistral.MistralModel: (mistral.MistralDecoderLayer, mistral.MistralAttention, mistral.MistralMLP),
     qwen2.Qwen2Model: (qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP),
     qwen3.Qwen3Model: (qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP),
+    gemma.GemmaModel: (gemma.GemmaDecoderLayer, gemma.GemmaAttention, gemma.GemmaMLP),
 }
+#: Gated activations by the name that configurations have, and what frozen_layer calls them.
+GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
 def body_forward(decoder: Decoder, packing: Packing) -> Callable[..., SimpleNamespace] | None:
@@ -151,16 +156,16 @@ def require_gpt2_layer(block: Any) -> None:
 
 
 def _llama(body: Any, windows: dict[int, int | None], packing: Packing) -> Callable[..., SimpleNamespace]:
-    require(body.config.hidden_act == "silu", "another activation")
+    require(body.config.hidden_act in GATES, "another activation")
     layers = [_llama_layer(body, block, index, windows[index], packing) for index, block in enumerate(body.layers)]
-    last = body.norm
+    last = rms_of(body.norm)
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
         turns = [part.transpose(0, 1) for part in body.rotary_emb(inputs_embeds, position_ids=position_ids)]
         x = inputs_embeds.squeeze(0)
         for layer in layers:
             x = layer(x, lmvae, *turns)
-        x = rms_norm(x, x.shape[-1:], last.weight, last.variance_epsilon)
+        x = _rms_norm(x, *last)
         return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
 
     return forward
@@ -168,31 +173,53 @@ def _llama(body: Any, windows: dict[int, int | None], packing: Packing) -> Calla
 
 def _llama_layer(body: Any, block: Any, index: int, window: int | None, packing: Packing) -> Callable[..., Tensor]:
     require_llama_layer(body, block)
-    attn, mlp, width = block.self_attn, block.mlp, body.config.hidden_size
+    attn, mlp = block.self_attn, block.mlp
     qkv = packing.linear(attn.q_proj, attn.k_proj, attn.v_proj)
     out, down = packing.linear(attn.o_proj), packing.linear(mlp.down_proj)
-    gated = packing.gated(mlp.gate_proj, mlp.up_proj)
+    gated = _gated(mlp, GATES[body.config.hidden_act], packing)
     dim, scale = attn.head_dim, attn.scaling
     kv_heads = attn.k_proj.weight.shape[0] // dim
     heads = attn.q_proj.weight.shape[0] // dim
-    first, second = block.input_layernorm, block.post_attention_layernorm
-    norms = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else None
+    first, second = rms_of(block.input_layernorm), rms_of(block.post_attention_layernorm)
+    norms = (rms_of(attn.q_norm), rms_of(attn.k_norm)) if hasattr(attn, "q_norm") else None
 
     def layer(x: Tensor, context: AttentionContext, cos: Tensor, sin: Tensor) -> Tensor:
         rows = x.shape[0]
-        heard = qkv(rms_norm(x, (width,), first.weight, first.variance_epsilon)).view(rows, -1, dim)
+        heard = qkv(_rms_norm(x, *first)).view(rows, -1, dim)
         qk, v = heard[:, : heads + kv_heads], heard[:, heads + kv_heads :]
         if norms is not None:
             split = zip(norms, qk.split([heads, kv_heads], dim=1), strict=True)
-            qk = torch.cat([rms_norm(part, (dim,), n.weight, n.variance_epsilon) for n, part in split], dim=1)
+            qk = torch.cat([_rms_norm(part, *norm) for norm, part in split], dim=1)
         left, right = qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
         q, k = qk.split([heads, kv_heads], dim=1)
         seen = context.attend(index, q, k, v, scale=scale, window=window, softcap=None)
         x = out(seen.reshape(rows, -1), x)
-        return down(gated(rms_norm(x, (width,), second.weight, second.variance_epsilon)), x)
+        return down(gated(_rms_norm(x, *second)), x)
 
     return layer
+
+
+def rms_of(module: Any) -> tuple[Tensor, float]:
+    """Factors and epsilon of an RMSNorm; Gemma's factors are one more than its weight, in fp32, and then a copy."""
+    if isinstance(module, gemma.GemmaRMSNorm):
+        return 1.0 + module.weight.detach().float(), module.eps
+    return module.weight.detach(), module.variance_epsilon
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if weight.dtype == x.dtype:
+        return rms_norm(x, weight.shape, weight, eps)
+    return frozen_layer.norm(x, weight, eps=eps, centred=False)[0]
+
+
+def _gated(mlp: Any, kind: str, packing: Packing) -> Callable[[Tensor], Tensor]:
+    """``activation(gate(x)) * up(x)``; SiLU belongs to the product itself."""
+    require(mlp.gate_proj.bias is None and mlp.up_proj.bias is None, "a bias in a gated layer")
+    if kind == "swiglu":
+        return packing.gated(mlp.gate_proj, mlp.up_proj)
+    both = packing.linear(mlp.gate_proj, mlp.up_proj)
+    return lambda x: frozen_layer.activation(both(x), kind)
 
 
 def require_llama_layer(body: Any, block: Any) -> None:

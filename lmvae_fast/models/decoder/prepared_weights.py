@@ -1,7 +1,9 @@
 """A frozen decoder's layers as decoding runs them: over weights in a layout of their own on a CPU, fused on a GPU.
 
-On a GPU the layers of known families are those that training goes through (training_layers.py), whose kernels are fewer than the
-modules'; the weights stay where they are. On a CPU a decode step multiplies few rows by every weight, and torch's plain matrix product brings a weight into the layout it
+On a GPU the layers of known families are those that training goes through (training_layers.py): fewer kernels than the
+modules', over the weights where they are.
+
+On a CPU a decode step multiplies few rows by every weight, and torch's plain matrix product brings a weight into the layout it
 computes with anew at each call. Here that is done once per decoder: for our own products, and for more rows than they are
 fastest for (kernels/packed_linear/choices.py) for oneDNN's. Where our product is used and the family is known, a whole body is
 exchanged (prepared_layers.py); otherwise the modules and their code stay Hugging Face's, and only what a linear module calls is
@@ -111,6 +113,7 @@ def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchan
     modules = [m for m in plain_linears(decoder.model) if m.weight.dtype == dtype]
     ours = "fused" if _fused(decoder) else weights is not None or _ours(decoder, rows)
     copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
+    copied += [weight for weight in decoder.body.parameters() if weight.dim() == 1]  # of norms: Gemma's are copied
     state = (ours, weights, *((tensor.data_ptr(), tensor._version) for tensor in copied))
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed.pop(decoder, None)  # before the next copy of the weights is made

@@ -23,7 +23,7 @@ from lmvae_fast.models.decoder.attention import AttentionContext
 from lmvae_fast.models.decoder.frozen_products import FrozenLinear, without_adapter
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import linear_weight, require
-from lmvae_fast.models.decoder.prepared_layers import LLAMAS, require_gpt2_layer, require_llama_layer
+from lmvae_fast.models.decoder.prepared_layers import GATES, LLAMAS, require_gpt2_layer, require_llama_layer, rms_of
 
 if TYPE_CHECKING:
     from lmvae_fast.models.decoder.decoder import Decoder
@@ -290,8 +290,9 @@ def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]
 
 
 def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) -> Callable[..., SimpleNamespace]:
-    """The same of Llama, Mistral, Qwen2 and Qwen3."""
-    require(type(body) in LLAMAS and body.config.hidden_act == "silu", "another activation")
+    """The same of Llama, Mistral, Qwen2, Qwen3 and Gemma."""
+    require(type(body) in LLAMAS and body.config.hidden_act in GATES, "another activation")
+    activation = GATES[body.config.hidden_act]
     into, out, attend = [], [], []
     dtype = body.embed_tokens.weight.dtype
     for index, block in enumerate(body.layers):
@@ -313,7 +314,7 @@ def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) 
         into.append(IntoAttention(_rms_norm(block.input_layernorm, dtype), qkv, heads + kv_heads, of_heads))
         up, down = FrozenLinear(pages, mlp.gate_proj, mlp.up_proj), FrozenLinear(pages, mlp.down_proj)
         second = _rms_norm(block.post_attention_layernorm, dtype)
-        out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, "swiglu", down))
+        out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, activation, down))
         attend.append(_attention(index, heads, kv_heads, attn.scaling, windows[index]))
     layers = Layers(_segments(into, out, _rms_norm(body.norm, dtype)), attend)
 
@@ -331,4 +332,5 @@ def _layer_norm(module: nn.LayerNorm, dtype: torch.dtype) -> Norm:
 
 
 def _rms_norm(module: Any, dtype: torch.dtype) -> Norm:
-    return Norm(module.weight.detach().to(dtype), None, module.variance_epsilon)
+    weight, eps = rms_of(module)
+    return Norm(weight if weight.dtype != module.weight.dtype else weight.to(dtype), None, eps)

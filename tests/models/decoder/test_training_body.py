@@ -19,7 +19,7 @@ from lmvae_fast.training.step_setup import recomputing
 from tests.kernels.common import GRAD_FACTOR, VALUE_FACTOR, assert_within_error_rule, require
 from tests.training.helpers import StopAt, assert_same_checkpoint, run
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")
 NAMES = ("values", "inputs", "memory")
 
 
