@@ -19,6 +19,7 @@ from benchmarks.generation.long_run_table import TABLES as LONG_RUN_TABLES
 from benchmarks.generation.tables import TABLES as GENERATION_TABLES
 from benchmarks.integrations.tables import TABLES as INTEGRATION_TABLES
 from benchmarks.kernels.tables import TABLES as KERNEL_TABLES
+from benchmarks.science.study_tables import TABLES as STUDY_TABLES
 from benchmarks.science.tables import TABLES as SCIENCE_TABLES
 from benchmarks.system_tables import TABLES as SYSTEM_TABLES
 from benchmarks.training.scaling_tables import TABLES as SCALING_TABLES
@@ -28,7 +29,7 @@ FILES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # By the name of its markers. All but README's own, what is expected of GPUs and what was tried stand in docs/results.md.
 TABLES: dict[str, Callable[[], str]] = {
     **highlights.TABLES, **makes.TABLES, **STEP_TABLES, **GENERATION_TABLES, **LONG_RUN_TABLES, **KERNEL_TABLES,
-    **SCALING_TABLES, **COMPUTE_TABLES, **SCIENCE_TABLES, **SYSTEM_TABLES, **INTEGRATION_TABLES,
+    **SCALING_TABLES, **COMPUTE_TABLES, **SCIENCE_TABLES, **STUDY_TABLES, **SYSTEM_TABLES, **INTEGRATION_TABLES,
     **roofline.TABLES, **versions.TABLES,
 }  # fmt: skip
 

@@ -128,6 +128,10 @@ def ops(shape: Shape, batch: int, tokens: int, width: int = 2) -> Iterator[Work]
     passed = width * (4 * rows * heads + 2 * batch * s.slots * heads)
     yield Work("latent_attention forward", f"{case}, a layer", passed, attention, kind, share=0.4)
     yield Work("latent_attention backward", f"{case}, a layer", 2 * passed, int(2.5 * attention), kind, share=0.3)
+    states, inner = width * rows * s.hidden, width * rows * s.inner
+    # rows of half a kilobyte or so: a wave of programs of a microsecond each
+    yield Work("frozen_layer sum and norm", f"{case}, a layer", 4 * states, 10 * rows * s.hidden, "fp32", share=0.5)
+    yield Work("frozen_layer activation", f"{case}, a layer", 2 * inner, 20 * rows * s.inner, "fp32", share=0.5)
     head = s.hidden * s.vocab
     chunks = max(1, -(-rows // max(128, (128 << 20) // (4 * s.vocab) // 128 * 128)))
     logits = (

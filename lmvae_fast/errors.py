@@ -104,7 +104,12 @@ class OutputError(LMVAEError, OSError):
 
 
 class NumericalError(LMVAEError, ArithmeticError):
-    """A loss or gradient became NaN or infinite."""
+    """A loss or gradient became NaN or infinite; in training with its ``step``, the ``rows`` of the data and the last good
+    ``checkpoint``, where they are known."""
+
+    step: int | None = None
+    rows: list[int] | None = None
+    checkpoint: Any = None
 
 
 class DistributedError(LMVAEError, RuntimeError):

@@ -1,6 +1,6 @@
 """Fitting a flow, the whole loop: ours against FrEIA with torch's fused AdamW, from the same numbers on the same batches.
 
-    python -m benchmarks.training.flow [--dims 32 128] [--batch 256] [--blocks 10] [--hidden 512] [--steps 20] [--rounds 12]
+    python -m benchmarks.training.flow [--dims 32 128] [--batch 256] [--blocks 10 ...] [--hidden 512] [--steps 20] [--rounds 12]
 
 A step is: take a batch, run the flow, the NLL under the pairs' posteriors, backward, clip, AdamW. Both sides take `steps` of
 them a round, in turn; times are per step. Ours is the loop's own step (`FlowTrainer.optimizer_step`), with what it watches and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import tempfile
 import time
@@ -115,13 +116,13 @@ def timed(side: Any, batches: list[Tensor]) -> float:
     return (time.perf_counter() - start) / len(batches)
 
 
-def measure(kind: str, dim: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(kind: str, dim: int, blocks: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One comparison: medians, and the speed-up within rounds."""
     torch.manual_seed(0)
-    inn = freia_flow(kind, dim, options.blocks, options.hidden)
+    inn = freia_flow(kind, dim, blocks, options.hidden)
     pairs = pairs_of(dim)
     config = FlowTrainConfig(
-        output_dir=str(folder / f"{kind}-{dim}"), batch_size=options.batch, max_steps=10**6, initialize=False,
+        output_dir=str(folder / f"{kind}-{dim}-{blocks}"), batch_size=options.batch, max_steps=10**6, initialize=False,
         tensorboard=False, progress=False,
     )  # fmt: skip
     ours, theirs = OurSide(inn, pairs, config, kind), FreiaSide(inn, pairs, config)
@@ -136,7 +137,7 @@ def measure(kind: str, dim: int, options: argparse.Namespace, folder: Path) -> d
     sides = {"ours": functools.partial(timed, ours, batches), "FrEIA": functools.partial(timed, theirs, batches)}
     times = take_turns(sides, options.rounds, discarded=1)
     return {
-        "kind": kind, "dim": dim, "batch": options.batch, "blocks": options.blocks, "hidden": options.hidden,
+        "kind": kind, "dim": dim, "batch": options.batch, "blocks": blocks, "hidden": options.hidden,
         "seconds_per_step": medians(times, 6), "speedup": speedups(times, {"ours": "FrEIA"})["ours"],
         "loss_difference": difference, "rounds": options.rounds, "steps": options.steps,
     }  # fmt: skip
@@ -148,7 +149,7 @@ def main() -> int:
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=10)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[10])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20, help="per side and round")
     parser.add_argument("--rounds", type=int, default=12)
@@ -157,14 +158,16 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(kind, dim, options, Path(folder)) for kind in options.kinds for dim in options.dims]
+        cases = itertools.product(options.kinds, options.dims, options.blocks)
+        results = [measure(*case, options, Path(folder)) for case in cases]
     record = {
         "command": f"python -m benchmarks.training.flow {' '.join(sys.argv[1:])}".strip(),
         "machine": machine("cpu"),
     }
     write({**record, "results": results}, options.output)
     for result in results:
-        print(f"{result['kind']:>9} dim {result['dim']:>3}: {result['speedup']:.2f}x of FrEIA + AdamW(fused)")
+        case = f"{result['kind']:>9} dim {result['dim']:>3}, {result['blocks']:>2} blocks"
+        print(f"{case}: {result['speedup']:.2f}x of FrEIA + AdamW(fused)")
     return 0
 
 

@@ -253,13 +253,16 @@ class FlowTrainer(RunLoop[FlowResult]):
         self.progress.sentences += len(rows)
 
     def _raise_not_finite(self, rows: Tensor | None) -> None:
-        at = "" if rows is None else f", pairs {rows.tolist()[:20]}"
-        raise NumericalError(
-            f"the loss or gradient at step {self.step + 1} is NaN or infinite", value=f"kind {self.model.config.kind!r}{at}",
+        known = None if rows is None else rows.tolist()
+        at, kind = "" if known is None else f", pairs {known[:20]}", self.model.config.kind
+        clamped = ", or take a clamped kind ('allinone', 'glow')" if kind == "coupling" else ", or fewer blocks"
+        error = NumericalError(
+            f"the loss or gradient at step {self.step + 1} is NaN or infinite", value=f"kind {kind!r}{at}",
             limit="finite figures",
-            remedy="lower learning_rate or grad_clip, or take a clamped kind ('allinone', 'glow'); the last good checkpoint "
-            f"is {self.last_checkpoint or 'none yet'}",
+            remedy=f"lower learning_rate or grad_clip{clamped}; the last good checkpoint is {self.last_checkpoint or 'none yet'}",
         )  # fmt: skip
+        error.step, error.rows, error.checkpoint = self.step + 1, known, self.last_checkpoint
+        raise error
 
     def _reset_window(self, saved: dict[str, float]) -> None:
         self.window = {name: saved.get(name, 0.0) for name in ("pairs", "steps", "seconds")}

@@ -329,7 +329,7 @@ class Trainer(RunLoop[TrainResult]):
             remedy=f"look at these rows; lower learning_rate or grad_clip, or use precision='fp32'; the last good "
             f"checkpoint is {self.last_checkpoint or 'none yet'}",
         )
-        error.step, error.rows, error.checkpoint = step + 1, rows, self.last_checkpoint  # type: ignore[attr-defined]
+        error.step, error.rows, error.checkpoint = step + 1, rows, self.last_checkpoint
         raise error
 
     def _log(self) -> None:

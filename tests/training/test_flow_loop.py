@@ -200,10 +200,12 @@ def test_a_collapsed_vae_is_refused_before_training(tmp_path):
 
 
 def test_what_is_not_finite_stops_the_run_with_a_good_checkpoint(tmp_path, vae):
-    with pytest.raises(NumericalError, match=r"step \d+.*clamped kind.*step-"):
+    with pytest.raises(NumericalError, match=r"step \d+.*clamped kind.*step-") as caught:
         run(
             tmp_path / "run", vae, learning_rate=1e4, grad_clip=None, schedule="constant", save_every=1, evaluated=False
         )
+    error = caught.value
+    assert f"step {error.step} " in str(error) and error.rows and str(error.checkpoint) in str(error)
     found = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert found is not None and torch.isfinite(found.tensors["model"]["flow.theta"]).all()
 
