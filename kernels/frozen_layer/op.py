@@ -20,16 +20,20 @@ from .reference import ACTIVATIONS, GATED
 # ---- primitives ------------------------------------------------------------------------------------------------------
 
 
+def _dense_like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # whatever strides x has
+
+
 def _fake_norm(x, weight, bias, eps, centred):
-    return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.float32)
+    return _dense_like(x), x.new_empty((x.shape[0], 2), dtype=torch.float32)
 
 
 def _fake_add_norm(x, added, weight, bias, eps, centred):
-    return torch.empty_like(x), *_fake_norm(x, weight, bias, eps, centred)
+    return _dense_like(x), *_fake_norm(x, weight, bias, eps, centred)
 
 
 def _fake_norm_bwd(grad, x, stats, weight, added, centred):
-    return torch.empty_like(x)
+    return _dense_like(x)
 
 
 def _fake_activation(x, kind):
@@ -37,7 +41,7 @@ def _fake_activation(x, kind):
 
 
 def _fake_activation_bwd(grad, x, kind):
-    return torch.empty_like(x)
+    return _dense_like(x)
 
 
 def _fake_rotary(x, cos, sin, heads, back):

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lmvae_fast.config import GenerationConfig
+from lmvae_fast.models.decoder.decoder import WHEN_MOVED
 from lmvae_fast.models.decoder.recorded_step import PLAIN_STEPS, RecordedStep, baked_in, capture_for
 from lmvae_fast.models.injection import Injection
 
@@ -22,6 +23,7 @@ LEAST_ROWS = 8  # below it a step takes a GPU no less time
 MOST_KEPT = 4  # of one decoder: each holds a cache of keys and values
 
 _kept: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
+WHEN_MOVED.append(lambda decoder: _kept.pop(decoder, None))
 
 
 def rows_of(sentences: int) -> int:

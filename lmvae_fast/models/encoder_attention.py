@@ -7,32 +7,31 @@ half precision alone; a model may be moved or cast at any time, so this is asked
 from __future__ import annotations
 
 import logging
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 logger = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
-_usual: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what each had before it was given flash-attn's
+_USUAL = "_attention_without_flash"  # what a model had before it was given flash-attn's: with the model, and its copies
 
 
 def choose_attention(model: PreTrainedModel) -> None:
     """Give a model flash-attn's attention where that can run, and its usual one back where it cannot any more."""
     weight = next(model.parameters())
     able = weight.dtype in (torch.float16, torch.bfloat16) and _on_cuda(weight) and is_flash_attn_2_available()
-    if able and model not in _usual and getattr(type(model), "_supports_flash_attn", False):
+    own = vars(model)
+    if able and _USUAL not in own and getattr(type(model), "_supports_flash_attn", False):
         usual = str(model.config._attn_implementation)
         try:
             model.set_attn_implementation(FLASH)
         except (ValueError, ImportError) as error:  # of a version that this model cannot call
             logger.info("%s keeps its attention (%s): %s", type(model).__name__, usual, error)
-        _usual[model] = usual
-    elif not able and model in _usual:
-        model.set_attn_implementation(_usual.pop(model))
+        own[_USUAL] = usual
+    elif not able and _USUAL in own:
+        model.set_attn_implementation(own.pop(_USUAL))
 
 
 def _on_cuda(weight: torch.Tensor) -> bool:

@@ -259,7 +259,8 @@ class FlowTrainer(RunLoop[FlowResult]):
         error = NumericalError(
             f"the loss or gradient at step {self.step + 1} is NaN or infinite", value=f"kind {kind!r}{at}",
             limit="finite figures",
-            remedy=f"lower learning_rate or grad_clip{clamped}; the last good checkpoint is {self.last_checkpoint or 'none yet'}",
+            remedy=f"lower learning_rate or grad_clip{clamped}; the last good checkpoint is "
+            f"{self.last_checkpoint or 'none yet'}",
         )  # fmt: skip
         error.step, error.rows, error.checkpoint = self.step + 1, known, self.last_checkpoint
         raise error

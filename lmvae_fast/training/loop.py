@@ -271,13 +271,14 @@ class Trainer(RunLoop[TrainResult]):
         self.state.means.add_step(norm)
         self.state.means.count(steps=1)
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        with self._memory(
-            f"the optimizer, which holds two moments for each of {count:,} parameters", _LESS_THAT_TRAINS
-        ):
+        held = f"the optimizer, which holds two moments for each of {count:,} parameters"
+        with self._memory(held, _LESS_THAT_TRAINS):
             self.state.optimizer.step(norm)
 
     def _recorded_step(self, recorded: RecordedSteps, rows: Rows, beta: float) -> None:
         """As `optimizer_step` of one batch, by recordings."""
+        if self.body is not None and self.body.stale():
+            recorded.forget()  # the first batch of a size is then run, which prepares the layers anew
         batch = self.model.make_batch(self.train_set, rows, self.pooled)
         seed = int(torch.randint(2**62, ()))
         with self._memory(f"a step of {batch.batch_size} sentences with {batch.num_tokens} tokens", _LESS_AT_ONCE):

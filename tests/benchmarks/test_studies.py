@@ -46,8 +46,8 @@ def test_definitions(folder, monkeypatch):
     assert train[0] == "word\tdefinition" and len(train) == 25
 
     make_model("llama", system="llamavae", projector="mlp").save_pretrained("vae", include_frozen=True)
-    grid = (*data, "--model", "vae", "--kinds", "allinone", "--blocks", 1, "--hidden", 4, "--permutations", "hard", "--seeds", 0,
-            "--epochs", 1, "--text-words", 2)  # fmt: skip
+    one = ("--kinds", "allinone", "--blocks", 1, "--hidden", 4, "--permutations", "hard", "--seeds", 0)
+    grid = (*data, "--model", "vae", *one, "--epochs", 1, "--text-words", 2)
     call(monkeypatch, definitions, *grid)
     file = folder / "results" / "science" / "definitions.json"
     first = json.loads(file.read_text())

@@ -167,6 +167,7 @@ def test_primitives_keep_torch_s_rules(name):
     require("frozen_layer", name)
     x, weight, stats = torch.randn(4, 8), torch.randn(8), torch.rand(4, 2)
     opcheck("frozen_norm", (x, weight, None, 1e-5, False), name)
+    opcheck("frozen_norm", (torch.randn(8, 4).t(), weight, None, 1e-5, False), name)  # what comes out is dense
     opcheck("frozen_norm_bwd", (x, x, stats, weight, x, True), name)
     opcheck("frozen_activation", (x, 1), name)
     opcheck("frozen_activation_bwd", (x[:, :4], x, 1), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -73,3 +75,10 @@ def test_a_model_that_cannot_call_it_keeps_its_own(changes, monkeypatch, caplog)
         read(model)
     assert changes == ["flash_attention_2"]  # tried once
     assert "another version" in caplog.text
+
+
+def test_a_copy_gets_its_usual_attention_back(changes, monkeypatch):
+    copied = copy.deepcopy(encoder())
+    monkeypatch.setattr(encoder_attention, "_on_cuda", lambda weight: False)
+    read(copied)
+    assert changes == ["flash_attention_2", "sdpa"]

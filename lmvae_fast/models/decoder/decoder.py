@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from lmvae_fast.models.decoder.way import Way, body_of, has_own_body
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.text.tokenizer import SentenceTokenizer
+
+#: What is called before a decoder's weights are moved or cast: whoever keeps something that was made of them lets it go.
+WHEN_MOVED: list[Callable[[Decoder], Any]] = []
 
 
 class Decoder(nn.Module):
@@ -138,6 +142,12 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self._embedding.device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Decoder:
+        """As any module's (`to`, `half`, ...); what was prepared from the weights where they were is let go first."""
+        for let_go in WHEN_MOVED:
+            let_go(self)
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Decoder:
         """A frozen decoder stays in evaluation mode: its dropout belongs to its own pre-training."""

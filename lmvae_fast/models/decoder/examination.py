@@ -199,11 +199,11 @@ def _one_turn_below(config: Any) -> int | None:
 def in_float32(model: nn.Module) -> Iterator[None]:
     """While this lasts, half-precision weights are held in float32; afterwards they are the very tensors they were."""
     kept: list[tuple[Any, Tensor]] = []
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            kept.append((tensor, tensor.data))
-            tensor.data = tensor.data.float()
-    try:
+    try:  # memory may end between two of them
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                kept.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
         yield
     finally:
         for tensor, data in kept:

@@ -76,7 +76,9 @@ class GreedyLoop:
         if self.recorded is not None:
             self.recorded.decoder = decoder
         try:
-            with packed_weights(decoder, len(self.rows), wanted=self.recorded is None):
+            # On a GPU a loop is run first and recorded later: both must go through the same layers, the modules'.
+            on_cpu = decoder.device.type == "cpu"
+            with packed_weights(decoder, len(self.rows), wanted=on_cpu and self.recorded is None):
                 for place in range(self.steps):
                     if wanted is not None:
                         while wanted and wanted[-1] <= place:

@@ -67,10 +67,11 @@ def examined(
         forward = make()
         if forward is None:
             return None
-    except Unlike as reason:
-        logger.info("%s: layers stay Hugging Face's in decoding: %s", type(body).__name__, reason)
+        difference, limit = _difference(decoder, forward, weights)
+    except (Unlike, torch.OutOfMemoryError) as reason:
+        said = str(reason) if isinstance(reason, Unlike) else "there is no room on the device for prepared ones"
+        logger.info("%s: layers stay Hugging Face's in decoding: %s", type(body).__name__, said)
         return None
-    difference, limit = _difference(decoder, forward, weights)
     if not difference <= limit:
         logger.warning(
             "%s: layers stay Hugging Face's in decoding: ours are off by %.1e, more than %.1e",

@@ -22,7 +22,7 @@ import torch
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.kernels.backend import choose, current
 from lmvae_fast.kernels.packed_linear import most_rows
-from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.decoder.decoder import WHEN_MOVED, Decoder
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import (
     Exchanges,
@@ -39,6 +39,7 @@ from lmvae_fast.models.decoder.training_layers import written_out
 OURS = (torch.float32, torch.bfloat16)  # dtypes that packed_linear has a kernel for
 FUSED = (torch.float32, torch.float16, torch.bfloat16)  # and those of the fused layers of a GPU
 _packed: WeakKeyDictionary[Decoder, tuple[tuple, Exchanges]] = WeakKeyDictionary()
+WHEN_MOVED.append(lambda decoder: _packed.pop(decoder, None))
 
 
 def pays(decoder: Decoder, rows: int) -> bool:
@@ -111,7 +112,7 @@ def exchanges(decoder: Decoder, rows: int, wanted: bool = True, weights: str | N
 def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchanges:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
     modules = [m for m in plain_linears(decoder.model) if m.weight.dtype == dtype]
-    ours = "fused" if _fused(decoder) else weights is not None or _ours(decoder, rows)
+    ours = "fused" if weights is None and _fused(decoder) else weights is not None or _ours(decoder, rows)
     copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
     copied += [weight for weight in decoder.body.parameters() if weight.dim() == 1]  # of norms: Gemma's are copied
     state = (ours, weights, *((tensor.data_ptr(), tensor._version) for tensor in copied))

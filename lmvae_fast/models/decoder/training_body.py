@@ -47,6 +47,7 @@ class TrainingBody:
     def __init__(self, decoder: Decoder, plain: Forward) -> None:
         self._decoder, self._plain = decoder, plain
         self._dtype = next(decoder.body.parameters()).dtype
+        self._dropouts = [module for module in decoder.body.modules() if isinstance(module, nn.Dropout)]
         self._state: tuple | None = None
         self._forward: Forward | None = None
         self.reason: str | None = None
@@ -76,11 +77,23 @@ class TrainingBody:
         cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != embedded.dtype
         return current() != "reference" and embedded.dtype in DTYPES[device] and not cast
 
-    def _prepared(self) -> Forward | None:
+    def stale(self) -> bool:
+        """Whether the layers of the last pass are not those of the next one, so that no recording of a pass may be replayed:
+        it reads copies of weights that are let go then."""
+        return self._state is not None and self._now() != self._state
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [weight for name, weight in self._decoder.body.named_parameters() if _ADAPTER not in name]
+
+    def _now(self) -> tuple:
+        """All that decides how the layers are prepared. Training mode does where something is dropped in it, and no more: an
+        evaluation between two steps leaves them as they are."""
         body = self._decoder.body
-        weights = [weight for name, weight in body.named_parameters() if _ADAPTER not in name]
-        of_weights = ((w.data_ptr(), w._version, w.requires_grad) for w in weights if not in_pieces(w))
-        state = (body.training, adapter_state(body), *of_weights)
+        of_weights = ((w.data_ptr(), w._version, w.requires_grad) for w in self._weights() if not in_pieces(w))
+        return (body.training and any(module.p > 0 for module in self._dropouts), adapter_state(body), *of_weights)
+
+    def _prepared(self) -> Forward | None:
+        weights, state = self._weights(), self._now()
         if state != self._state:
             self._forward = None  # before the next copies are made
             self._forward, self.reason = self._prepare(weights)
@@ -99,7 +112,13 @@ class TrainingBody:
                 return None, f"the layers of {type(body).__name__} are not written out"
         except Unlike as unlike:
             return None, str(unlike)
-        for what, (off, limit) in differences(decoder, forward, self._plain).items():
+        except torch.OutOfMemoryError:
+            return None, "there is no room on the device for prepared layers"
+        try:
+            found = differences(decoder, forward, self._plain)
+        except torch.OutOfMemoryError:
+            return None, "there is no room on the device to examine prepared layers"
+        for what, (off, limit) in found.items():
             if not off <= limit:
                 reason = f"the {what} of prepared layers are off by {off:.1e}, more than {limit:.1e}"
                 logger.warning("%s: %s", type(body).__name__, reason)

@@ -333,4 +333,5 @@ def _layer_norm(module: nn.LayerNorm, dtype: torch.dtype) -> Norm:
 
 def _rms_norm(module: Any, dtype: torch.dtype) -> Norm:
     weight, eps = rms_of(module)
-    return Norm(weight if weight.dtype != module.weight.dtype else weight.to(dtype), None, eps)
+    gemmas = weight.data_ptr() != module.weight.data_ptr()  # 1 + w, which is not rounded
+    return Norm(weight if gemmas else weight.to(dtype), None, eps)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lmvae_fast as lf
 from lmvae_fast.kernels.backend import backend
+from lmvae_fast.models.decoder import prepared_layers, training_body
 from lmvae_fast.models.decoder.cache import LatentCache
+from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.packed_products import exchanged
 from lmvae_fast.models.decoder.prepared_weights import exchanges
 from lmvae_fast.models.decoder.recorded_step import CAPTURES
 from lmvae_fast.models.decoder.training_body import trained_through
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.testing import make_model
+from lmvae_fast.training.loop import Trainer
 from tests.generation.replay import RecordedOperations
 from tests.kernels.common import GRAD_FACTOR, VALUE_FACTOR, assert_within_error_rule, require
 
@@ -136,3 +143,98 @@ def test_recordings_over_layers_that_are_no_more_are_not_kept(monkeypatch):
                 layer.self_attn.v_proj.weight.mul_(-3.0)
         after = model.decode(z, max_new_tokens=6)
     assert after == model.decode(z, max_new_tokens=6) != before
+
+
+# ---- what recordings of steps read must live, and be of the weights as they are -----------------------------------------------
+
+
+def _lora(family="llama"):
+    return make_model(family, system="lmvae", lora_rank=2)
+
+
+def test_an_evaluation_between_two_steps_leaves_the_layers_as_they_are():
+    """A recorded step reads the copies of weights that its layers hold: they may not be let go while it may be replayed."""
+    model = _lora()
+    with backend("triton"), trained_through(model.train().decoder) as body:
+        model(["a cat sat"]).loss.backward()
+        first = body._forward
+        assert first is not None and not body.stale()
+        model.eval()
+        with torch.no_grad():
+            model(["dogs eat"])
+        model.train()
+        assert not body.stale() and body._forward is first
+
+
+def test_a_change_of_weights_makes_recorded_steps_stale_before_any_is_replayed():
+    model = make_model("llama")
+    with backend("triton"), trained_through(model.train().decoder) as body:
+        assert not body.stale()  # nothing was prepared yet
+        model(["a cat sat"]).loss.backward()
+        with torch.no_grad():
+            model.decoder.body.layers[0].self_attn.v_proj.weight.mul_(2.0)
+        assert body.stale()
+        model(["a cat sat"]).loss.backward()
+        assert not body.stale()
+
+
+def test_a_recorded_run_notices_changed_weights(monkeypatch, tmp_path):
+    monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
+    model = make_model("llama", projector_dropout=0.0)
+    config = lf.TrainConfig(output_dir=str(tmp_path), batch_size=4, progress=False, tensorboard=False, max_steps=9)
+    with backend("triton"):
+        trainer = Trainer(model, ["a cat sat", "dogs eat", "a dog", "an animal"], None, config, ())
+        trainer.check_every_step = False  # as on a GPU
+        (rows,) = trainer._batches(0)
+        with trainer.prepared():
+            for _ in range(3):
+                trainer.optimizer_step((rows,))
+            assert trainer.recorded.recordings == 1
+            with torch.no_grad():
+                model.decoder.body.layers[0].mlp.up_proj.weight.mul_(2.0)
+            trainer.optimizer_step((rows,))
+            assert trainer.recorded.recordings == 0
+            trainer.optimizer_step((rows,))
+            assert trainer.recorded.recordings == 1
+
+
+def test_without_room_the_modules_run(monkeypatch):
+    def none_left(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder = _decoder("llama")
+    with backend("triton"):
+        for module, name in ((training_body, "differences"), (training_body, "written_out")):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, none_left)
+                with trained_through(decoder) as body:
+                    _figures(decoder, decoder.body, torch.float32)
+                    assert "no room" in body.reason
+        monkeypatch.setattr(prepared_layers, "_difference", none_left)
+        assert exchanges(decoder, 3) == []
+
+
+def test_memory_that_ends_while_weights_are_widened_leaves_them_as_they_were(monkeypatch):
+    decoder = _decoder("llama", torch.bfloat16)
+    honest, left = torch.Tensor.float, [2]
+
+    def float_(tensor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", float_)
+    with pytest.raises(torch.OutOfMemoryError), in_float32(decoder.body):
+        pass
+    assert {weight.dtype for weight in decoder.body.parameters()} == {torch.bfloat16}
+
+
+def test_a_decoder_that_moves_lets_go_of_what_was_prepared_from_it():
+    model = make_model("llama")
+    with backend("triton"):
+        forward = weakref.ref(exchanges(model.decoder, 3)[0][1])
+        assert forward() is not None
+        model.to(torch.float32)  # stands for a move to another device
+        gc.collect()
+        assert forward() is None
