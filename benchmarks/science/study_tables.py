@@ -12,7 +12,10 @@ from benchmarks.common.records import RESULTS, load, where
 
 
 def _mean(values: Sequence[float], form: str) -> str:
-    """Their mean, and the standard deviation where there are several."""
+    """Their mean, and the standard deviation where there are several; nothing of none (texts of less than four words have no
+    distinct-4)."""
+    if not values:
+        return ""
     shown = form.format(statistics.fmean(values))
     return shown if len(values) < 2 else f"{shown} +- {form.format(statistics.stdev(values))}"
 
@@ -134,7 +137,10 @@ def penalties(figures: Sequence[tuple[str, str, str]]) -> str:
         lines += [f"| {name}: penalty, residual | {' | '.join(title for _, title, _ in figures)} | seeds |",
                   "|---" * (len(figures) + 2) + "|"]  # fmt: skip
         for (penalty, residual), runs in _grouped(record["runs"], ("penalty", "residual")).items():
-            cells = [_mean([run["figures"][figure] for run in runs], form) for figure, _, form in figures]
+            told = {
+                figure: [run["figures"][figure] for run in runs if figure in run["figures"]] for figure, _, _ in figures
+            }
+            cells = [_mean(told[figure], form) for figure, _, form in figures]
             title = penalty if residual == "none" else f"{penalty} + {residual}"
             lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} |")
         lines.append("")

@@ -45,7 +45,10 @@ def test_definitions(folder, monkeypatch):
     train = (folder / "parts" / "train.tsv").read_text().splitlines()
     assert train[0] == "word\tdefinition" and len(train) == 25
 
-    make_model("llama", system="llamavae", projector="mlp").save_pretrained("vae", include_frozen=True)
+    vae = make_model("llama", system="llamavae", projector="mlp")
+    with torch.no_grad():
+        vae.posterior_head.weight.mul_(50.0)  # posteriors that differ: a collapsed VAE is refused
+    vae.save_pretrained("vae", include_frozen=True)
     one = ("--kinds", "allinone", "--blocks", 1, "--hidden", 4, "--permutations", "hard", "--seeds", 0)
     grid = (*data, "--model", "vae", *one, "--epochs", 1, "--text-words", 2)
     call(monkeypatch, definitions, *grid)

@@ -145,7 +145,7 @@ def test_recordings_over_layers_that_are_no_more_are_not_kept(monkeypatch):
     assert after == model.decode(z, max_new_tokens=6) != before
 
 
-# ---- what recordings of steps read must live, and be of the weights as they are -----------------------------------------------
+# ---- what recordings of steps read must live, and be of the weights as they are ------------------------------
 
 
 def _lora(family="llama"):
