@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,9 @@ def main() -> int:
         raise SystemExit("a gloss was dropped: features would no longer be their words'")
     # The loop asks the model for its encoder's features once, before the first step.
     model.pool = lambda asked, batch_size=64: read  # type: ignore[method-assign]
-    begun = time.process_time()
     result = lf.train(model, sentences, None, config)
     if result.interrupted:
         return 1
-    seconds = time.process_time() - begun
     test = text_part(parts["test"], options.text_words)
     with torch.no_grad():
         mu = model.posterior_head(features(test, vectors, model.encoder.width, scale)[0]).chunk(2, dim=-1)[0]
@@ -78,7 +75,7 @@ def main() -> int:
     record: dict[str, Any] = load(RECORD) or {}
     record["conditional"] = {
         "command": f"python -m benchmarks.science.from_word_vectors {' '.join(sys.argv[1:])}", "machine": machine("cpu"),
-        "steps": result.step, "cpu_seconds": seconds, "seed": config.seed, "data": parts["all"].fingerprint(),
+        "steps": result.step, "seed": config.seed, "data": parts["all"].fingerprint(),
         "test": {**text_figures(model, said, test), "gloss_nats": gloss_nats(model, list(test.glosses), mu)},
         "examples": [{"word": word, "gloss": test.glosses[test.words.index(word)], "generated": text[word]}
                      for word in words[:5]],
