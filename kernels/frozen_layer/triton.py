@@ -193,9 +193,12 @@ def frozen_rotary_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 _WIDEST = 8192  # columns that one program holds
+# The assembler would rather spill than let the widest program have the registers of a whole multiprocessor.
 _NORMS = {
-    block: Config({"BLOCK": block}, num_warps=max(1, min(16, block // 256)))
-    for block in (64, 256, 1024, 2048, 4096, 8192)
+    block: Config(
+        {"BLOCK": block}, num_warps=max(1, min(16, block // 256)), max_registers=128 if block == _WIDEST else None
+    )
+    for block in (64, 256, 1024, 2048, 4096, _WIDEST)
 }
 _ACTIVATION = Config({"BLOCK": 1024}, num_warps=4)
 _PAIRS = 1024  # of a program that turns heads
