@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lmvae_fast.errors import ConfigError
-from lmvae_fast.kernels.backend import choose, current
+from lmvae_fast.kernels.backend import FLOATS, choose, current
 from lmvae_fast.kernels.packed_linear import most_rows
 from lmvae_fast.models.decoder.decoder import WHEN_MOVED, Decoder
 from lmvae_fast.models.decoder.large_pages import LargePages
@@ -37,7 +37,6 @@ from lmvae_fast.models.decoder.prepared_layers import body_forward, examined
 from lmvae_fast.models.decoder.training_layers import written_out
 
 OURS = (torch.float32, torch.bfloat16)  # dtypes that packed_linear has a kernel for
-FUSED = (torch.float32, torch.float16, torch.bfloat16)  # and those of the fused layers of a GPU
 _packed: WeakKeyDictionary[Decoder, tuple[tuple, Exchanges]] = WeakKeyDictionary()
 WHEN_MOVED.append(lambda decoder: _packed.pop(decoder, None))
 
@@ -88,7 +87,9 @@ def _ours(decoder: Decoder, rows: int) -> bool:
 def _fused(decoder: Decoder) -> bool:
     # The interpreter, which runs Triton's kernels on a CPU, is for tests.
     on_cpu = decoder.device.type == "cpu" and current() != "triton"
-    return not on_cpu and decoder.dtype in FUSED and choose("frozen_layer", next(decoder.body.parameters())) == "triton"
+    return (
+        not on_cpu and decoder.dtype in FLOATS and choose("frozen_layer", next(decoder.body.parameters())) == "triton"
+    )
 
 
 @contextmanager

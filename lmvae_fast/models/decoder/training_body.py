@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lmvae_fast.kernels.backend import choose, current
+from lmvae_fast.kernels.backend import FLOATS, choose, current
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.frozen_products import adapter_state, require_adapters
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": FLOATS}
 _OPTIONS = {"inputs_embeds", "position_ids", "use_cache", "lmvae"}
 Forward = Callable[..., Any]
 _ADAPTER = ".lora_"  # in names of parameters that peft puts beside a weight
