@@ -6,7 +6,8 @@ A recipe is what `lmvae-fast train --config` reads: sections `model`, `train` an
 with everything that training needs, loading and encoding too, and without the evaluations of the curve itself: the machine may
 be shared. At every mark figures of held-out sentences go into benchmarks/results/science/<recipe>.json, and a checkpoint into
 --runs, from which the same command goes on after a stop; at the end the model is saved there and all held-out sentences are
-evaluated. `--set train.learning_rate=3e-4` changes a field (the name of the record then needs --name).
+evaluated. `--set train.learning_rate=3e-4` changes a field (the name of the record then needs --name). Minutes give another
+number of steps on another machine: `--steps` of a record gives its model again.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ FIGURES = ("reconstruction", "reconstruction_per_token", "kl", "active_units", "
 class Curve(Callback):
     """Held-out figures at marks of CPU time, and the end of the run at the last of them."""
 
-    def __init__(self, record: dict[str, Any], file: Path, sentences: Any, marks: list[float], before: float) -> None:
-        self.record, self.file, self.sentences = record, file, sentences
+    def __init__(
+        self, record: dict[str, Any], file: Path, sentences: Any, marks: list[float], before: float,
+        steps: int | None = None,
+    ) -> None:  # fmt: skip
+        self.record, self.file, self.sentences, self.steps = record, file, sentences, steps
         self.marks = [mark for mark in marks if mark > before]
         self.before, self.evaluating = before, 0.0  # CPU seconds of earlier processes, and of evaluations in this one
 
@@ -52,6 +56,8 @@ class Curve(Callback):
 
     def on_step(self, run: Any) -> None:
         """See Callback: evaluates where a mark has been reached."""
+        if self.steps is not None and run.step >= self.steps:
+            run.request_stop("steps")
         if not self.marks or self.seconds < self.marks[0]:
             return
         self.marks = [mark for mark in self.marks if mark > self.seconds]
@@ -93,6 +99,7 @@ def main() -> int:
     parser.add_argument("--data", help="sentences, in place of the recipe's")
     parser.add_argument("--minutes", type=float, default=60.0, help="of CPU time")
     parser.add_argument("--marks", type=int, default=6, help="points of the curve")
+    parser.add_argument("--steps", type=int, help="end at this step, though minutes were left")
     parser.add_argument("--held-out", type=int, default=200, help="sentences of a point; the last figures are of all")
     parser.add_argument("--final", type=int, help="sentences of the last figures; default: all held out")
     parser.add_argument("--threads", type=int, default=1)
@@ -125,7 +132,7 @@ def main() -> int:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }  # fmt: skip
     marks = [60 * options.minutes * (mark + 1) / options.marks for mark in range(options.marks)]
-    curve = Curve(record, file, held_out[: options.held_out], marks, before)
+    curve = Curve(record, file, held_out[: options.held_out], marks, before, options.steps)
     sentences = model.tokenize(train_set)
     result = lf.train(model, sentences, None, config, [curve])
     if result.interrupted:

@@ -60,6 +60,8 @@ class LMVAEConfig(ConfigBase):
         objective: ``elbo``, or ``langvae-0.6`` for the loss LangVAE 0.6.13 computes (its order of reduction).
         length_normalize: divide a sentence's reconstruction by its number of predicted tokens.
         free_running: train on the decoder's own greedy output (LangVAE) instead of teacher forcing.
+        token_dropout: share of the tokens that a decoder reads in training which are replaced by the unknown token (Bowman et
+            al. 2016), so that it has to ask its latent for them; never a sentence's first.
         count_start_token: count the start token where a sentence is divided by its length, in the loss (length_normalize) and
             in perplexity, as Optimus does: its published figures are of that kind.
         latent_init: how the maps from and to the latent start: ``uniform`` (as nn.Linear does, +-1/sqrt(inputs)) or
@@ -121,6 +123,7 @@ class LMVAEConfig(ConfigBase):
     posterior_init: str | None = None
     start_token: str | None = None
     free_running: bool | None = None
+    token_dropout: float = 0.0
     train_encoder: bool | None = None
     train_decoder: bool | None = None
     decoder_part: str | None = None
@@ -179,6 +182,7 @@ class LMVAEConfig(ConfigBase):
         self._number("encoder_layer", 0, integer=True, optional=True)
         self._number("projector_hidden", 1, integer=True, optional=True)
         self._number("projector_dropout", 0.0, 0.999, optional=True)
+        self._number("token_dropout", 0.0, 0.999)
         self._number("kl_target", 0.0, optional=True)
         self._text("encoder")
         self._text("decoder")
@@ -224,6 +228,11 @@ class LMVAEConfig(ConfigBase):
                 value="length_normalize=True",
                 remedy="use objective='elbo' or length_normalize=False",
             )
+        if self.token_dropout and self.free_running:
+            raise ConfigError(
+                "token_dropout takes tokens away from what a decoder reads of the sentence, and free running reads none of it",
+                value=f"token_dropout={self.token_dropout} with free_running=True", remedy="leave one of them out",
+            )  # fmt: skip
         if self.projector_hidden is not None and self.projector not in (None, "mlp", "adapter"):
             raise ConfigError(
                 "projector_hidden belongs to projector='mlp' and 'adapter'",
@@ -262,7 +271,8 @@ class LMVAEConfig(ConfigBase):
                 "a density gap is one of the responses to a prompt, which a text encoder does not read",
                 value="kl_mode='density_gap' with encoder_kind='text'", remedy="set encoder_kind='decoder_layers'",
             )  # fmt: skip
-        unfit = [name for name in ("annotations", "free_running", "projector_dropout") if getattr(self, name)]
+        refused = ("annotations", "free_running", "projector_dropout", "token_dropout")
+        unfit = [name for name in refused if getattr(self, name)]
         unfit += ["objective"] if self.objective == "langvae-0.6" else []
         unfit += ["visibility"] if self.visibility not in (None, "prefix") else []
         if self.prompted and unfit:

@@ -20,12 +20,16 @@ from lmvae_fast.models.prompt_objective import aggregate_groups
 from lmvae_fast.text.batch import Batch
 
 #: Noise given for comparisons: of z ``[B, latent_dim]``, or by part ``[B, latent_dim, n]``: ``z``, ``emb`` (the embedding's
-#: own latent), ``skip`` (the residual's draws), ``kl`` (the density gap's) and ``bow`` (a draw for each place of a row).
+#: own latent), ``skip`` (the residual's draws), ``kl`` (the density gap's), ``bow`` (a draw for each place of a row) and
+#: ``tokens`` (token dropout's, ``[B, max_len]``).
 Noise = Tensor | Mapping[str, Tensor]
 Seed = int | Tensor | None
 
 # Streams of one seed; the memory's dropout has a fifth.
-STREAMS = {"z": 0, "emb": 0x2545F491, "skip": 0x4F6CDD1D, "kl": 0x14057B7E, "bow": 0x6C078965, "dropout": 0x5DEECE66D}
+STREAMS = {
+    "z": 0, "emb": 0x2545F491, "skip": 0x4F6CDD1D, "kl": 0x14057B7E, "bow": 0x6C078965, "dropout": 0x5DEECE66D,
+    "tokens": 0x27BB2EE6,
+}  # fmt: skip
 
 
 class Latents(NamedTuple):

@@ -84,7 +84,7 @@ def _is_published(model: LMVAE) -> bool:
     """Whether a posterior head and what is read are as the eager implementations of published systems have them."""
     config = model.config
     plain = config.posterior_init == "random" and config.pooling != "segments" and config.encoder_layer is None
-    return plain and config.start_token is None and not config.annotations
+    return plain and config.start_token is None and not (config.annotations or config.token_dropout)
 
 
 def _copies(model: LMVAE) -> tuple[Any, Any, Any, Any]:
