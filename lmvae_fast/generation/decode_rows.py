@@ -15,7 +15,7 @@ from lmvae_fast.generation.cuda_graphs import keep, kept, kind_of, rows_of
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoder.cache import LatentCache
-from lmvae_fast.models.decoder.packed_products import exchanged
+from lmvae_fast.models.decoder.exchange import exchanged
 from lmvae_fast.models.decoder.prefill import read
 from lmvae_fast.models.decoder.prepared_weights import exchanges
 from lmvae_fast.models.decoder.recorded_step import RecordedStep, capture_for

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.models.decoder.exchange import called, exchanged
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
@@ -80,7 +81,7 @@ def compiling(decoder: nn.Module, wanted: bool) -> Iterator[None]:
         yield
         return
     body: Any = decoder.body
-    plain = body.forward
+    plain = called(body)
     compiled = torch.compile(plain)
 
     def forward(*arguments: Any, **options: Any) -> Any:
@@ -95,11 +96,8 @@ def compiling(decoder: nn.Module, wanted: bool) -> Iterator[None]:
                 remedy="set compile=False (on a CPU torch.compile needs a C++ compiler)",
             ) from error
 
-    body.forward = forward
-    try:
+    with exchanged([(body, forward)]):
         yield
-    finally:
-        del body.forward  # the class's own again
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +17,10 @@ from lmvae_fast.kernels.packed_linear import (
     quantize_gated,
     quantize_weight,
 )
+from lmvae_fast.models.decoder.exchange import Exchanges, Forward
 from lmvae_fast.models.decoder.large_pages import LargePages
 
 Linear = nn.Linear | Conv1D
-Forward = Callable[..., Any]
-Exchanges = list[tuple[nn.Module, Forward]]
 
 
 class Unlike(ValueError):
@@ -84,22 +81,6 @@ def plain_linears(model: nn.Module) -> list[Linear]:
 def _plain(weight: Any) -> bool:
     # torchao's weights are tensors of a kind of their own that say they are float32.
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-
-
-@contextmanager
-def exchanged(forwards: Exchanges) -> Iterator[None]:
-    """Inside, these modules call these functions; afterwards what they called before."""
-    before = [module.__dict__.get("forward") for module, _ in forwards]
-    for module, forward in forwards:
-        module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for (module, _), own in zip(forwards, before, strict=True):
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = own
 
 
 def rounded(model: nn.Module, weights: str | None) -> Exchanges:

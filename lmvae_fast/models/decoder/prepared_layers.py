@@ -26,7 +26,8 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
-from lmvae_fast.models.decoder.packed_products import Packing, Unlike, exchanged, require, rounded
+from lmvae_fast.models.decoder.exchange import exchanged
+from lmvae_fast.models.decoder.packed_products import Packing, Unlike, require, rounded
 
 if TYPE_CHECKING:
     from lmvae_fast.models.decoder.decoder import Decoder

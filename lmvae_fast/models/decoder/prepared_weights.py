@@ -23,13 +23,11 @@ from lmvae_fast.errors import ConfigError
 from lmvae_fast.kernels.backend import FLOATS, choose, current
 from lmvae_fast.kernels.packed_linear import most_rows
 from lmvae_fast.models.decoder.decoder import WHEN_MOVED, Decoder
+from lmvae_fast.models.decoder.exchange import Exchanges, Forward, exchanged
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import (
-    Exchanges,
-    Forward,
     Linear,
     Packing,
-    exchanged,
     linear_weight,
     plain_linears,
 )

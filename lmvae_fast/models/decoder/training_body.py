@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lmvae_fast.kernels.backend import FLOATS, choose, current
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
+from lmvae_fast.models.decoder.exchange import called, exchanged
 from lmvae_fast.models.decoder.frozen_products import adapter_state, require_adapters
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import Unlike, require
@@ -225,13 +226,6 @@ def trained_through(decoder: Decoder, wanted: bool = True) -> Iterator[TrainingB
     if not wanted or not hasattr(decoder, "way"):
         yield None
         return
-    had, before = "forward" in body.__dict__, body.forward
-    stand_in = TrainingBody(decoder, before)
-    body.forward = stand_in
-    try:
+    stand_in = TrainingBody(decoder, called(body))
+    with exchanged([(body, stand_in)]):
         yield stand_in
-    finally:
-        if had:
-            body.forward = before
-        else:
-            del body.forward

@@ -12,8 +12,9 @@ from lmvae_fast.models.decoder import prepared_layers as bodies
 from lmvae_fast.models.decoder import prepared_weights as packed
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
+from lmvae_fast.models.decoder.exchange import exchanged
 from lmvae_fast.models.decoder.large_pages import LargePages
-from lmvae_fast.models.decoder.packed_products import Packing, exchanged, rounded
+from lmvae_fast.models.decoder.packed_products import Packing, rounded
 from lmvae_fast.testing import make_decoder
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")

@@ -14,7 +14,7 @@ from lmvae_fast.kernels.backend import backend
 from lmvae_fast.models.decoder import prepared_layers, training_body
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.examination import in_float32
-from lmvae_fast.models.decoder.packed_products import exchanged
+from lmvae_fast.models.decoder.exchange import exchanged
 from lmvae_fast.models.decoder.prepared_weights import exchanges
 from lmvae_fast.models.decoder.recorded_step import CAPTURES
 from lmvae_fast.models.decoder.training_body import trained_through
