@@ -16,6 +16,7 @@ every run, and goes on from it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
@@ -68,13 +69,14 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What identifies every run, in the order in which they are made."""
-    for seed in options.seeds:
-        for place, (penalty, residual) in enumerate(VARIANTS):
-            if options.only is not None and f"{penalty}+{residual}" not in options.only:
-                continue
-            if seed == options.seeds[0] or place < REPEATED:
-                yield {"penalty": penalty, "residual": residual, "seed": seed}
+    """What identifies every run, in the order in which they are made: first what runs under every seed."""
+    order = [
+        *itertools.product(options.seeds, VARIANTS[:REPEATED]),
+        *itertools.product(options.seeds[:1], VARIANTS[REPEATED:]),
+    ]
+    for seed, (penalty, residual) in order:
+        if options.only is None or f"{penalty}+{residual}" in options.only:
+            yield {"penalty": penalty, "residual": residual, "seed": seed}
 
 
 def texts_of(model: Any, z: torch.Tensor, prompts: list[str]) -> list[str]:
