@@ -246,6 +246,12 @@ class LMVAEConfig(ConfigBase):
                 value=f"memory_init={self.memory_init!r} with projector={self.projector!r}",
                 remedy="set memory_init='random', or projector='linear', 'mlp' or 'adapter'",
             )
+        if self.latent_init == "normal" and (self.prompted or self.projector == "adapter"):
+            raise ConfigError(
+                "latent_init='normal' draws every map anew, and these hold copies of the decoder's projections and norms",
+                value=f"projector={self.projector!r}, encoder_kind={self.encoder_kind!r}",
+                limit="projector='linear', 'mlp' or 'shared' with encoder_kind='text'", remedy="set latent_init='uniform'",
+            )  # fmt: skip
         if self.posterior_init == "whitened" and self.prompted:
             raise ConfigError(
                 "a whitened posterior is one of a text encoder's features", value=f"encoder_kind={self.encoder_kind!r}",

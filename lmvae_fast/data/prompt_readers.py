@@ -253,7 +253,10 @@ def _table_rows(
                 names = [cell.strip() for cell in cells]
                 continue
             prompt, response, *label = (_cell(cells, column, names, place) for column in wanted)
-            yield place, {"prompt": prompt, "response": response, "label": label[0] if label else None}
+            yield (
+                place,
+                {"prompt": prompt, "response": response, "label": (label[0].strip() or None) if label else None},
+            )
     except csv.Error as error:
         raise DataError(f"{path}, line {table.line_num}: malformed {layout}: {error}", remedy="mend the line") from None
 
@@ -318,7 +321,9 @@ def _plato_rows(lines: Iterator[Line], path: Path, turn_end: str) -> Iterator[tu
     for number, line in lines:
         if not line.strip():
             continue
-        place, cells = f"{path}, line {number}", line.strip().split("\t")
+        place, cells = f"{path}, line {number}", line.rstrip("\r\n ").split("\t")
+        while len(cells) > 2 and not cells[-1].strip():
+            cells.pop()
         if len(cells) != 2:
             raise DataError(f"{place}: not a prompt, a tab and a response", value=f"{len(cells)} cells", limit=2)
         prompt = cells[0].replace(f" {_TURN} ", turn_end).strip() + turn_end
@@ -349,13 +354,16 @@ def _agnews_rows(lines: Iterator[Line], path: Path) -> Iterator[LabelledText]:
             yield LabelledText(without_token_spaces(record["text"]), str(record["label"]))
         return
     table = csv.reader((text + "\n" for _, text in lines))
-    for cells in table:
-        place = f"{path}, line {table.line_num}"
-        if not "".join(cells).strip() or cells[0].strip().lower() in ("class index", "label"):
-            continue
-        if len(cells) < 2:
-            raise DataError(f"{place}: a label without text", value=cells, limit="class, title, description")
-        yield LabelledText(without_token_spaces(" ".join(cells[1:])), _named("agnews", cells[0].strip(), place))
+    try:
+        for cells in table:
+            place = f"{path}, line {table.line_num}"
+            if not "".join(cells).strip() or cells[0].strip().lower() in ("class index", "label"):
+                continue
+            if len(cells) < 2:
+                raise DataError(f"{place}: a label without text", value=cells, limit="class, title, description")
+            yield LabelledText(without_token_spaces(" ".join(cells[1:])), _named("agnews", cells[0].strip(), place))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {table.line_num}: malformed csv: {error}", remedy="mend the line") from None
 
 
 def _named(layout: str, number: str, place: str) -> str:

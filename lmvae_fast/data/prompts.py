@@ -33,8 +33,8 @@ class PromptResponse:
     label: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("prompt", self.prompt), ("response", self.response), ("label", self.label or "")):
-            if not isinstance(value, str):
+        for name, value in (("prompt", self.prompt), ("response", self.response), ("label", self.label)):
+            if not isinstance(value, str) and not (name == "label" and value is None):
                 raise DataError(f"a {name} must be a string", value=f"{value!r} ({type(value).__name__})")
         if not self.response.strip():
             raise DataError(
@@ -225,6 +225,12 @@ def _pairs(row: Any, place: str) -> list[tuple[str, str, str | None]]:
             )
         responses = row["responses"] if "responses" in row else [row["response"]]
         labels = row.get("labels", [row["label"]] if "label" in row else None)
+        if labels is not None and not isinstance(labels, Sequence):
+            raise DataError(
+                f"{place}: labels must be a list",
+                value=f"{labels!r} ({type(labels).__name__})",
+                limit="a list, or null",
+            )
         if isinstance(responses, str) or not isinstance(responses, Sequence):
             raise DataError(
                 f"{place}: responses must be a list", value=type(responses).__name__, limit="a list of strings"

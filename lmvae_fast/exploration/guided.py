@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.data.prompts import PromptDataset, PromptResponse
-from lmvae_fast.errors import DataError
+from lmvae_fast.errors import DataError, LatentError
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.optional import require
 
@@ -100,8 +100,13 @@ def guided(
 ) -> list[str]:
     """Answers to the prompts of given responses, from their posterior means moved along a direction ``[latent_dim]``.
 
-    options: fields of GenerationConfig. Raises what ``model.decode`` raises.
+    options: fields of GenerationConfig. Raises LatentError for a direction that does not fit, and what ``model.decode`` raises.
     """
+    if tuple(direction.shape) != (model.config.latent_dim,):
+        raise LatentError(
+            "a direction has a number for each of the latent's", value=list(direction.shape),
+            limit=[model.config.latent_dim], remedy="take a row of label_directions",
+        )  # fmt: skip
     z = model.encode(responses).mu
     z = z + strength * direction.to(z)
     return model.decode(z, prompts=[response.prompt for response in responses], **options)

@@ -6,6 +6,7 @@ A row whose sentence has ended takes the next latent at once, so the batch stays
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from lmvae_fast.models.decoder.prepared_weights import check_weights, packed_wei
 from lmvae_fast.models.inputs import beginnings
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
+
+logger = logging.getLogger(__name__)
 
 #: Steps between two looks at which sentences have ended, by device: on a CPU looking is free.
 STEPS_PER_LOOK = {"cpu": 1}
@@ -161,6 +164,8 @@ def _prompts(model: LMVAE, latents: Tensor | Iterable[Tensor], prompts: Prompts 
     """The prompts: none, one for all, or one per latent. A sentence begins with its prompt; a response does not."""
     if prompts is None and not model.config.prompted:
         return []
+    if prompts is None:
+        logger.warning("no prompts were given to a model of prompts: every latent answers the empty one (prompts=)")
     if prompts is None or isinstance(prompts, str):
         prompts = [prompts or ""]
     elif not isinstance(latents, Tensor) or len(prompts) != latents.shape[0]:

@@ -39,12 +39,10 @@ def tokenize(
     }  # fmt: skip
     if config.prompted:
         return prompts.tokenize_prompts(
-            examples,
-            decoder.tokenizer,
-            max_prompt_len=config.max_prompt_len,
-            group_size=config.group_size,
-            **options,
-        )
+            examples, decoder.tokenizer, max_prompt_len=most_of_prompt(config, decoder), group_size=config.group_size,
+            released=config.encoder_padding == "released",
+            aggregated=getattr(config, "kl_mode", None) == "density_gap", **options,
+        )  # fmt: skip
     examples = list(examples)
     if prompts.are_prompts(examples):
         raise DataError(
@@ -53,6 +51,17 @@ def tokenize(
         )  # fmt: skip
     reader = encoder if isinstance(encoder, Encoder) else None
     return tokenizer.tokenize(examples, decoder.tokenizer, encoder=reader, labels=config.annotations, **options)
+
+
+def most_of_prompt(config: AnyConfig, decoder: Decoder) -> int | None:
+    """The most tokens that a prompt keeps: what the configuration says, or what slots, queries and the longest response leave
+    of the decoder's positions; None where nothing limits it."""
+    if config.max_prompt_len is not None:
+        return config.max_prompt_len
+    # An encoder of the decoder's layers reads an end token and its queries behind the response, but no slots before it
+    before = max(int(config.slots or 0), config.queries + 1) if isinstance(config, LMVAEConfig) else 0
+    most = decoder.most_tokens(before)
+    return None if most is None else max(1, most - config.max_len)
 
 
 def make_batch(
@@ -94,12 +103,12 @@ def batch_to_score(sentences: TokenizedSentences, rows: Sequence[int], config: A
 
 def beginnings(texts: Sequence[str], config: AnyConfig, decoder: Decoder) -> list[tuple[int, ...]]:
     """What the decoder reads of each prompt before it writes, never nothing: a start token and the prompt; of a model of
-    prompts, the prompt as the tokenizer writes it by itself, cut at the left to ``max_prompt_len``.
+    prompts, the prompt as the tokenizer writes it by itself, cut at the left to its limit.
 
     Raises DataError for a prompt that is no text.
     """
     for row, text in enumerate(texts):
         checks.check_text(text, f"prompt {row}")
     if config.prompted:
-        return [tuple(ids) for ids in prompts.prompt_ids(texts, decoder.tokenizer, config.max_prompt_len)]
+        return [tuple(ids) for ids in prompts.prompt_ids(texts, decoder.tokenizer, most_of_prompt(config, decoder))]
     return [(decoder.tokenizer.bos_token_id, *ids) for ids in decoder.tokenizer.encode(texts)]

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError, ConfigError, LatentError
+from lmvae_fast.pretrained import load_pretrained
 from lmvae_fast.reference.cvae_gpt2 import GPT2Encoder, GPT2LatentDecoder
 from lmvae_fast.reference.cvae_objective import RAMPS, anneal_weight, mutual_information, penalty, sample
 from lmvae_fast.reference.cvae_parts import CVAESettings, LlamaEncoder, LlamaLatentDecoder
@@ -332,6 +333,9 @@ def read_settings(config: Mapping[str, Any], **changes: Any) -> CVAESettings:
         given["gskip"] = config.get("add_ghost_skip_connection", 0)
         given["stage"] = int(bool(config.get("frozen_pretrained", 1)))
         given["contrast"] = bool(config.get("add_contra_loss", 1))
+    known = [field.name for field in fields(CVAESettings)]
+    if unknown := sorted(set(changes) - set(known)):
+        raise ConfigError("unknown settings", value=", ".join(unknown), limit=", ".join(known), remedy="leave them out")
     return CVAESettings(**{**given, **changes})
 
 
@@ -361,8 +365,8 @@ def load_checkpoint(
     state = read_tensors(folder / "model.safetensors")
     if extra is not None:
         state.update(read_tensors(Path(extra) / "extra.safetensors"))
-    decoder = AutoModelForCausalLM.from_pretrained(base_model, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    decoder = load_pretrained(AutoModelForCausalLM, str(base_model), "decoder", trust_remote_code=False)
+    tokenizer = load_pretrained(AutoTokenizer, str(base_model), "decoder's tokenizer", trust_remote_code=False)
     model = ReferenceCVAE(
         decoder, tokenizer, read_settings(config, padding=padding, **settings),
         max_prompt=max_prompt, max_response=max_response,

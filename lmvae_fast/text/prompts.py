@@ -1,7 +1,9 @@
 """From prompts with responses to token ids, and to packed batches in which only responses are predicted.
 
 A prompt and its response are tokenised as one text, as the public code of CVAE with G-Skip does it, and parted after as many
-tokens as the prompt has by itself. A long prompt loses its left end (the begin-of-text with it), a long response its right.
+tokens as the prompt has by itself. Where the text of both does not begin with these tokens (a prompt that ends in a space,
+which joins the response's first word), that would give the prompt a part of the response: there, both are tokenised by
+themselves. A long prompt loses its left end (the begin-of-text with it), a long response its right.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ class TokenizedPrompts(TokenizedSentences):
         prompts: id of each response's prompt.
         group_size: the most responses of a group.
         report: counts, beside those of sentences: ``prompts_cut`` (responses whose prompt lost its left end), ``single``
-            (groups of one response, whose aggregate is their posterior: a density gap is then the plain KL); ``special``, where
-            there are any, are those whose prompt or response spells a special token that parts no dialogue.
+            (groups of one response, whose aggregate is their posterior: a density gap is then the plain KL). Where there are
+            any: ``apart``, those tokenised apart from their prompt, and ``special``, those whose prompt or response spells a
+            special token that parts no dialogue.
     """
 
     prompt_lengths: list[int] = field(default_factory=list)
@@ -95,6 +98,8 @@ def tokenize_prompts(
     group_size: int,
     on_long: str = "truncate",
     on_empty: str = "drop",
+    released: bool = False,
+    aggregated: bool = False,
 ) -> TokenizedPrompts:
     """Tokenise prompts with responses.
 
@@ -107,6 +112,8 @@ def tokenize_prompts(
             groups, group s has the responses s, s + k, s + 2 k, ..
         on_long: ``truncate``, ``drop`` or raise an ``error`` on a response of more than max_len tokens. Prompts are cut.
         on_empty: ``drop`` or raise an ``error`` on a response without tokens.
+        released: part every text by the number of the prompt's tokens, as the public code does.
+        aggregated: a loss goes by the aggregates of groups, so it is said how many are of one response.
 
     Raises:
         DataError: nothing is left, an example is refused by the options, or a token id lies outside the embedding.
@@ -118,13 +125,16 @@ def tokenize_prompts(
     alone = tokenizer.encode_whole(list(distinct))
     both = tokenizer.encode_whole([prompt + response for prompt, response in rows])
     report = {"kept": 0, "truncated": 0, "dropped": 0, "empty": 0, "prompts_cut": 0, "single": 0}
-    special = 0
+    special = apart = 0
     ids: list[list[int]] = []
     lengths: list[int] = []
     places: list[int] = []
     kept: list[int] = []
     for row, ((prompt, response), whole) in enumerate(zip(rows, both, strict=True)):
         first = alone[distinct[prompt]]
+        if not released and whole[: len(first)] != first:
+            whole = first + tokenizer.encode_response(response)
+            apart += 1
         answer = whole[len(first) :]
         if answer[-1:] == [tokenizer.eos_token_id]:  # a turn's end that is the end token, which a batch puts there
             answer, whole = answer[:-1], whole[:-1]
@@ -159,17 +169,17 @@ def tokenize_prompts(
         places.append(distinct[prompt])
         kept.append(row)
     report["kept"] = len(ids)
-    report |= {"special": special} if special else {}
+    report |= {name: count for name, count in (("apart", apart), ("special", special)) if count}
     if not ids:
         raise DataError("no response is left", value=report, remedy="raise max_len or choose on_long='truncate'")
     groups = group_ids(places, group_size)
-    report["single"] = int((np.bincount(groups) == 1).sum()) if group_size > 1 else 0
-    if any(report[name] for name in ("truncated", "dropped", "empty", "prompts_cut")) or special:
+    report["single"] = int((np.bincount(groups) == 1).sum()) if group_size > 1 or aggregated else 0
+    if any(report[name] for name in ("truncated", "dropped", "empty", "prompts_cut")) or special or apart:
         logger.warning(
             "of %d responses: %s (max_len %d, max_prompt_len %s)", len(rows), report, max_len, max_prompt_len
         )
-    if report["single"]:
-        logger.warning("%d prompts have one response: there a density gap is the response's plain KL", report["single"])
+    if report["single"] and aggregated:
+        logger.warning("%d groups are one response: there a density gap is the response's plain KL", report["single"])
     answers = tokenizer.decode(row[length:] for row, length in zip(ids, lengths, strict=True))
     return TokenizedPrompts(
         [text.strip() for text in answers], answers, ids, None, kept, report, lengths, groups, places, group_size

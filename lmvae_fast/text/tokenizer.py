@@ -141,6 +141,10 @@ class SentenceTokenizer:
         rows = self._dialogues.encode(texts, add_special_tokens=True)
         return [ids[:-1] if self._writes_end and ids[-1:] == [self.eos_token_id] else ids for ids in rows]
 
+    def encode_response(self, text: str) -> list[int]:
+        """Token ids of a text that goes on from another, without start and end tokens; marks as in :meth:`encode_whole`."""
+        return self._dialogues.encode([text], add_special_tokens=False)[0]
+
     @property
     def writes_bos(self) -> bool:
         """Whether the tokenizer puts a begin-of-text before a text by itself."""

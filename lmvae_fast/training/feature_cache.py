@@ -23,6 +23,7 @@ from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import OutputError
 from lmvae_fast.files import fingerprint_tensors, replacing, sweep, write_tensors
 from lmvae_fast.memory import free_disk
+from lmvae_fast.models.inputs import most_of_prompt
 from lmvae_fast.tensor_files import is_finite
 from lmvae_fast.text.checks import refuse_table
 from lmvae_fast.text.prompts import TokenizedPrompts, prompts_and_responses
@@ -116,7 +117,15 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
     prompted = bool(getattr(model.config, "prompted", False))
     kind = TokenizedPrompts if prompted else TokenizedSentences
     rows: Any = prompts_and_responses(data) if prompted else text_and_labels(data)
-    own = {name: getattr(model.config, name) for name in ("max_prompt_len", "group_size") if prompted}
+    most = most_of_prompt(model.config, model.decoder) if prompted else None
+    own: dict[str, Any] = {}
+    if prompted:
+        joint = model.config.encoder_padding == "released"
+        aggregated = getattr(model.config, "kl_mode", None) == "density_gap"  # of which the report counts
+        own = {
+            "max_prompt_len": most, "group_size": model.config.group_size, "parted": "joint" if joint else "by prompt",
+            "aggregated": aggregated,
+        }  # fmt: skip
     reader = getattr(getattr(model, "encoder", None), "tokenizer", None)
     key = content_key(
         **own,
@@ -130,7 +139,7 @@ def tokenized_sentences(model: Any, data: Any, cache: TensorCache, *, on_long: s
         on_long=on_long,
         fields=[field.name for field in dataclasses.fields(kind)],
     )
-    longest = model.config.max_len + (getattr(model.config, "max_prompt_len", None) or (1 << 40) * prompted)
+    longest = model.config.max_len + ((most or 1 << 40) if prompted else 0)
     width = len(model.config.annotations)
 
     def check(tensors: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from lmvae_fast.data import read_prompts, read_texts
+from lmvae_fast.data import PromptResponse, read_prompts, read_texts
 from lmvae_fast.data.prompt_readers import without_token_spaces
 from lmvae_fast.errors import DataError
 
@@ -159,3 +159,29 @@ def test_tables_with_other_delimiters(tmp_path, name, sign):
     assert len(read_prompts(path, delimiter=sign)) == 2
     with pytest.raises(DataError, match="belongs to tables"):
         read_prompts(path, layout="plato", delimiter=";")
+
+
+def test_labels_that_are_none_and_labels_of_other_kinds(tmp_path):
+    table = tmp_path / "a.tsv"
+    table.write_text("prompt\tresponse\tkind\na\tb\t\nc\td\tx\n")
+    assert read_prompts(table, label_column="kind").labels == [None, "x"]
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"prompt": "a", "responses": ["x", "y"], "labels": 3}\n')
+    with pytest.raises(DataError, match="line 1: labels must be a list"):
+        read_prompts(rows)
+    with pytest.raises(DataError, match=r"a label must be a string; got: 0 \(int\)"):
+        PromptResponse("a", "b", 0)
+
+
+def test_a_plato_line_without_a_response_is_an_empty_one(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("hi there\t\nhi\thello\n")
+    found = read_prompts(file, layout="plato", on_empty="drop")
+    assert len(found) == 1 and found.report.dropped == {"empty response": 1}
+
+
+def test_a_field_of_agnews_that_csv_cannot_take_is_named(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text(f'1,"{"a" * 140_000}","b"\n')
+    with pytest.raises(DataError, match="line 1: malformed csv"):
+        read_texts(file, layout="agnews")

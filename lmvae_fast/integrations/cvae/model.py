@@ -56,6 +56,9 @@ def load_checkpoint(
     released, state = _read(folder, extra)
     fields, beta = _fields(released)
     fields.update(encoder_padding=padding, decoder=str(base_model), max_len=max_len, **overrides)
+    LMVAEConfig.from_dict(
+        {"system": "cvae", **fields}
+    )  # an override that does not fit is refused before anything is loaded
     dtype = getattr(torch, fields.setdefault("dtype", "float32"))
     hf_config = load_pretrained(AutoConfig, str(base_model), "decoder")
     decoder_model = load_pretrained(AutoModelForCausalLM, str(base_model), "decoder", dtype=dtype)
@@ -100,24 +103,35 @@ def _read(folder: Path, extra: str | os.PathLike[str] | None) -> tuple[dict[str,
     return config, state
 
 
+def _whole(released: dict[str, Any], name: str, default: int) -> int:
+    """A whole number of the public code's configuration; CheckpointError for anything else."""
+    value = released.get(name, default)
+    if not isinstance(value, int):
+        raise CheckpointError(
+            f"config.json: {name} is no whole number", value=repr(value), limit="as the public code wrote it",
+            remedy="restore the folder's config.json",
+        )  # fmt: skip
+    return int(value)
+
+
 def _fields(released: dict[str, Any]) -> tuple[dict[str, Any], float]:
     """Fields of our configuration that the public code's says, and the weight of the KL."""
     objective, training = objective_of(str(released.get("vae_type", "DG-VAE")))
     fields: dict[str, Any] = {
-        "latent_dim": released.get("dim_z", 32),
-        "queries": released.get("num_q", 4),
-        "slots": released.get("num_p", 4),
-        "encoder_layers": released.get("num_latent_encoder_layers", 2),
+        "latent_dim": _whole(released, "dim_z", 32),
+        "queries": _whole(released, "num_q", 4),
+        "slots": _whole(released, "num_p", 4),
+        "encoder_layers": _whole(released, "num_latent_encoder_layers", 2),
         **objective,
     }
-    skip = int(released.get("add_skip_connection", 0))
+    skip = _whole(released, "add_skip_connection", 0)
     if released.get("model_type") == "gpt2":
-        gskip = int(released.get("add_ghost_skip_connection", 0))
+        gskip = _whole(released, "add_ghost_skip_connection", 0)
         fields["stage"] = 1 if released.get("frozen_pretrained", 1) else 0
         fields["contrast"] = bool(released.get("add_contra_loss", 1))
     else:
-        gskip = int(released.get("add_gskip_connection", 1))
-        fields["stage"] = int(released.get("frozen_stage", 2))
+        gskip = _whole(released, "add_gskip_connection", 1)
+        fields["stage"] = _whole(released, "frozen_stage", 2)
     # With both on, G-Skip acts; either's 1 gives the network its norm.
     kind = "gskip" if gskip else "skip" if skip else "none"
     fields["output_residual"] = kind if kind == "none" or 1 in (skip, gskip) else f"{kind}-linear"

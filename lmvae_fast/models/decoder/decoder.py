@@ -263,6 +263,11 @@ class Decoder(nn.Module):
             position_columns=self.position_columns,
         )
 
+    def most_tokens(self, slots: int) -> int | None:
+        """The most tokens that may stand behind a prefix of so many slots; None without a limit."""
+        limits = [limit - slots for limit in (self.max_positions, self.hidden_window) if limit is not None]
+        return min(limits, default=None)
+
     def check_positions(self, slots: int, tokens: int, visibility: str) -> None:
         """Raises ConfigError where tokens would stand past the decoder's positions, or past a window we cannot honour."""
         last = token_position(max(tokens, 1) - 1, slots, visibility)
@@ -271,7 +276,7 @@ class Decoder(nn.Module):
                 f"{tokens} tokens under {visibility} visibility with {slots} slots reach position {last}",
                 value=last,
                 limit=f"the decoder's {self.max_positions} positions",
-                remedy="lower max_len",
+                remedy="lower max_len, max_prompt_len or slots",
             )
         if self.hidden_window is not None and slots + tokens > self.hidden_window:
             raise UnsupportedDecoderError(
