@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -87,3 +89,21 @@ def test_a_trained_recipe_is_probed(run, tmp_path, monkeypatch):
     assert "<svg" in (tmp_path / "results" / "science" / "latent_size.svg").read_text()
     table = tables.probed("latent_size")
     assert "| BLEU of reconstruction |" in table and "MIG" not in table and record["command"] in table
+
+
+def test_a_run_ends_at_the_steps_of_a_record(run):
+    record = run("--minutes", 60, "--marks", 1, "--steps", 3, "--held-out", 4, "--final", 5)
+    assert record["final"]["steps"] == 3
+
+
+@pytest.mark.parametrize("file", sorted(Path("examples/recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_command_in_a_recipe_is_its_records(file):
+    lines = file.read_text().splitlines()
+    (named,) = re.findall(r"record: (\S+\.json)", lines[0])
+    (said,) = (line for line in lines if "benchmarks.science.recipe" in line)
+    command = json.loads(Path(named).read_text())["command"].split()
+    given = said.removeprefix("#").split()
+    if "--data" in given:  # a folder of one's own
+        place = given.index("--data") + 1
+        command[place] = Path(command[place]).name
+    assert given == command
