@@ -18,8 +18,8 @@ case $layout in dailydialog | plato) turns="--turn-end <|im_end|>" ;; *) turns="
     python -m lmvae_fast.cli finetune --data "$parts/rest.jsonl" --decoder "$decoder" --output "$sft" $lengths \
         --max-steps 150 --batch-size 16 --lr 5e-5 --precision bf16 --set train.grad_clip=1.0 --set train.warmup_steps=15 --seed 0
 for part in train:16 test:32; do
-    [ -e "$parts/${part%:*}-answers.jsonl" ] ||
-        python -m lmvae_fast.cli generate "$sft/model" --prompts "$parts/${part%:*}.jsonl" --num-samples "${part#*:}" --sample \
-            --top-p 0.95 --min-new-tokens 2 --seed 0 --output "$parts/${part%:*}-answers.jsonl"
+    # goes on where it was stopped, and does nothing where all is there
+    python -m lmvae_fast.cli generate "$sft/model" --prompts "$parts/${part%:*}.jsonl" --num-samples "${part#*:}" --sample \
+        --top-p 0.95 --min-new-tokens 2 --seed 0 --output "$parts/${part%:*}-answers.jsonl"
 done
 python -m benchmarks.science.penalties "$parts" --decoder "$sft/model" --name "$name" $lengths "$@"
