@@ -84,7 +84,7 @@ def generate_file(
         )  # fmt: skip
     annotations, limited = _checked(model, latents, config, prompts, annotations)
     output = Path(output)
-    block_size = BLOCKS_PER_BATCH * config.batch_size
+    block_size = _block_size(config)
     per_latent = config.num_samples
     meta = {
         "model": model_fingerprint(model),
@@ -149,7 +149,7 @@ def generate_all(
 ) -> Iterator[Generated]:
     """The sentences that :func:`generate_file` writes, one by one; arguments and errors as there."""
     annotations, limited = _checked(model, latents, config, prompts, annotations)
-    for block in _blocks(latents, 0, BLOCKS_PER_BATCH * config.batch_size, prompts, annotations):
+    for block in _blocks(latents, 0, _block_size(config), prompts, annotations):
         yield from block.decode(model, limited)
 
 
@@ -162,6 +162,12 @@ def model_fingerprint(model: LMVAE) -> str:
                 digest.update(name.encode())
                 digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _block_size(config: GenerationConfig) -> int:
+    """Latents of a block: as many as give its sentences, of which each has several where samples are drawn. What is written
+    at once, and what a stop waits for, does not grow with their number."""
+    return max(1, BLOCKS_PER_BATCH * config.batch_size // config.num_samples)
 
 
 def _blocks(

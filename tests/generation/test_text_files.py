@@ -25,7 +25,7 @@ from lmvae_fast.generation.latent_sources import (
     read_annotations,
     read_prompts,
 )
-from lmvae_fast.generation.text_files import generate_file
+from lmvae_fast.generation.text_files import BLOCKS_PER_BATCH, generate_file
 from lmvae_fast.generation.workers import Workers
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.testing import make_model
@@ -165,6 +165,8 @@ def test_several_samples_and_a_prompt_continue_too(model, latents, tmp_path):
     config = GenerationConfig(batch_size=2, do_sample=True, seed=4, num_samples=3, logprobs=True)
     options = {"config": config, "prompts": "the"}
     assert run(model, tmp_path / "z.npy", tmp_path / "whole.jsonl", **options) == 3 * N
+    # a block is as many sentences with samples as without: what a stop waits for does not grow with their number
+    assert json.loads((tmp_path / "whole.jsonl.meta.json").read_text())["block_size"] == 2 * BLOCKS_PER_BATCH // 3
     whole = (tmp_path / "whole.jsonl").read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [(row["index"], row["sample"]) for row in rows] == [(i, s) for i in range(N) for s in range(3)]
