@@ -59,8 +59,9 @@ def read_word_vectors(
         on_duplicate: ``"error"``, or ``"first"``, which keeps a word's first vector and counts the others.
 
     A text file's words may hold single spaces (GloVe 840B): numbers are counted from the right. Several blanks (aligned
-    columns) count as one around numbers, and are refused within a word. CODWOE's entries go by their ``word`` where the file has it (its equal vectors of one word count as one) and by their ``id`` otherwise; ``electra``
-    vectors belong to a sense, so they go by ``id`` always.
+    columns) count as one around numbers, and are refused within a word. CODWOE's entries go by their ``word`` where the file
+    has it (its equal vectors of one word count as one) and by their ``id`` otherwise; ``electra`` vectors belong to a sense, so
+    they go by ``id`` always.
 
     Raises:
         DataError: the file is missing, unreadable, empty or malformed (with its line), vectors of mixed widths, a word
