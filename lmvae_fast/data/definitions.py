@@ -275,10 +275,11 @@ def read_definitions(
         header=header, quoting=quoting, delimiter=delimiter, as_written=True,
     )  # fmt: skip
     for place, row in rows:
-        values = row["factors"] if row else {"word": None}  # an empty line
+        values: dict[str, Any] = row["factors"] if row else {"word": None}  # an empty line
         part = values.get("pos")
         part = part if part is None or isinstance(part, str) else json.dumps(part)
-        pair = Definition(values["word"], row["text"] if row else None, None if part in ("", "null") else part)
+        text: Any = row["text"] if row else None
+        pair = Definition(values["word"], text, None if part in ("", "null") else part)
         _collect(pair, place, on_empty, report, kept)
         if len(kept) == limit:
             report.stopped_at_limit = True

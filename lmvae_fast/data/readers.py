@@ -130,6 +130,7 @@ def placed_rows(
         raise DataError(f"{path}: format {chosen!r} has no delimiter", value=repr(delimiter), remedy="leave it out")
     factors, source = _factor_names(factor_columns), str(path)
     report.format = chosen
+    records: Iterable[tuple[int, Any]]
     if chosen in ("json", "parquet"):
         records = enumerate(read_json(path) if chosen == "json" else table_records(read_parquet(path), source))
         rows = _record_rows(records, source, column, label_column, factors, as_written=as_written)
