@@ -97,7 +97,7 @@ def _folder(path: Path) -> Verification:
         return _run(path)
     if (path / serialization.CONFIG).is_file():
         values = read_object(path / serialization.CONFIG, error=CheckpointError)
-        return _flow(path) if values.get("format") == flow_files.FORMAT else _model(path)
+        return _flow(path) if values.get("format") in flow_files.FORMATS else _model(path)
     if (path / "model" / serialization.CONFIG).is_file():  # of a demonstration
         return _model(path / "model")
     raise DataError(f"{path} is nothing that can be verified", limit=", ".join(KINDS), remedy="name one of these")

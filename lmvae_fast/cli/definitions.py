@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -16,7 +16,6 @@ from lmvae_fast.cli.common import (
     Json,
     Model,
     SamplingOptions,
-    column_name,
     console,
     load_model,
     merged,
@@ -25,19 +24,22 @@ from lmvae_fast.cli.common import (
     show_estimate,
     takes_sampling,
 )
-from lmvae_fast.documents import read_object
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.cli.definition_data import (
+    FIT,
+    known_part,
+    read_data,
+    read_fit,
+    read_parts,
+    read_vectors,
+    vector_source,
+    vectors_are_the_definitions,
+)
+from lmvae_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmvae_fast.data import DefinitionDataset
-    from lmvae_fast.data.word_vectors import VectorSource
-    from lmvae_fast.models.lmvae import LMVAE
     from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
 
 SECTIONS = ("flow", "train", "data")
-
-#: What `fit-flow` writes into its folder beside `flow/`, so that `eval --definitions` finds the same parts.
-FIT = "fit.json"
 
 PARTS = ("train", "valid", "test", "all")
 
@@ -54,6 +56,10 @@ Flow = Annotated[Path, typer.Argument(help="Folder that `fit-flow` wrote.")]
 def fit_flow(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Definitions: tsv, csv, jsonl, or CODWOE's json.")] = None,
+    valid: Annotated[
+        str | None,
+        typer.Option(help="Definitions to stop by, where they come in parts: nothing is then parted or held out."),
+    ] = None,
     vectors: Vectors = None,
     output: Annotated[
         str | None, typer.Option(help="Folder of the run: checkpoints, metrics, and `flow/` at the end.")
@@ -66,7 +72,12 @@ def fit_flow(
     field: Annotated[str | None, typer.Option(help="Of CODWOE's vectors: sgns, char or electra.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most this many definitions.")] = None,
     shares: Annotated[str, typer.Option(help="Of the words to fit to, to stop by, and to hold out.")] = "0.8,0.1,0.1",
-    whole: Annotated[bool, typer.Option("--all", help="Fit to all definitions, held-out ones too: Flow(all).")] = False,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Fit to all definitions, held-out ones too: Flow(all). To stop by: `--valid` alone."
+        ),
+    ] = False,
     skip_missing: Skip = False,
     kind: Annotated[str | None, typer.Option(help="Of the blocks: coupling, allinone or glow.")] = None,
     blocks: Annotated[int | None, typer.Option(help="How many.")] = None,
@@ -94,7 +105,8 @@ def fit_flow(
     """Fit the flow of an Invertible CVAE: from word vectors to the latents of a trained model.
 
     The words are parted at random (`--shares`, `--seed`), all glosses of a word in one part: the first part is fitted to,
-    the second decides which flow is kept, the third is for `eval --definitions`. The flow is in `OUTPUT/flow`.
+    the second decides which flow is kept, the third is for `eval --definitions`. The flow is in `OUTPUT/flow`. A file of
+    definitions that has the vectors, too (CODWOE's json), is also named by `--vectors`; those of `--valid` are then its own.
 
     Example: `lmvae-fast fit-flow runs/vae --data definitions.tsv --vectors glove --skip-missing --output runs/flow`
     """
@@ -107,21 +119,27 @@ def fit_flow(
                 "early_stop": early_stop, "seed": seed, "resume": resume or None,
             },
             "data": {
-                "path": data, "vectors": vectors, "field": field, "limit": limit, "word_column": word_column,
-                "gloss_column": gloss_column, "pos_column": pos_column,
+                "path": data, "eval_path": valid, "vectors": vectors, "field": field, "limit": limit,
+                "word_column": word_column, "gloss_column": gloss_column, "pos_column": pos_column,
             },
         },
         set_ or [],
     )  # fmt: skip
     from lmvae_fast.config import FlowConfig, FlowTrainConfig
 
-    for name in ("path", "vectors"):  # which hold wherever one goes
+    for name in ("path", "eval_path", "vectors"):  # which hold wherever one goes
         given = values["data"].get(name)
         if given is not None and Path(given).is_file():
             values["data"][name] = str(Path(given).resolve())
     train_config = FlowTrainConfig.from_dict({**values["train"], **({"progress": False} if as_json else {})})
     flow_config = FlowConfig.from_dict(values["flow"])
-    parts = split(read_data(values["data"]), shares, train_config.seed)
+    parts = read_parts(values["data"], shares, train_config.seed, whole)
+    if parts.get("valid") is None and (train_config.schedule == "plateau" or train_config.early_stop is not None):
+        raise ConfigError(
+            "schedule='plateau' and early_stop go by the NLL of validation definitions, and --all leaves none",
+            value=f"schedule={train_config.schedule!r}, early_stop={train_config.early_stop}",
+            remedy="name a file of them with --valid, or leave --all out",
+        )  # fmt: skip
 
     import torch
 
@@ -131,21 +149,22 @@ def fit_flow(
     folder = Path(train_config.output_dir)
     with use_backend(backend):
         vae = load_model(model)
-        source = vector_source(values["data"].get("vectors") or "glove", vae, values["data"].get("field"))
         torch.manual_seed(train_config.seed)
-        fitted = InvertibleCVAE(vae, flow_config, vectors=source, source=model_folder(model))
-        fitted_to = parts["all"] if whole else parts["train"]
+        fitted = InvertibleCVAE(vae, flow_config, source=model_folder(model))  # refuses a VAE before vectors are read
+        fitted.vectors = read_vectors(values["data"], vae)
+        fitted_to = parts["train"]
         missing = "skip" if skip_missing else "error"
         if dry_run:
             from lmvae_fast.training.estimates import estimate_fit
 
             show_estimate(estimate_fit(fitted, fitted_to, train_config, missing=missing), fitted, as_json)
             return
-        result = fitted.fit(fitted_to, valid=parts["valid"], config=train_config, missing=missing)
+        result = fitted.fit(fitted_to, valid=parts.get("valid"), config=train_config, missing=missing)
         fitted.save_pretrained(folder / "flow")
     (folder / FIT).write_text(json.dumps({
         "data": values["data"], "shares": shares, "seed": train_config.seed, "all": whole,
         "definitions": parts["all"].fingerprint(),
+        "valid": parts["valid"].fingerprint() if values["data"].get("eval_path") else None,
     }, indent=2) + "\n")  # fmt: skip
     summary = {
         "stopped": result.stop_reason, "step": result.step, "epoch": round(result.epoch, 3), "seconds": result.seconds,
@@ -201,13 +220,13 @@ def define(
             words, vectors=source, conditions=None if condition is None else [condition] * len(words),
             missing="skip" if skip_missing else "error", **options,
         )  # fmt: skip
-    glosses = {word: [text] if isinstance(text, str) else text for word, text in zip(words, found, strict=True)}
-    missing = [word for word, texts in glosses.items() if texts is None]
+    glosses = [(word, [text] if isinstance(text, str) else text) for word, text in zip(words, found, strict=True)]
+    missing = list(dict.fromkeys(word for word, texts in glosses if texts is None))
     if as_json:
-        entries = [{"word": word, "glosses": texts} for word, texts in glosses.items() if texts is not None]
+        entries = [{"word": word, "glosses": texts} for word, texts in glosses if texts is not None]
         print_json({"words": entries, "missing": missing})
         return
-    for word, texts in glosses.items():
+    for word, texts in glosses:
         for text in texts or []:
             console.print(f"{word}: {text}", markup=False, highlight=False)
     if missing:
@@ -223,31 +242,37 @@ def evaluate(
 
     if part not in PARTS:
         raise ConfigError("unknown part", value=part, limit=", ".join(PARTS))
-    known = read_object(flow / FIT) if (flow / FIT).is_file() else None
+    known = read_fit(flow)
     if data is None and known is None:
         raise ConfigError("no definitions", remedy="name a file, or a folder that fit-flow wrote")
     if known is None and part != "all":
         raise ConfigError(
             "this folder does not say how its definitions were parted", value=f"--part {part}", remedy="use --part all"
         )
-    options = {**(known["data"] if known else {}), **({"path": data} if data else {})}
+    options = dict(known["data"]) if known else {}
+    own = known is not None and vectors_are_the_definitions(options)
+    if known is not None and options.get("eval_path") and part in ("valid", "test"):
+        if part == "test":
+            raise ConfigError(
+                "the definitions that this flow was fitted to came in parts, and none of them is a test part",
+                value="--part test", limit="train, valid, all", remedy="name the file of the test part, and --part all",
+            )  # fmt: skip
+        options["path"] = options["eval_path"]
+    options |= {"path": data} if data else {}
     if limit is not None:
         options["limit"] = limit if known is None else options.get("limit")
     definitions = read_data(options)
     if known is not None and part != "all":
-        if definitions.fingerprint() != known["definitions"]:
-            raise DataError(
-                "these are not the definitions that the flow was fitted to, so their parts would be others",
-                value=definitions.fingerprint()[:16], limit=known["definitions"][:16],
-                remedy="give the same file, or --part all for definitions of another",
-            )  # fmt: skip
-        definitions = split(definitions, known["shares"], known["seed"])[part]
+        definitions = known_part(definitions, known, part)
     if limit is not None:
         definitions = definitions[:limit]
     default = tuple(name for name in METRICS if name != "mover_score" or mover_model)
     chosen = default if metrics == "all" else tuple(name.strip() for name in metrics.split(","))
+    model = load_flow(flow)
+    # Vectors that come with definitions are of no other file's words.
+    vectors = vector_source(str(data), model.vae, options.get("field")) if own and data else None
     found = evaluate_definitions(
-        load_flow(flow), definitions, metrics=chosen, missing="skip" if skip_missing else "error", mover_model=mover_model,
+        model, definitions, vectors, metrics=chosen, missing="skip" if skip_missing else "error", mover_model=mover_model,
         seed=seed, batch_size=batch_size,
     )  # fmt: skip
     if report is not None:
@@ -264,54 +289,6 @@ def evaluate(
     console.print(table)
     for entry in found.examples(5):
         console.print(f"{entry['word']}: {entry['generated']}  [{'; '.join(entry['glosses'])}]", markup=False)
-
-
-# ---- shared ----------------------------------------------------------------------------------------------------------
-
-
-def read_data(options: dict[str, Any]) -> DefinitionDataset:
-    """Definitions by the ``data`` section."""
-    from lmvae_fast.data import read_definitions
-
-    known = {
-        "path", "vectors", "field", "limit", "word_column", "gloss_column", "pos_column", "format", "header", "quoting",
-        "on_empty",
-    }  # fmt: skip
-    unknown = set(options) - known
-    if unknown:
-        raise ConfigError("unknown field(s) in section data", value=sorted(unknown), limit=", ".join(sorted(known)))
-    if not options.get("path"):
-        raise ConfigError("no definitions", remedy="give --data FILE")
-    reading = {
-        name: value for name, value in options.items() if value is not None and name not in ("path", "vectors", "field")
-    }
-    for name in ("word_column", "gloss_column", "pos_column"):
-        if name in reading:
-            reading[name] = column_name(reading[name])
-    return read_definitions(options["path"], **reading)
-
-
-def split(definitions: DefinitionDataset, shares: str, seed: int) -> dict[str, DefinitionDataset]:
-    """The parts train, valid and test, and all of them."""
-    try:
-        numbers = [float(share) for share in shares.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 3:
-        raise ConfigError("--shares wants three numbers", value=shares, limit="such as 0.8,0.1,0.1", remedy="change it")
-    train, valid, test = definitions.split(numbers, seed=seed)
-    return {"train": train, "valid": valid, "test": test, "all": definitions}
-
-
-def vector_source(name: str, vae: LMVAE, field: str | None) -> VectorSource:
-    """Word vectors by name: the model's own, a package's, or a file's."""
-    from lmvae_fast.data import EncoderVectors, TokenEmbeddingVectors, read_word_vectors
-
-    if name == "encoder":
-        return EncoderVectors(vae.encoder)
-    if name == "decoder":
-        return TokenEmbeddingVectors(vae.decoder)
-    return read_word_vectors(name, field=field)
 
 
 def model_folder(source: Path) -> str:

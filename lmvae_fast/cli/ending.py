@@ -27,6 +27,9 @@ NOT_FINITE, FAULT = 4, 70
 
 errors = Terminal(stderr=True)
 
+# What remedies say in Python, as the commands take it.
+_FLAGS = {"missing='skip'": "--skip-missing", "resume=True": "--resume"}
+
 # What torch says of memory that is not there, and of numbers of more than 64 bits.
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 _TOO_LARGE = (
@@ -133,6 +136,8 @@ def _of_the_system(error: OSError, name: str | None = None) -> LMVAEError:
 def report(error: LMVAEError | None, as_json: bool) -> None:
     """Say what went wrong; None for an interruption. Never fails: there is nobody left to tell."""
     fields = {"problem": "interrupted"} if error is None else error.fields()
+    for argument, flag in _FLAGS.items() if "remedy" in fields else ():
+        fields["remedy"] = fields["remedy"].replace(argument, flag)
     name = "Interrupted" if error is None else type(error).__name__
     with contextlib.suppress(Exception):
         if as_json:

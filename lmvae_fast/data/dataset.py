@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from lmvae_fast.data.lines import one_line
 from lmvae_fast.data.not_rows import refuse_for_rows
 from lmvae_fast.data.stable_random import shuffled
 from lmvae_fast.errors import DataError, OutputError
@@ -319,8 +320,7 @@ class _Columns:
     def add(self, row: Any, place: str, on_empty: str, report: DataReport) -> None:
         """Check one row and keep it, or drop it if it is empty."""
         text, labels, factors = _parts(row, place)
-        # Line breaks inside a quoted field or JSON string would break every line-based output.
-        text = " ".join(text.split("\n")).replace("\r", " ").strip()
+        text = one_line(text)  # a quoted field or JSON string may hold line breaks
         if not text:
             if on_empty == "error":
                 raise DataError(f"{place}: the sentence is empty", remedy="mend it, or choose on_empty='drop'")

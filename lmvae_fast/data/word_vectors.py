@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,6 +97,7 @@ class WordVectors:
     ):
         _check_choice("on_duplicate", on_duplicate, ON_DUPLICATE)
         _check_choice("keyed_by", keyed_by, KEYED_BY)
+        words = checked_vocabulary(words, source)
         vectors = np.asanyarray(vectors)
         if vectors.ndim != 2 or vectors.shape[1] < 1 or not np.issubdtype(vectors.dtype, np.floating):
             raise DataError(
@@ -116,7 +117,11 @@ class WordVectors:
         kept: list[int] = []
         for row, word in enumerate(words):
             if not isinstance(word, str) or not word:
-                raise DataError(f"{source}, row {row}: a word must be a non-empty string", value=repr(word))
+                raise DataError(
+                    f"{source}, row {row}: a word must be a non-empty string",
+                    value=shorten(repr(word)),
+                    remedy="mend it",
+                )
             if self._row.setdefault(word, row) == row:
                 kept.append(row)
             elif on_duplicate == "error":
@@ -191,6 +196,29 @@ class WordVectors:
         vectors = self.lookup(distinct).vectors
         return WordVectors(distinct, vectors, source=self.source, lowercase=self.lowercase, keyed_by=self.keyed_by)
 
+    def joined(self, other: WordVectors) -> WordVectors:
+        """This table and what another has beside it (the parts of a data set, say, each with the vectors of its own words).
+
+        Raises DataError for tables of other widths or keys, and for a word with another vector in each.
+        """
+        ours, theirs = ((table.dim, table.keyed_by, table.lowercase) for table in (self, other))
+        if ours != theirs:
+            raise DataError(
+                f"the word vectors of {self.source} and {other.source} are of other kinds",
+                value=f"dim, keys, lower case {theirs}", limit=str(ours), remedy="take both from one source",
+            )  # fmt: skip
+        both = [word for word in other.words if word in self._row]
+        for word in both:
+            if not np.array_equal(self.vectors[self._row[word]], other.vectors[other._row[word]]):
+                raise DataError(
+                    f"the word {word!r} has another vector in each table", value=f"{self.source} and {other.source}",
+                    remedy="take both from one source",
+                )  # fmt: skip
+        rows = [row for row, word in enumerate(other.words) if word not in self._row]
+        words = [*self.words, *(other.words[row] for row in rows)]
+        vectors = np.concatenate([self.vectors, other.vectors[rows]])
+        return WordVectors(words, vectors, source=self.source, lowercase=self.lowercase, keyed_by=self.keyed_by)
+
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 over the words and their vectors as float32, in order."""
         if self._fingerprint is None:
@@ -210,8 +238,11 @@ class WordVectors:
             "words": json.dumps(self.words), "source": self.source, "lowercase": json.dumps(self.lowercase),
             "keyed_by": self.keyed_by,
         }  # fmt: skip
+        # A copy, since a mapped file cannot be written to; and in what torch has, which other byte orders are not.
+        held = self.vectors.dtype.newbyteorder("=")
+        vectors = np.array(self.vectors, dtype=held if held.itemsize <= 8 else np.float64, order="C")
         with replacing(Path(path)) as temporary:
-            write_tensors(temporary, {"vectors": torch.from_numpy(np.ascontiguousarray(self.vectors))}, metadata)
+            write_tensors(temporary, {"vectors": torch.from_numpy(vectors)}, metadata)
 
 
 class EncoderVectors:
@@ -223,6 +254,11 @@ class EncoderVectors:
     source, keyed_by = "encoder", "word"
 
     def __init__(self, encoder: Any, *, batch_size: int = 256):
+        if not hasattr(encoder, "tokenize"):
+            raise DataError(
+                "this encoder reads no single words", value=type(encoder).__name__, limit="an lmvae_fast.Encoder",
+                remedy="take other word vectors",
+            )  # fmt: skip
         self.encoder, self.batch_size = encoder, batch_size
 
     @property
@@ -300,11 +336,33 @@ def checked_words(words: Iterable[Any]) -> list[str]:
     """The words as a list. Raises DataError for a single string, and for what is no non-empty string."""
     if isinstance(words, str):
         raise DataError("words must come as a list", value=repr(shorten(words)), remedy=f"wrap it: [{words[:40]!r}]")
-    words = list(words)
+    words = checked_vocabulary(words, "the words asked for")
     for i, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():
             raise DataError(f"word {i} is empty or no string", value=repr(word), remedy="remove it")
     return words
+
+
+def checked_vocabulary(words: Any, source: str) -> list[Any]:
+    """The words of a table as a list, which they come as. Raises DataError for a text, an object, and what holds no words."""
+    if isinstance(words, (str, bytes, Mapping)) or not isinstance(words, Iterable):
+        raise DataError(
+            f"{source}: the words of word vectors come as a list", value=type(words).__name__, limit="a list of strings",
+            remedy="give a word for each row, in the order of the rows",
+        )  # fmt: skip
+    return list(words)
+
+
+def checked_source(vectors: Any) -> VectorSource:
+    """What word vectors come from. Raises DataError for None, and for what cannot be asked for any (a name, a matrix)."""
+    if vectors is None:
+        raise DataError("there are no word vectors to look the words up in", remedy="give vectors=")
+    if not callable(getattr(vectors, "lookup", None)):
+        raise DataError(
+            "word vectors cannot be looked up in this", value=shorten(f"{type(vectors).__name__} {vectors!r}"),
+            limit="WordVectors, EncoderVectors or TokenEmbeddingVectors", remedy="read them with lf.read_word_vectors",
+        )  # fmt: skip
+    return vectors
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -2,8 +2,10 @@
 
 config.json              flow (kind, blocks ...), its stages, bridge, clusters, where VAE and vectors are, fingerprints
 flow.safetensors         the flow's numbers, the bridge's matrix, the clusters' centres
-word_vectors.safetensors the word vectors, unless a package or the VAE itself has them
+word_vectors.safetensors the word vectors, unless a package has just these or the VAE itself makes them
 vae/                     the VAE, where it came from nowhere else or was asked for
+
+Folders of the first format have no settings of the VAE: they are loaded with a warning that it may be another one.
 """
 
 from __future__ import annotations
@@ -16,17 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lmvae_fast.config.flow import FlowConfig
-from lmvae_fast.data.word_vector_files import PACKAGED, read_word_vectors
-from lmvae_fast.data.word_vectors import EncoderVectors, TokenEmbeddingVectors, VectorSource, WordVectors
+from lmvae_fast.config.flow import BRIDGES, FlowConfig
+from lmvae_fast.data.word_vectors import VectorSource, checked_source
 from lmvae_fast.documents import read_object
 from lmvae_fast.errors import CheckpointError, ConfigError, OutputError, shown
 from lmvae_fast.files import (
     check_contents,
     files_inside,
-    fingerprint_tensors,
     fsync_file,
     output_errors,
     recover_folder,
@@ -39,14 +39,16 @@ from lmvae_fast.files import (
 from lmvae_fast.kernels.coupling_flow import Coupling, FlowSpec, Stage, Subnet
 from lmvae_fast.models.bridge import Bridge
 from lmvae_fast.models.flow import CouplingFlow
+from lmvae_fast.models.flow_vectors import VECTORS, load_vectors, store_vectors
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.serialization import check_model_folder
+from lmvae_fast.models.vae_identity import check_settings, vae_fingerprint, vae_settings, warn_of_unknown_settings
 from lmvae_fast.tensor_files import check_finite, read_headers, read_tensors
 
-CONFIG, WEIGHTS, VECTORS, FORMAT = "config.json", "flow.safetensors", "word_vectors.safetensors", "lmvae_fast-flow-1"
+CONFIG, WEIGHTS, FORMAT = "config.json", "flow.safetensors", "lmvae_fast-flow-2"
 
-#: Parameters of more numbers than this enter a VAE's fingerprint by as many evenly spaced ones.
-SAMPLED = 1 << 20
+#: The formats that are read.
+FORMATS = ("lmvae_fast-flow-1", FORMAT)
 
 #: More stages than this are no flow that anybody fits.
 MOST_STAGES = 10_000
@@ -67,19 +69,6 @@ model = lf.InvertibleCVAE.from_pretrained("<this folder>")
 print(model.define(["planet"]))
 ```
 """
-
-
-def vae_fingerprint(vae: nn.Module) -> str:
-    """Hexadecimal SHA-256 over names, shapes and values (float32) of a VAE's parameters, large ones sampled evenly.
-
-    What a flow was fitted on is known by it: training the VAE further, or loading it in another dtype, makes another one.
-    """
-    named = {}
-    for name, parameter in vae.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        every = max(1, -(-flat.numel() // SAMPLED))
-        named[f"{name} {tuple(parameter.shape)}"] = flat[::every].float()
-    return fingerprint_tensors(named)
 
 
 def spec_to_json(spec: FlowSpec) -> dict[str, Any]:
@@ -142,6 +131,11 @@ def load_flow_tensors(model: Any, tensors: dict[str, Tensor]) -> None:
         for name, value in wanted.items():
             if name != "centres":
                 value.copy_(tensors[name])
+    if tensors["centres"].shape[1:] != model.centres.shape[1:]:
+        raise CheckpointError(
+            "the clusters' centres are of another width", value=list(tensors["centres"].shape),
+            limit=["clusters", *model.centres.shape[1:]], remedy="restore the flow from a copy",
+        )  # fmt: skip
     model.centres = tensors["centres"].to(model.device, model.dtype)
     try:
         model.flow.check_permutations()
@@ -156,13 +150,19 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
 
     Args:
         folder: made, or replaced if it holds a flow of ours; at every instant the old or the new one is whole.
-        include_vae: store the VAE in it; default: only one that came from no folder or hub name.
+        include_vae: store the VAE in it; default: only one that came from no folder or hub name, or lies in this very folder.
 
     Raises:
-        ConfigError: it was not fitted. OutputError: the folder cannot be written, or holds something else.
+        ConfigError: it was not fitted, or not on vectors of the width of its own. OutputError: the folder cannot be written, or
+            holds something else.
     """
     if model.bridge is None:
         raise ConfigError("this flow was not fitted yet, so there is nothing to save", remedy="call fit")
+    if model.vectors is not None and model.vectors.dim != model.bridge.dim_in:
+        raise ConfigError(
+            "the model's word vectors are of another width than those the flow was fitted on", value=model.vectors.dim,
+            limit=model.bridge.dim_in, remedy="give the model those it was fitted on, or None",
+        )  # fmt: skip
     folder = Path(folder)
     recover_folder(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and _read_config(folder, None) is None:
@@ -180,7 +180,7 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
         temporary.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp makes it private
         try:
             write_tensors(temporary / WEIGHTS, flow_tensors(model), {"format": FORMAT})
-            inside = model.source is None if include_vae is None else include_vae
+            inside = _keeps_vae(model.source, folder) if include_vae is None else include_vae
             if inside:
                 model.vae.save_pretrained(temporary / "vae")
             source = "./vae" if inside else _whole_path(model.source)
@@ -188,8 +188,8 @@ def save_flow(model: Any, folder: str | os.PathLike[str], *, include_vae: bool |
                 "format": FORMAT, "weights_sha256": sha256_file(temporary / WEIGHTS), "flow": model.config.to_dict(),
                 "spec": spec_to_json(model.flow.spec), "clusters": list(model.clusters),
                 "bridge": {"kind": bridge.kind, "dim_in": bridge.dim_in, "noise": bridge.noise},
-                "vae": source, "vae_fingerprint": vae_fingerprint(model.vae),
-                "vectors": _store_vectors(model.vectors, temporary),
+                "vae": source, "vae_fingerprint": vae_fingerprint(model.vae), "vae_settings": vae_settings(model.vae),
+                "vectors": store_vectors(model.vectors, model.vae, temporary),
             }  # fmt: skip
             write_json(temporary / CONFIG, values)
             card = _CARD.format(blocks=model.config.blocks, kind=model.config.kind, width=bridge.dim_in)
@@ -207,21 +207,16 @@ def _whole_path(source: str | None) -> str | None:
     return str(Path(source).resolve()) if source is not None and Path(source).is_dir() else source
 
 
-def _store_vectors(vectors: VectorSource | None, folder: Path) -> dict[str, Any] | None:
-    if vectors is None:
-        return None
-    known = {"source": vectors.source, "fingerprint": vectors.fingerprint()}
-    if isinstance(vectors, WordVectors) and vectors.source not in PACKAGED:
-        vectors.save(folder / VECTORS)
-        known["source"] = f"./{VECTORS}"
-    return known
+def _keeps_vae(source: str | None, folder: Path) -> bool:
+    """Whether a flow's folder has to hold its VAE: it is nowhere else, or in what is about to be replaced."""
+    return source is None or (Path(source).is_dir() and Path(source).resolve().is_relative_to(folder.resolve()))
 
 
 def load_flow(
     cls: type[Model],
     folder: str | os.PathLike[str],
     *,
-    vae: LMVAE | str | None = None,
+    vae: LMVAE | str | os.PathLike[str] | None = None,
     vectors: VectorSource | None = None,
 ) -> Model:
     """An InvertibleCVAE from a folder that :func:`save_flow` wrote, in evaluation mode.
@@ -229,20 +224,26 @@ def load_flow(
     Args:
         cls: the class to make.
         vae: the VAE in memory, or where it is now; default: where it was.
-        vectors: where word vectors come from; default: where they came from.
+        vectors: the word vectors it was fitted on; default: from where they came from. Those of other words go to ``define``.
 
     Raises:
         CheckpointError: nothing there, damaged, of another kind, or the VAE (or the vectors) are others than those the flow
-            was fitted on.
+            was fitted on. ConfigError: ``vae`` is neither a VAE nor a place. DataError: ``vectors`` are none.
+            MissingPackageError: the package of its vectors is not installed.
     """
     folder = Path(folder)
+    if vae is not None and not isinstance(vae, (LMVAE, str, os.PathLike)):
+        raise ConfigError(
+            "vae is no VAE and no place of one", value=shown(f"{type(vae).__name__} {vae!r}"),
+            limit="an LMVAE, or its folder or hub name", remedy="leave it out for the VAE that the flow's folder names",
+        )  # fmt: skip
+    if vectors is not None:
+        vectors = checked_source(vectors)
     recover_folder(folder)
     values, tensors = read_folder(folder)
-    place = vae if vae is not None else values.get("vae")
-    if isinstance(place, str):
-        vae = LMVAE.from_pretrained(folder / place if place.startswith("./") else place)
+    source: str | None = None
     if not isinstance(vae, LMVAE):
-        raise CheckpointError(f"{folder} does not say where its VAE is", remedy="give vae=, the VAE or its folder")
+        vae, source = _load_vae(vae, values.get("vae"), folder)
     found = vae_fingerprint(vae)
     if found != values.get("vae_fingerprint"):
         raise CheckpointError(
@@ -250,22 +251,60 @@ def load_flow(
             limit=str(values.get("vae_fingerprint"))[:16],
             remedy="give the VAE it was fitted on (unchanged, in the same dtype), or fit a new flow",
         )  # fmt: skip
+    if values["format"] == FORMAT:
+        check_settings(values.get("vae_settings"), vae)
+    else:
+        warn_of_unknown_settings(folder)
     try:
         config, bridge = FlowConfig.from_dict(values["flow"]), values["bridge"]
         spec = spec_from_json(values["spec"])
+        made = _bridge(bridge, spec.dim)
         _check_sizes(spec, bridge, tensors)
-        flow = CouplingFlow.from_spec(spec)
-        model: Any = cls(
-            vae, flow, config, source=place if isinstance(place, str) and not place.startswith("./") else None
-        )  # type: ignore[call-arg]
-        made = Bridge(bridge["kind"], bridge["dim_in"], flow.spec.dim, noise=bridge["noise"])
-        model.clusters = tuple(values["clusters"])
-    except (ConfigError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} does not fit this version: {error}") from error
+        model: Any = cls(vae, CouplingFlow.from_spec(spec), config, source=source)  # type: ignore[call-arg]
+        model.clusters = _labels(values["clusters"], tensors)
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} does not fit this version: {error}", remedy="restore it from a copy"
+        ) from error
     model.bridge = made.to(device=model.device, dtype=model.dtype)
     load_flow_tensors(model, tensors)
-    model.vectors = vectors if vectors is not None else _load_vectors(values.get("vectors"), vae, folder)
+    model.vectors = load_vectors(values.get("vectors"), vae, folder, vectors)
+    if model.vectors is not None and model.vectors.dim != made.dim_in:
+        raise CheckpointError(
+            "the flow's bridge and its word vectors are of different widths", value=made.dim_in, limit=model.vectors.dim,
+            remedy="restore config.json from a copy",
+        )  # fmt: skip
     return model.eval()
+
+
+def _load_vae(given: str | os.PathLike[str] | None, stored: Any, folder: Path) -> tuple[LMVAE, str | None]:
+    """The VAE at the place given, or where the folder says; and that place, unless it is the folder itself."""
+    if given is not None:
+        place = os.fsdecode(given)
+        return LMVAE.from_pretrained(place), place
+    if not isinstance(stored, str) or not stored:
+        raise CheckpointError(f"{folder} does not say where its VAE is", remedy="give vae=, the VAE or its folder")
+    inside = stored.startswith("./")
+    return LMVAE.from_pretrained(folder / stored if inside else stored), None if inside else stored
+
+
+def _bridge(values: Any, dim: int) -> Bridge:
+    """The bridge that config.json describes; ConfigError or TypeError where there is none like it."""
+    kind, width, noise = values["kind"], values["dim_in"], values["noise"]
+    if kind not in BRIDGES or kind == "auto" or type(width) is not int or width < 1:
+        raise ConfigError(
+            "there is no such bridge", value=f"{kind!r} of vectors of width {width!r}", limit=", ".join(BRIDGES)
+        )
+    if type(noise) not in (int, float) or not 0 < noise < float("inf"):
+        raise ConfigError("what pads must be noise", value=shown(noise), limit="a number above 0")
+    return Bridge.of_kind(kind, width, dim, noise=noise)
+
+
+def _labels(values: Any, tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    rows = len(tensors["centres"])
+    if not isinstance(values, list) or len(values) != rows or not all(isinstance(label, str) for label in values):
+        raise ConfigError("clusters are not those of the flow", value=shown(values), limit=f"{rows} labels")
+    return tuple(values)
 
 
 def _check_sizes(spec: FlowSpec, bridge: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -287,31 +326,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return values, _read_weights(folder / WEIGHTS, values.get("weights_sha256"))
 
 
-def _load_vectors(known: dict[str, Any] | None, vae: LMVAE, folder: Path) -> VectorSource | None:
-    if known is None:
-        return None
-    source = str(known["source"])
-    vectors: VectorSource
-    if source == EncoderVectors.source:
-        vectors = EncoderVectors(vae.encoder)
-    elif source == TokenEmbeddingVectors.source:
-        vectors = TokenEmbeddingVectors(vae.decoder)
-    else:
-        vectors = read_word_vectors(folder / source if source.startswith("./") else source)
-    if vectors.fingerprint() != known["fingerprint"]:
-        raise CheckpointError(
-            f"the word vectors of {source} are others than those the flow was fitted on",
-            value=vectors.fingerprint()[:16], limit=str(known["fingerprint"])[:16],
-            remedy="restore them, or give vectors=",
-        )  # fmt: skip
-    return vectors
-
-
 def _read_config(folder: Path, error_class: type[CheckpointError] | None) -> dict[str, Any] | None:
     """The configuration of a folder of ours; for any other None, or where a class of error is given that error."""
     try:
         values = read_object(folder / CONFIG, error=CheckpointError)
-        if values.get("format") == FORMAT:
+        if values.get("format") in FORMATS:
             return values
         problem = f"{folder} holds no flow of ours"
     except CheckpointError as error:
@@ -319,7 +338,9 @@ def _read_config(folder: Path, error_class: type[CheckpointError] | None) -> dic
     if error_class is None:
         return None
     raise error_class(
-        problem, limit=f"format {FORMAT!r} in {CONFIG}", remedy="point to a folder that save_pretrained wrote"
+        problem,
+        limit=f"format {' or '.join(FORMATS)} in {CONFIG}",
+        remedy="point to a folder that save_pretrained wrote",
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lmvae_fast.data.definitions import DefinitionDataset
-from lmvae_fast.data.word_vectors import VectorSource
+from lmvae_fast.data.word_vectors import VectorSource, checked_source
 from lmvae_fast.errors import DataError
 from lmvae_fast.models.modes import evaluating
 from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
@@ -88,8 +88,7 @@ def evaluate_definitions(
     """
     for name in metrics:
         checks.one_of("metrics", name, METRICS)
-    if (vectors := vectors or model.vectors) is None:
-        raise DataError("there are no word vectors to look the words up in", remedy="give vectors=")
+    vectors = checked_source(model.vectors if vectors is None else vectors)
     if "mover_score" in metrics and mover_model is None:
         raise DataError(
             "MoverScore needs an encoder of its own", remedy="give mover_model=, a Hugging Face name or folder"

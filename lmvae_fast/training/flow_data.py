@@ -10,6 +10,7 @@ from lmvae_fast.evaluation.collapse import COLLAPSED_KL, REMEDY, collapsed
 from lmvae_fast.evaluation.metrics import active_units
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.models.systems.invertible_cvae import BaseDensity, FlowPairs, InvertibleCVAE
+from lmvae_fast.models.vae_identity import vae_settings
 from lmvae_fast.training.feature_cache import TensorCache, check_rows, content_key, tokenizer_fingerprint
 
 #: Pairs evaluated at a time.
@@ -21,7 +22,7 @@ def cached_posteriors(model: InvertibleCVAE, glosses: list[str], cache: TensorCa
     tokenizers = [
         tokenizer_fingerprint(part) for part in (model.vae.encoder.tokenizer, model.vae.decoder.tokenizer.tokenizer)
     ]
-    key = content_key(glosses=glosses, vae=vae, tokenizers=tokenizers, max_len=model.vae.config.max_len)
+    key = content_key(glosses=glosses, vae=vae, settings=vae_settings(model.vae), tokenizers=tokenizers)
 
     def compute() -> dict[str, Tensor]:
         found = model.posteriors(glosses)
@@ -30,6 +31,16 @@ def cached_posteriors(model: InvertibleCVAE, glosses: list[str], cache: TensorCa
     shape = (len(glosses), model.vae.config.latent_dim)
     tensors = cache.get("posteriors", key, compute, lambda found: check_rows(found, {"mu": shape, "logvar": shape}))
     return Posterior(tensors["mu"], tensors["logvar"])
+
+
+def check_glosses_differ(glosses: list[str]) -> None:
+    """Raise DataError for glosses that are one: their posteriors are one density, whatever the VAE."""
+    if len(set(glosses)) < 2:
+        raise DataError(
+            "the glosses do not differ, so a flow would learn one latent for every word",
+            value=f"1 distinct gloss in {len(glosses)} definitions", limit="two distinct glosses or more",
+            remedy="give more definitions, or choose base='standard'",
+        )  # fmt: skip
 
 
 def check_not_collapsed(posterior: Posterior) -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lmvae_fast.config.flow import FlowConfig, FlowTrainConfig
 from lmvae_fast.data.definitions import DefinitionDataset
-from lmvae_fast.data.word_vectors import VectorSource
+from lmvae_fast.data.word_vectors import VectorSource, checked_source
 from lmvae_fast.errors import ConfigError, DataError, NumericalError
 from lmvae_fast.files import fingerprint_tensors
-from lmvae_fast.models.flow_files import flow_tensors, load_flow_tensors, vae_fingerprint
+from lmvae_fast.models.flow_files import flow_tensors, load_flow_tensors
 from lmvae_fast.models.systems.invertible_cvae import FlowPairs, InvertibleCVAE
+from lmvae_fast.models.vae_identity import check_settings, vae_fingerprint, vae_settings, warn_of_unknown_settings
 from lmvae_fast.signals import StopSignals
 from lmvae_fast.training.callbacks import Callback
 from lmvae_fast.training.checkpoints import folder as checkpoint
@@ -36,7 +37,14 @@ from lmvae_fast.training.checkpoints.tensors import (
     seed_all,
 )
 from lmvae_fast.training.feature_cache import TensorCache
-from lmvae_fast.training.flow_data import bridged, cached_posteriors, check_not_collapsed, flow_figures, run_flow
+from lmvae_fast.training.flow_data import (
+    bridged,
+    cached_posteriors,
+    check_glosses_differ,
+    check_not_collapsed,
+    flow_figures,
+    run_flow,
+)
 from lmvae_fast.training.records import FlowResult, Progress, Record
 from lmvae_fast.training.run import RunLoop
 from lmvae_fast.training.run_checks import writing_run
@@ -68,18 +76,28 @@ def fit_flow(
         valid: definitions whose NLL the run is judged by (early stop, the best flow).
         config: how. missing: a word without a vector: `"error"`, or `"skip"`, which counts it. callbacks: as of `train`.
 
-    The posteriors of the glosses are computed once and cached below config.output_dir.
+    A fit starts from its own data: a model that was fitted before gets the bridge and the clusters of these. The posteriors of
+    the glosses are computed once and cached below config.output_dir.
 
     Raises:
-        DataError: no vectors, a word without one, an empty gloss, or **a collapsed VAE**, whose posteriors say nothing of
-            their glosses. ConfigError: widths that do not fit, early_stop or plateau without `valid`. OutputError
-            (a folder that holds anything else, or is being written by another process), CheckpointError, NumericalError: as
-            of `train`.
+        DataError: no definitions, no vectors, a word without one, an empty gloss, glosses that do not differ, or **a collapsed
+            VAE**, whose posteriors say nothing of their glosses. ConfigError: widths that do not fit, early_stop or plateau
+            without `valid`. OutputError (a folder that holds anything else, or is being written by another process),
+            CheckpointError, NumericalError: as of `train`.
     """
-    config = config or FlowTrainConfig()
-    vectors = vectors if vectors is not None else model.vectors
-    if vectors is None:
-        raise DataError("there are no word vectors to fit to", remedy="give vectors=")
+    config = FlowTrainConfig() if config is None else config
+    if not isinstance(config, FlowTrainConfig):
+        raise ConfigError(
+            "a flow is fitted by a configuration of its own", value=type(config).__name__, limit="FlowTrainConfig",
+            remedy="give lf.FlowTrainConfig(...)",
+        )  # fmt: skip
+    for part in (definitions, valid):
+        if not isinstance(part, DefinitionDataset) and (part is not None or part is definitions):
+            raise DataError(
+                "a flow is fitted to definitions", value=type(part).__name__, limit="a DefinitionDataset",
+                remedy="read them with lf.read_definitions, or collect pairs with DefinitionDataset.from_pairs",
+            )  # fmt: skip
+    vectors = checked_source(model.vectors if vectors is None else vectors)
     _check_evaluable(config, valid is not None)
     with writing_run(Path(config.output_dir), True):
         return _fit(model, definitions, vectors, valid, config, missing, callbacks)
@@ -96,20 +114,26 @@ def _fit(
 ) -> FlowResult:
     cache = TensorCache(Path(config.cache_dir) if config.cache_dir else Path(config.output_dir) / "cache")
     print_of_vae = vae_fingerprint(model.vae)
-    parts: list[FlowPairs] = []
-    skipped = 0
-    for part in (definitions, valid):
-        if part is None:
-            continue
-        kept, found = part.with_vectors(vectors, missing=missing)
-        skipped = skipped or len(part) - len(kept)
-        posterior = cached_posteriors(model, kept.glosses, cache, print_of_vae)
-        if not parts and model.config.base != "standard":
-            check_not_collapsed(posterior)
-        parts.append(model.pairs(kept, found, posterior))
+    before = model.bridge, model.clusters, model.centres
+    model.bridge, model.clusters, model.centres = None, (), model.centres[:0]
+    try:
+        parts = [part.with_vectors(vectors, missing=missing) for part in (definitions, valid) if part is not None]
+        for kept, found in parts:  # all that can be refused before glosses are encoded, which takes a while
+            model.check_pairs(kept, found)
+        if model.config.base != "standard":
+            check_glosses_differ(parts[0][0].glosses)
+        pairs: list[FlowPairs] = []
+        for kept, found in parts:
+            posterior = cached_posteriors(model, kept.glosses, cache, print_of_vae)
+            if not pairs and model.config.base != "standard":
+                check_not_collapsed(posterior)
+            pairs.append(model.pairs(kept, found, posterior))
+        trainer = FlowTrainer(model, pairs[0], pairs[1] if len(pairs) > 1 else None, config, callbacks, print_of_vae)
+    except BaseException:
+        model.bridge, model.clusters, model.centres = before  # the flow is still that of the fit before
+        raise
     model.vectors = vectors
-    trainer = FlowTrainer(model, parts[0], parts[1] if len(parts) > 1 else None, config, callbacks, print_of_vae)
-    return replace(trainer.run(), skipped=skipped)
+    return replace(trainer.run(), skipped=len(definitions) - len(parts[0][0]))
 
 
 def _check_evaluable(config: FlowTrainConfig, has_valid: bool) -> None:
@@ -148,6 +172,7 @@ class FlowTrainer(RunLoop[FlowResult]):
             "train_config": config.to_dict(),
             "model_config": {**model.config.to_dict(), "stages": len(model.flow.spec.stages), "bridge": bridge.kind},
             "frozen": vae or vae_fingerprint(model.vae),
+            "vae_settings": vae_settings(model.vae),
             "train_data": fingerprint_tensors(train.tensors()),
             "eval_data": None if valid is None else fingerprint_tensors(valid.tensors()),
             "torch": torch.__version__,
@@ -323,6 +348,10 @@ class FlowTrainer(RunLoop[FlowResult]):
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         check_state(found)
         identity.check(found.state["identity"], self.identity, model=FlowConfig, train=FlowTrainConfig)
+        if "vae_settings" in found.state["identity"]:
+            check_settings(found.state["identity"]["vae_settings"], self.model.vae)
+        else:
+            warn_of_unknown_settings(found.path)
         load_flow_tensors(self.model, found.tensors["model"])
         self.model.clusters = tuple(found.state["clusters"])
         restore_optimizer(self.optimizer, {"theta": self.theta}, found.tensors["optimizer"])

@@ -68,7 +68,10 @@ def test_what_fit_flow_refuses(place, flow, capsys):
     common = ("fit-flow", place / "vae", "--data", place / "definitions.tsv", "--output", place / "other", *FIT)
     vectors = ("--vectors", place / "vectors.safetensors")
     _, err = call(capsys, *common, *vectors, "--seed", "3", "--shares", "0.1,0.1,0.8", "--all", code=3)
-    assert "'word19'" in err and "skip" in err
+    assert "'word19'" in err and "--skip-missing" in err and "missing='skip'" not in err
+    assert (
+        "--resume" in call(capsys, *common[:4], "--output", place / "flow", *vectors, "--skip-missing", *FIT, code=3)[1]
+    )
     assert "three numbers" in call(capsys, *common, *vectors, "--shares", "0.5,0.5", code=3)[1]
     assert "unknown" in call(capsys, *common, *vectors, "--set", "flow.block=3", code=3)[1]
     assert "no file" in call(capsys, *common, "--vectors", place / "none.txt", code=3)[1]
@@ -85,6 +88,9 @@ def test_define(place, flow, capsys):
     assert as_json(capsys, "define", place / "flow", "word1", "--samples", "3", "--seed", "1") == drawn
     out, _ = call(capsys, "define", place / "flow", "word1")
     assert out.startswith("word1: ")
+    twice = as_json(capsys, "define", place / "flow", "word2", "wordX", "word1", "word2", "wordX", "--skip-missing")
+    assert [entry["word"] for entry in twice["words"]] == ["word2", "word1", "word2"] and twice["missing"] == ["wordX"]
+    assert call(capsys, "define", place / "flow", "word1", "word1")[0].count("word1: ") == 2
     assert "'wordX'" in call(capsys, "define", place / "flow", "wordX", code=3)[1]
     assert "no conditions" in call(capsys, "define", place / "flow", "word1", "--condition", "n", code=3)[1]
 
@@ -128,3 +134,74 @@ def test_the_recipe_fills_what_was_not_said():
     for model, train in RECIPES.values():  # the fields exist
         LMVAEConfig.from_dict(model)
         TrainConfig.from_dict(train)
+
+
+@pytest.fixture(scope="module")
+def codwoe(tmp_path_factory):
+    """Parts as CODWOE gives them to train on: ids in place of words, vectors beside glosses."""
+    folder = tmp_path_factory.mktemp("codwoe")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 9), ("dev", 4), ("test", 4)):
+        rows = [
+            {"id": f"en.{part}.{i}", "gloss": SENTENCES[(i + len(part)) % 8], "sgns": generator.normal(size=9).tolist()}
+            for i in range(count)
+        ]
+        (folder / f"{part}.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_definitions_that_come_in_parts_with_hidden_words(place, codwoe, capsys, tmp_path):
+    train, dev, test = (codwoe / f"{part}.json" for part in ("train", "dev", "test"))
+    common = ("fit-flow", place / "vae", "--data", train, "--vectors", train, "--field", "sgns", *FIT)
+    _, err = call(capsys, *common, "--output", tmp_path / "none", code=3)
+    assert "hidden" in err and "--valid" in err and "--all" in err
+    found = as_json(capsys, *common, "--output", tmp_path / "parts", "--valid", dev)
+    assert found["definitions"] == 9 and found["skipped"] == 0 and found["best"]["nll"]
+    nll = ("--definitions", "--metrics", "nll")
+    valid = as_json(capsys, "eval", tmp_path / "parts", *nll, "--part", "valid")
+    assert valid["pairs"] == 4 and valid["nll"] == pytest.approx(found["best"]["nll"], rel=1e-5)
+    assert as_json(capsys, "eval", tmp_path / "parts", *nll, "--part", "train")["pairs"] == 9
+    assert as_json(capsys, "eval", tmp_path / "parts", test, *nll, "--part", "all")["pairs"] == 4
+    assert "none of them is a test part" in call(capsys, "eval", tmp_path / "parts", *nll, code=3)[1]
+    assert "not the definitions" in call(capsys, "eval", tmp_path / "parts", test, *nll, "--part", "valid", code=3)[1]
+    # The same by a configuration, and all of one file without a part to stop by.
+    (tmp_path / "c.yaml").write_text(f"data: {{eval_path: {dev}}}\n")
+    again = as_json(capsys, *common, "--output", tmp_path / "again", "--config", tmp_path / "c.yaml")
+    assert again["best"] == found["best"]
+    whole = as_json(capsys, *common, "--output", tmp_path / "whole", "--all")
+    assert whole["definitions"] == 9 and whole["best"] is None
+    assert "not parted" in call(capsys, "eval", tmp_path / "whole", *nll, code=3)[1]
+    assert as_json(capsys, "eval", tmp_path / "whole", *nll, "--part", "all")["pairs"] == 9
+    _, err = call(capsys, *common, "--output", tmp_path / "none", "--all", "--early-stop", "2", code=3)
+    assert "--valid" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_all_of_few_definitions_are_not_parted(place, capsys, tmp_path):
+    (tmp_path / "d.tsv").write_text(f"lemma\tdefinition\nword1\t{SENTENCES[0]}\nword2\t{SENTENCES[1]}\n")
+    common = ("fit-flow", place / "vae", "--data", tmp_path / "d.tsv", "--vectors", "encoder", "--output", tmp_path / "f",
+              "--set", "train.initialize=false", "--set", "flow.bridge=auto", *FIT)  # fmt: skip
+    assert "would be empty" in call(capsys, *common, code=3)[1]
+    _, err = call(capsys, *common, "--all", code=3)
+    assert "span fewer dimensions" in err  # of two words; no part was asked for
+
+
+def test_a_damaged_fit_is_refused(place, flow, capsys, tmp_path):
+    import shutil
+
+    shutil.copytree(place / "flow", tmp_path / "flow")
+    known = json.loads((tmp_path / "flow" / "fit.json").read_text())
+    for name in ("data", "shares", "seed", "definitions"):
+        for value in (None, []):
+            (tmp_path / "flow" / "fit.json").write_text(json.dumps({**known, name: value}))
+            assert "is damaged" in call(capsys, "eval", tmp_path / "flow", "--definitions", code=3)[1]
+
+
+def test_a_model_of_prompts_defines_no_words(place, capsys, tmp_path):
+    make_model(system="cvae", latent_dim=8, max_len=12).save_pretrained(tmp_path / "cvae", include_frozen=True)
+    for vectors in ("encoder", place / "vectors.safetensors"):
+        _, err = call(
+            capsys, "fit-flow", tmp_path / "cvae", "--data", place / "definitions.tsv", "--vectors", vectors, "--output",
+            tmp_path / "f", *FIT, code=3,
+        )  # fmt: skip
+        assert "prompts with responses cannot define words" in err

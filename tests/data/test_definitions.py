@@ -137,3 +137,55 @@ def test_the_wordnet_definitions():
     part, vectors = data.with_vectors(table, missing="skip")
     counts = json.loads((SHARED / "golden" / "probes" / "defmod" / "README.json").read_text())["definitions"]
     assert len(part) == len(vectors) == sum(counts.values())
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_a_word_that_is_none_is_empty_and_other_values_are_no_words(tmp_path, name):
+    def written(word, gloss="a gloss") -> Path:
+        rows = [{"id": "a", "word": "null", "gloss": "nothing"}, {"id": "b", "word": word, "gloss": gloss}]
+        lines = json.dumps(rows) if name == "d.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(lines)
+        return tmp_path / name
+
+    with pytest.raises(DataError, match=r"(line 2|entry 1): the word is empty.*None"):
+        read_definitions(written(None))
+    assert read_definitions(written(None), on_empty="drop").words == ["null"]  # which is a word
+    with pytest.raises(DataError, match=r"(line 2|entry 1): the gloss is empty"):
+        read_definitions(written("b", None))
+    for bad in (["b"], {"b": 1}, True, 3):
+        with pytest.raises(DataError, match=r"(line 2|entry 1): the word is no text"):
+            read_definitions(written(bad), on_empty="drop")
+    with pytest.raises(DataError, match=r"(line 2|entry 1): the gloss is no text"):
+        read_definitions(written("b", 3))
+    data = read_definitions(written(" null ", " a\nthing "))
+    assert data.words == ["null", "null"] and data.glosses[1] == "a thing"
+    assert set(DefinitionDataset.from_pairs([("cat ", "a"), (" cat", "b")]).words) == {"cat"}
+    assert DefinitionDataset(["cat "], ["a"]).words == ["cat"]
+
+
+def test_what_is_empty_goes_by_its_line_and_nothing_after_the_limit_is_checked(tmp_path):
+    (tmp_path / "d.tsv").write_text('word\tgloss\ncat\t"an\nanimal"\n\ta gloss\ndog\t\n')
+    with pytest.raises(DataError, match=r"d\.tsv, line 4: the word is empty"):
+        read_definitions(tmp_path / "d.tsv")
+    data = read_definitions(tmp_path / "d.tsv", limit=1)
+    assert data.words == ["cat"] and data.report.stopped_at_limit and data.report.read == 1
+    report = read_definitions(tmp_path / "d.tsv", on_empty="drop").report
+    assert report.dropped == {"empty word": 1, "empty gloss": 1} and "line 5" in report.places["empty gloss"][0]
+
+
+def test_what_are_no_pairs_shares_or_vectors_is_refused():
+    for bad in ([("cat",)], [("a", "b", "c", "d", "e")], ["cat"], [3], [{"word": "a", "gloss": "b"}]):
+        with pytest.raises(DataError, match="pair 0 is no word with its gloss"):
+            DefinitionDataset.from_pairs(bad)
+    for bad in ("cat", 3, None, {"cat": "an animal"}):
+        with pytest.raises(DataError, match="from_pairs takes rows"):
+            DefinitionDataset.from_pairs(bad)
+    with pytest.raises(DataError, match="the gloss is no text"):
+        DefinitionDataset.from_pairs([("cat", 3)])
+    data = DefinitionDataset.from_pairs([(f"w{i}", "g") for i in range(9)])
+    for bad in (("a", "b"), ("0.5", "0.5"), 3, None, "ab", (None, 1.0), (0.5, float("nan"))):
+        with pytest.raises(DataError, match="shares are out of range"):
+            data.split(bad)
+    for bad in (None, "glove", np.eye(3)):
+        with pytest.raises(DataError, match=r"no word vectors|cannot be looked up"):
+            data.with_vectors(bad)

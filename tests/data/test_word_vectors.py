@@ -47,6 +47,21 @@ def test_text_by_tabs_and_up_to_a_limit(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cat  0.5 -0.5  0.25\ndog 1 2 3\n", ["cat", "dog"]),
+        ("cat 0.5 -0.5 0.25\ndog  1   2 3  \n", ["cat", "dog"]),
+        ("  cat  0.5 -0.5 0.25\nlamb\t 1\t\t2  3\n", ["cat", "lamb"]),
+        ("2  3\nice cream   0.5 -0.5 0.25\ndog 1 2 3\n", ["ice cream", "dog"]),
+    ],
+)
+def test_blanks_that_align_columns_are_no_part_of_a_word(tmp_path, text, words):
+    (tmp_path / "v.txt").write_text(text)
+    table = read_word_vectors(tmp_path / "v.txt")
+    assert table.words == words and table.lookup(words).vectors.tolist() == [[0.5, -0.5, 0.25], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("cat 1 2 3\ndog 1 2\n", "line 2: vectors of mixed widths.*'dog'.*2 numbers.*3 numbers"),
@@ -61,6 +76,7 @@ def test_text_by_tabs_and_up_to_a_limit(tmp_path):
         ("\n", "holds no word vectors"),
         ("cat 1 2\n 1 2\n", "line 2: the word is empty"),
         (f"{'9' * 5000} 2\ncat 1 2\n", "line 2: vectors of mixed widths"),
+        ("ice  cream 1 2\ndog 1 2\n", "line 1: several blanks within the word 'ice cream'.*single spaces"),
         ("\N{SUPERSCRIPT TWO} \N{SUPERSCRIPT TWO}\ncat 1 2\n", "line 1: no numbers after the word"),
     ],
 )
@@ -107,6 +123,55 @@ def test_safetensors_written_and_read_back(tmp_path):
         read_word_vectors(tmp_path / "v.safetensors")
 
 
+def test_safetensors_of_others(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "v.safetensors"
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float16, torch.float64):
+        save_file({"vectors": torch.from_numpy(VECTORS).to(dtype)}, path, {"words": json.dumps(WORDS)})
+        want = torch.from_numpy(VECTORS).to(dtype).float().numpy()
+        assert np.array_equal(read_word_vectors(path).lookup(WORDS).vectors, want)
+    for words, message in (
+        ({"cat": 0, "dog": 1, "a": 2, "b": 3}, "come as a list.*dict"),
+        ("catd", "come as a list.*str"),
+        (None, "come as a list.*NoneType"),
+        ([], "0 words, 4 vectors"),
+        (["cat", None, "a", "b"], "row 1: a word must be a non-empty string.*None"),
+    ):
+        save_file({"vectors": torch.from_numpy(VECTORS)}, path, {"words": json.dumps(words)})
+        with pytest.raises(DataError, match=message):
+            read_word_vectors(path)
+    save_file({"vectors": torch.ones(4, 3, dtype=torch.int32)}, path, {"words": json.dumps(WORDS)})
+    with pytest.raises(DataError, match="int32"):
+        read_word_vectors(path)
+
+
+def test_the_words_beside_an_array(tmp_path):
+    np.save(tmp_path / "v.npy", VECTORS[:2])
+    (tmp_path / "v.vocab").write_text("cat \ndog\t\n")
+    assert read_word_vectors(tmp_path / "v.npy").words == ["cat", "dog"]
+    with pytest.raises(DataError, match=r"row 1: a word must be.*None"):
+        read_word_vectors(tmp_path / "v.npy", vocabulary=["cat", None])
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f2", np.longdouble])
+def test_whatever_the_numbers_are_held_in_a_table_is_written(tmp_path, dtype):
+    table = WordVectors(WORDS, VECTORS.astype(dtype))
+    table.save(tmp_path / "v.safetensors")
+    assert read_word_vectors(tmp_path / "v.safetensors").fingerprint() == table.fingerprint()
+
+
+def test_tables_joined():
+    both = WordVectors(["cat", "dog"], VECTORS[:2]).joined(WordVectors(["dog", "sun"], VECTORS[1:3]))
+    assert both.words == ["cat", "dog", "sun"] and np.array_equal(both.lookup(both.words).vectors, VECTORS[:3])
+    with pytest.raises(DataError, match="'dog' has another vector"):
+        both.joined(WordVectors(["dog"], VECTORS[:1]))
+    for other in (WordVectors(["a"], VECTORS[:1, :2]), WordVectors(["a"], VECTORS[:1], keyed_by="id")):
+        with pytest.raises(DataError, match="of other kinds"):
+            both.joined(other)
+
+
 def codwoe(*entries, with_word=True):
     rows = []
     for i, (word, sgns, electra) in enumerate(entries):
@@ -151,7 +216,7 @@ def test_words_without_a_vector_are_named_or_skipped_and_counted():
     assert np.array_equal(found.vectors, VECTORS[[0, 1, 0]])
     with pytest.raises(DataError, match="no vector"):
         table.lookup(["cow"], missing="skip")
-    for bad, message in (("cat", "as a list"), ([""], "word 0 is empty"), ([3], "no string")):
+    for bad, message in (("cat", "as a list"), (None, "come as a list"), ([""], "word 0 is empty"), ([3], "no string")):
         with pytest.raises(DataError, match=message):
             table.lookup(bad)
     with pytest.raises(DataError, match="unknown missing"):
@@ -173,6 +238,9 @@ def test_lower_case_tables():
         (["a"], VECTORS[:2], "1 words, 2 vectors"),
         ([], VECTORS[:0], "no word vectors"),
         (["a", ""], VECTORS[:2], "non-empty"),
+        ({"a": 0, "b": 1}, VECTORS[:2], "come as a list.*dict"),
+        ("ab", VECTORS[:2], "come as a list.*str"),
+        (None, VECTORS[:2], "come as a list.*NoneType"),
         (["a", "b"], np.array([[0.0], [np.nan]]), "'b' holds NaN"),
     ],
 )
@@ -192,6 +260,11 @@ def test_bad_options(tmp_path):
         read_word_vectors(tmp_path / "none.txt", field="sgns")
     with pytest.raises(DataError, match="unknown format"):
         read_word_vectors(tmp_path / "none.txt", format="pickle")
+
+
+def test_an_encoder_of_layers_has_no_vectors_of_words():
+    with pytest.raises(DataError, match="reads no single words"):
+        EncoderVectors(object())
 
 
 def test_glove_package():

@@ -324,3 +324,41 @@ def test_bad_construction(vae):
             lf.FlowConfig(**bad)
     with pytest.raises(ConfigError, match="no clamp"):
         lf.CouplingFlow(6, kind="coupling", clamp=1.0)
+
+
+def test_vaes_that_no_flow_goes_with():
+    """Prompts in place of texts; more or fewer latent dimensions than a flow has channels."""
+    for bad, message in (
+        (make_model(system="cvae", latent_dim=8), "prompts with responses cannot define words"),
+        (make_model(latent_dim=1), r"latent_dim=1.*2 to 1024"),
+        (make_model(latent_dim=1025), r"latent_dim=1025.*2 to 1024"),
+        ("runs/vae", "there is no VAE.*str"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            InvertibleCVAE(bad, lf.FlowConfig(**SMALL))
+    for dim in (0, 1, 1025):
+        with pytest.raises(ConfigError, match="2 to 1024"):
+            build_flow(lf.FlowConfig(**SMALL), dim)
+
+
+def test_values_of_other_kinds(vae):
+    model = fitted(vae)
+    for bad in (None, [[1.0], [1.0, 2.0]], [["a"]], object(), [[10**30]], np.array([None])):
+        with pytest.raises(DataError, match="floating matrix"):
+            model.latents(bad)
+    for bad in (0, -1, 1.5, True, "2", None):
+        with pytest.raises(ConfigError, match="samples is out of range"):
+            model.define(["cat"], samples=bad)
+    for bad in (None, 3, {"cat": 1}):
+        with pytest.raises(DataError, match="come as a list"):
+            model.define(bad)
+    for bad in ("glove", np.eye(6)):
+        with pytest.raises(DataError, match="cannot be looked up"):
+            model.define(["cat"], vectors=bad)
+        with pytest.raises(DataError, match="cannot be looked up"):
+            InvertibleCVAE(vae, vectors=bad)
+    for bad in ({"blocks": 3}, 3):
+        with pytest.raises(ConfigError, match="what the flow is to be is unknown"):
+            InvertibleCVAE(vae, bad)
+    with pytest.raises(ConfigError, match="what the flow is to be is unknown"):
+        InvertibleCVAE(vae, lf.CouplingFlow(6, **SMALL), lf.FlowTrainConfig())

@@ -232,3 +232,106 @@ def test_progress_bar_and_tensorboard(tmp_path, vae, capfd):
     run(tmp_path / "run", vae, progress=True, tensorboard=True)
     assert "eval_nll" in capfd.readouterr().err
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def words_and_vectors(count: int, width: int = DIM) -> tuple[list[str], WordVectors]:
+    words = [f"w{i}" for i in range(count)]
+    return words, WordVectors(words, np.random.default_rng(0).normal(size=(count, width)).astype(np.float32))
+
+
+def test_skipped_are_those_of_the_training_part(tmp_path, vae):
+    words, vectors = words_and_vectors(4)
+    data = lf.DefinitionDataset(words, list(SENTENCES[:4]))
+    valid = lf.DefinitionDataset([*words[:2], "none"], list(SENTENCES[:3]))
+    options = {"config": settings(tmp_path / "a", max_steps=1), "missing": "skip"}
+    assert model_of(vae).fit(data, vectors, valid=valid, **options).skipped == 0
+    options["config"] = settings(tmp_path / "b", max_steps=1)
+    assert model_of(vae).fit(valid, vectors, valid=valid, **options).skipped == 1
+
+
+def test_glosses_that_do_not_differ_are_no_collapse(tmp_path, vae):
+    words, vectors = words_and_vectors(3)
+    for data in (lf.DefinitionDataset(words, [SENTENCES[0]] * 3), lf.DefinitionDataset(words[:1], [SENTENCES[0]])):
+        with pytest.raises(DataError, match=r"glosses do not differ.*1 distinct gloss in [13]") as caught:
+            model_of(vae).fit(data, vectors, config=settings(tmp_path / "run"))
+        assert "collapsed" not in str(caught.value)
+    assert model_of(vae, base="standard").fit(
+        lf.DefinitionDataset(words, [SENTENCES[0]] * 3), vectors, config=settings(tmp_path / "run", max_steps=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "labels", "held", "message"),
+    [
+        ({"bridge": "pca"}, "nvn", "nvn", "do not reach"),
+        ({"conditions": ("n", "v")}, "nvr", "nvn", "unknown condition.*'r'"),
+        ({"conditions": ("n", "v")}, "nvn", "nvr", "unknown condition.*'r'"),
+        ({"conditions": ("n", "v")}, None, "nvn", "one label per word"),
+        ({"base": "cluster"}, None, "nvn", "needs a label for every definition"),
+        ({"base": "cluster"}, "nvn", "nvr", "no cluster.*'r'"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_before_a_gloss_is_encoded(
+    tmp_path, vae, monkeypatch, config, labels, held, message
+):
+    words, vectors = words_and_vectors(3)
+    data, valid = (
+        lf.DefinitionDataset(words, list(SENTENCES[:3]), None if pos is None else list(pos)) for pos in (labels, held)
+    )
+    model = model_of(vae, **config)
+    monkeypatch.setattr(InvertibleCVAE, "posteriors", lambda *_, **__: pytest.fail("glosses were encoded"))
+    with pytest.raises((ConfigError, DataError), match=message):
+        model.fit(data, vectors, valid=valid, config=settings(tmp_path / "run"))
+    assert model.bridge is None and model.clusters == () and model.vectors is None
+
+
+def test_a_second_fit_starts_from_its_own_data(tmp_path, vae):
+    words, narrow = words_and_vectors(4, 4)
+    first = lf.DefinitionDataset(words, list(SENTENCES[:4]), list("nvnv"))
+    second = lf.DefinitionDataset(words, list(SENTENCES[4:8]), list("aarr"))
+    model, fresh = model_of(vae, base="cluster"), model_of(vae, base="cluster")
+    model.fit(first, narrow, config=settings(tmp_path / "a", max_steps=1))
+    assert model.clusters == ("n", "v") and model.bridge.kind == "pad"
+    six = words_and_vectors(4, DIM)[1]
+    model.fit(second, six, config=settings(tmp_path / "b", max_steps=1))
+    fresh.fit(second, six, config=settings(tmp_path / "c", max_steps=1))
+    assert model.clusters == fresh.clusters == ("a", "r") and model.bridge.kind == "none"
+    assert torch.equal(model.centres, fresh.centres)
+    # One that is refused leaves the fit before.
+    with pytest.raises(OutputError, match="already holds"):
+        model.fit(first, narrow, config=settings(tmp_path / "b", max_steps=1))
+    assert model.clusters == ("a", "r") and torch.equal(model.centres, fresh.centres)
+    assert model.bridge.dim_in == DIM and model.vectors is six
+
+
+def test_the_posteriors_of_a_vae_that_is_set_otherwise_are_others(tmp_path):
+    """Two VAEs of equal weights share a cache, and a run; their posteriors and the run are not shared."""
+    vae, other = (make_model(max_len=12, pooling=pooling).eval() for pooling in ("mean", "cls"))
+    words, vectors = words_and_vectors(4)
+    data = lf.DefinitionDataset(words, list(SENTENCES[:4]))
+    options = {"cache_dir": str(tmp_path / "cache"), "max_steps": 2}
+    model_of(vae).fit(data, vectors, config=settings(tmp_path / "a", **options))
+    model_of(other).fit(data, vectors, config=settings(tmp_path / "b", **options))
+    assert len(list((tmp_path / "cache").glob("posteriors-*"))) == 2
+    model_of(vae, base="standard").fit(data, vectors, config=settings(tmp_path / "c", **options))
+    with pytest.raises(CheckpointError, match=r"another VAE.*pooling='cls'"):
+        model_of(other, base="standard").fit(
+            data, vectors, config=settings(tmp_path / "c", **{**options, "max_steps": 4}, resume=True)
+        )
+
+
+def test_what_is_fitted_to_what(tmp_path, vae):
+    words, vectors = words_and_vectors(3)
+    data = lf.DefinitionDataset(words, list(SENTENCES[:3]))
+    config = settings(tmp_path / "run", max_steps=1)
+    for bad in ([("cat", "x")], None, "cat", {"cat": "x"}):
+        with pytest.raises(DataError, match=r"fitted to definitions.*from_pairs"):
+            model_of(vae).fit(bad, vectors, config=config)
+    with pytest.raises(DataError, match="fitted to definitions"):
+        model_of(vae).fit(data, vectors, valid=[("cat", "x")], config=config)
+    for bad in (lf.TrainConfig(), {"max_steps": 1}, 0):
+        with pytest.raises(ConfigError, match="FlowTrainConfig"):
+            model_of(vae).fit(data, vectors, config=bad)
+    with pytest.raises(DataError, match="cannot be looked up"):
+        model_of(vae).fit(data, "glove", config=config)
+    assert not (tmp_path / "run").exists()

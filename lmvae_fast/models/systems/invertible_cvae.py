@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from lmvae_fast.config.flow import FlowConfig
 from lmvae_fast.data.definitions import DefinitionDataset
-from lmvae_fast.data.word_vectors import VectorSource, checked_words
-from lmvae_fast.errors import ConfigError, DataError
+from lmvae_fast.data.word_vectors import VectorSource, checked_source, checked_words
+from lmvae_fast.errors import ConfigError, DataError, shown
+from lmvae_fast.kernels.coupling_flow.spec import MAX_DIM
 from lmvae_fast.models.bridge import Bridge
 from lmvae_fast.models.checks import check_posterior
 from lmvae_fast.models.flow import CouplingFlow
@@ -98,7 +99,8 @@ class InvertibleCVAE(nn.Module):
         source: folder or hub name of the VAE, if any: what a saved folder refers to.
 
     Raises:
-        ConfigError: a flow of another width than the latents; a VAE that wants labels beside its text.
+        ConfigError: a flow of another width than the latents, or latents of a width that no flow has; a VAE that wants labels
+            beside its text, or prompts in place of texts. DataError: vectors that cannot be looked up.
     """
 
     centres: Tensor
@@ -113,11 +115,23 @@ class InvertibleCVAE(nn.Module):
         source: str | os.PathLike[str] | None = None,
     ):
         super().__init__()
+        if not isinstance(vae, LMVAE):
+            raise ConfigError("there is no VAE", value=type(vae).__name__, limit="an LMVAE", remedy="load or train one")
         width = vae.config.latent_dim
         if vae.config.annotations:
             raise ConfigError(
                 "a VAE that is conditioned on labels cannot define words: there are no labels of a word",
                 value=f"annotations={vae.config.annotations}", remedy="train a VAE without annotations",
+            )  # fmt: skip
+        if vae.config.prompted:
+            raise ConfigError(
+                "a VAE of prompts with responses cannot define words: it encodes no glosses by themselves",
+                value=f"system={vae.config.system!r}", remedy="train a VAE of sentences (langvae, optimus, llamavae, lmvae)",
+            )  # fmt: skip
+        if not isinstance(flow, CouplingFlow | FlowConfig | None) or not isinstance(config, FlowConfig | None):
+            raise ConfigError(
+                "what the flow is to be is unknown", value=f"{type(flow).__name__}, {type(config).__name__}",
+                limit="a FlowConfig, or a CouplingFlow with a FlowConfig", remedy="give one, or none for FlowConfig()",
             )  # fmt: skip
         if isinstance(flow, CouplingFlow):
             self.config = config or FlowConfig()
@@ -134,7 +148,8 @@ class InvertibleCVAE(nn.Module):
                 value=f"dim {flow.spec.dim}, cond_dim {flow.spec.cond_dim}",
                 limit=f"latent_dim {width}, {len(self.config.conditions)} conditions", remedy="build it with those widths",
             )  # fmt: skip
-        self.vae, self.vectors, self.source = vae, vectors, None if source is None else str(source)
+        self.vae, self.source = vae, None if source is None else os.fsdecode(source)
+        self.vectors = None if vectors is None else checked_source(vectors)
         weight = vae.posterior_head.weight
         self.flow = flow.to(device=weight.device, dtype=weight.dtype)
         self.bridge: Bridge | None = None
@@ -203,15 +218,14 @@ class InvertibleCVAE(nn.Module):
         """What to fit the flow to: definitions, the vectors of their words ``[N, width]``, the posteriors of their glosses.
 
         Under ``base="cluster"`` a definition's label is its part of speech; the centres are those of the first pairs made
-        (the training part's).
+        (the training part's). Raises DataError where the three differ in number, and as :meth:`check_pairs` does.
         """
         if not len(definitions) == len(vectors) == len(posterior.mu):
             raise DataError(
                 "definitions, vectors and posteriors differ in number",
                 value=f"{len(definitions)}, {len(vectors)}, {len(posterior.mu)}",
             )  # fmt: skip
-        x = self._checked(vectors)
-        conditions = self.codes(definitions.pos, len(x)) if self.config.conditions else None
+        x, conditions = self.check_pairs(definitions, vectors)
         mu, logvar = (t.to(self.device, self.dtype) for t in (posterior.mu, posterior.logvar))
         if self.config.base == "standard":
             mu, logvar = torch.zeros_like(mu), torch.zeros_like(logvar)
@@ -221,34 +235,56 @@ class InvertibleCVAE(nn.Module):
             logvar = torch.full_like(logvar, 2 * math.log(self.config.posterior_sigma))
         return FlowPairs(x, BaseDensity.gaussian(mu, logvar), conditions)
 
-    def _cluster_base(self, definitions: DefinitionDataset, mu: Tensor) -> tuple[Tensor, Tensor]:
+    def check_pairs(self, definitions: DefinitionDataset, vectors: np.ndarray | Tensor) -> tuple[Tensor, Tensor | None]:
+        """What of :meth:`pairs` is known before a gloss is encoded: the vectors, and the codes of the labels or None.
+
+        The first ones settle the width of the vectors and the clusters' labels. Raises DataError for vectors or labels that
+        cannot be fitted to, ConfigError for a width that the bridge does not take.
+        """
+        x = self._checked(vectors)
+        self.set_width(x.shape[1])
+        if self.config.base == "cluster":
+            labels = self._cluster_labels(definitions)
+            self.clusters = self.clusters or tuple(sorted(set(labels)))
+            unknown = [label for label in labels if label not in self.clusters]
+            if unknown:
+                raise DataError(
+                    "a label has no cluster among the definitions fitted on", value=repr(unknown[0]),
+                    limit=", ".join(self.clusters), remedy="leave such definitions out, or fit to some of that label",
+                )  # fmt: skip
+        return x, self.codes(definitions.pos, len(x)) if self.config.conditions else None
+
+    def _cluster_labels(self, definitions: DefinitionDataset) -> list[str]:
         labels = definitions.pos or [None] * len(definitions)
         if None in labels:
             raise DataError(
                 "a cluster base needs a label for every definition", value=f"pair {labels.index(None)} has none",
                 remedy="read definitions with pos_column=, or choose base='posterior'",
             )  # fmt: skip
-        if not self.clusters:
-            self.clusters = tuple(sorted({str(label) for label in labels}))
-            rows = torch.tensor([self.clusters.index(str(label)) for label in labels], device=mu.device)
-            self.centres = torch.stack([mu[rows == i].mean(0) for i in range(len(self.clusters))])
-        unknown = [label for label in labels if label not in self.clusters]
-        if unknown:
-            raise DataError(
-                "a label has no cluster among the definitions fitted on",
-                value=repr(unknown[0]),
-                limit=", ".join(self.clusters),
-            )
-        centres = self.centres[torch.tensor([self.clusters.index(str(label)) for label in labels], device=mu.device)]
+        return [str(label) for label in labels]
+
+    def _cluster_base(self, definitions: DefinitionDataset, mu: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [self.clusters.index(label) for label in self._cluster_labels(definitions)]
+        row = torch.tensor(rows, device=mu.device)
+        if len(self.centres) != len(self.clusters):
+            self.centres = torch.stack([mu[row == i].mean(0) for i in range(len(self.clusters))])
+        centres = self.centres[row]
         return centres, torch.full_like(centres, math.log(self.config.cluster_variance))
 
     def _checked(self, vectors: Any) -> Tensor:
         """Word vectors as a tensor beside the flow; raises DataError for what is no finite matrix of floating numbers."""
-        x = torch.as_tensor(vectors)
+        try:
+            x = torch.as_tensor(vectors)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise DataError(
+                f"word vectors must be a floating matrix: {error}", value=type(vectors).__name__, limit="[N, width]",
+                remedy="look words up in word vectors",
+            ) from error  # fmt: skip
         if x.dim() != 2 or not x.is_floating_point():
             raise DataError(
-                "word vectors must be a floating matrix", value=f"{x.dtype} {list(x.shape)}", limit="[N, width]"
-            )
+                "word vectors must be a floating matrix", value=f"{x.dtype} {list(x.shape)}", limit="[N, width]",
+                remedy="give one row of floating numbers per word",
+            )  # fmt: skip
         if not bool(torch.isfinite(x).all()):
             row = int((~torch.isfinite(x)).any(1).nonzero()[0])
             raise DataError("word vectors hold NaN or infinity", value=f"row {row}", remedy="drop or mend that row")
@@ -295,11 +331,14 @@ class InvertibleCVAE(nn.Module):
             options: fields of GenerationConfig.
 
         Raises:
-            DataError: no vectors to look words up in, a word without one, an unknown condition. ConfigError: options.
+            DataError: no vectors to look words up in, a word without one, an unknown condition. ConfigError: options, samples
+            below 1.
         """
-        words = checked_words(words)
-        if (vectors := vectors or self.vectors) is None:
-            raise DataError("there are no word vectors to look the words up in", remedy="give vectors=")
+        words, vectors = checked_words(words), checked_source(self.vectors if vectors is None else vectors)
+        if type(samples) is not int or samples < 1:
+            raise ConfigError(
+                "samples is out of range", value=shown(samples), limit="an integer >= 1", remedy="change it"
+            )
         if conditions is not None and len(conditions) != len(words):
             raise DataError("conditions are one per word", value=len(conditions), limit=len(words))
         found = vectors.lookup(words, missing=missing)
@@ -321,14 +360,26 @@ class InvertibleCVAE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, vae: LMVAE | str | None = None, vectors: VectorSource | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        vae: LMVAE | str | os.PathLike[str] | None = None,
+        vectors: VectorSource | None = None,
     ) -> InvertibleCVAE:
         """Load what :meth:`save_pretrained` wrote; see :func:`~lmvae_fast.models.flow_files.load_flow`."""
         return load_flow(cls, folder, vae=vae, vectors=vectors)
 
 
 def build_flow(config: FlowConfig, dim: int) -> CouplingFlow:
-    """A fresh flow over ``dim`` channels as configured; its random numbers come from torch's default generator."""
+    """A fresh flow over ``dim`` channels as configured; its random numbers come from torch's default generator.
+
+    Raises ConfigError for a number of channels that no flow has.
+    """
+    if not 2 <= dim <= MAX_DIM:
+        raise ConfigError(
+            "no flow has so many channels as the latents have", value=f"latent_dim={dim}", limit=f"2 to {MAX_DIM}",
+            remedy="take a VAE whose latent_dim is among these",
+        )  # fmt: skip
     return CouplingFlow(
         dim, config.blocks, config.hidden, config.kind, config.clamp,
         None if config.permutation == "none" else config.permutation, len(config.conditions), activation=config.activation,
