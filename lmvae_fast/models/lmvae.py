@@ -30,7 +30,7 @@ from lmvae_fast.models.objective import combine, segment_sum, token_weights
 from lmvae_fast.models.posterior import Posterior, shared_seed
 from lmvae_fast.models.serialization import copy_into, read_model, save_model
 from lmvae_fast.models.systems import resolve
-from lmvae_fast.models.token_losses import token_losses
+from lmvae_fast.models.token_losses import token_losses, token_losses_in_pieces
 from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
@@ -228,7 +228,8 @@ class LMVAE(nn.Module):
         lengths = batch.own(batch.tokens) + int(config.count_start_token)
         weights = token_weights(lengths.to(self.latent_dtype), batch.rows, fillers=batch.fillers, **options)
         read = self.greedy_inputs(batch, injection) if config.free_running else batch.input_ids
-        loss, nll = token_losses(self.decoder, batch, read, injection, weights)
+        losses = token_losses if config.contrast else token_losses_in_pieces
+        loss, nll = losses(self.decoder, batch, read, injection, weights)
         loss = loss + beta * batch.own(latents.kl).mean()
         auxiliary = self._auxiliary(batch, posterior, nll, eps, seed)
         with torch.no_grad():

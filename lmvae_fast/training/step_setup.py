@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.memory import give_back
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
@@ -40,6 +41,7 @@ def frozen_in(decoder: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     for parameter in castable(decoder) if dtype is not None else ():
         kept.append((parameter, parameter.data))
         parameter.data = parameter.data.to(dtype)
+    give_back(data for _, data in kept)
     try:
         yield
     finally:
