@@ -1,5 +1,5 @@
-// aggregate_logpdf per dimension: a few rows of z by a register of dimensions at a time, over all posteriors of the group, so
-// that a posterior is read once for several rows and sums stay in registers.
+// aggregate_logpdf per dimension: a few rows of z by a register of dimensions at a time, over all posteriors of the
+// group, so that a posterior is read once for several rows and sums stay in registers.
 #pragma once
 
 #include "aggregate_logpdf_rows.h"

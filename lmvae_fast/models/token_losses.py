@@ -16,8 +16,8 @@ from lmvae_fast.models.decoder.training_body import TrainingBody
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.text.batch import Batch
 
-#: Tokens that go through a prepared decoder at a time in a training step on a CPU: what its layers keep for their gradients
-#: is of so many, and products over so many rows are as fast as over more.
+#: Tokens, in fp32, that go through a prepared decoder at a time in a training step on a CPU: what its layers keep for their
+#: gradients is of so many. Of half types it is twice as many, which take as much memory: each piece reads all weights again.
 PIECE = 320
 
 
@@ -72,30 +72,32 @@ def token_losses_in_pieces(
 
 def _pieces(decoder: Decoder, batch: Batch, injection: Injection) -> list[int]:
     """Sentences that pieces begin with, and the number of sentences."""
-    stand_in = decoder.body.__dict__.get("forward")
+    whole = [0, batch.batch_size]
+    stand_in = vars(decoder.body).get("forward") if hasattr(decoder, "body") else None
+    if type(stand_in) is not TrainingBody:
+        return whole
+    tokens = PIECE * 4 // decoder.dtype.itemsize
     parts = [
         part for part in (injection.memory, injection.embedding_shift, injection.output_residual) if part is not None
     ]
-    whole = [0, batch.batch_size]
     if (
-        type(stand_in) is not TrainingBody
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
         or not any(part.requires_grad for part in parts)
         # gradients in fp16 need the scale that the loss is multiplied with first
         or any(part.device.type != "cpu" or part.dtype == torch.float16 or tangents(part) for part in parts)
         or any(parameter.requires_grad for parameter in decoder.parameters())
-        or batch.num_tokens < 2 * PIECE
+        or batch.num_tokens < 2 * tokens
         or not stand_in.prepared()
     ):
         return whole
-    return piece_bounds(batch.cu_seqlens.tolist())
+    return piece_bounds(batch.cu_seqlens.tolist(), tokens)
 
 
-def piece_bounds(offsets: list[int]) -> list[int]:
-    """Cuts sentences with these offsets into consecutive pieces of about PIECE tokens: the sentences that pieces begin with,
-    and the number of sentences."""
-    count = max(1, offsets[-1] // PIECE)
+def piece_bounds(offsets: list[int], tokens: int) -> list[int]:
+    """Cuts sentences with these offsets into consecutive pieces of about so many tokens, or more: the sentences that pieces
+    begin with, and the number of sentences."""
+    count = max(1, offsets[-1] // tokens)
     ends = offsets[1:]
     found = {0}
     for piece in range(1, count):  # the end of a sentence that lies nearest to where pieces of one size would end
