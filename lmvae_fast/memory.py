@@ -10,12 +10,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lmvae_fast.errors import MemoryLimitError
 
-_MADV_PAGEOUT = 21  # linux/mman.h, since 5.4; Python's mmap has no name for it
+_PRESENT, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61  # of an entry of /proc/self/pagemap
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "negative dimension")
 
 
@@ -93,9 +94,8 @@ def _size(count: int) -> str:
 
 def give_back(tensors: Iterable[Tensor]) -> None:
     """Let the system have the memory of weights that lie in a mapped file, as safetensors loads them, and are not read for a
-    while: what is read again after all comes from the file. On other systems, and for other tensors, nothing happens.
-
-    Pages that were written to are no file's any more: the system keeps them, in its swap where it has one.
+    while: what is read again after all comes from the file. On other systems, and for other tensors, nothing happens: also not
+    for one with a page that was written to, which is no file's any more.
     """
     tensors = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.is_contiguous()]
     files = _mapped_files() if tensors else []
@@ -110,8 +110,20 @@ def give_back(tensors: Iterable[Tensor]) -> None:
             -(-begin // page) * page,
             end // page * page,
         )  # whole pages: at the ends others may have their share
-        if begin < end:
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+        if begin < end and _of_file(begin // page, end // page):
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _of_file(begin: int, end: int) -> bool:
+    """Whether the file's own are all pages [begin, end) of this process that are in memory."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(8 * begin)
+            entries = np.frombuffer(pagemap.read(8 * (end - begin)), dtype=np.uint64)
+    except OSError:
+        return False
+    there = entries & np.uint64(_PRESENT | _SWAPPED) != 0
+    return len(entries) == end - begin and bool((entries[there] & np.uint64(_OF_FILE) != 0).all())
 
 
 def _mapped_files() -> list[tuple[int, int]]:
