@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import shutil
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lmvae_fast.errors import MemoryLimitError
 
+_PRESENT, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61  # of an entry of /proc/self/pagemap
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "negative dimension")
 
 
@@ -84,3 +90,48 @@ def check_memory(what: str, remedy: str, needed: int, device: torch.device | str
 
 def _size(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 10**8 else f"{count / 1e6:,.1f} MB"
+
+
+def give_back(tensors: Iterable[Tensor]) -> None:
+    """Let the system have the memory of weights that lie in a mapped file, as safetensors loads them, and are not read for a
+    while: what is read again after all comes from the file. On other systems, and for other tensors, nothing happens: also not
+    for one with a page that was written to, which is no file's any more.
+    """
+    tensors = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.is_contiguous()]
+    files = _mapped_files() if tensors else []
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None) if files else None
+    starts = [start for start, _ in files]
+    for tensor in tensors if libc is not None else ():
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        place = bisect_right(starts, begin) - 1
+        if place < 0 or end > files[place][1]:
+            continue
+        begin, end = (
+            -(-begin // page) * page,
+            end // page * page,
+        )  # whole pages: at the ends others may have their share
+        if begin < end and _of_file(begin // page, end // page):
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _of_file(begin: int, end: int) -> bool:
+    """Whether the file's own are all pages [begin, end) of this process that are in memory."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(8 * begin)
+            entries = np.frombuffer(pagemap.read(8 * (end - begin)), dtype=np.uint64)
+    except OSError:
+        return False
+    there = entries & np.uint64(_PRESENT | _SWAPPED) != 0
+    return len(entries) == end - begin and bool((entries[there] & np.uint64(_OF_FILE) != 0).all())
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Where this process has files mapped, in order; nothing where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    fields = [line.split(None, 5) for line in lines]
+    ranges = [field[0].split("-") for field in fields if len(field) == 6 and field[4] != "0"]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]

@@ -6,17 +6,19 @@ Those of the command line are in ``tests/fuzz/test_fuzz_command_line.py``.
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lmvae_fast as lf
 from lmvae_fast import memory
 from lmvae_fast.errors import ConfigError, LMVAEError, MemoryLimitError
 from lmvae_fast.generation.latent_sources import latents_of_prior, latents_of_zero
 from lmvae_fast.generation.workers import Workers
-from lmvae_fast.memory import memory_guard
+from lmvae_fast.memory import give_back, memory_guard
 from lmvae_fast.models.decoder.tuning import Tuning
 from lmvae_fast.models.flow import CouplingFlow
 from lmvae_fast.probes.bootstrap import replicates
@@ -97,3 +99,29 @@ def test_a_guard_leaves_other_errors_alone(monkeypatch):
         memory_guard("a table", "lower rows", needed=101),
     ):
         raise AssertionError("made")
+
+
+def _resident(tensor: torch.Tensor) -> int:
+    """Kilobytes of a tensor's mapping that are in memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split()[0].count("-") == 1 and not line.split()[0].endswith(":"):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = start <= tensor.data_ptr() < end
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not say what is in memory")
+def test_weights_of_a_file_are_given_back_and_read_again(tmp_path):
+    truth = torch.randn(1024, 1024)
+    save_file({"weight": truth}, tmp_path / "weights.safetensors")
+    weight = load_file(tmp_path / "weights.safetensors")["weight"]
+    assert weight.sum().isfinite() and _resident(weight) > 3000
+    give_back([weight, torch.ones(8), weight.t(), torch.empty(0)])
+    assert _resident(weight) < 1000
+    assert torch.equal(weight, truth)
+    weight[3, 7] = truth[3, 7] = 5.0  # a page that is no file's any more: it must not be lost
+    give_back([weight])
+    assert torch.equal(weight, truth)

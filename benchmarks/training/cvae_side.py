@@ -122,6 +122,7 @@ class Ours(TrainerSide):
 
     def compare(self) -> dict:
         """Loss and norm of all gradients under given noise."""
+        self.prepare()  # what is compared is what is timed
         data = self.trainer.train_set
         batch = self.model.make_batch(data, range(len(data)))
         out = self.model(batch, beta=1.0, eps=noise_of(self.case))

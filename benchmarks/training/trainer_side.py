@@ -15,10 +15,14 @@ class TrainerSide:
         self.trainer = trainer
         self.rows, self.held, self.stepping = trainer._batches(0), contextlib.ExitStack(), False
 
-    def step(self) -> dict:
-        """One training step."""
+    def prepare(self) -> None:
+        """What a run sets up before its first step."""
         if not self.stepping:
             self.held.enter_context(self.trainer.prepared())
             self.stepping = True
+
+    def step(self) -> dict:
+        """One training step."""
+        self.prepare()
         self.trainer.optimizer_step(self.rows)
         return {}

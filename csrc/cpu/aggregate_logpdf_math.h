@@ -7,6 +7,11 @@
 #include <limits>
 
 #include "simd_math.h"
+#include "vector.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace lmvae::LMVAE_ISA {
 
@@ -44,6 +49,61 @@ LMVAE_INLINE double exp_lane(double x) {
   double low, high;
   std::memcpy(&low, &one, 8), std::memcpy(&high, &two, 8);
   return p * low * high;
+}
+
+// a > b ? a : b and a < b ? a : b, so that NaN in b stays; and density_of, of registers.
+#if defined(__AVX512F__)
+LMVAE_INLINE Register<float> larger(Register<float> a, Register<float> b) { return _mm512_max_ps(a, b); }
+LMVAE_INLINE Register<double> larger(Register<double> a, Register<double> b) { return _mm512_max_pd(a, b); }
+LMVAE_INLINE Register<float> smaller(Register<float> a, Register<float> b) { return _mm512_min_ps(a, b); }
+LMVAE_INLINE Register<float> density_of(Register<float> c, Register<float> a) { return _mm512_fnmadd_ps(a, a, c); }
+LMVAE_INLINE Register<double> density_of(Register<double> c, Register<double> a) { return _mm512_fnmadd_pd(a, a, c); }
+#else
+LMVAE_INLINE Register<float> larger(Register<float> a, Register<float> b) { return a > b ? a : b; }
+LMVAE_INLINE Register<double> larger(Register<double> a, Register<double> b) { return a > b ? a : b; }
+LMVAE_INLINE Register<float> smaller(Register<float> a, Register<float> b) { return a < b ? a : b; }
+#if defined(__FMA__)
+LMVAE_INLINE Register<float> density_of(Register<float> c, Register<float> a) { return _mm256_fnmadd_ps(a, a, c); }
+LMVAE_INLINE Register<double> density_of(Register<double> c, Register<double> a) { return _mm256_fnmadd_pd(a, a, c); }
+#elif defined(__aarch64__)
+LMVAE_INLINE Register<float> density_of(Register<float> c, Register<float> a) { return vfmsq_f32(c, a, a); }
+LMVAE_INLINE Register<double> density_of(Register<double> c, Register<double> a) { return vfmsq_f64(c, a, a); }
+#else
+LMVAE_INLINE Register<float> density_of(Register<float> c, Register<float> a) { return c - a * a; }
+LMVAE_INLINE Register<double> density_of(Register<double> c, Register<double> a) { return c - a * a; }
+#endif
+#endif
+
+// exp_ and exp_lane of a register.
+LMVAE_INLINE Register<float> exp_of(Register<float> x) {
+  using V = Register<float>;
+  using I = Register<int32_t>;
+  const V c = larger(splat(-104.0f), smaller(splat(89.0f), x));
+  const V shifted = c * 1.44269504088896341f + 12582912.0f;
+  const V nf = shifted - 12582912.0f;
+  V r = c - nf * 0.693359375f;
+  r = r - nf * -2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, nf);
+#else
+  const I n = (I)shifted - (I)splat(12582912.0f);
+  const I half = n >> 1;
+  return p * (V)((half + 127) << 23) * (V)((n - half + 127) << 23);
+#endif
+}
+LMVAE_INLINE Register<double> exp_of(Register<double> x) {
+  constexpr int lanes = Lanes<double>::count;
+  alignas(64) double y[lanes];
+  store(y, x);
+#pragma omp simd
+  for (int l = 0; l < lanes; l++) y[l] = exp_lane(y[l]);
+  return load(y);
 }
 
 // ln x of a sum of exponentials: 0, or 1 and above, or NaN (Cephes' logf, as log_unit).

@@ -1,33 +1,11 @@
 // aggregate_logpdf: log-densities of rows of z under every posterior of their group, reduced while they are made.
 //
 // A posterior is prepared once (mu, 1 / sqrt(2 e^logvar + min_var), -logvar / 2), so that a density costs one
-// subtraction, two products and a sum; exponentials are e^x of x <= 0. Per dimension, loops run along the dimensions. A
+// subtraction, two products and a sum; exponentials are e^x of x <= 0. Per dimension, registers hold dimensions. A
 // joint density sums over them, so there a loop runs along lanes of posteriors, and no sum ever crosses a register.
-#include "aggregate_logpdf.h"
-#include "aggregate_logpdf_math.h"
-#include "simd_math.h"
+#include "aggregate_logpdf_per_dim.h"
 
 namespace lmvae::LMVAE_ISA {
-
-template <typename A> constexpr int64_t kLine = kAggLine / static_cast<int64_t>(sizeof(A));  // elements of a line
-
-// ---- rows and posteriors
-
-template <typename A>
-LMVAE_INLINE A* at(void* base, int64_t row, int64_t pitch) {
-  return static_cast<A*>(base) + row * pitch;
-}
-
-// Row `r` of a group, counted through its samples: its sample and its row of z.
-struct Place {
-  int64_t sample, row;
-};
-LMVAE_INLINE Place place_of(const AggGroup& g, int64_t r) { return {r / g.z_count, g.z_begin + r % g.z_count}; }
-
-template <typename T>
-LMVAE_INLINE void load_z(const AggArgs& a, Place p, int64_t col, int64_t cols, acc_t<T>* out) {
-  load_row(static_cast<const T*>(a.z) + p.sample * a.z_sample + p.row * a.z_row + col * a.z_col, a.z_col, out, cols);
-}
 
 template <typename T>
 void aggregate_prepare(const AggArgs& a, int64_t group, int64_t begin, int64_t end) {
@@ -66,126 +44,6 @@ void aggregate_prepare(const AggArgs& a, int64_t group, int64_t begin, int64_t e
     for (int64_t d = 0; d < a.dim; d++) {
       const int64_t place = ((g.first_line + j / line) * a.dim + d) * line + j % line;
       static_cast<A*>(a.lane_mean)[place] = 0, static_cast<A*>(a.lane_scale)[place] = 0;
-    }
-  }
-}
-
-// ---- per dimension
-
-template <typename T>
-void marginal_fwd(const AggArgs& a, int64_t group, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const AggGroup& g = a.groups[group];
-  const A log_norm = static_cast<A>(g.log_norm);
-  alignas(64) A z[kAggTile], largest[kAggTile], sum[kAggTile], total[kAggTile];
-  for (int64_t c0 = 0; c0 < a.dim; c0 += kAggTile) {
-    const int64_t cols = std::min(kAggTile, a.dim - c0), n_cols = std::min(kAggTile, a.padded - c0);
-    const A *mean = at<A>(a.mean, g.begin, a.padded) + c0, *scale = at<A>(a.scale, g.begin, a.padded) + c0;
-    const A* constant = at<A>(a.constant, g.begin, a.padded) + c0;
-    std::fill_n(z, n_cols, A(0));
-    for (int64_t r = begin; r < end; r++) {
-      const Place p = place_of(g, r);
-      load_z<T>(a, p, c0, cols, z);
-      std::fill_n(largest, n_cols, -kInf<A>);
-      for (int64_t n = 0; n < g.count; n++) {
-        const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded;
-#pragma omp simd
-        for (int64_t c = 0; c < n_cols; c++) {
-          const A density = density_of(k[c], (z[c] - m[c]) * s[c]);
-          largest[c] = density > largest[c] ? density : largest[c];
-        }
-      }
-#pragma omp simd
-      for (int64_t c = 0; c < n_cols; c++) {
-        largest[c] = std::abs(largest[c]) < kInf<A> ? largest[c] : A(0);  // as in torch: all -Inf gives -Inf, not NaN
-        total[c] = 0;
-      }
-      for (int64_t n0 = 0; n0 < g.count; n0 += kAggChain) {
-        std::fill_n(sum, n_cols, A(0));
-        for (int64_t n = n0; n < std::min(n0 + kAggChain, g.count); n++) {
-          const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded;
-#pragma omp simd
-          for (int64_t c = 0; c < n_cols; c++) {
-            sum[c] += exp_lane(density_of(k[c], (z[c] - m[c]) * s[c]) - largest[c]);
-          }
-        }
-#pragma omp simd
-        for (int64_t c = 0; c < n_cols; c++) total[c] += sum[c];
-      }
-#pragma omp simd
-      for (int64_t c = 0; c < n_cols; c++) {
-        total[c] = largest[c] + log_lane(total[c]);
-        sum[c] = total[c] - log_norm;
-      }
-      const int64_t out = (p.sample * a.rows + p.row) * a.dim + c0;
-      store_row(total, static_cast<A*>(a.lse) + out, cols);
-      store_row(sum, static_cast<A*>(a.logq) + out, cols);
-    }
-  }
-}
-
-// to += from, from = 0
-template <typename A>
-LMVAE_INLINE void add_and_clear(A* from, A* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) to[i] += from[i], from[i] = 0;
-}
-
-// Adds a chain's sums [count, 2, cols] to its place in the partial ones and clears them.
-template <typename A>
-LMVAE_INLINE void flush(const AggArgs& a, const AggTask& task, int64_t count, int64_t col, int64_t cols, A* chain) {
-  for (int64_t n = 0; n < 2 * count; n++)
-    add_and_clear(chain + n * cols, at<A>(a.partial, 2 * task.slot + n, a.padded) + col, cols);
-}
-
-template <typename T, bool kPosteriors>
-void marginal_bwd(const AggArgs& a, const AggTask& task, acc_t<T>* chain) {
-  using A = acc_t<T>;
-  const AggGroup& g = a.groups[task.group];
-  alignas(64) A z[kAggTile], lse[kAggTile], grad[kAggTile], dz[kAggTile], part[kAggTile];
-  for (int64_t c0 = 0; c0 < a.dim; c0 += kAggTile) {
-    const int64_t cols = std::min(kAggTile, a.dim - c0), n_cols = std::min(kAggTile, a.padded - c0);
-    const A *mean = at<A>(a.mean, g.begin, a.padded) + c0, *scale = at<A>(a.scale, g.begin, a.padded) + c0;
-    const A *constant = at<A>(a.constant, g.begin, a.padded) + c0, *ratio = at<A>(a.ratio, g.begin, a.padded) + c0;
-    std::fill_n(z, n_cols, A(0)), std::fill_n(lse, n_cols, A(0)), std::fill_n(grad, n_cols, A(0));
-    if constexpr (kPosteriors) {
-      std::fill_n(chain, 2 * g.count * n_cols, A(0));
-      for (int64_t n = 0; n < 2 * g.count; n++)
-        std::fill_n(at<A>(a.partial, 2 * task.slot + n, a.padded) + c0, n_cols, A(0));
-    }
-    for (int64_t r = task.begin; r < task.end; r++) {
-      const Place p = place_of(g, r);
-      const int64_t row = p.sample * a.rows + p.row;
-      load_z<T>(a, p, c0, cols, z);
-      load_row(static_cast<const A*>(a.lse) + row * a.dim + c0, 1, lse, cols);
-      load_row(static_cast<const A*>(a.grad) + p.sample * a.grad_sample + p.row * a.grad_row + c0 * a.grad_col,
-               a.grad_col, grad, cols);
-      std::fill_n(dz, n_cols, A(0)), std::fill_n(part, n_cols, A(0));
-      for (int64_t n = 0; n < g.count; n++) {
-        const A *m = mean + n * a.padded, *s = scale + n * a.padded, *k = constant + n * a.padded,
-                *q = ratio + n * a.padded;
-        A *dm = chain + 2 * n * n_cols, *dv = dm + n_cols;
-#pragma omp simd
-        for (int64_t c = 0; c < n_cols; c++) {
-          const A u = (z[c] - m[c]) * s[c], weight = grad[c] * exp_lane(density_of(k[c], u) - lse[c]),
-                  pull = weight * u;
-          part[c] += pull * s[c];
-          if constexpr (kPosteriors) {
-            dm[c] += pull;
-            dv[c] += weight * (q[c] * (u * u) - A(0.5));
-          }
-        }
-        if (n % kAggChain == kAggChain - 1 || n + 1 == g.count) add_and_clear(part, dz, n_cols);
-      }
-      if (a.dz) {
-#pragma omp simd
-        for (int64_t c = 0; c < n_cols; c++) dz[c] *= A(-2);
-        store_row(dz, static_cast<T*>(a.dz) + row * a.dim + c0, cols);
-      }
-      if constexpr (kPosteriors) {
-        if ((r - task.begin) % kAggChain == kAggChain - 1 || r + 1 == task.end)
-          flush(a, task, g.count, c0, n_cols, chain);
-      }
     }
   }
 }

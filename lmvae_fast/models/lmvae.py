@@ -31,7 +31,7 @@ from lmvae_fast.models.posterior import Posterior, shared_seed
 from lmvae_fast.models.serialization import copy_into, read_model, save_model
 from lmvae_fast.models.systems import resolve
 from lmvae_fast.models.token_dropout import dropped_tokens
-from lmvae_fast.models.token_losses import token_losses
+from lmvae_fast.models.token_losses import token_losses, token_losses_in_pieces
 from lmvae_fast.text.batch import Batch
 from lmvae_fast.text.tokenizer import TokenizedSentences
 
@@ -233,7 +233,8 @@ class LMVAE(nn.Module):
             read = self.greedy_inputs(batch, injection)
         elif config.token_dropout and self.training:
             read = dropped_tokens(batch, config.token_dropout, config.max_len, self.decoder.tokenizer, eps, seed)
-        loss, nll = token_losses(self.decoder, batch, read, injection, weights)
+        losses = token_losses if config.contrast else token_losses_in_pieces
+        loss, nll = losses(self.decoder, batch, read, injection, weights)
         loss = loss + beta * batch.own(latents.kl).mean()
         auxiliary = self._auxiliary(batch, posterior, nll, eps, seed)
         with torch.no_grad():

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.memory import give_back
 from lmvae_fast.models.decoder.exchange import called, exchanged
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -41,6 +42,7 @@ def frozen_in(decoder: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     for parameter in castable(decoder) if dtype is not None else ():
         kept.append((parameter, parameter.data))
         parameter.data = parameter.data.to(dtype)
+    give_back(data for _, data in kept)
     try:
         yield
     finally:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.kernels.backend import FLOATS, choose, current
+from lmvae_fast.memory import give_back
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.exchange import called, exchanged
 from lmvae_fast.models.decoder.frozen_products import adapter_state, require_adapters
 from lmvae_fast.models.decoder.large_pages import LargePages
-from lmvae_fast.models.decoder.packed_products import Unlike, require
+from lmvae_fast.models.decoder.packed_products import Unlike, plain_linears, require
 from lmvae_fast.models.decoder.training_layers import written_out
 from lmvae_fast.models.sharded_tensors import in_pieces
 
@@ -78,6 +79,10 @@ class TrainingBody:
         cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != embedded.dtype
         return current() != "reference" and embedded.dtype in DTYPES[device] and not cast
 
+    def prepared(self) -> bool:
+        """Whether passes go through prepared layers, which are made now where there are none yet."""
+        return current() != "reference" and self._prepared() is not None
+
     def stale(self) -> bool:
         """Whether the layers of the last pass are not those of the next one, so that no recording of a pass may be replayed:
         it reads copies of weights that are let go then."""
@@ -124,6 +129,7 @@ class TrainingBody:
                 reason = f"the {what} of prepared layers are off by {off:.1e}, more than {limit:.1e}"
                 logger.warning("%s: %s", type(body).__name__, reason)
                 return None, reason
+        give_back(module.weight.detach() for module in plain_linears(body))  # read again where the modules are
         return forward, None
 
 
