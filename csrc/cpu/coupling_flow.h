@@ -103,6 +103,9 @@ struct Backward {
 };
 
 constexpr int64_t kMaxDim = 1024;  // spec.py refuses more
+// A sum runs over at most kChain terms before it is added to the rest: long chains of fp32 additions lose digits. Tiles
+// of rows are multiples of it, so that sums over the batch do not depend on the tiles.
+constexpr int64_t kChain = 128;
 // Rows of one thread in flight: their activations stay in the second-level cache.
 constexpr int64_t kTileRows = 256;
 // A team with fewer rows computes the elementwise part in every thread.
@@ -116,6 +119,17 @@ static inline int64_t even_tile(int64_t n, int64_t most) {
 // Columns of a packed panel of B: two vectors, and the widest vector has 64 bytes.
 template <typename T>
 constexpr int64_t kPanel = 128 / int64_t(sizeof(T));
+// Columns of a block of packed panels: with kChain rows it takes a quarter of a second-level cache of 1 MB.
+template <typename T>
+constexpr int64_t kBlock = 2048 / int64_t(sizeof(T));
+// From so many rows on a product packs a whole block (coupling_flow_gemm.h).
+constexpr int64_t kManyRows = 48;
+// Elements that the products of `rows` rows, and those that sum over them, pack.
+template <typename T>
+int64_t product_scratch(int64_t max_width, int64_t rows) {
+  const int64_t terms = rows < kManyRows ? rows : kChain;
+  return std::max(kChain * kPanel<T>, terms * std::min(kBlock<T>, max_width + kPanel<T>));
+}
 
 // Cuts a buffer into pieces of whole cache lines; with a null base it only counts.
 template <typename T>
@@ -138,7 +152,7 @@ struct ForwardMemory {
     for (T*& s : state) s = c.take(tile * plan.dim);
     u = c.take(tile * plan.dim);
     post = c.take(tile * plan.max_width);
-    panel = c.take(plan.max_width * kPanel<T>);
+    panel = c.take(product_scratch<T>(plan.max_width, tile));
     kept = c.take(saved ? 0 : tile * plan.max_columns);
     size = c.used;
   }
@@ -162,7 +176,7 @@ struct TeamMemory {
         own = mine.used;
         mine = Cutter<T>{base == nullptr ? nullptr : base + shared + rank * own};
       }
-      panel = mine.take(plan.max_width * kPanel<T>);
+      panel = mine.take(product_scratch<T>(plan.max_width, rows));
       if (alone) {
         for (T*& s : state) s = mine.take(rows * plan.dim);
         u = mine.take(rows * plan.dim);
@@ -193,7 +207,7 @@ struct BackwardMemory {
         own = mine.used;
         mine = Cutter<T>{base == nullptr ? nullptr : base + shared + rank * own};
       }
-      panel = mine.take(std::max(plan.max_width * kPanel<T>, tile * std::max(plan.max_width, kPanel<T>)));
+      panel = mine.take(product_scratch<T>(plan.max_width, tile));
       u = mine.take(saved ? 0 : tile * plan.dim);
       my_post = mine.take(plan.smooth && !saved ? tile * plan.max_width : 0);
       post = mine.take(plan.smooth ? tile * plan.max_width : 0);

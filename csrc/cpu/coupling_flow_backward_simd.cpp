@@ -43,27 +43,22 @@ void column_sums(const T* matrix, int64_t ld, int64_t rows, int64_t width, T* su
   }
 }
 
-// The gradient of a hidden layer's argument from that of its value, in place.
+// The gradient of a hidden layer's argument from that of its value, in place (a ReLU's is part of the product).
 template <typename T>
 void hidden_gradient(int activation, const T* kept, T* grad, int64_t count) {
   constexpr int64_t W = MathVec<T>::size();
-  const MathVec<T> zero(T(0));
   for (int64_t i = 0; i < count; i += W) {
     const int64_t n = count - i;
-    const MathVec<T> value = load_part(kept + i, n), g = load_part(grad + i, n);
-    store_part(grad + i,
-               activation == flow::kRelu ? MathVec<T>::blendv(g, zero, value <= zero)
-                                         : g * activation_slope(activation, value),
-               n);
+    store_part(grad + i, load_part(grad + i, n) * activation_slope(activation, load_part(kept + i, n)), n);
   }
 }
 
-// dA (+)= G W^T.
+// dA (+)= G W^T, through the ReLU whose values are `gate` where there is one.
 template <typename T>
 void input_gradient(int64_t rows, int64_t k, int64_t n, const T* g, int64_t ldg, const T* w, T* da, int64_t lda,
-                    bool accumulate, T* panel) {
+                    bool accumulate, const T* gate, T* panel) {
   gemm<T>({rows, k, n, g, ldg, 1, w, n, Layout::kTransposed, da, lda, accumulate ? Start::kAccumulate : Start::kZero,
-           nullptr, false},
+           nullptr, false, gate},
           panel);
 }
 
@@ -79,18 +74,21 @@ void nets_input_gradient(const Call<T>& call, const Stage& s, const Activations<
     for (int64_t k = int64_t(net.layers.size()) - 1; k > 0; --k) {
       const Layer &layer = net.layers[k], &before = net.layers[k - 1];
       T* down = d_hidden.at(before.hidden, before.out);
-      input_gradient(rows, layer.in, layer.out, g, ldg, call.theta + layer.weight, down, layer.in, false, panel);
-      hidden_gradient(net.activation, kept.at(plan.dim + 2 * s.active_width + before.hidden, before.out), down,
-                      rows * before.out);
+      const T* value = kept.at(plan.dim + 2 * s.active_width + before.hidden, before.out);
+      const bool relu = net.activation == flow::kRelu;
+      input_gradient(rows, layer.in, layer.out, g, ldg, call.theta + layer.weight, down, layer.in, false,
+                     relu ? value : nullptr, panel);
+      if (!relu) hidden_gradient(net.activation, value, down, rows * before.out);
       g = down;
       ldg = before.out;
     }
     const Layer& layer = net.layers[0];
     const T* weight = call.theta + layer.weight;
-    input_gradient(rows, s.passive_width, layer.out, g, ldg, weight, grad + s.passive, plan.dim, true, panel);
+    input_gradient(rows, s.passive_width, layer.out, g, ldg, weight, grad + s.passive, plan.dim, true,
+                   static_cast<const T*>(nullptr), panel);
     if (s.conditional && grad_cond) {
       input_gradient(rows, plan.cond_dim, layer.out, g, ldg, weight + s.passive_width * layer.out, grad_cond,
-                     plan.cond_dim, true, panel);
+                     plan.cond_dim, true, static_cast<const T*>(nullptr), panel);
     }
   }
 }
@@ -113,15 +111,24 @@ void affine_gradient(const Call<T>& call, const Stage& s, T* u, T* g, T* through
 }
 
 // What the gradient of one row wants of its coupling, each function computed once: e = exp(log_scale), `slope`
-// = d log_scale / d raw, and, when v is not nullptr, the coupling's y side v = [x_passive, x_active e + t].
+// = d log_scale / d raw, and, when v is not nullptr, the coupling's y side v = [x_passive, x_active e + t]. raw: as
+// couple_row (`coupled`) or uncouple_row left it.
 template <typename T>
-void coupling_factors(const Call<T>& call, const Stage& s, const T* x, const T* raw, T* e, T* slope, T* v) {
+void coupling_factors(const Call<T>& call, const Stage& s, const T* x, const T* raw, bool coupled, T* e, T* slope,
+                      T* v) {
   constexpr int64_t W = MathVec<T>::size();
   if (v != nullptr) std::memcpy(v, x, call.plan->dim * sizeof(T));
   const MathVec<T> clamp(static_cast<T>(s.clamp)), gain(static_cast<T>(s.gain));
   for (int64_t i = 0; i < s.active_width; i += W) {
     const int64_t n = s.active_width - i;
-    const MathVec<T> r = gain * load_part(raw + i, n), squashed = squash(s, r), factor = (clamp * squashed).exp();
+    const MathVec<T> kept = load_part(raw + i, n), r = gain * kept;
+    MathVec<T> squashed = kept, factor;
+    if (keeps_factor(s, coupled)) {
+      factor = load_part(raw + s.active_width + i, n);
+    } else {
+      if (!keeps_squashed(s)) squashed = squash(s, r);
+      factor = (clamp * squashed).exp();
+    }
     store_part(e + i, factor, n);
     store_part(slope + i, clamp * gain * squash_slope(s, r, squashed), n);
     if (v != nullptr) {
@@ -162,8 +169,8 @@ struct Sums {
 // entry, of its input on return (in the way the flow ran); it may come back in `spare`, with the two pointers swapped.
 template <typename T>
 void stage_rows_gradient(const Call<T>& call, const Stage& s, const T* x, const Activations<T>& kept, const T* d_logdet,
-                         T*& g, T*& spare, T* grad_cond, const Sums<T>& out, const Activations<T>& d_hidden,
-                         int64_t rows, T* panel) {
+                         bool coupled, T*& g, T*& spare, T* grad_cond, const Sums<T>& out,
+                         const Activations<T>& d_hidden, int64_t rows, T* panel) {
   const int64_t dim = call.plan->dim;
   const T* raw = kept.at(dim, 2 * s.active_width);
   const int32_t* index = call.indices + s.index;
@@ -185,7 +192,7 @@ void stage_rows_gradient(const Call<T>& call, const Stage& s, const T* x, const 
     alignas(64) T e[flow::kMaxDim], slope[flow::kMaxDim];
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * 2 * s.active_width;
-      coupling_factors(call, s, x + r * dim, raw + at, e, slope, s.affine ? out.through_u + r * dim : nullptr);
+      coupling_factors(call, s, x + r * dim, raw + at, coupled, e, slope, s.affine ? out.through_u + r * dim : nullptr);
       if (s.affine && !call.inverse) affine_row(r);
       coupling_gradient(call, s, x + r * dim, e, slope, d_logdet[r], g + r * dim, out.d_raw + at);
     }
@@ -199,11 +206,17 @@ void stage_rows_gradient(const Call<T>& call, const Stage& s, const T* x, const 
   if (call.inverse) permute();
 }
 
-// dW (+)= A^T G, this thread's share of it: of the rows of dW or of its columns, whichever there are more of.
+// dW (+)= A^T G, this thread's share of it: of the rows of dW or of its columns, whichever there are more of. db, where
+// it is given, (+)= the sums of G's columns.
 template <typename T>
-void weight_gradient(int64_t rows, int64_t k, int64_t n, const T* a, int64_t lda, const T* g, int64_t ldg, T* dw,
+void weight_gradient(int64_t rows, int64_t k, int64_t n, const T* a, int64_t lda, const T* g, int64_t ldg, T* dw, T* db,
                      bool first, int rank, int threads, T* panel) {
   const bool by_row = k > n;
+  if (db && (by_row || k == 0)) {
+    const Share share(n, Lanes<T>::count, rank, threads);
+    column_sums(g + share.begin, ldg, rows, share.end - share.begin, db + share.begin, first);
+    db = nullptr;
+  }
   const Share share = by_row ? Share(k, kTileM, rank, threads) : Share(n, 2 * Lanes<T>::count, rank, threads);
   const int64_t count = share.end - share.begin;
   if (by_row) {
@@ -212,9 +225,10 @@ void weight_gradient(int64_t rows, int64_t k, int64_t n, const T* a, int64_t lda
   } else {
     g += share.begin;
     dw += share.begin;
+    if (db) db += share.begin;
   }
   gemm<T>({by_row ? count : k, by_row ? n : count, rows, a, 1, lda, g, ldg, Layout::kRows, dw, n,
-           first ? Start::kZero : Start::kAccumulate, nullptr, false},
+           first ? Start::kZero : Start::kAccumulate, nullptr, false, nullptr, db},
           panel);
 }
 
@@ -240,13 +254,13 @@ void stage_sums(const Call<T>& call, const Stage& s, const T* x, const T* cond, 
       const T* g = last ? sums.d_raw + net.column : d_hidden.at(layer.hidden, layer.out);
       const int64_t ldg = last ? 2 * s.active_width : layer.out;
       T* dw = grad_theta + layer.weight;
-      columns(g, ldg, layer.out, grad_theta + layer.bias);
+      T* db = grad_theta + layer.bias;
       if (k == 0) {
-        weight_gradient(rows, s.passive_width, layer.out, x + s.passive, plan.dim, g, ldg, dw, first, rank, threads,
+        weight_gradient(rows, s.passive_width, layer.out, x + s.passive, plan.dim, g, ldg, dw, db, first, rank, threads,
                         panel);
         if (s.conditional) {
           weight_gradient(rows, plan.cond_dim, layer.out, cond, plan.cond_dim, g, ldg, dw + s.passive_width * layer.out,
-                          first, rank, threads, panel);
+                          static_cast<T*>(nullptr), first, rank, threads, panel);
         }
         continue;
       }
@@ -256,7 +270,7 @@ void stage_sums(const Call<T>& call, const Stage& s, const T* x, const T* cond, 
         activate_all(net.activation, value, post, rows * before.out);
         value = post;
       }
-      weight_gradient(rows, layer.in, layer.out, value, layer.in, g, ldg, dw, first, rank, threads, panel);
+      weight_gradient(rows, layer.in, layer.out, value, layer.in, g, ldg, dw, db, first, rank, threads, panel);
     }
   }
 }
@@ -277,7 +291,8 @@ void flow_backward(const Call<T>& call, const flow::Backward<T>& io, int rank, i
     if (grad_cond) std::memset(grad_cond, 0, count * plan.cond_dim * sizeof(T));
     T *g = memory.grad[0] + at, *spare = memory.grad[1] + at;
     std::memcpy(g, io.grad_y + row * dim + at, count * dim * sizeof(T));
-    int turn = 0;  // of three state buffers
+    int turn = 0;                                                // of three state buffers
+    const bool coupled = (io.saved != nullptr) != call.inverse;  // the activations are couple_row's
     if (!io.saved) std::memcpy(memory.state[0] + at, io.y + row * dim + at, count * dim * sizeof(T));
     for (int64_t i = 0; i < stages; ++i) {
       const Stage& s = plan.stages[call.inverse ? i : stages - 1 - i];
@@ -294,10 +309,11 @@ void flow_backward(const Call<T>& call, const flow::Backward<T>& io, int rank, i
         const T* my_cond = cond ? cond + r0 * plan.cond_dim : nullptr;
         if (call.inverse) {  // at the x side: run forward to find the next
           stage_forward<T>(call, s, here + at, my_cond, there + at, kept, memory.u, memory.my_post, nullptr, count,
-                           memory.panel);
+                           true, memory.panel);
           x = here;
         } else {
-          stage_inverse<T>(call, s, here + at, my_cond, there + at, kept, memory.my_post, nullptr, count, memory.panel);
+          stage_inverse<T>(call, s, here + at, my_cond, there + at, kept, memory.my_post, nullptr, count, true,
+                           memory.panel);
           x = there;
         }
         turn = (turn + 1) % 3;
@@ -305,7 +321,7 @@ void flow_backward(const Call<T>& call, const flow::Backward<T>& io, int rank, i
       const Sums<T> my_sums{sums.d_raw + r0 * 2 * s.active_width, sums.d_hidden, sums.through + at,
                             sums.through_u + at};
       const Activations<T> my_kept{all.base, all.rows, all.row + r0};
-      stage_rows_gradient(call, s, x + at, my_kept, io.grad_logdet + row + r0, g, spare, grad_cond, my_sums,
+      stage_rows_gradient(call, s, x + at, my_kept, io.grad_logdet + row + r0, coupled, g, spare, grad_cond, my_sums,
                           Activations<T>{sums.d_hidden, io.tile, r0}, count, memory.panel);
       meet(*io.barrier, threads);
       stage_sums(call, s, x, cond, all, sums, Activations<T>{sums.d_hidden, io.tile, 0}, io.grad_theta, row == 0, rows,

@@ -29,7 +29,7 @@ void flow_forward(const Call<T>& call, const flow::ForwardRows<T>& io, int64_t b
       if (call.inverse) {
         // The x side is what backward wants; it is made in place of the saved state.
         T* x = io.saved ? kept.at(0, dim) : to;
-        stage_inverse(call, s, from, cond, x, kept, memory.post, logdet, rows, memory.panel);
+        stage_inverse(call, s, from, cond, x, kept, memory.post, logdet, rows, io.saved != nullptr, memory.panel);
         if (x != to && i + 1 == stages) std::memcpy(to, x, rows * dim * sizeof(T));
         from = x;
       } else {
@@ -44,7 +44,8 @@ void flow_forward(const Call<T>& call, const flow::ForwardRows<T>& io, int64_t b
             from = x;
           }
         }
-        stage_forward(call, s, from, cond, to, kept, memory.u, memory.post, logdet, rows, memory.panel);
+        stage_forward(call, s, from, cond, to, kept, memory.u, memory.post, logdet, rows, io.saved != nullptr,
+                      memory.panel);
         from = to;
       }
     }
@@ -104,12 +105,12 @@ void flow_team(const Call<T>& call, const flow::Team<T>& io, int rank, int threa
     }
     const int64_t at = r0 * dim;
     if (!call.inverse) {
-      stage_out(call, s, from + at, raw + r0 * 2 * s.active_width, to + at, memory.u + at, logdet + r0, count,
+      stage_out(call, s, from + at, raw + r0 * 2 * s.active_width, to + at, memory.u + at, logdet + r0, count, false,
                 memory.panel);
       if (!alone) meet(*io.barrier, threads);
     } else if (s.coupling) {
       for (int64_t r = r0; r < r0 + count; ++r)
-        logdet[r] -= uncouple_row(s, raw + r * 2 * s.active_width, to + r * dim);
+        logdet[r] -= uncouple_row(s, raw + r * 2 * s.active_width, to + r * dim, false);
     }
     from = to;
   }

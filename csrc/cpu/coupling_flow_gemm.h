@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "coupling_flow.h"
 #include "vector.h"
 
 namespace lmvae::LMVAE_ISA {
@@ -18,9 +19,7 @@ namespace {
 constexpr int kTileM = by_registers(12, 6);  // rows of a register tile, times two vectors of columns
 constexpr int kWideM = by_registers(3, 1);   // times eight
 
-// A sum runs over at most kChain terms before it is added to the rest: long chains of fp32 additions lose digits. Tiles
-// of rows are multiples of it, so that sums over the batch do not depend on the tiles.
-constexpr int64_t kChain = 128;
+using flow::kChain;
 
 // B given as [N, K] (row n, column k at b[n * ld + k]) instead of [K, N].
 enum class Layout { kRows, kTransposed };
@@ -37,69 +36,78 @@ struct Product {
   T* c;
   int64_t ldc;
   Start start;
-  const T* bias;  // [n], with Start::kBias
-  bool relu;
+  const T* bias = nullptr;  // [n], with Start::kBias
+  bool relu = false;
+  const T* gate = nullptr;  // laid out as c: where it is not above zero, the result is zero (the gradient of a ReLU)
+  T* sums = nullptr;        // [n]: also the sums of B's columns, added to what is there unless start is kZero
 };
 
+// What becomes of a tile's sums over a chain of terms: c = gate(relu(sums + [c or bias])).
+template <typename T>
+struct Finish {
+  T* c;
+  int64_t ldc;
+  Start start;
+  const T *bias, *gate;
+  bool relu;
+  Finish at(int64_t row, int64_t column) const {
+    const int64_t offset = row * ldc + column;
+    return {c + offset, ldc, start, bias ? bias + column : nullptr, gate ? gate + offset : nullptr, relu};
+  }
+};
+
+// One tile, over at most kChain terms.
 template <typename T, int MR, int NV, bool kUnitCol>
-__attribute__((noinline)) void micro(int64_t k, const T* a, int64_t a_stride, const T* b, int64_t ldb, T* c,
-                                     int64_t ldc, Start start, const T* bias, bool relu) {
+__attribute__((noinline)) void micro(int64_t k, const T* a, int64_t a_stride, const T* b, int64_t ldb,
+                                     const Finish<T>& to) {
   constexpr int W = Lanes<T>::count;
-  for (int64_t l0 = 0; l0 == 0 || l0 < k; l0 += kChain) {
-    const int64_t l1 = std::min(k, l0 + kChain);
-    Register<T> acc[MR][NV] = {};
-    for (int64_t l = l0; l < l1; ++l) {
-      if (!kUnitCol) {  // a new line of A per step, at a stride no hardware prefetcher follows
-        __builtin_prefetch(a + 24 * a_stride);
-        __builtin_prefetch(a + 24 * a_stride + MR - 1);
-      }
-      Register<T> row[NV];
-#pragma GCC unroll 16
-      for (int j = 0; j < NV; ++j) row[j] = load(b + j * W);
-      b += ldb;
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const T value = kUnitCol ? a[i * a_stride] : a[i];
-#pragma GCC unroll 16
-        for (int j = 0; j < NV; ++j) acc[i][j] += value * row[j];
-      }
-      a += kUnitCol ? 1 : a_stride;
+  T* const c = to.c;
+  const T *const bias = to.bias, *const gate = to.gate;
+  const int64_t ldc = to.ldc;
+  const Start start = to.start;
+  const bool relu = to.relu;
+  Register<T> acc[MR][NV] = {};
+  for (int64_t l = 0; l < k; ++l) {
+    if (!kUnitCol) {  // a new line of A per step, at a stride no hardware prefetcher follows
+      __builtin_prefetch(a + 24 * a_stride);
+      __builtin_prefetch(a + 24 * a_stride + MR - 1);
     }
-    const Start add = l0 > 0 ? Start::kAccumulate : start;
-    const bool clip = relu && l1 == k;
+    Register<T> row[NV];
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; ++j) row[j] = load(b + j * W);
+    b += ldb;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const T value = kUnitCol ? a[i * a_stride] : a[i];
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j) acc[i][j] += value * row[j];
+    }
+    a += kUnitCol ? 1 : a_stride;
+  }
+  // One kind of work at a time on all sums, which stay in registers.
+  auto each = [&](const auto& work) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 16
-      for (int j = 0; j < NV; ++j) {
-        Register<T> out = acc[i][j];
-        if (add == Start::kBias) out += load(bias + j * W);
-        if (add == Start::kAccumulate) out += load(c + i * ldc + j * W);
-        if (clip) out = out < 0 ? Register<T>{} : out;  // NaN passes, as in torch
-        store(c + i * ldc + j * W, out);
-      }
+      for (int j = 0; j < NV; ++j) work(acc[i][j], i, j);
     }
+  };
+  if (start == Start::kBias) each([&](Register<T>& x, int, int j) { x += load(bias + j * W); });
+  if (start == Start::kAccumulate) each([&](Register<T>& x, int i, int j) { x += load(c + i * ldc + j * W); });
+  if (relu) each([&](Register<T>& x, int, int) { x = x < 0 ? Register<T>{} : x; });  // NaN passes, as in torch
+  if (gate) {
+    each([&](Register<T>& x, int i, int j) { x = load(gate + i * ldc + j * W) <= 0 ? Register<T>{} : x; });
   }
+  each([&](Register<T>& x, int i, int j) { store(c + i * ldc + j * W, Vec<T>(x)); });
 }
 
 template <typename T, int NV, bool kUnitCol, int MR>
-void micro_rows(int64_t m, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t ldb, T* c, int64_t ldc,
-                Start start, const T* bias, bool relu) {
+void micro_rows(int64_t m, int64_t k, const T* a, int64_t a_stride, const T* b, int64_t ldb, const Finish<T>& to) {
   if constexpr (MR == 0) {
     return;
   } else {
-    if (m == MR) return micro<T, MR, NV, kUnitCol>(k, a, a_stride, b, ldb, c, ldc, start, bias, relu);
-    micro_rows<T, NV, kUnitCol, MR - 1>(m, k, a, a_stride, b, ldb, c, ldc, start, bias, relu);
-  }
-}
-
-// One panel of NV vectors of columns, all rows.
-template <typename T, int NV, bool kUnitCol>
-void panel(const Product<T>& p, const T* b, int64_t ldb, T* c, int64_t ldc, Start start, const T* bias) {
-  constexpr int M = NV == 2 ? kTileM : kWideM;
-  const int64_t a_row = p.a_row, stride = kUnitCol ? p.a_row : p.a_col;
-  for (int64_t i = 0; i < p.m; i += M) {
-    micro_rows<T, NV, kUnitCol, M>(std::min<int64_t>(M, p.m - i), p.k, p.a + i * a_row, stride, b, ldb, c + i * ldc,
-                                   ldc, start, bias, p.relu);
+    if (m == MR) return micro<T, MR, NV, kUnitCol>(k, a, a_stride, b, ldb, to);
+    micro_rows<T, NV, kUnitCol, MR - 1>(m, k, a, a_stride, b, ldb, to);
   }
 }
 
@@ -115,93 +123,136 @@ inline __attribute__((always_inline)) void transpose(const T* from, int64_t ld_f
   for (int i = 0; i < W; ++i) store(to + i * ld_to, rows[i]);
 }
 
-// Columns [n0, n0 + width) of B as [k][NR], padded with zeros.
+// Rows [l0, l0 + k) and columns [n0, n0 + width) of B as [k][NR], padded with zeros.
 template <typename T>
-void pack(const Product<T>& p, int64_t n0, int64_t width, T* out) {
+void pack(const Product<T>& p, int64_t l0, int64_t k, int64_t n0, int64_t width, T* out) {
   constexpr int64_t W = Lanes<T>::count, NR = 2 * W;
+  constexpr int64_t kAhead = 16;  // rows, at a stride no hardware prefetcher follows
   if (p.layout == Layout::kRows) {
-    const T* from = p.b + n0;
+    const T* from = p.b + l0 * p.ldb + n0;
     if (width == NR) {
-      for (int64_t l = 0; l < p.k; ++l, from += p.ldb, out += NR) {
+      for (int64_t l = 0; l < k; ++l, from += p.ldb, out += NR) {
+        __builtin_prefetch(from + kAhead * p.ldb);
+        __builtin_prefetch(from + kAhead * p.ldb + NR - 1);
         store(out, load(from));
         store(out + W, load(from + W));
       }
       return;
     }
-    for (int64_t l = 0; l < p.k; ++l, from += p.ldb, out += NR) {
+    for (int64_t l = 0; l < k; ++l, from += p.ldb, out += NR) {
       for (int64_t j = 0; j < NR; ++j) out[j] = j < width ? from[j] : T(0);
     }
     return;
   }
-  const T* from = p.b + n0 * p.ldb;
+  const T* from = p.b + n0 * p.ldb + l0;
   int64_t l = 0;
   if (width == NR) {
-    for (; l + W <= p.k; l += W) {
+    for (; l + W <= k; l += W) {
+      const T* next = l + 2 * W <= k ? from + l + W : from + NR * p.ldb;
+      for (int64_t j = 0; j < NR; ++j) __builtin_prefetch(next + j * p.ldb);
       transpose(from + l, p.ldb, out + l * NR, NR);
       transpose(from + W * p.ldb + l, p.ldb, out + l * NR + W, NR);
     }
   }
-  for (; l < p.k; ++l) {
+  for (; l < k; ++l) {
     for (int64_t j = 0; j < NR; ++j) out[l * NR + j] = j < width ? from[j * p.ldb + l] : T(0);
   }
 }
 
+// The sums of a packed panel's columns.
+template <typename T>
+void panel_sums(const T* packed, int64_t k, int64_t width, bool first, T* sums) {
+  constexpr int64_t W = Lanes<T>::count, NR = 2 * W;
+  Register<T> sum[2] = {};
+  for (int64_t l = 0; l < k; ++l, packed += NR) {
+    sum[0] += load(packed);
+    sum[1] += load(packed + W);
+  }
+  T lanes[NR];
+  store(lanes, sum[0]);
+  store(lanes + W, sum[1]);
+  for (int64_t j = 0; j < width; ++j) sums[j] = first ? lanes[j] : sums[j] + lanes[j];
+}
+
+// The last columns, fewer than a panel: B padded with zeros, C through a small tile.
+template <typename T, bool kUnitCol>
+void last_columns(int64_t m, int64_t k, int64_t width, const T* a, int64_t a_stride, const T* b, const Finish<T>& to) {
+  constexpr int64_t NR = 2 * Lanes<T>::count;
+  T bias[NR] = {}, tile[kTileM * NR], gate[kTileM * NR] = {};
+  if (to.start == Start::kBias) std::memcpy(bias, to.bias, width * sizeof(T));
+  for (int64_t r = 0; r < m; ++r) {
+    std::memset(tile + r * NR, 0, NR * sizeof(T));
+    if (to.start == Start::kAccumulate) std::memcpy(tile + r * NR, to.c + r * to.ldc, width * sizeof(T));
+    if (to.gate) std::memcpy(gate + r * NR, to.gate + r * to.ldc, width * sizeof(T));
+  }
+  const Finish<T> small{tile, NR, to.start, bias, to.gate ? gate : nullptr, to.relu};
+  micro_rows<T, 2, kUnitCol, kTileM>(m, k, a, a_stride, b, NR, small);
+  for (int64_t r = 0; r < m; ++r) std::memcpy(to.c + r * to.ldc, tile + r * NR, width * sizeof(T));
+}
+
+// A chain of terms at a time: what is packed of B, and a strip of A, stay in the nearest cache.
 template <typename T, bool kUnitCol>
 void product(const Product<T>& p, T* scratch) {
   constexpr int64_t W = Lanes<T>::count, NR = 2 * W, kWide = 8 * W;
-  int64_t n = 0;
-  if (p.layout == Layout::kRows && p.m <= kWideM) {  // a few rows: read B once, long pieces at a time
-    for (; n + kWide <= p.n; n += kWide) {
-      panel<T, 8, kUnitCol>(p, p.b + n, p.ldb, p.c + n, p.ldc, p.start, p.bias ? p.bias + n : nullptr);
+  const bool wide =
+      p.layout == Layout::kRows && p.m <= kWideM && !p.sums;  // a few rows: read B once, long pieces at a time
+  const bool in_place = p.layout == Layout::kRows && p.m < 4 * kTileM && !p.sums;
+  const int64_t narrow = wide ? p.n / kWide * kWide : 0;  // where panels of two vectors begin
+  const int64_t terms = std::max<int64_t>(1, p.k), stride = kUnitCol ? p.a_row : p.a_col;
+  auto finish = [&](int64_t l0) {
+    const bool last = l0 + kChain >= p.k;
+    const Start start = l0 > 0 ? Start::kAccumulate : p.start;
+    return Finish<T>{p.c, p.ldc, start, p.bias, last ? p.gate : nullptr, p.relu && last};
+  };
+  for (int64_t n = 0; n < narrow; n += kWide) {
+    for (int64_t l0 = 0; l0 < terms; l0 += kChain) {
+      micro_rows<T, 8, kUnitCol, kWideM>(p.m, std::min(kChain, p.k - l0), p.a + l0 * p.a_col, stride,
+                                         p.b + l0 * p.ldb + n, p.ldb, finish(l0).at(0, n));
     }
   }
-  if (!kUnitCol && p.m > p.n) {
-    // A is the larger: all of B packed, and A read once, a strip of kTileM columns at a time.
-    const int64_t panels = (p.n - n) / NR;
-    for (int64_t j = 0; j < panels; ++j) pack(p, n + j * NR, NR, scratch + j * NR * p.k);
-    Product<T> strip = p;
-    for (int64_t i = 0; i < p.m; i += kTileM) {
-      strip.m = std::min<int64_t>(kTileM, p.m - i);
-      strip.a = p.a + i * p.a_row;
-      for (int64_t j = 0; j < panels; ++j) {
-        const int64_t c = n + j * NR;
-        panel<T, 2, kUnitCol>(strip, scratch + j * NR * p.k, NR, p.c + i * p.ldc + c, p.ldc, p.start,
-                              p.bias ? p.bias + c : nullptr);
+  for (int64_t l0 = 0; l0 < terms; l0 += kChain) {
+    const int64_t k = std::min(kChain, p.k - l0);
+    const Finish<T> to = finish(l0);
+    // Columns [n, n + NR) of rows [i0, i1).
+    auto tiles = [&](int64_t n, int64_t i0, int64_t i1, const T* b, int64_t ldb) {
+      for (int64_t i = i0; i < i1; i += kTileM) {
+        const int64_t rows = std::min<int64_t>(kTileM, p.m - i), width = p.n - n;
+        const T* a = p.a + i * p.a_row + l0 * p.a_col;
+        if (width >= NR) {
+          micro_rows<T, 2, kUnitCol, kTileM>(rows, k, a, stride, b, ldb, to.at(i, n));
+        } else {
+          last_columns<T, kUnitCol>(rows, k, width, a, stride, b, to.at(i, n));
+        }
       }
+    };
+    auto packed = [&](int64_t n, T* out) {
+      const int64_t width = std::min(NR, p.n - n);
+      pack(p, l0, k, n, width, out);
+      if (p.sums) panel_sums(out, k, width, to.start != Start::kAccumulate, p.sums + n);
+    };
+    // A large A is read once and a large C written once, in the order of its rows: a strip at a time past a block of B.
+    if ((!kUnitCol && p.m > p.n) || (p.m >= flow::kManyRows && p.k <= kChain)) {
+      for (int64_t n0 = narrow; n0 < p.n; n0 += flow::kBlock<T>) {
+        const int64_t n1 = std::min(p.n, n0 + flow::kBlock<T>);
+        for (int64_t n = n0; n < n1; n += NR) packed(n, scratch + (n - n0) * k);
+        for (int64_t i = 0; i < p.m; i += kTileM) {
+          for (int64_t n = n0; n < n1; n += NR) tiles(n, i, i + 1, scratch + (n - n0) * k, NR);
+        }
+      }
+      continue;
     }
-    n += panels * NR;
-  }
-  for (; n + NR <= p.n; n += NR) {
-    const T* bias = p.bias ? p.bias + n : nullptr;
-    if (p.layout == Layout::kRows && p.m < 4 * kTileM) {
-      panel<T, 2, kUnitCol>(p, p.b + n, p.ldb, p.c + n, p.ldc, p.start, bias);
-    } else {
-      pack(p, n, NR, scratch);
-      panel<T, 2, kUnitCol>(p, scratch, NR, p.c + n, p.ldc, p.start, bias);
-    }
-  }
-  if (n == p.n) return;
-  // The last columns: B padded with zeros, C through a small tile.
-  const int64_t width = p.n - n;
-  pack(p, n, width, scratch);
-  T bias[NR] = {}, tile[kTileM * NR];
-  if (p.start == Start::kBias) std::memcpy(bias, p.bias + n, width * sizeof(T));
-  Product<T> part = p;
-  for (int64_t i = 0; i < p.m; i += kTileM) {
-    part.m = std::min<int64_t>(kTileM, p.m - i);
-    part.a = p.a + i * p.a_row;
-    for (int64_t r = 0; r < part.m; ++r) {
-      std::memset(tile + r * NR, 0, NR * sizeof(T));
-      if (p.start == Start::kAccumulate) std::memcpy(tile + r * NR, p.c + (i + r) * p.ldc + n, width * sizeof(T));
-    }
-    panel<T, 2, kUnitCol>(part, scratch, NR, tile, NR, p.start, bias);
-    for (int64_t r = 0; r < part.m; ++r) {
-      std::memcpy(p.c + (i + r) * p.ldc + n, tile + r * NR, width * sizeof(T));
+    for (int64_t n = narrow; n < p.n; n += NR) {
+      if (in_place && p.n - n >= NR) {
+        tiles(n, 0, p.m, p.b + l0 * p.ldb + n, p.ldb);
+      } else {
+        packed(n, scratch);
+        tiles(n, 0, p.m, scratch, NR);
+      }
     }
   }
 }
 
-// scratch: k * 2 * W elements; k * n when a_row is 1 and m > n.
+// scratch: flow::product_scratch.
 template <typename T>
 void gemm(const Product<T>& p, T* scratch) {
   if (p.m == 0 || p.n == 0) return;

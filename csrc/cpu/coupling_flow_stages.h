@@ -150,20 +150,39 @@ void run_nets(const Call<T>& call, const Stage& s, const Inputs<T>& in, int64_t 
 
 // --- the rest of a stage, row by row ---------------------------------------------------------------------------------
 
+// Compiled once: which of its multiplications and additions the compiler fuses must not differ between callers, whose
+// results are to have the same bits.
+#if defined(__clang__)
+#define LMVAE_ONE_COPY __attribute__((noinline))
+#else
+#define LMVAE_ONE_COPY __attribute__((noipa))
+#endif
+
+// A squash whose slope follows from its value: backward wants the value and not what it was computed from.
+LMVAE_INLINE bool keeps_squashed(const Stage& s) { return s.squash == flow::kTanh || s.squash == flow::kSigmoid; }
+
+// Whether a coupling leaves exp(log_scale) for backward in place of t, which then nobody asks for.
+LMVAE_INLINE bool keeps_factor(const Stage& s, bool coupled) { return coupled && !s.affine; }
+
 // x side -> u = scale * couple(x) + offset (before the permutation). `u` may be x. Returns the row's sum of log-scales.
+// keep: leave in `raw` what backward wants (coupling_factors).
 template <typename T>
-T couple_row(const Call<T>& call, const Stage& s, const T* x, const T* raw, T* u) {
+LMVAE_ONE_COPY T couple_row(const Call<T>& call, const Stage& s, const T* x, T* raw, T* u, bool keep) {
   constexpr int64_t W = MathVec<T>::size();
   T logdet = 0;
   if (s.coupling) {
     const MathVec<T> clamp(static_cast<T>(s.clamp)), gain(static_cast<T>(s.gain));
-    const T *xa = x + s.active, *raw_s = raw, *raw_t = raw + s.active_width;
-    T* ua = u + s.active;
+    const T* xa = x + s.active;
+    T *ua = u + s.active, *raw_s = raw, *raw_t = raw + s.active_width;
+    const bool keep_squashed = keep && keeps_squashed(s), keep_factor = keep && keeps_factor(s, true);
     MathVec<T> sum(T(0));
     for (int64_t i = 0; i < s.active_width; i += W) {
       const int64_t n = s.active_width - i;
-      const MathVec<T> log_scale = clamp * squash(s, gain * load_part(raw_s + i, n));
-      store_part(ua + i, load_part(xa + i, n) * log_scale.exp() + gain * load_part(raw_t + i, n), n);
+      const MathVec<T> squashed = squash(s, gain * load_part(raw_s + i, n)), log_scale = clamp * squashed;
+      const MathVec<T> factor = log_scale.exp();
+      store_part(ua + i, load_part(xa + i, n) * factor + gain * load_part(raw_t + i, n), n);
+      if (keep_squashed) store_part(raw_s + i, squashed, n);
+      if (keep_factor) store_part(raw_t + i, factor, n);
       sum = sum + (n >= W ? log_scale : MathVec<T>::set(MathVec<T>(T(0)), log_scale, n));
     }
     logdet = lanes_sum(sum);
@@ -181,16 +200,17 @@ T couple_row(const Call<T>& call, const Stage& s, const T* x, const T* raw, T* u
   return logdet;
 }
 
-// v on the coupling's y side -> x, in place. Returns the row's sum of log-scales.
+// v on the coupling's y side -> x, in place. Returns the row's sum of log-scales. keep: as couple_row.
 template <typename T>
-T uncouple_row(const Stage& s, const T* raw, T* x) {
+LMVAE_ONE_COPY T uncouple_row(const Stage& s, T* raw, T* x, bool keep) {
   constexpr int64_t W = MathVec<T>::size();
   const MathVec<T> clamp(static_cast<T>(s.clamp)), gain(static_cast<T>(s.gain));
   T* xa = x + s.active;
   MathVec<T> sum(T(0));
   for (int64_t i = 0; i < s.active_width; i += W) {
     const int64_t n = s.active_width - i;
-    const MathVec<T> log_scale = clamp * squash(s, gain * load_part(raw + i, n));
+    const MathVec<T> squashed = squash(s, gain * load_part(raw + i, n)), log_scale = clamp * squashed;
+    if (keep && keeps_squashed(s)) store_part(raw + i, squashed, n);
     store_part(xa + i, (load_part(xa + i, n) - gain * load_part(raw + s.active_width + i, n)) * log_scale.neg().exp(),
                n);
     sum = sum + (n >= W ? log_scale : MathVec<T>::set(MathVec<T>(T(0)), log_scale, n));
@@ -226,12 +246,12 @@ void soft_permute(const Call<T>& call, const Stage& s, int which, Layout layout,
 
 // The elementwise part of a stage from the x side to the y side. u: [rows, dim] of scratch. logdet may be nullptr.
 template <typename T>
-void stage_out(const Call<T>& call, const Stage& s, const T* x, const T* raw, T* y, T* u, T* logdet, int64_t rows,
+void stage_out(const Call<T>& call, const Stage& s, const T* x, T* raw, T* y, T* u, T* logdet, int64_t rows, bool keep,
                T* scratch) {
   const int64_t dim = call.plan->dim;
   for (int64_t r = 0; r < rows; ++r) {
     T* row = s.permutation == flow::kNoPermutation ? y + r * dim : u + r * dim;
-    const T sum = couple_row(call, s, x + r * dim, raw + r * 2 * s.active_width, row);
+    const T sum = couple_row(call, s, x + r * dim, raw + r * 2 * s.active_width, row, keep);
     if (logdet) logdet[r] += sum;
     if (s.permutation == flow::kHard) gather_row(row, call.indices + s.index, y + r * dim, dim);
   }
@@ -253,25 +273,25 @@ void stage_in(const Call<T>& call, const Stage& s, const T* y, T* v, int64_t row
 
 template <typename T>
 void stage_forward(const Call<T>& call, const Stage& s, const T* x, const T* cond, T* y, const Activations<T>& kept,
-                   T* u, T* post, T* logdet, int64_t rows, T* scratch) {
+                   T* u, T* post, T* logdet, int64_t rows, bool keep, T* scratch) {
   T* raw = kept.at(call.plan->dim, 2 * s.active_width);
   if (s.coupling) {
     run_nets(call, s, Inputs<T>{x + s.passive, cond}, rows, raw, kept, call.plan->dim + 2 * s.active_width, post,
              scratch);
   }
-  stage_out(call, s, x, raw, y, u, logdet, rows, scratch);
+  stage_out(call, s, x, raw, y, u, logdet, rows, keep, scratch);
 }
 
 template <typename T>
 void stage_inverse(const Call<T>& call, const Stage& s, const T* y, const T* cond, T* x, const Activations<T>& kept,
-                   T* post, T* logdet, int64_t rows, T* scratch) {
+                   T* post, T* logdet, int64_t rows, bool keep, T* scratch) {
   const int64_t dim = call.plan->dim;
   stage_in(call, s, y, x, rows, scratch);
   if (!s.coupling) return;
   T* raw = kept.at(dim, 2 * s.active_width);
   run_nets(call, s, Inputs<T>{x + s.passive, cond}, rows, raw, kept, dim + 2 * s.active_width, post, scratch);
   for (int64_t r = 0; r < rows; ++r) {
-    const T sum = uncouple_row(s, raw + r * 2 * s.active_width, x + r * dim);
+    const T sum = uncouple_row(s, raw + r * 2 * s.active_width, x + r * dim, keep);
     if (logdet) logdet[r] -= sum;
   }
 }
