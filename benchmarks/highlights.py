@@ -55,8 +55,13 @@ def highlights() -> str:
     lines.append(
         _line("coupling flow of 128 channels, inverse, batch 1", "FrEIA", cases and cases[0]["speedup"], "outputs")
     )
-    machine = load("training/steps/langvae.json")
-    note = f" {where(machine['machine']).split(', torch')[0]}." if machine else ""
+    of_steps, of_flow = (
+        where(record["machine"]).split(", torch")[0] if record else ""
+        for record in (load("training/steps/langvae.json"), flow)
+    )
+    note = f" {of_steps}." if of_steps else ""
+    if of_flow and of_flow != of_steps:
+        note += f" The flow: {of_flow}."
     return "\n".join([*lines, "", f"GPT-2 small, batch {BATCH}, fp32 where nothing else is said.{note}"])
 
 

@@ -61,6 +61,10 @@ def makes() -> str:
         of = f"{folder}/" if folder else ""
         record = load(f"{of}training/steps/langvae.json") or load(f"{of}generation/langvae.json")
         notes.append(f"- {title}: {where(record['machine']) if record else 'not measured'}")
+        for file in sorted((RESULTS / folder / "kernels").glob("*.json")):
+            op = load(str(file.relative_to(RESULTS))) or {}
+            if "machine" in op and any(name.startswith(f"op {file.stem} |") for figures in later for name in figures):
+                notes.append(f"- {title}, {file.stem}: {where(op['machine'])}")
     return "\n".join([*lines, "", *notes])
 
 

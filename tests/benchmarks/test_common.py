@@ -70,6 +70,10 @@ def test_records_and_what_is_not_there(tmp_path, monkeypatch):
     records.write({"cases": steps, "machine": MACHINE}, tmp_path / "training" / "steps" / "langvae.json")
     table, picture = highlights.highlights(), chart.picture()
     assert table.count("not measured") == 3 and "| decoding | LangVAE 0.6.13 | 2.0 | every token |" in table
+    cases = [{"name": highlights.FLOW, "speedup": 5.0}]
+    other = {**MACHINE, "cpu": "another"}
+    records.write({"cases": cases, "machine": other}, tmp_path / "kernels" / "coupling_flow.json")
+    assert "The flow: another" in highlights.highlights()  # never under the name of a machine it did not run on
     assert picture.count("4.0x") == 3 and "9.0x" not in picture  # of the one shape that is shown
     assert "batch 32 the same tokens, fp32 2.0" in picture  # the text for those who do not see it
     bars = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)" height="15"', picture)]
