@@ -99,17 +99,15 @@ def give_back(tensors: Iterable[Tensor]) -> None:
     """
     tensors = [tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.is_contiguous()]
     files = _mapped_files() if tensors else []
-    page, libc = mmap.PAGESIZE, ctypes.CDLL(None) if files else None
-    starts = [start for start, _ in files]
-    for tensor in tensors if libc is not None else ():
+    if not files:
+        return
+    page, libc, starts = mmap.PAGESIZE, ctypes.CDLL(None), [start for start, _ in files]
+    for tensor in tensors:
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
         place = bisect_right(starts, begin) - 1
         if place < 0 or end > files[place][1]:
             continue
-        begin, end = (
-            -(-begin // page) * page,
-            end // page * page,
-        )  # whole pages: at the ends others may have their share
+        begin, end = -(-begin // page) * page, end // page * page  # at the ends others may have their share of a page
         if begin < end and _of_file(begin // page, end // page):
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
