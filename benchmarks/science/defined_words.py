@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common.records import RESULTS, write
-from lmvae_fast.models.systems.invertible_cvae import InvertibleCVAE
+from lmvae_fast.cli.definitions import load_flow
 from lmvae_fast.profiling.measure import machine
 
 
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("flow", type=Path, help="folder that fit-flow wrote")
     parser.add_argument("words", nargs="+")
     options = parser.parse_args()
-    model = InvertibleCVAE.from_pretrained(options.flow)
+    model = load_flow(options.flow)
     glosses = model.define(options.words)
     record = {
         "command": f"python -m benchmarks.science.defined_words {' '.join(sys.argv[1:])}", "machine": machine("cpu"),
