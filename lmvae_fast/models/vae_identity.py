@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from typing import Any
 
@@ -46,7 +45,7 @@ def vae_settings(vae: Any) -> dict[str, Any]:
     # A folder of sentence-transformers says these of its encoder; no field does.
     settings["encoder.max_tokens"] = getattr(vae.encoder, "stated_tokens", None)
     settings["encoder.lower"] = getattr(vae.encoder, "lower", False)
-    return json.loads(json.dumps(settings))
+    return settings
 
 
 def warn_of_unknown_settings(what: Any) -> None:
