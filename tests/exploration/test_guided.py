@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lmvae_fast as lf
-from lmvae_fast.errors import DataError
+from lmvae_fast.errors import DataError, LatentError
 from lmvae_fast.exploration.guided import LabelClassifier, fit_label_classifier, guided, label_directions
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.testing import make_model
@@ -79,6 +79,11 @@ def test_answers_are_decoded_from_moved_means(model):
     found = guided(model, PAIRS[:3], direction, strength=2.0, max_new_tokens=4)
     z = model.encode(PAIRS[:3]).mu + 2.0 * direction
     assert found == model.decode(z, prompts=[pair.prompt for pair in PAIRS[:3]], max_new_tokens=4)
+
+
+def test_a_direction_of_another_width_is_refused(model):
+    with pytest.raises(LatentError, match="a direction has a number for each"):
+        guided(model, PAIRS[:3], torch.ones(model.config.latent_dim + 1))
 
 
 def test_what_has_no_direction_is_refused(model, given):

@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 
 from lmvae_fast.config import GenerationConfig
 from lmvae_fast.data import PromptResponse
+from lmvae_fast.errors import CheckpointError, ConfigError
 from lmvae_fast.generation.engine import generate
 from lmvae_fast.integrations.cvae import load_checkpoint
 from lmvae_fast.integrations.cvae.names import place_of
 from lmvae_fast.models.latents import draw_latents
 from lmvae_fast.models.posterior import Posterior
 from lmvae_fast.models.systems.cvae import objective_of
+from lmvae_fast.reference.cvae import load_checkpoint as reference_checkpoint
 
 VARIANTS = {
     "main": ({}, None),
@@ -208,3 +210,20 @@ def test_a_response_is_cut_where_a_turn_ends(load, record, facts):
     assert "<|eot_id|>" in whole[2]
     for got, want in zip(texts, whole, strict=True):
         assert "".join(got.split()) == "".join(want.split("<|eot_id|>")[0].split())
+
+
+def test_what_a_folder_or_an_override_cannot_mean_is_named(folder, load, tmp_path):
+    with pytest.raises(ConfigError, match="foo"):
+        load(dtype="foo")
+    with pytest.raises(ConfigError, match="unknown field"):
+        load(foo=1)
+    options = {"base_model": folder / "base_model"}
+    with pytest.raises(ConfigError, match="unknown settings; got: foo"):
+        reference_checkpoint(folder / "cvae_main", **options, foo=3)
+    with pytest.raises(CheckpointError, match="decoder"):
+        reference_checkpoint(folder / "cvae_main", base_model=tmp_path / "nothing")
+    (tmp_path / "model.safetensors").symlink_to(folder / "cvae_main" / "model.safetensors")
+    said = json.loads((folder / "cvae_main" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**said, "add_gskip_connection": "x"}))
+    with pytest.raises(CheckpointError, match="add_gskip_connection is no whole number; got: 'x'"):
+        load_checkpoint(tmp_path, **options)
