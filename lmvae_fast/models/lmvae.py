@@ -96,7 +96,9 @@ class LMVAE(nn.Module):
                 parts.start_latent_map(module, config.latent_init)
                 module.to(device=decoder.device, dtype=self.latent_dtype)
         start_memory(config, self.projector, decoder)
-        longest = config.max_len + (config.max_prompt_len or 0)
+        longest = config.max_len + (
+            config.max_prompt_len or int(config.prompted)
+        )  # something of a prompt is always read
         decoder.check_positions(int(config.slots or 0), longest, str(config.visibility))
 
     @property

@@ -73,7 +73,7 @@ class PlainDecoder(nn.Module):
             )
         self.beta: float | Tensor = 1.0
         self.free_running = FreeRunning()
-        self.decoder.check_positions(0, config.max_len + (config.max_prompt_len or 0), "prefix")
+        self.decoder.check_positions(0, config.max_len + (config.max_prompt_len or 1), "prefix")
 
     @property
     def device(self) -> torch.device:

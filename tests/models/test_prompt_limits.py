@@ -78,3 +78,13 @@ def test_a_normal_start_is_refused_for_maps_that_are_copies():
             LMVAEConfig(latent_init="normal", **options)
     with pytest.raises(ConfigError, match="latent_init='normal'"):
         system(latent_init="normal", stage=1)
+
+
+def test_responses_that_leave_no_place_for_a_prompt_are_refused():
+    decoder = make_decoder("gpt2", train=True)[1]
+    fits = decoder.max_positions - 1
+    PlainDecoder(PlainDecoderConfig(decoder="given", max_len=fits), decoder=decoder)
+    with pytest.raises(ConfigError, match="max_prompt_len"):
+        PlainDecoder(PlainDecoderConfig(decoder="given", max_len=fits + 1), decoder=decoder)
+    with pytest.raises(ConfigError, match="max_prompt_len"):
+        make_model("gpt2", system="cvae", latent_dim=8, max_len=fits - 3)  # 4 slots
