@@ -39,6 +39,16 @@ CHANGES: dict[str, tuple[str, ...]] = {
 }
 
 
+def run(name: str, data: str, changes: list[str], limits: list[str]) -> None:
+    """A run of benchmarks.science.recipe, unless it has its record. limits: its options for how long it lasts."""
+    record = load(f"science/{name}.json")
+    if record is not None and "final" in record:
+        return
+    settings = ["train.cache_dir=runs/science/cache", "train.save_every=1000", *changes]
+    command = [sys.executable, "-m", "benchmarks.science.recipe", RECIPE, "--data", data, *limits, "--name", name]
+    subprocess.run([*command, *(part for change in settings for part in ("--set", change))], check=True)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,18 +58,8 @@ def main() -> int:
     for unknown in set(options.names) - set(CHANGES):
         parser.error(f"no such change: {unknown}")
     for name in options.names or CHANGES:
-        record = load(f"science/screens/{name}.json")
-        if record is not None and "final" in record:
-            continue
-        changes = [
-            f"train.max_steps={STEPS}",
-            "train.cache_dir=runs/science/cache",
-            "train.save_every=1000",
-            *CHANGES[name],
-        ]
-        command = [sys.executable, "-m", "benchmarks.science.recipe", RECIPE, "--data", options.data, "--minutes", "60"]
-        command += ["--marks", "1", "--final", "200", "--name", f"screens/{name}"]
-        subprocess.run([*command, *(part for change in changes for part in ("--set", change))], check=True)
+        limits = ["--minutes", "60", "--marks", "1", "--final", "200"]
+        run(f"screens/{name}", options.data, [f"train.max_steps={STEPS}", *CHANGES[name]], limits)
     print(f"records: {RESULTS / 'science' / 'screens'}")
     return 0
 

@@ -129,13 +129,14 @@ def measure(kind: str, dim: int, blocks: int, options: argparse.Namespace, folde
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, PAIRS, (options.batch,), generator=generator) for _ in range(options.steps)]
     first = batches[:1]
-    for side in (ours, theirs):  # both take this step, so that the runs stay one
-        timed(side, first)
-    difference = abs(ours.loss - theirs.loss) / max(abs(theirs.loss), 1e-9)
-    if not difference < 1e-4:
-        raise SystemExit(f"{kind}, dim {dim}: the two sides' losses differ by {difference:.1e} of their size")
-    sides = {"ours": functools.partial(timed, ours, batches), "FrEIA": functools.partial(timed, theirs, batches)}
-    times = take_turns(sides, options.rounds, discarded=1)
+    with ours.trainer.prepared():  # as in a run; that freed memory stays with the process serves both sides
+        for side in (ours, theirs):  # both take this step, so that the runs stay one
+            timed(side, first)
+        difference = abs(ours.loss - theirs.loss) / max(abs(theirs.loss), 1e-9)
+        if not difference < 1e-4:
+            raise SystemExit(f"{kind}, dim {dim}: the two sides' losses differ by {difference:.1e} of their size")
+        sides = {"ours": functools.partial(timed, ours, batches), "FrEIA": functools.partial(timed, theirs, batches)}
+        times = take_turns(sides, options.rounds, discarded=1)
     return {
         "kind": kind, "dim": dim, "batch": options.batch, "blocks": blocks, "hidden": options.hidden,
         "seconds_per_step": medians(times, 6), "speedup": speedups(times, {"ours": "FrEIA"})["ours"],

@@ -69,8 +69,8 @@ def run_flow(
     model: InvertibleCVAE, pairs: FlowPairs, rows: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, BaseDensity]:
     """z ``[rows, dim]`` and logdet ``[rows]`` of some pairs under the flow, and their base densities."""
-    conditions = None if pairs.conditions is None else pairs.conditions[rows]
-    z, logdet = model.flow(bridged(model, pairs.vectors[rows], generator), conditions)
+    conditions = None if pairs.conditions is None else pairs.conditions.index_select(0, rows)
+    z, logdet = model.flow(bridged(model, pairs.vectors.index_select(0, rows), generator), conditions)
     return z, logdet, pairs.base.select(rows)
 
 

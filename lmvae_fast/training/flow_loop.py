@@ -49,6 +49,7 @@ from lmvae_fast.training.records import FlowResult, Progress, Record
 from lmvae_fast.training.run import RunLoop
 from lmvae_fast.training.run_checks import writing_run
 from lmvae_fast.training.schedule import Plateau, improves, learning_rate_factor
+from lmvae_fast.training.step_setup import keeping_freed_memory
 
 # On the progress bar: of training, of evaluation.
 _SHOWN = (
@@ -219,7 +220,8 @@ class FlowTrainer(RunLoop[FlowResult]):
     def prepared(self) -> Iterator[None]:
         """The flow trains; afterwards it is the best one where `keep_best` asks for it."""
         self.model.flow.train()
-        yield
+        with keeping_freed_memory(self.device):
+            yield
         if self.config.keep_best and self.best_theta is not None:
             with torch.no_grad():
                 self.theta.copy_(self.best_theta)
@@ -263,19 +265,27 @@ class FlowTrainer(RunLoop[FlowResult]):
         factor = learning_rate_factor(self.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps)
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * factor * self.plateau.scale
         z, logdet, base = run_flow(self.model, self.train, rows)
-        loss = base.nll(z, logdet).mean()
+        loss = base.mean_nll(z, logdet)
         loss.backward()
         norm = torch.linalg.vector_norm(self.theta.grad)
         if self.device.type == "cpu" and not bool(torch.isfinite(norm) & torch.isfinite(loss)):
             self._raise_not_finite(rows)
         if config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_([self.theta], config.grad_clip, norm)
+            self._clip(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.sums += torch.stack([loss.detach().double() * len(rows), norm.double()])
         self.window["pairs"] += len(rows)
         self.window["steps"] += 1
         self.progress.sentences += len(rows)
+
+    def _clip(self, norm: Tensor) -> None:
+        """By the global norm: the fused optimizer divides by what is left here, and no pass of its own is needed."""
+        assert self.config.grad_clip is not None
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.grad_scale = (norm.float() / self.config.grad_clip).clamp_min(1.0)  # type: ignore[attr-defined]
+        else:
+            torch.nn.utils.clip_grads_with_norm_([self.theta], self.config.grad_clip, norm)
 
     def _raise_not_finite(self, rows: Tensor | None) -> None:
         known = None if rows is None else rows.tolist()

@@ -87,6 +87,39 @@ def test_it_learns_and_a_resumed_run_is_the_same(tmp_path, vae, case):
     assert torch.equal(model.latents(x, labels), whole_model.latents(x, labels))
 
 
+def test_the_mean_nll_has_the_gradient_of_its_formula():
+    base = pairs().base
+    base = BaseDensity(*(part[:9].double() for part in (base.mu, base.inv_sigma, base.constant)))
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(9, DIM, generator=generator, dtype=torch.float64).requires_grad_()
+    logdet = torch.randn(9, generator=generator, dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(base.mean_nll(z, logdet), base.nll(z, logdet).mean())
+    ours = torch.autograd.grad(base.mean_nll(z, logdet), (z, logdet))
+    for got, expected in zip(ours, torch.autograd.grad(base.nll(z, logdet).mean(), (z, logdet)), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(base.mean_nll, (z, logdet))
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e6, None])
+def test_a_step_is_that_of_torchs_clipping_and_adamw(tmp_path, vae, clip):
+    model = model_of(vae, 0)
+    trainer = FlowTrainer(model, pairs(), None, settings(tmp_path, grad_clip=clip, warmup_steps=0, schedule="constant"))
+    theta = torch.nn.Parameter(model.flow.theta.detach().clone())
+    optimizer = torch.optim.AdamW([theta], lr=0.01, betas=(0.9, 0.999), weight_decay=trainer.config.weight_decay)
+    rows = torch.arange(16)
+    for _ in range(4):
+        with torch.no_grad():
+            theta.copy_(model.flow.theta)  # what rounding has parted is not to grow
+        trainer.optimizer_step(rows)
+        z, logdet = torch.func.functional_call(model.flow, {"theta": theta}, (trainer.train.vectors[rows],))
+        trainer.train.base.select(rows).nll(z, logdet).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_([theta], clip or float("inf"))
+        assert clip is None or (float(norm) > clip) is (clip < 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(model.flow.theta.detach(), theta.detach(), rtol=1e-4, atol=2e-5)
+
+
 def test_the_best_flow_is_kept_and_a_run_without_progress_stops(tmp_path, vae):
     model, result = run(tmp_path / "a", vae, epochs=40, learning_rate=0.2, schedule="constant", early_stop=3)
     assert result.stop_reason == "early_stop" and result.step < 200

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 from transformers.models.gemma import modeling_gemma as gemma
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
@@ -41,7 +43,10 @@ LLAMAS = {
     qwen2.Qwen2Model: (qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP),
     qwen3.Qwen3Model: (qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP),
     gemma.GemmaModel: (gemma.GemmaDecoderLayer, gemma.GemmaAttention, gemma.GemmaMLP),
+    gemma2.Gemma2Model: (gemma2.Gemma2DecoderLayer, gemma2.Gemma2Attention, gemma2.Gemma2MLP),
+    gemma3.Gemma3TextModel: (gemma3.Gemma3DecoderLayer, gemma3.Gemma3Attention, gemma3.Gemma3MLP),
 }
+_GEMMA_NORMS = (gemma.GemmaRMSNorm, gemma2.Gemma2RMSNorm, gemma3.Gemma3RMSNorm)
 #: Gated activations by the name that configurations have, and what frozen_layer calls them.
 GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
@@ -158,19 +163,20 @@ def require_gpt2_layer(block: Any) -> None:
     require(type(mlp.act) is nn.GELU and mlp.act.approximate == "tanh", "another activation")
 
 
-# ---- Llama, Mistral, Qwen --------------------------------------------------------------------------------------------
+# ---- Llama, Mistral, Qwen, Gemma -------------------------------------------------------------------------------------
 
 
 def _llama(body: Any, windows: dict[int, int | None], packing: Packing) -> Callable[..., SimpleNamespace]:
-    require(body.config.hidden_act in GATES, "another activation")
+    activation_of(body)
     layers = [_llama_layer(body, block, index, windows[index], packing) for index, block in enumerate(body.layers)]
     last = rms_of(body.norm)
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
-        turns = [part.transpose(0, 1) for part in body.rotary_emb(inputs_embeds, position_ids=position_ids)]
         x = inputs_embeds.squeeze(0)
-        for layer in layers:
-            x = layer(x, lmvae, *turns)
+        turns = {kind: [part.transpose(0, 1) for part in both]
+                 for kind, both in rotations(body, inputs_embeds, position_ids).items()}  # fmt: skip
+        for index, layer in enumerate(layers):
+            x = layer(x, lmvae, *turns[rotation_of(body, index)])
         x = _rms_norm(x, *last)
         return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
 
@@ -181,12 +187,14 @@ def _llama_layer(body: Any, block: Any, index: int, window: int | None, packing:
     require_llama_layer(body, block)
     attn, mlp = block.self_attn, block.mlp
     qkv = packing.linear(attn.q_proj, attn.k_proj, attn.v_proj)
-    out, down = packing.linear(attn.o_proj), packing.linear(mlp.down_proj)
-    gated = _gated(mlp, GATES[body.config.hidden_act], packing)
-    dim, scale = attn.head_dim, attn.scaling
+    first, behind_out, second, behind_down = (None if norm is None else rms_of(norm) for norm in norms_of(block))
+    assert first is not None and second is not None
+    out = _summed(packing.linear(attn.o_proj), behind_out)
+    down = _summed(packing.linear(mlp.down_proj), behind_down)
+    gated = _gated(mlp, activation_of(body), packing)
+    dim, scale, softcap = attn.head_dim, attn.scaling, softcap_of(attn)
     kv_heads = attn.k_proj.weight.shape[0] // dim
     heads = attn.q_proj.weight.shape[0] // dim
-    first, second = rms_of(block.input_layernorm), rms_of(block.post_attention_layernorm)
     norms = (rms_of(attn.q_norm), rms_of(attn.k_norm)) if hasattr(attn, "q_norm") else None
 
     def layer(x: Tensor, context: AttentionContext, cos: Tensor, sin: Tensor) -> Tensor:
@@ -199,16 +207,59 @@ def _llama_layer(body: Any, block: Any, index: int, window: int | None, packing:
         left, right = qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
         q, k = qk.split([heads, kv_heads], dim=1)
-        seen = context.attend(index, q, k, v, scale=scale, window=window, softcap=None)
+        seen = context.attend(index, q, k, v, scale=scale, window=window, softcap=softcap)
         x = out(seen.reshape(rows, -1), x)
         return down(gated(_rms_norm(x, *second)), x)
 
     return layer
 
 
+def _summed(product: Callable[..., Tensor], norm: tuple[Tensor, float] | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """A product with what is added to it, or to the norm behind it where there is one."""
+    if norm is None:
+        return product
+    return lambda x, added: added + _rms_norm(product(x), *norm)
+
+
+def activation_of(body: Any) -> str:
+    """The gated activation of a body's MLPs, as frozen_layer calls it; raises Unlike for one that it does not know."""
+    name = "hidden_activation" if type(body) in (gemma2.Gemma2Model, gemma3.Gemma3TextModel) else "hidden_act"
+    kind = getattr(body.config, name)
+    require(kind in GATES, "another activation")
+    return GATES[kind]
+
+
+def norms_of(block: Any) -> tuple[Any, Any, Any, Any]:
+    """A layer's norms: before attention, behind it or None, before the MLP, behind it or None (Gemma 2 and 3 have all four)."""
+    if hasattr(block, "pre_feedforward_layernorm"):
+        return (
+            block.input_layernorm, block.post_attention_layernorm, block.pre_feedforward_layernorm,
+            block.post_feedforward_layernorm,
+        )  # fmt: skip
+    return block.input_layernorm, None, block.post_attention_layernorm, None
+
+
+def softcap_of(attention: Any) -> float | None:
+    """What a layer caps its attention scores at; Gemma 3's has the field, and does not."""
+    return attention.attn_logit_softcapping if type(attention) is gemma2.Gemma2Attention else None
+
+
+def rotation_of(body: Any, index: int) -> str | None:
+    """Which of a body's rotations a layer has: Gemma 3's sliding layers have one of their own; None where there is one."""
+    return body.config.layer_types[index] if type(body) is gemma3.Gemma3TextModel else None
+
+
+def rotations(body: Any, embedded: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+    """Cosines and sines, each ``[1, T, head_dim]``, of every rotation that a body has."""
+    if type(body) is not gemma3.Gemma3TextModel:
+        return {None: body.rotary_emb(embedded, position_ids=positions)}
+    kinds = dict.fromkeys(body.config.layer_types)
+    return {kind: body.rotary_emb(embedded, position_ids=positions, layer_type=kind) for kind in kinds}
+
+
 def rms_of(module: Any) -> tuple[Tensor, float]:
     """Factors and epsilon of an RMSNorm; Gemma's factors are one more than its weight, in fp32, and then a copy."""
-    if isinstance(module, gemma.GemmaRMSNorm):
+    if isinstance(module, _GEMMA_NORMS):
         return 1.0 + module.weight.detach().float(), module.eps
     return module.weight.detach(), module.variance_epsilon
 
@@ -216,7 +267,7 @@ def rms_of(module: Any) -> tuple[Tensor, float]:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.dtype == x.dtype:
         return rms_norm(x, weight.shape, weight, eps)
-    return frozen_layer.norm(x, weight, eps=eps, centred=False)[0]
+    return frozen_layer.norm(x.reshape(-1, x.shape[-1]), weight, eps=eps, centred=False)[0].view(x.shape)
 
 
 def _gated(mlp: Any, kind: str, packing: Packing) -> Callable[[Tensor], Tensor]:

@@ -23,7 +23,17 @@ from lmvae_fast.models.decoder.attention import AttentionContext
 from lmvae_fast.models.decoder.frozen_products import FrozenLinear, without_adapter
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import linear_weight, require
-from lmvae_fast.models.decoder.prepared_layers import GATES, LLAMAS, require_gpt2_layer, require_llama_layer, rms_of
+from lmvae_fast.models.decoder.prepared_layers import (
+    LLAMAS,
+    activation_of,
+    norms_of,
+    require_gpt2_layer,
+    require_llama_layer,
+    rms_of,
+    rotation_of,
+    rotations,
+    softcap_of,
+)
 
 if TYPE_CHECKING:
     from lmvae_fast.models.decoder.decoder import Decoder
@@ -39,8 +49,22 @@ class Sum(NamedTuple):
     added: Tensor | None = None
 
 
-def _summed(product: FrozenLinear, x: Tensor, added: Tensor) -> Sum:
-    return Sum(product(x, added)) if product.sums else Sum(product(x), added)
+def _summed(product: FrozenLinear, x: Tensor, added: Tensor, behind: Norm | None) -> tuple[Sum, Saved]:
+    """A product, normed where a norm stands behind it, still to be added or added; and what that norm's gradient needs."""
+    if behind is not None:
+        out = product(x)
+        rows, stats = behind(out)
+        return Sum(added, rows), (out, stats)
+    return (Sum(product(x, added)) if product.sums else Sum(product(x), added)), ()
+
+
+def _by_product(grad: Tensor, behind: Norm | None, saved: Sequence[Tensor | None]) -> Tensor:
+    """The gradient by a product's result, given that by its sum."""
+    if behind is None:
+        return grad
+    out, stats = saved
+    assert out is not None and stats is not None
+    return behind.gradient(grad, out, stats, None)
 
 
 class Norm:
@@ -141,31 +165,36 @@ class LastNorm:
 
 
 class OutOfAttention(NamedTuple):
-    """What attention found and the hidden states that went into the layer, to those that come out of it."""
+    """What attention found and the hidden states that went into the layer, to those that come out of it. behind: norms of what
+    ``out`` and ``down`` give, before it is added (Gemma 2 and 3)."""
 
     out: FrozenLinear
     norm: Norm
     up: FrozenLinear
     activation: str
     down: FrozenLinear
+    behind: tuple[Norm | None, Norm | None] = (None, None)
 
     def forward(self, seen: Tensor, x: Tensor) -> tuple[Sum, Saved]:
-        middle, rows, stats = self.norm.of_sum(_summed(self.out, seen, x))
+        states, of_out = _summed(self.out, seen, x, self.behind[0])
+        middle, rows, stats = self.norm.of_sum(states)
         inner = self.up(rows)
-        saved = (middle, stats, inner, seen if self.out.adapters else None)
-        return _summed(self.down, frozen_layer.activation(inner, self.activation), middle), saved
+        states, of_down = _summed(self.down, frozen_layer.activation(inner, self.activation), middle, self.behind[1])
+        return states, (middle, stats, inner, seen if self.out.adapters else None, *of_out, *of_down)
 
     def backward(self, grad: Tensor, saved: Saved, wanted: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """By what attention found (None unless ``wanted``), by the hidden states, and by what trains here."""
-        middle, stats, inner, seen = saved
+        middle, stats, inner, seen, *of_norms = saved
         assert middle is not None and stats is not None and inner is not None
-        by_act, of_down = self.down.gradient(grad, lambda: frozen_layer.activation(inner, self.activation))
+        by_down = _by_product(grad, self.behind[1], of_norms[-2:])
+        by_act, of_down = self.down.gradient(by_down, lambda: frozen_layer.activation(inner, self.activation))
         by_inner = frozen_layer.activation_gradient(by_act, inner, self.activation)
         by_rows, of_up = self.up.gradient(by_inner, lambda: self.norm(middle)[0])
         by_middle = self.norm.gradient(by_rows, middle, stats, grad)
         if not (wanted or self.out.adapters):
             return None, by_middle, of_up + of_down
-        by_seen, of_out = self.out.gradient(by_middle, lambda: cast(Tensor, seen))
+        by_out = _by_product(by_middle, self.behind[0], of_norms[:2])
+        by_seen, of_out = self.out.gradient(by_out, lambda: cast(Tensor, seen))
         return by_seen, by_middle, of_out + of_up + of_down
 
     def trained(self) -> list[Tensor]:
@@ -227,22 +256,24 @@ class Layers(NamedTuple):
     segments: list[Segment]
     attend: list[Callable[[AttentionContext, Tensor], Tensor]]  # queries, keys and values [T, ...] to [T, heads * dim]
 
-    def run(self, x: Tensor, context: AttentionContext, turns: Turns | None) -> Tensor:
-        """Hidden states ``[T, hidden]`` through all layers and the last norm."""
+    def run(self, x: Tensor, context: AttentionContext, turns: Sequence[Turns | None]) -> Tensor:
+        """Hidden states ``[T, hidden]`` through all layers, each with its rotation, and the last norm."""
 
-        def between(seen: Tensor | None, x: Tensor, segment: Segment) -> Any:
+        def between(seen: Tensor | None, x: Tensor, segment: Segment, turns: Turns | None) -> Any:
             return _Between.apply(seen, x, segment, turns, *segment.trained())
 
-        heard = between(None, x, self.segments[0])
-        for attend, segment in zip(self.attend, self.segments[1:-1], strict=False):
-            heard, x = between(attend(context, heard), x, segment)
-        return between(self.attend[-1](context, heard), x, self.segments[-1])
+        heard = between(None, x, self.segments[0], turns[0])
+        for attend, segment, turned in zip(self.attend[:-1], self.segments[1:-1], turns[1:], strict=True):
+            heard, x = between(attend(context, heard), x, segment, turned)
+        return between(self.attend[-1](context, heard), x, self.segments[-1], None)
 
 
-def _attention(index: int, heads: int, kv_heads: int, scale: float, window: int | None) -> Callable[..., Tensor]:
+def _attention(
+    index: int, heads: int, kv_heads: int, scale: float, window: int | None, softcap: float | None = None
+) -> Callable[..., Tensor]:
     def attend(context: AttentionContext, heard: Tensor) -> Tensor:
         parts = heard.unflatten(1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], dim=1)
-        seen = context.attend(index, *parts, scale=scale, window=window, softcap=None)
+        seen = context.attend(index, *parts, scale=scale, window=window, softcap=softcap)
         return seen.reshape(heard.shape[0], -1)
 
     return attend
@@ -280,19 +311,18 @@ def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]
         )
         attend.append(_attention(index, attn.num_heads, attn.num_heads, attn.scaling, None))
     layers = Layers(_segments(into, out, _layer_norm(body.ln_f, dtype)), attend)
-    positions = body.wpe.weight
+    positions, none = body.wpe.weight, [None] * len(attend)
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
         x = inputs_embeds.squeeze(0) + torch.nn.functional.embedding(position_ids.squeeze(0), positions)
-        return SimpleNamespace(last_hidden_state=layers.run(x, lmvae, None).unsqueeze(0))
+        return SimpleNamespace(last_hidden_state=layers.run(x, lmvae, none).unsqueeze(0))
 
     return forward
 
 
 def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) -> Callable[..., SimpleNamespace]:
-    """The same of Llama, Mistral, Qwen2, Qwen3 and Gemma."""
-    require(type(body) in LLAMAS and body.config.hidden_act in GATES, "another activation")
-    activation = GATES[body.config.hidden_act]
+    """The same of Llama, Mistral, Qwen2, Qwen3, and Gemma 1 to 3."""
+    activation = activation_of(body)
     into, out, attend = [], [], []
     dtype = body.embed_tokens.weight.dtype
     for index, block in enumerate(body.layers):
@@ -311,17 +341,20 @@ def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) 
                 HeadNorm(_rms_norm(n, dtype), c) for n, c in zip((attn.q_norm, attn.k_norm), columns, strict=True)
             ]
         qkv = FrozenLinear(pages, attn.q_proj, attn.k_proj, attn.v_proj)
-        into.append(IntoAttention(_rms_norm(block.input_layernorm, dtype), qkv, heads + kv_heads, of_heads))
+        first, behind_out, second, behind_down = (n and _rms_norm(n, dtype) for n in norms_of(block))
+        into.append(IntoAttention(first, qkv, heads + kv_heads, of_heads))
         up, down = FrozenLinear(pages, mlp.gate_proj, mlp.up_proj), FrozenLinear(pages, mlp.down_proj)
-        second = _rms_norm(block.post_attention_layernorm, dtype)
-        out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, activation, down))
-        attend.append(_attention(index, heads, kv_heads, attn.scaling, windows[index]))
+        behind = behind_out, behind_down
+        out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, activation, down, behind))
+        attend.append(_attention(index, heads, kv_heads, attn.scaling, windows[index], softcap_of(attn)))
     layers = Layers(_segments(into, out, _rms_norm(body.norm, dtype)), attend)
+    kinds = [rotation_of(body, index) for index in range(len(attend))]
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
-        cos, sin = (part.squeeze(0) for part in body.rotary_emb(inputs_embeds, position_ids=position_ids))
         x = inputs_embeds.squeeze(0)
-        return SimpleNamespace(last_hidden_state=layers.run(x, lmvae, (cos, sin)).unsqueeze(0))
+        turns = {kind: (cos.squeeze(0), sin.squeeze(0))
+                 for kind, (cos, sin) in rotations(body, inputs_embeds, position_ids).items()}  # fmt: skip
+        return SimpleNamespace(last_hidden_state=layers.run(x, lmvae, [turns[kind] for kind in kinds]).unsqueeze(0))
 
     return forward
 

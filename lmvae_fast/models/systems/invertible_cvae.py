@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from lmvae_fast.data.definitions import DefinitionDataset
 from lmvae_fast.data.word_vectors import VectorSource, checked_source, checked_words
 from lmvae_fast.errors import ConfigError, DataError, shown
 from lmvae_fast.kernels.coupling_flow.spec import MAX_DIM
+from lmvae_fast.models.base_density import BaseDensity, FlowPairs
 from lmvae_fast.models.bridge import Bridge
 from lmvae_fast.models.checks import check_posterior
 from lmvae_fast.models.flow import CouplingFlow
@@ -31,61 +31,6 @@ from lmvae_fast.models.flow_files import load_flow, save_flow
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.models.modes import evaluating
 from lmvae_fast.models.posterior import Posterior
-
-
-@dataclass(frozen=True)
-class BaseDensity:
-    """Diagonal Gaussians, one per row: what a flow's output is to be distributed as.
-
-    Attributes:
-        mu: means ``[N, dim]``. inv_sigma: one over standard deviations ``[N, dim]``.
-        constant: sum log sigma + dim/2 log 2 pi, ``[N]``.
-    """
-
-    mu: Tensor
-    inv_sigma: Tensor
-    constant: Tensor
-
-    @classmethod
-    def gaussian(cls, mu: Tensor, logvar: Tensor) -> BaseDensity:
-        """N(mu, exp(logvar))."""
-        constant = 0.5 * logvar.sum(1) + 0.5 * mu.shape[1] * math.log(2 * math.pi)
-        return cls(mu, torch.exp(-0.5 * logvar), constant)
-
-    def select(self, rows: Tensor) -> BaseDensity:
-        """The densities of some rows."""
-        return BaseDensity(self.mu[rows], self.inv_sigma[rows], self.constant[rows])
-
-    def nll(self, z: Tensor, logdet: Tensor) -> Tensor:
-        """-log density of the flow's inputs, nats ``[N]``, where it made z ``[N, dim]`` of them with logdet ``[N]``."""
-        return 0.5 * ((z - self.mu) * self.inv_sigma).square().sum(1) + self.constant - logdet
-
-
-@dataclass(frozen=True)
-class FlowPairs:
-    """Word vectors with the base density each is to have; what a flow is fitted to.
-
-    Attributes:
-        vectors: ``[N, width]``. base: of N rows. conditions: ``[N, labels]`` or None.
-    """
-
-    vectors: Tensor
-    base: BaseDensity
-    conditions: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, for a fingerprint."""
-        named = {"vectors": self.vectors, "mu": self.base.mu, "inv_sigma": self.base.inv_sigma}
-        return named if self.conditions is None else {**named, "conditions": self.conditions}
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> FlowPairs:
-        """The pairs there and so."""
-        base = BaseDensity(*(x.to(device, dtype) for x in (self.base.mu, self.base.inv_sigma, self.base.constant)))
-        conditions = None if self.conditions is None else self.conditions.to(device, dtype)
-        return FlowPairs(self.vectors.to(device, dtype), base, conditions)
 
 
 class InvertibleCVAE(nn.Module):

@@ -17,7 +17,7 @@ from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.packed_products import Packing, rounded
 from lmvae_fast.testing import make_decoder
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,8 @@ def _given(decoder, tokens=9):
 
 
 @pytest.mark.parametrize(
-    ("family", "window"), [*((family, None) for family in FAMILIES), *((family, 3) for family in FAMILIES[2:5])]
+    ("family", "window"),
+    [*((family, None) for family in FAMILIES), *((family, 3) for family in FAMILIES[2:5] + FAMILIES[6:])],
 )
 @torch.no_grad()
 def test_a_body_equals_its_modules(family, window):
@@ -88,7 +89,7 @@ def test_a_body_with_int8_weights_equals_its_modules_with_those(family):
 
 
 def test_families_written_out_are_exchanged_whole_and_others_are_not():
-    for family, whole in [("gpt2", True), ("llama", True), ("gemma2", False), ("opt", False)]:
+    for family, whole in [("gpt2", True), ("llama", True), ("gemma2", True), ("gemma3", True), ("opt", False)]:
         _, decoder = make_decoder(family)
         with packed.packed_weights(decoder, 4):
             assert ("forward" in decoder.body.__dict__) == whole, family

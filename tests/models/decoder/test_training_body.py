@@ -22,7 +22,7 @@ from lmvae_fast.training.step_setup import recomputing
 from tests.kernels.common import GRAD_FACTOR, VALUE_FACTOR, assert_within_error_rule, require
 from tests.training.helpers import StopAt, assert_same_checkpoint, run
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 NAMES = ("values", "inputs", "memory")
 
 
@@ -61,7 +61,8 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize(
-    ("family", "window"), [*((family, None) for family in FAMILIES), *((family, 3) for family in FAMILIES[2:4])]
+    ("family", "window"),
+    [*((family, None) for family in FAMILIES), *((family, 3) for family in FAMILIES[2:4] + FAMILIES[6:])],
 )
 def test_values_and_gradients_equal_the_modules(family, window):
     decoder = _decoder(family, window=window)
