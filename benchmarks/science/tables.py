@@ -84,6 +84,33 @@ def screens() -> str:
     return "\n".join([*lines, "", *_commands(found)])
 
 
+def finalists() -> str:
+    """The best changes at equal minutes: each figure's mean over the seeds, and the least and the most."""
+    found = _records("science/finalists")
+    by_name: dict[str, list[dict]] = {}
+    for name, record in found.items():
+        if "final" in record:
+            by_name.setdefault(name.rpartition("-")[0], []).append(record)
+    if not by_name:
+        return "Not measured."
+    columns = ("preset with", "seeds", "CPU minutes", "steps", "BLEU-4", "reconstruction, nats", "KL", "active units")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+    def cell(values: list[float], digits: int) -> str:
+        mean = f"{sum(values) / len(values):.{digits}f}"
+        return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else mean
+
+    for name, records in sorted(
+        by_name.items(), key=lambda item: -sum(r["final"]["bleu"] for r in item[1]) / len(item[1])
+    ):
+        finals = [record["final"] for record in records]
+        cells = [cell([final[key] for final in finals], digits) for key, digits in (
+            ("cpu_minutes", 1), ("steps", 0), ("bleu", 3), ("reconstruction", 1), ("kl", 0), ("active_units", 0),
+        )]  # fmt: skip
+        lines.append(f"| {name} | {len(records)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_commands(found)])
+
+
 def minutes() -> str:
     """Systems after the same minutes on the same pretrained decoder and encoder: the last point of each one's curve."""
     found = _records("science/minutes")
@@ -239,7 +266,7 @@ def _commands(found: dict[str, dict]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
-    "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers, "probes": probes,
-    "probed-systems": lambda: probed("minutes"), "probed-sizes": lambda: probed("latent_size"),
+    "finalists": finalists, "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers,
+    "probes": probes, "probed-systems": lambda: probed("minutes"), "probed-sizes": lambda: probed("latent_size"),
     "probed-labels": lambda: probed("labels"),
 }  # fmt: skip

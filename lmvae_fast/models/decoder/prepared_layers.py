@@ -244,14 +244,18 @@ def softcap_of(attention: Any) -> float | None:
     return attention.attn_logit_softcapping if type(attention) is gemma2.Gemma2Attention else None
 
 
+def _has_rotations(body: nn.Module) -> bool:
+    return type(body) is gemma3.Gemma3TextModel
+
+
 def rotation_of(body: Any, index: int) -> str | None:
     """Which of a body's rotations a layer has: Gemma 3's sliding layers have one of their own; None where there is one."""
-    return body.config.layer_types[index] if type(body) is gemma3.Gemma3TextModel else None
+    return body.config.layer_types[index] if _has_rotations(body) else None
 
 
 def rotations(body: Any, embedded: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
     """Cosines and sines, each ``[1, T, head_dim]``, of every rotation that a body has."""
-    if type(body) is not gemma3.Gemma3TextModel:
+    if not _has_rotations(body):
         return {None: body.rotary_emb(embedded, position_ids=positions)}
     kinds = dict.fromkeys(body.config.layer_types)
     return {kind: body.rotary_emb(embedded, position_ids=positions, layer_type=kind) for kind in kinds}
