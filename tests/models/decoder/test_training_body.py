@@ -215,8 +215,9 @@ def test_what_is_off_is_not_used(monkeypatch, caplog):
 
 
 def test_the_float32_limit_follows_how_far_rounding_moves_a_model():
-    """SmolLM2's gradients under products of AVX2 are 2.7e-4 apart: the same sums in another order, not another model."""
-    assert float32_limit(0.0) == 1e-4 and float32_limit(1e-5) == 6.4e-4 and float32_limit(1.0) == 1e-3
+    """A fine-tuned SmolLM2's gradients under products of AVX2 are 1.4e-3 apart, of which a nudge alone makes 6.5e-5: the same
+    sums in another order, not another model."""
+    assert float32_limit(0.0) == 1e-4 and float32_limit(6.5e-5) > 1.4e-3 and float32_limit(1.0) == 1e-2
     states = torch.linspace(-3, 3, 1001)
     moved = ((nudged(states) - states).abs() / states.abs().clamp_min(1e-6)).max().item()
     assert 0 < moved <= 4 * torch.finfo(torch.float32).eps
@@ -229,7 +230,7 @@ def test_the_float32_limit_follows_how_far_rounding_moves_a_model():
     found = differences(decoder, forward, called(decoder.body))
     assert all(off <= limit for off, limit in found.values())
     assert max(limit for _, limit in found.values()) > 2e-4
-    wrong = differences(decoder, lambda **given: _scaled(forward(**given), 1.002), called(decoder.body))
+    wrong = differences(decoder, lambda **given: _scaled(forward(**given), 1.02), called(decoder.body))
     assert wrong["values"][0] > wrong["values"][1]
 
 
