@@ -13,7 +13,9 @@ from benchmarks.common.records import RESULTS, load, where
 
 SHAPE = "gpt2-small"
 #: Folders of further makes below benchmarks/results/, and what their processors are.
-MAKES = {"": "Intel, AMX", "amd-zen4": "AMD Zen 4, AVX-512 with bf16, no AMX"}
+MAKES = {
+    "": "Intel, AMX", "amd-zen4": "AMD Zen 4, AVX-512 with bf16, no AMX", "amd-zen3": "AMD Zen 3, AVX2",
+}  # fmt: skip
 
 
 def _rows(record: dict[str, Any] | None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,9 +4,11 @@ generation/{one_to_many,int8-*}.json."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common.records import RESULTS, load, where
+from benchmarks.makes import MAKES
 
 
 def _line(work: str, case: str, against: str, factor: float | str, memory: str, goal: str) -> str:
@@ -64,12 +66,13 @@ def systems() -> str:
         ("training/flow", "flow's step with AdamW", _flow),
         ("generation/one_to_many", "one-to-many sampling", _one_to_many),
     ):
-        record = load(f"{name}.json")
-        if record is None:
+        by_make = {make: record for make in MAKES if (record := load(str(Path(make, f"{name}.json"))))}
+        if not by_make:
             lines.append(_line(title, "", "", "not measured", "", ""))
-            continue
-        lines += rows(title, record)
-        notes.append(f"- `{record['command']}` ({where(record['machine'])})")
+        for record in by_make.values():
+            machine = record["machine"]
+            lines += rows(f"{title} ({machine['cpu_isa']})", record)
+            notes.append(f"- `{record['command']}` ({where(machine)})")
     return "\n".join([*lines, "", *notes])
 
 
