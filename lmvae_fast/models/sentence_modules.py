@@ -37,6 +37,7 @@ _asked: set[str] = set()
 
 #: Flag of a pooling configuration -> our name of it.
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+_OURS = ("pooler", "segments")  # which sentence-transformers does not have: written by name, and no folder of theirs
 _KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh}
 
@@ -47,7 +48,8 @@ class SentenceModules:
 
     Attributes:
         transformer: folder of the transformer, or its name on the hub.
-        pooling: ``mean``, ``cls`` or ``last``. normalize: whether the result is L2-normalised.
+        pooling: ``mean``, ``cls`` or ``last``; of folders that we wrote also ``pooler`` or ``segments``.
+        normalize: whether the result is L2-normalised.
         dense: folders of the dense layers in between, in order.
         max_tokens: the most tokens read of a sentence, or None. lower: whether sentences are lowered first.
     """
@@ -150,7 +152,7 @@ def _pooling(path: Path) -> str:
     else:
         flags = values if isinstance(values, dict) else {}
         found = [str(_POOLINGS.get(k, k)) for k, v in flags.items() if k.startswith("pooling_mode_") and v is True]
-    if len(found) != 1 or found[0] not in _POOLINGS.values():
+    if len(found) != 1 or found[0] not in (*_POOLINGS.values(), *_OURS):
         raise CheckpointError(
             f"{path}: we do not pool so", value=", ".join(found) or "(nothing)", limit="one of mean, cls, last token",
             remedy="use an encoder of one of these",
@@ -222,7 +224,9 @@ def write_modules(
     )
     for entry in entries[1:]:
         (folder / str(entry["path"])).mkdir()
-    flags = {flag: pooling == name for flag, name in _POOLINGS.items()}
+    flags: dict[str, Any] = {flag: pooling == name for flag, name in _POOLINGS.items()}
+    if pooling in _OURS:
+        flags = {"pooling_mode": pooling}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": width, **flags}))
     modules = list(dense or ())
     for i, linear in enumerate(module for module in modules if isinstance(module, nn.Linear)):

@@ -169,6 +169,17 @@ def test_written_and_read_back(tmp_path):
     assert again.fingerprint() != part.fingerprint()
 
 
+@pytest.mark.parametrize("pooling", ["pooler", "segments"])
+def test_a_pooling_of_our_own_is_read_back(tmp_path, pooling):
+    """Optimus' encoder out of a folder with a limit of its own."""
+    tiny_encoder().save_pretrained(tmp_path)
+    options = {"pooling": pooling, "normalize": False, "width": 24, "dense": None, "lower": False}
+    write_modules(tmp_path, max_tokens=7, **options)
+    found = read_modules(str(tmp_path))
+    assert found.pooling == pooling and found.max_tokens == 7
+    assert own_pooling(str(tmp_path)) == {"pooling": pooling, "normalize": False}
+
+
 def test_a_dense_layer_trains_with_its_encoder():
     encoder = tiny_encoder("bert", vocab_size=len(tiny_tokenizer()))
     for train in (True, False):
