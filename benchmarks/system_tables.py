@@ -47,7 +47,7 @@ def _flow(title: str, record: dict[str, Any]) -> Iterator[str]:
 
 def _one_to_many(title: str, record: dict[str, Any]) -> Iterator[str]:
     for row in record["results"]:
-        case = f"{row['shape']}, {row['samples']} responses of {row['prompts']} prompts"
+        case = f"{row['shape']}, {row['samples']} responses of {row['prompts']} prompts, batches of {row['rows']}"
         memory = _memory(row["peak_bytes"], "ours", row["baseline"])
         yield _line(title, case, row["baseline"], row["speedup"], memory, f"{row['floor']}x")
 
@@ -65,6 +65,7 @@ def systems() -> str:
         ("training/adapters", "our preset's step", _adapters),
         ("training/flow", "flow's step with AdamW", _flow),
         ("generation/one_to_many", "one-to-many sampling", _one_to_many),
+        ("generation/one_to_many-batch-64", "one-to-many sampling", _one_to_many),
     ):
         by_make = {make: record for make in MAKES if (record := load(str(Path(make, f"{name}.json"))))}
         if not by_make:
