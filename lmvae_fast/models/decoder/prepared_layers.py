@@ -27,9 +27,10 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
-from lmvae_fast.models.decoder.examination import float32_limit, in_float32, nudged
+from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.exchange import exchanged
 from lmvae_fast.models.decoder.packed_products import Packing, Unlike, require, rounded
+from lmvae_fast.models.decoder.rounding import float32_limit, nudged
 
 if TYPE_CHECKING:
     from lmvae_fast.models.decoder.decoder import Decoder

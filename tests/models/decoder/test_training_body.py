@@ -13,9 +13,10 @@ from torch import nn
 import lmvae_fast as lf
 from lmvae_fast.models.decoder import training_body
 from lmvae_fast.models.decoder.attention import PackedAttention, RecordingAttention
-from lmvae_fast.models.decoder.examination import float32_limit, in_float32, nudged
+from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.exchange import called, exchanged
 from lmvae_fast.models.decoder.large_pages import LargePages
+from lmvae_fast.models.decoder.rounding import float32_limit, nudged
 from lmvae_fast.models.decoder.training_body import TrainingBody, differences, trained_through
 from lmvae_fast.testing import make_decoder, make_model
 from lmvae_fast.training.step_setup import recomputing
