@@ -10,7 +10,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 _SLOWER = (
-    "precision='bf16': this CPU has no bfloat16 products, and imitates them at a fraction of its float32 rate; "
+    "precision='bf16': this device (%s) has no bfloat16 products, and imitates them at a fraction of its float32 rate; "
     "precision='fp32' is faster here"
 )
 
@@ -35,4 +35,4 @@ def settled(recipe: dict[str, Any]) -> dict[str, Any]:
 def warn_of_imitated(precision: str, device: str) -> None:
     """Says so where a run will be slower in the precision it asks for."""
     if precision == "bf16" and not multiplies_bf16(device):
-        logger.warning(_SLOWER)
+        logger.warning(_SLOWER, device)

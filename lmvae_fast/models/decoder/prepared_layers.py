@@ -170,14 +170,14 @@ def require_gpt2_layer(block: Any) -> None:
 def _llama(body: Any, windows: dict[int, int | None], packing: Packing) -> Callable[..., SimpleNamespace]:
     activation_of(body)
     layers = [_llama_layer(body, block, index, windows[index], packing) for index, block in enumerate(body.layers)]
-    last = rms_of(body.norm)
+    last, kinds = rms_of(body.norm), [rotation_of(body, index) for index in range(len(layers))]
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
         x = inputs_embeds.squeeze(0)
         turns = {kind: [part.transpose(0, 1) for part in both]
                  for kind, both in rotations(body, inputs_embeds, position_ids).items()}  # fmt: skip
-        for index, layer in enumerate(layers):
-            x = layer(x, lmvae, *turns[rotation_of(body, index)])
+        for layer, kind in zip(layers, kinds, strict=True):
+            x = layer(x, lmvae, *turns[kind])
         x = _rms_norm(x, *last)
         return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
 
