@@ -3,8 +3,8 @@
     python -m benchmarks.science.finalists --data ../shared/data/worldtree_srl_train.txt --steps 150 --minutes 10
 
 Every row is a run of benchmarks.science.recipe over the worldtree recipe, whose schedules span `--steps`; it ends when its
-minutes of CPU time are over, or after these steps. Rows that have their record are left as they are, and all held-out sentences
-are evaluated at the end of each.
+minutes of CPU time are over, or after these steps. Rows that have their record are left as they are, and `--final` held-out
+sentences are evaluated at the end of each.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--final", type=int, default=400, help="held-out sentences that are evaluated at the end")
     options = parser.parse_args()
     for unknown in set(options.names) - set(FINALISTS):
         parser.error(f"no such finalist: {unknown}")
-    limits = ["--minutes", str(options.minutes), "--marks", "2"]
+    limits = ["--minutes", str(options.minutes), "--marks", "2", "--final", str(options.final)]
     for seed, name in itertools.product(options.seeds, options.names or FINALISTS):
         changes = [f"train.max_steps={options.steps}", f"train.seed={seed}", *FINALISTS[name]]
         run(f"finalists/{name}-{seed}", options.data, changes, limits)
