@@ -6,6 +6,7 @@
     python -m benchmarks.generation.decode sampling     (what a draw under top-p adds to a step)
     python -m benchmarks.generation.decode body         (the decoder's layers as they are, compiled, with packed weights)
     python -m benchmarks.generation.decode weights      (the engine in fp32, in bf16, and in bf16 with int8 weights)
+    python -m benchmarks.generation.decode calls        (a step's layers in one call, and called one by one from Python)
 
 Every side is a process of its own with the same weights and latents; greedy, 32 tokens, nothing stops early. In fp32 the
 tokens of all sides must be the same before anything is timed. Sides take turns, in random order within each round; a
@@ -50,6 +51,10 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
         for precision in ("fp32", "bf16") for name, form in (("engine", "engine"), ("greedy", "logits"), ("top-p", "top-p"))
     },
     "weights": {f"engine {weights}": (weights, "engine", "prefix") for weights in ("fp32", "bf16", "int8")},
+    "calls": {
+        f"{form} {weights}": (weights, form, "prefix")
+        for weights in ("fp32", "bf16", "int8") for form in ("engine", "layers")
+    },
     "body": {
         f"{form} {precision}": (precision, {"packed": "engine"}.get(form, form))
         for precision in ("fp32", "bf16") for form in ("packed", "plain", "compiled")
@@ -61,6 +66,7 @@ BASELINES = {
     "eager": {"engine fp32": "eager fp32"},
     "sampling": {f"{name} {p}": f"top-p {p}" for p in ("fp32", "bf16") for name in ("greedy", "engine")},
     "weights": {"engine bf16": "engine fp32", "engine int8": "engine bf16"},
+    "calls": {f"engine {weights}": f"layers {weights}" for weights in ("fp32", "bf16", "int8")},
     "body": {f"{form} {p}": f"plain {p}" for p in ("fp32", "bf16") for form in ("packed", "compiled")},
 }
 
@@ -127,9 +133,9 @@ def limit_share(row: dict[str, Any], weights: int, head: int, limits: dict[str, 
     """
     shares = {}
     for name, seconds in row["seconds"].items():
-        if name.startswith(("engine", "packed", "plain", "compiled")):
+        if name.startswith(("engine", "layers", "packed", "plain", "compiled")):
             narrow = name.endswith(("bf16", "int8"))  # int8 weights are multiplied by two bytes a number: bf16's work
-            half = weights if narrow else head if name.startswith(("engine", "packed")) else 0
+            half = weights if narrow else head if name.startswith(("engine", "layers", "packed")) else 0
             whole = weights - half
             rates = limits["matmul_bfloat16_flops_per_s"], limits["matmul_float32_flops_per_s"]
             products = 2 * row["batch"] * (half / rates[0] + whole / rates[1])

@@ -4,7 +4,8 @@ usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16|int8 FORM [r
 
 FORM `engine` is what `lf.generate` does, `top-p` the same with a draw, `logits` the same with every logit made and the
 largest taken (greedy decoding needs none, a draw all), `plain` the engine without packed weights, `compiled` with the
-decoder's body and head under torch.compile instead (static shapes, weights frozen into the code); `eager` the same loop with
+decoder's body and head under torch.compile instead (static shapes, weights frozen into the code), `layers` with the layers
+of a step called one by one from Python; `eager` the same loop with
 every op in plain torch and no packed weights; `transformers` is `model.generate` of Hugging Face's own modules over a static
 cache that begins with the same memory, which only `prefix` visibility can be expressed in. int8 is a bf16 decoder with
 `weights="int8"`. All but `top-p` decode greedily,
@@ -27,6 +28,7 @@ import lmvae_fast as lf
 from benchmarks.common.worker import serve
 from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.kernels.sample_token import sample_token
+from lmvae_fast.models.decoder.decode_body import DecodeBody
 from lmvae_fast.models.decoder.decoder import Decoder
 
 warnings.filterwarnings("ignore")
@@ -53,6 +55,8 @@ class OurSide:
             self.decoder = AutoModelForCausalLM.from_pretrained(case["decoder"], dtype=dtype).eval()
         if form == "compiled":
             self._compile()
+        if form == "layers":
+            DecodeBody.takes = lambda *given: False
         if form == "logits":
             decoder = self.model.decoder
             decoder.greedy_step = lambda ids, cache, injection, pack: sample_token(
@@ -86,7 +90,7 @@ class OurSide:
     def _decode(self, batch: int, tokens: int) -> list[list[int]]:
         if self.form == "transformers":
             return self._transformers(batch, tokens)
-        packed = self.form in ("engine", "top-p", "logits")
+        packed = self.form in ("engine", "layers", "top-p", "logits")
         draw = {"do_sample": True, "top_p": 0.9, "seed": 0} if self.form == "top-p" else {}
         config = lf.GenerationConfig(
             batch_size=batch, max_new_tokens=tokens, pack_weights=packed, weights=self.weights, **draw

@@ -116,6 +116,24 @@ def beginnings() -> str:
     return "\n".join([*lines, "", f"`{record['command']}`, {work} ({where(record['machine'])})"])
 
 
+def calls() -> str:
+    """Table of what a step's layers gain as one call, by decoder, batch and weights."""
+    records = list(_records("calls"))
+    if not records:
+        return "Not measured."
+    lines = [
+        "| decoder | batch | weights | layers one by one, sentences/s | one call | times faster | share of the limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for row in record["rows"]:
+            for side, base in row["baseline"].items():
+                rates = " | ".join(f"{row['sentences_per_second'][name]:.2f}" for name in (base, side))
+                figures = f"{rates} | {row['speedup'][side]:.2f} | {row['share_of_limit'][side]:.0%} |"
+                lines.append(f"| {record['shape']} | {row['batch']} | {side.removeprefix('engine ')} | {figures}")
+    return "\n".join([*lines, "", *(_note("calls", record) for record in records)])
+
+
 def weights() -> str:
     """Table of decoding over weights of 32, 16 and 8 bits."""
     records = list(_records("weights"))
@@ -138,6 +156,6 @@ def weights() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "generation": generation, "generation-body": body, "generation-weights": weights, "sampling": sampling,
-    "beginnings": beginnings,
+    "generation": generation, "generation-body": body, "generation-calls": calls, "generation-weights": weights,
+    "sampling": sampling, "beginnings": beginnings,
 }  # fmt: skip

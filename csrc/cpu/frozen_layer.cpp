@@ -8,6 +8,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "row_ops.h"
+
 namespace lmvae {
 namespace {
 
@@ -28,30 +30,6 @@ void for_type(const at::Tensor& x, const char* name, const F& body) {
     body(float());
   else
     TORCH_CHECK_TYPE(false, name, ": ", x.scalar_type(), " is not one of float32, bfloat16");
-}
-
-std::tuple<at::Tensor, at::Tensor> norm_fwd(const at::Tensor& x_in, const at::Tensor& weight_in,
-                                            const OptionalTensor& bias_in, double eps, bool centred) {
-  const at::Tensor x = rows_of(x_in), weight = in_float(weight_in);
-  const at::Tensor bias = bias_in.has_value() ? in_float(*bias_in) : at::Tensor();
-  at::Tensor y = at::empty(x.sizes(), x.options());
-  at::Tensor stats = at::empty({x.size(0), 2}, x.options().dtype(at::kFloat));
-  for_type(x, "frozen_norm", [&](auto zero) {
-    using T = decltype(zero);
-    NormArgs<T> a{};
-    a.width = x.size(1);
-    a.eps = eps;
-    a.centred = centred;
-    a.x = x.const_data_ptr<T>();
-    a.x_row = x.stride(0);
-    a.weight = weight.const_data_ptr<float>();
-    a.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-    a.stats = stats.mutable_data_ptr<float>();
-    a.out = y.mutable_data_ptr<T>();
-    const auto rows = LMVAE_PICK(norm_rows<T>);
-    at::parallel_for(0, x.size(0), grain(a.width), [&](int64_t begin, int64_t end) { rows(a, begin, end); });
-  });
-  return {y, stats};
 }
 
 at::Tensor norm_bwd(const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& stats_in,
@@ -104,12 +82,39 @@ at::Tensor activation(const at::Tensor& x_in, const OptionalTensor& grad_in, int
   return out;
 }
 
-at::Tensor activation_fwd(const at::Tensor& x, int64_t kind) { return activation(x, std::nullopt, kind); }
 at::Tensor activation_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t kind) {
   return activation(x, grad, kind);
 }
 
-void rotary(at::Tensor& x, const at::Tensor& cos_in, const at::Tensor& sin_in, int64_t heads, bool back) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> frozen_norm(const at::Tensor& x_in, const at::Tensor& weight_in,
+                                               const OptionalTensor& bias_in, double eps, bool centred) {
+  const at::Tensor x = rows_of(x_in), weight = in_float(weight_in);
+  const at::Tensor bias = bias_in.has_value() ? in_float(*bias_in) : at::Tensor();
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor stats = at::empty({x.size(0), 2}, x.options().dtype(at::kFloat));
+  for_type(x, "frozen_norm", [&](auto zero) {
+    using T = decltype(zero);
+    NormArgs<T> a{};
+    a.width = x.size(1);
+    a.eps = eps;
+    a.centred = centred;
+    a.x = x.const_data_ptr<T>();
+    a.x_row = x.stride(0);
+    a.weight = weight.const_data_ptr<float>();
+    a.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+    a.stats = stats.mutable_data_ptr<float>();
+    a.out = y.mutable_data_ptr<T>();
+    const auto rows = LMVAE_PICK(norm_rows<T>);
+    at::parallel_for(0, x.size(0), grain(a.width), [&](int64_t begin, int64_t end) { rows(a, begin, end); });
+  });
+  return {y, stats};
+}
+
+at::Tensor frozen_activation(const at::Tensor& x, int64_t kind) { return activation(x, std::nullopt, kind); }
+
+void frozen_rotary(at::Tensor& x, const at::Tensor& cos_in, const at::Tensor& sin_in, int64_t heads, bool back) {
   const at::Tensor cos = rows_of(cos_in), sin = rows_of(sin_in);
   TORCH_CHECK(x.stride(1) == 1 && cos.size(0) == x.size(0) && sin.sizes() == cos.sizes() && cos.size(1) % 2 == 0 &&
                   heads * cos.size(1) <= x.size(1),
@@ -130,14 +135,12 @@ void rotary(at::Tensor& x, const at::Tensor& cos_in, const at::Tensor& sin_in, i
   });
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
-  m.impl("frozen_norm", &norm_fwd);
+  m.impl("frozen_norm", &frozen_norm);
   m.impl("frozen_norm_bwd", &norm_bwd);
-  m.impl("frozen_activation", &activation_fwd);
+  m.impl("frozen_activation", &frozen_activation);
   m.impl("frozen_activation_bwd", &activation_bwd);
-  m.impl("frozen_rotary", &rotary);
+  m.impl("frozen_rotary", &frozen_rotary);
 }
 
 }  // namespace lmvae

@@ -13,6 +13,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "row_ops.h"
+
 namespace lmvae {
 namespace {
 
@@ -243,9 +245,12 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tens
   return decode_over(q, k_cache, v_cache, lengths, scale, window, softcap, nullptr);
 }
 
-at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache,
-                const at::Tensor& v_cache, const at::Tensor& places, const at::Tensor& lengths, double scale,
-                std::optional<int64_t> window, std::optional<double> softcap) {
+}  // namespace
+
+at::Tensor latent_attention_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& places,
+                                 const at::Tensor& lengths, double scale, std::optional<int64_t> window,
+                                 std::optional<double> softcap) {
   const at::Tensor at = places.to(at::kLong).contiguous();
   const NewToken added{k, v, k_cache, v_cache, at.const_data_ptr<int64_t>()};
   for (int64_t b = 0; b < q.size(0); b++)
@@ -254,13 +259,11 @@ at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
   return decode_over(q, k_cache, v_cache, lengths, scale, window, softcap, &added);
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
   m.impl("latent_attention_fwd", &fwd);
   m.impl("latent_attention_bwd", &bwd);
   m.impl("latent_attention_decode", &decode);
-  m.impl("latent_attention_step", &step);
+  m.impl("latent_attention_step", &latent_attention_step);
 }
 
 }  // namespace lmvae

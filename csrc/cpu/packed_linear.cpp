@@ -3,6 +3,7 @@
 
 #include "amx.h"
 #include "cpu_features.h"
+#include "row_ops.h"
 
 #include <algorithm>
 #include <atomic>
@@ -141,6 +142,8 @@ void in_bf16(HalfLinearArgs& a, const c10::BFloat16* rows, int64_t stride, int64
   });
 }
 
+}  // namespace
+
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& residual, int64_t activation, int64_t out_features) {
   const auto what = static_cast<Activation>(activation);
@@ -169,8 +172,6 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, cons
   }
   return y;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) { m.impl("packed_linear", &packed_linear); }
 

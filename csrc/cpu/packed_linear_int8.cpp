@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "cpu_features.h"
+#include "row_ops.h"
 
 namespace lmvae {
 namespace {
@@ -76,6 +77,8 @@ void products(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& s
   }
 }
 
+}  // namespace
+
 at::Tensor packed_linear_int8(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& scales,
                               const at::Tensor& totals, const OptionalTensor& bias, const OptionalTensor& residual,
                               int64_t activation, int64_t out_features) {
@@ -99,8 +102,6 @@ at::Tensor packed_linear_int8(const at::Tensor& input, const at::Tensor& weight,
     products<float>(x, weight, scales, totals, b, added, what, y);
   return y;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) { m.impl("packed_linear_int8", &packed_linear_int8); }
 

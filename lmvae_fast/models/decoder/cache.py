@@ -126,6 +126,11 @@ class LatentCache:
         """Where in the cache tokens of these indices go, int64 of any shape."""
         return index % 2 if self.visibility == "rolling" else token_position(index, self.slots, self.visibility)
 
+    @property
+    def step_places(self) -> tuple[Tensor, Tensor]:
+        """Where this step's keys and values go, and how much of the cache each row sees: int64 ``[batch]`` each."""
+        return self._positions, self._lengths
+
     def prepare(self) -> None:
         """Fix where this step's keys and values go and what each row sees; once a step, before the layers run."""
         self._positions = self.places(self.step)

@@ -9,9 +9,9 @@ compared with the modules it stands for before it is used.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from lmvae_fast.kernels import frozen_layer
+from lmvae_fast.kernels.packed_linear import PackedLinear
 from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttention
+from lmvae_fast.models.decoder.cache import LatentCache
+from lmvae_fast.models.decoder.decode_body import DecodeBody, LayerParts, RowNorm
 from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.exchange import exchanged
 from lmvae_fast.models.decoder.packed_products import Packing, Unlike, require, rounded
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Layer = Callable[[Tensor, AttentionContext], Tensor]  # hidden states [T, hidden] to those of the next layer
 LLAMAS = {
     llama.LlamaModel: (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP),
     mistral.MistralModel: (mistral.MistralDecoderLayer, mistral.MistralAttention, mistral.MistralMLP),
@@ -107,7 +109,7 @@ def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace], weigh
         given = {"position_ids": positions, "use_cache": False, "lmvae": attention}
         return body(inputs_embeds=embedded.to(dtype), **given).last_hidden_state.float()
 
-    ours = states(forward, decoder.dtype)
+    ours = (states(forward, decoder.dtype), _stepped(decoder, forward, embedded[0]))
     with exchanged(rounded(body, weights)):
         theirs = states(body, decoder.dtype)
         if decoder.dtype == torch.float32:
@@ -115,45 +117,120 @@ def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace], weigh
         else:
             with in_float32(body):
                 truth = states(body, torch.float32)
-    ours_off, theirs_off = (((side - truth).norm() / truth.norm()).item() for side in (ours, theirs))
+    *ours_off, theirs_off = (((side - truth).norm() / truth.norm()).item() for side in (*ours, theirs))
     if decoder.dtype == torch.float32:
-        return ours_off, float32_limit(theirs_off)
-    return ours_off, 2 * theirs_off + torch.finfo(decoder.dtype).eps / 2
+        return max(ours_off), float32_limit(theirs_off)
+    return max(ours_off), 2 * theirs_off + torch.finfo(decoder.dtype).eps / 2
+
+
+def _stepped(decoder: Decoder, forward: Callable[..., SimpleNamespace], embedded: Tensor) -> Tensor:
+    """Hidden states of the same sentences, of 3 tokens and of 2, read token by token over a cache, which has its own way."""
+    cache = LatentCache(
+        layers=decoder.num_layers, kv_heads=decoder.kv_heads, head_dim=decoder.head_dim, batch=2, slots=0, max_tokens=3,
+        visibility="prefix", dtype=decoder.dtype, device=decoder.device,
+    )  # fmt: skip
+    steps = []
+    for token in range(3):
+        cache.prepare()
+        rows = embedded[[token, min(3 + token, 4)]].unsqueeze(0)
+        out = forward(inputs_embeds=rows, position_ids=cache.position_ids().unsqueeze(0), lmvae=cache)
+        steps.append(out.last_hidden_state.squeeze(0).float())
+        cache.advance()
+    return torch.stack([*(step[0] for step in steps), *(step[1] for step in steps[:2])]).unsqueeze(0)
+
+
+# ---- a layer ---------------------------------------------------------------------------------------------------------
+
+
+def _states(
+    x: Tensor,
+    layers: list[LayerParts],
+    last: RowNorm,
+    context: AttentionContext,
+    decode: DecodeBody,
+    turns: Sequence[Tensor],
+) -> SimpleNamespace:
+    """The body's output for packed hidden states ``[T, hidden]``."""
+    if decode.takes(x, context):
+        x = decode.step(x, cast(LatentCache, context), turns)
+    else:
+        for index, layer in enumerate(layers):
+            x = _layer(layer, index, x, context, turns)
+        x = _norm(x, last)
+    return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
+
+
+def _layer(layer: LayerParts, index: int, x: Tensor, context: AttentionContext, turns: Sequence[Tensor]) -> Tensor:
+    """Hidden states ``[T, hidden]`` after a layer."""
+    rows, turned = x.shape[0], layer.heads + layer.kv_heads
+    qkv = layer.qkv(_norm(x, layer.before_attention))
+    heads = qkv.view(rows, -1, layer.head_dim)
+    if layer.query_norm is not None and layer.key_norm is not None:
+        for norm, part in zip((layer.query_norm, layer.key_norm), _split(heads, layer)[:2], strict=True):
+            part.copy_(_norm(part, norm))
+    if layer.rotation is not None:
+        cos, sin = turns[2 * layer.rotation : 2 * layer.rotation + 2]
+        frozen_layer.rotate_(qkv, cos, sin, heads=turned)
+    options: dict[str, Any] = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
+    seen = context.attend(index, *_split(heads, layer), **options).reshape(rows, -1)
+    x = _summed(layer.out, layer.behind_attention, seen, x)
+    inner = layer.up(_norm(x, layer.before_mlp))
+    if layer.gate is not None:
+        inner = frozen_layer.activation(inner, layer.gate)
+    return _summed(layer.down, layer.behind_mlp, inner, x)
+
+
+def _split(heads: Tensor, layer: LayerParts) -> tuple[Tensor, ...]:
+    return heads.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
+
+
+def _summed(product: PackedLinear, norm: RowNorm | None, x: Tensor, added: Tensor) -> Tensor:
+    """A product with what is added to it, or to the norm behind it where there is one."""
+    return product(x, added) if norm is None else added + _norm(product(x), norm)
+
+
+def _norm(x: Tensor, norm: RowNorm) -> Tensor:
+    if norm.centred:
+        return layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    if norm.weight.dtype == x.dtype:
+        return rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+    return frozen_layer.norm(x.reshape(-1, x.shape[-1]), norm.weight, eps=norm.eps, centred=False)[0].view(x.shape)
 
 
 # ---- GPT-2 -----------------------------------------------------------------------------------------------------------
 
 
 def _gpt2(body: Any, packing: Packing) -> Callable[..., SimpleNamespace]:
-    layers = [_gpt2_layer(block, index, packing) for index, block in enumerate(body.h)]
-    positions, last = body.wpe.weight, body.ln_f
+    layers = [_gpt2_layer(block, packing) for block in body.h]
+    positions, last = body.wpe.weight, _layer_norm_of(body.ln_f)
+    decode = DecodeBody(layers, last)
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
         x = inputs_embeds.squeeze(0) + torch.nn.functional.embedding(position_ids.squeeze(0), positions)
-        for layer in layers:
-            x = layer(x, lmvae)
-        x = layer_norm(x, last.normalized_shape, last.weight, last.bias, last.eps)
-        return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
+        return _states(x, layers, last, lmvae, decode, ())
 
     return forward
 
 
-def _gpt2_layer(block: Any, index: int, packing: Packing) -> Layer:
+def _gpt2_layer(block: Any, packing: Packing) -> LayerParts:
     require_gpt2_layer(block)
-    attn, mlp, norm1, norm2 = block.attn, block.mlp, block.ln_1, block.ln_2
-    qkv, out = packing.linear(attn.c_attn), packing.linear(attn.c_proj)
-    up, down = packing.linear(mlp.c_fc, activation="gelu_tanh"), packing.linear(mlp.c_proj)
-    shape, scale, heads = norm1.normalized_shape, attn.scaling, attn.num_heads
-    first, second = (norm1.weight, norm1.bias, norm1.eps), (norm2.weight, norm2.bias, norm2.eps)
+    attn, mlp = block.attn, block.mlp
+    return LayerParts(
+        before_attention=_layer_norm_of(block.ln_1),
+        before_mlp=_layer_norm_of(block.ln_2),
+        qkv=packing.linear(attn.c_attn),
+        out=packing.linear(attn.c_proj),
+        up=packing.linear(mlp.c_fc, activation="gelu_tanh"),
+        down=packing.linear(mlp.c_proj),
+        heads=attn.num_heads,
+        kv_heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        scale=attn.scaling,
+    )
 
-    def layer(x: Tensor, context: AttentionContext) -> Tensor:
-        rows = x.shape[0]
-        q, k, v = qkv(layer_norm(x, shape, *first)).view(rows, 3, heads, -1).unbind(1)
-        seen = context.attend(index, q, k, v, scale=scale, window=None, softcap=None)
-        x = out(seen.reshape(rows, -1), x)
-        return down(up(layer_norm(x, shape, *second)), x)
 
-    return layer
+def _layer_norm_of(module: nn.LayerNorm) -> RowNorm:
+    return RowNorm(module.weight, module.bias, module.eps, True)
 
 
 def require_gpt2_layer(block: Any) -> None:
@@ -168,58 +245,51 @@ def require_gpt2_layer(block: Any) -> None:
 
 
 def _llama(body: Any, windows: dict[int, int | None], packing: Packing) -> Callable[..., SimpleNamespace]:
-    activation_of(body)
-    layers = [_llama_layer(body, block, index, windows[index], packing) for index, block in enumerate(body.layers)]
-    last, kinds = rms_of(body.norm), [rotation_of(body, index) for index in range(len(layers))]
+    kinds = [rotation_of(body, index) for index in range(len(body.layers))]
+    order = list(dict.fromkeys(kinds))
+    layers = [
+        _llama_layer(body, block, windows[index], order.index(kinds[index]), packing)
+        for index, block in enumerate(body.layers)
+    ]
+    last = _rms_norm_of(body.norm)
+    decode = DecodeBody(layers, last)
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
-        x = inputs_embeds.squeeze(0)
-        turns = {kind: [part.transpose(0, 1) for part in both]
-                 for kind, both in rotations(body, inputs_embeds, position_ids).items()}  # fmt: skip
-        for layer, kind in zip(layers, kinds, strict=True):
-            x = layer(x, lmvae, *turns[kind])
-        x = _rms_norm(x, *last)
-        return SimpleNamespace(last_hidden_state=x.unsqueeze(0))
+        both = rotations(body, inputs_embeds, position_ids)
+        turns = [part.squeeze(0) for kind in order for part in both[kind]]
+        return _states(inputs_embeds.squeeze(0), layers, last, lmvae, decode, turns)
 
     return forward
 
 
-def _llama_layer(body: Any, block: Any, index: int, window: int | None, packing: Packing) -> Callable[..., Tensor]:
+def _llama_layer(body: Any, block: Any, window: int | None, rotation: int, packing: Packing) -> LayerParts:
     require_llama_layer(body, block)
-    attn, mlp = block.self_attn, block.mlp
-    qkv = packing.linear(attn.q_proj, attn.k_proj, attn.v_proj)
-    first, behind_out, second, behind_down = (None if norm is None else rms_of(norm) for norm in norms_of(block))
+    attn, mlp, kind = block.self_attn, block.mlp, activation_of(body)
+    require(mlp.gate_proj.bias is None and mlp.up_proj.bias is None, "a bias in a gated layer")
+    first, behind_out, second, behind_down = (None if norm is None else _rms_norm_of(norm) for norm in norms_of(block))
     assert first is not None and second is not None
-    out = _summed(packing.linear(attn.o_proj), behind_out)
-    down = _summed(packing.linear(mlp.down_proj), behind_down)
-    gated = _gated(mlp, activation_of(body), packing)
-    dim, scale, softcap = attn.head_dim, attn.scaling, softcap_of(attn)
-    kv_heads = attn.k_proj.weight.shape[0] // dim
-    heads = attn.q_proj.weight.shape[0] // dim
-    norms = (rms_of(attn.q_norm), rms_of(attn.k_norm)) if hasattr(attn, "q_norm") else None
-
-    def layer(x: Tensor, context: AttentionContext, cos: Tensor, sin: Tensor) -> Tensor:
-        rows = x.shape[0]
-        heard = qkv(_rms_norm(x, *first)).view(rows, -1, dim)
-        qk, v = heard[:, : heads + kv_heads], heard[:, heads + kv_heads :]
-        if norms is not None:
-            split = zip(norms, qk.split([heads, kv_heads], dim=1), strict=True)
-            qk = torch.cat([_rms_norm(part, *norm) for norm, part in split], dim=1)
-        left, right = qk.chunk(2, dim=-1)
-        qk = qk * cos + torch.cat((-right, left), dim=-1) * sin
-        q, k = qk.split([heads, kv_heads], dim=1)
-        seen = context.attend(index, q, k, v, scale=scale, window=window, softcap=softcap)
-        x = out(seen.reshape(rows, -1), x)
-        return down(gated(_rms_norm(x, *second)), x)
-
-    return layer
-
-
-def _summed(product: Callable[..., Tensor], norm: tuple[Tensor, float] | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """A product with what is added to it, or to the norm behind it where there is one."""
-    if norm is None:
-        return product
-    return lambda x, added: added + _rms_norm(product(x), *norm)
+    gated = kind == "swiglu"  # which belongs to the product itself
+    normed = hasattr(attn, "q_norm")
+    return LayerParts(
+        before_attention=first,
+        before_mlp=second,
+        behind_attention=behind_out,
+        behind_mlp=behind_down,
+        query_norm=_rms_norm_of(attn.q_norm) if normed else None,
+        key_norm=_rms_norm_of(attn.k_norm) if normed else None,
+        qkv=packing.linear(attn.q_proj, attn.k_proj, attn.v_proj),
+        out=packing.linear(attn.o_proj),
+        up=packing.gated(mlp.gate_proj, mlp.up_proj) if gated else packing.linear(mlp.gate_proj, mlp.up_proj),
+        down=packing.linear(mlp.down_proj),
+        gate=None if gated else kind,
+        heads=attn.q_proj.weight.shape[0] // attn.head_dim,
+        kv_heads=attn.k_proj.weight.shape[0] // attn.head_dim,
+        head_dim=attn.head_dim,
+        scale=attn.scaling,
+        window=window,
+        softcap=softcap_of(attn),
+        rotation=rotation,
+    )
 
 
 def activation_of(body: Any) -> str:
@@ -269,19 +339,9 @@ def rms_of(module: Any) -> tuple[Tensor, float]:
     return module.weight.detach(), module.variance_epsilon
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if weight.dtype == x.dtype:
-        return rms_norm(x, weight.shape, weight, eps)
-    return frozen_layer.norm(x.reshape(-1, x.shape[-1]), weight, eps=eps, centred=False)[0].view(x.shape)
-
-
-def _gated(mlp: Any, kind: str, packing: Packing) -> Callable[[Tensor], Tensor]:
-    """``activation(gate(x)) * up(x)``; SiLU belongs to the product itself."""
-    require(mlp.gate_proj.bias is None and mlp.up_proj.bias is None, "a bias in a gated layer")
-    if kind == "swiglu":
-        return packing.gated(mlp.gate_proj, mlp.up_proj)
-    both = packing.linear(mlp.gate_proj, mlp.up_proj)
-    return lambda x: frozen_layer.activation(both(x), kind)
+def _rms_norm_of(module: Any) -> RowNorm:
+    weight, eps = rms_of(module)
+    return RowNorm(weight, None, eps, False)
 
 
 def require_llama_layer(body: Any, block: Any) -> None:

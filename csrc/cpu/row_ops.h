@@ -1,0 +1,27 @@
+// CPU implementations of torch ops that decode_body.cpp calls without the dispatcher between; checks of arguments are
+// those of the ops' public functions (kernels/*/op.py).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+namespace lmvae {
+
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& residual, int64_t activation, int64_t out_features);
+at::Tensor packed_linear_int8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scales,
+                              const at::Tensor& totals, const std::optional<at::Tensor>& bias,
+                              const std::optional<at::Tensor>& residual, int64_t activation, int64_t out_features);
+std::tuple<at::Tensor, at::Tensor> frozen_norm(const at::Tensor& x, const at::Tensor& weight,
+                                               const std::optional<at::Tensor>& bias, double eps, bool centred);
+at::Tensor frozen_activation(const at::Tensor& x, int64_t kind);
+void frozen_rotary(at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t heads, bool back);
+at::Tensor latent_attention_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& places,
+                                 const at::Tensor& lengths, double scale, std::optional<int64_t> window,
+                                 std::optional<double> softcap);
+
+}  // namespace lmvae
