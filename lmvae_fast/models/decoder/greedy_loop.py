@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lmvae_fast.models.decoder.prepared_weights import packed_weights
+from lmvae_fast.models.decoder.exchange import Exchanges, exchanged
+from lmvae_fast.models.decoder.prepared_weights import exchanges, fused_layers
 from lmvae_fast.models.decoder.recorded_step import RecordedStep, baked_in, capture_for
 from lmvae_fast.models.injection import Injection
 
@@ -51,6 +52,7 @@ class GreedyLoop:
         self.ids = torch.zeros(batch, steps, dtype=torch.int64, device=device)
         self.decoder: Decoder | None = None
         self.recorded: RecordedStep | None = None
+        self.layers: Exchanges = []  # of the last run
 
     def record(self, decoder: Decoder) -> None:
         """Have the step recorded after a few calls, where the device can."""
@@ -71,14 +73,16 @@ class GreedyLoop:
                 getattr(self.injection, name).copy_(part)
         self.token.fill_(decoder.tokenizer.bos_token_id)
         self.place.zero_()
+        layers = self._layers(decoder)
+        if self.recorded is not None:
+            if layers is not self.layers and (layers or self.layers):  # recorded over layers that are no more
+                self.record(decoder)
+            self.recorded.decoder = decoder
+        self.layers = layers
         step = self.recorded or self._advance
         self.decoder = decoder
-        if self.recorded is not None:
-            self.recorded.decoder = decoder
         try:
-            # On a GPU a loop is run first and recorded later: both must go through the same layers, the modules'.
-            on_cpu = decoder.device.type == "cpu"
-            with packed_weights(decoder, len(self.rows), wanted=on_cpu and self.recorded is None):
+            with exchanged(layers):
                 for place in range(self.steps):
                     if wanted is not None:
                         while wanted and wanted[-1] <= place:
@@ -92,6 +96,11 @@ class GreedyLoop:
             if self.recorded is not None:
                 self.recorded.decoder = None
         return self.ids
+
+    def _layers(self, decoder: Decoder) -> Exchanges:
+        """What the steps run over: a loop of a GPU is run first and recorded later, and both go through the same layers."""
+        fused = fused_layers(decoder)
+        return exchanges(decoder, len(self.rows)) if fused or self.recorded is None else []
 
     def _narrow(self, rows: int) -> None:
         """Go on with the first rows alone; no buffer is copied."""
@@ -121,7 +130,7 @@ def _without_idle_autocast(decoder: Decoder) -> Iterator[None]:
     """Turns autocast off where all weights are of its dtype already, as a frozen decoder's are in training: it would change
     nothing that matters, and weights packed for decoding are not for it (prepared_weights.pays)."""
     kind = decoder.device.type
-    idle = torch.is_autocast_enabled(kind) and kind == "cpu" and not decoder.trains
+    idle = torch.is_autocast_enabled(kind) and not decoder.trains
     dtype = torch.get_autocast_dtype(kind) if idle else None
     with torch.autocast(kind, enabled=False) if idle and _all_of(decoder, dtype) else contextlib.nullcontext():
         yield
@@ -154,9 +163,14 @@ def greedy_ids(decoder: Decoder, injection: Injection, steps: int, wanted: Tenso
     batch, device = injection.batch_size, decoder.device
     if steps == 0 or batch == 0:
         return torch.empty(batch, steps, dtype=torch.int64, device=device)
-    if capture_for(decoder, device, None, in_autocast=True) is None:
-        with _without_idle_autocast(decoder):
+    with _without_idle_autocast(decoder):
+        if capture_for(decoder, device, None, in_autocast=True) is None:
             return _plain_ids(decoder, injection, steps, wanted)
+        return _recorded_ids(decoder, injection, steps)
+
+
+def _recorded_ids(decoder: Decoder, injection: Injection, steps: int) -> Tensor:
+    """By a loop that is kept for its shape, and recorded from its second run on."""
     parts = (injection.memory, injection.embedding_shift, injection.output_residual)
     shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in parts)
     key = (steps, injection.visibility, shapes, baked_in(decoder))

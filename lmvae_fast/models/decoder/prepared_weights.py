@@ -43,7 +43,7 @@ def pays(decoder: Decoder, rows: int) -> bool:
     """Whether prepared layers make a step over this many rows faster (measured on CPUs: docs/generation.md)."""
     if decoder.trains or current() == "reference" or torch.is_autocast_enabled(decoder.device.type):
         return False
-    if _fused(decoder):
+    if fused_layers(decoder):
         return True
     if decoder.device.type != "cpu":
         return False
@@ -82,7 +82,8 @@ def _ours(decoder: Decoder, rows: int) -> bool:
     return decoder.dtype in OURS and rows <= most_rows(decoder.dtype)
 
 
-def _fused(decoder: Decoder) -> bool:
+def fused_layers(decoder: Decoder) -> bool:
+    """Whether this device runs the layers that training has, where a family's are written out."""
     # The interpreter, which runs Triton's kernels on a CPU, is for tests.
     on_cpu = decoder.device.type == "cpu" and current() != "triton"
     return (
@@ -111,7 +112,7 @@ def exchanges(decoder: Decoder, rows: int, wanted: bool = True, weights: str | N
 def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchanges:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
     modules = [m for m in plain_linears(decoder.model) if m.weight.dtype == dtype]
-    ours = "fused" if weights is None and _fused(decoder) else weights is not None or _ours(decoder, rows)
+    ours = "fused" if weights is None and fused_layers(decoder) else weights is not None or _ours(decoder, rows)
     copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
     copied += [weight for weight in decoder.body.parameters() if weight.dim() == 1]  # of norms: Gemma's are copied
     state = (ours, weights, *((tensor.data_ptr(), tensor._version) for tensor in copied))

@@ -18,6 +18,7 @@ from lmvae_fast.models.decoder.exchange import exchanged
 from lmvae_fast.models.decoder.prepared_weights import exchanges
 from lmvae_fast.models.decoder.recorded_step import CAPTURES
 from lmvae_fast.models.decoder.training_body import trained_through
+from lmvae_fast.models.free_running import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.testing import make_model
 from lmvae_fast.training.loop import Trainer
@@ -143,6 +144,28 @@ def test_recordings_over_layers_that_are_no_more_are_not_kept(monkeypatch):
                 layer.self_attn.v_proj.weight.mul_(-3.0)
         after = model.decode(z, max_new_tokens=6)
     assert after == model.decode(z, max_new_tokens=6) != before
+
+
+def test_free_running_reads_its_output_through_them_recorded_or_not(monkeypatch):
+    """The first loop of a shape is run and later ones are replayed: over the same layers, and over new ones of new weights."""
+    model = make_model("llama", max_len=9).eval()
+    decoder = model.decoder
+    injections = [model.inject(2 * torch.randn(3, 6)).detach() for _ in range(3)]
+    expected = [greedy_ids(decoder, injection, 5) for injection in injections]
+    monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
+    called = []
+    with backend("triton"):
+        exchanges(decoder, 3)  # compares them with the modules
+        decoder.body.layers[0].mlp.down_proj.register_forward_hook(lambda *given: called.append(1))
+        assert [greedy_ids(decoder, injection, 5).tolist() for injection in injections] == [x.tolist() for x in expected]
+        assert not called
+        with torch.no_grad():
+            for layer in decoder.body.layers:
+                layer.self_attn.v_proj.weight.mul_(-3.0)
+        after = [greedy_ids(decoder, injection, 5).tolist() for injection in injections]
+    monkeypatch.delitem(CAPTURES, "cpu")
+    assert after == [greedy_ids(decoder, injection, 5).tolist() for injection in injections]
+    assert after != [x.tolist() for x in expected]
 
 
 # ---- what recordings of steps read must live, and be of the weights as they are ------------------------------
