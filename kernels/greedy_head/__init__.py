@@ -1,5 +1,5 @@
-"""The token of greatest logit, without its logits: a bf16 product finds the candidates, fp32 decides among them."""
+"""The token of greatest logit, without its logits: on a CPU a bf16 product finds candidates among which fp32 decides."""
 
-from .op import GreedyHead, greedy_head, pack_head
+from .op import MOST_ROWS, GreedyHead, greedy_head, greedy_product, pack_head
 
-__all__ = ["GreedyHead", "greedy_head", "pack_head"]
+__all__ = ["MOST_ROWS", "GreedyHead", "greedy_head", "greedy_product", "pack_head"]

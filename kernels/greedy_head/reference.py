@@ -15,6 +15,13 @@ def greedy_head(hidden: Tensor, weight: Tensor) -> Tensor:
     return (hidden @ weight.t()).argmax(-1)
 
 
+def greedy_product(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """argmax and largest over v of hidden [M, K] . weight [V, K]: int64 and fp32 [M]."""
+    logits = hidden @ weight.t()
+    ids = logits.argmax(-1)
+    return ids, logits.gather(-1, ids[:, None]).squeeze(-1).float()
+
+
 def pack_panels(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """weight [V, K] rounded to bf16 in panels, and per panel the largest norms of its rows.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lmvae_fast.kernels.backend import current, extension
-from lmvae_fast.kernels.greedy_head import GreedyHead, greedy_head, pack_head
+from lmvae_fast.kernels.backend import choose, current, extension
+from lmvae_fast.kernels.greedy_head import MOST_ROWS, GreedyHead, greedy_head, greedy_product, pack_head
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoder.large_pages import LargePages
 
@@ -47,6 +48,11 @@ def greedy_tokens(
             if finite is not None:  # there are no logits to look at; below this none overflows
                 finite &= hidden.abs().amax(-1) * largest < torch.finfo(hidden.dtype).max / 4
             return greedy_head(hidden, prepared)
+    if only_a_product and _unwritten(head, hidden):
+        found, largest_logit = greedy_product(hidden, cast(Tensor, head.weight))
+        if finite is not None:  # NaN counts as the greatest: the chosen logit says what `speaking` says of the row
+            finite &= torch.isfinite(largest_logit)
+        return found
     chunks = hidden.split(at_once) if at_once is not None and len(hidden) > at_once else (hidden,)
     tokens = []
     for chunk, noted in zip(
@@ -78,6 +84,22 @@ def _pays(head: nn.Module, hidden: Tensor) -> bool:
         and current() in ("auto", "cpp")
         and extension()[0]
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _unwritten(head: nn.Module, hidden: Tensor) -> bool:
+    """On a GPU, a few rows: the head's weight is read once, and logits are compared where they are made."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (Tensor, nn.Parameter)
+        and head.weight.dtype == hidden.dtype
+        and 0 < len(hidden) <= MOST_ROWS.get(hidden.dtype, 0)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(hidden.device.type)
+        # the interpreter, which runs Triton's kernels on a CPU, is for tests
+        and current() in (("auto", "triton") if hidden.device.type == "cuda" else ("triton",))
+        and choose("greedy_product", hidden) == "triton"
     )
 
 

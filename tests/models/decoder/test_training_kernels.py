@@ -157,7 +157,9 @@ def test_free_running_reads_its_output_through_them_recorded_or_not(monkeypatch)
     with backend("triton"):
         exchanges(decoder, 3)  # compares them with the modules
         decoder.body.layers[0].mlp.down_proj.register_forward_hook(lambda *given: called.append(1))
-        assert [greedy_ids(decoder, injection, 5).tolist() for injection in injections] == [x.tolist() for x in expected]
+        assert [greedy_ids(decoder, injection, 5).tolist() for injection in injections] == [
+            x.tolist() for x in expected
+        ]
         assert not called
         with torch.no_grad():
             for layer in decoder.body.layers:
