@@ -99,6 +99,11 @@ struct DecodeBody : torch::CustomClassHolder {
     TORCH_CHECK(kv.dim() == 6 && kv.size(0) == static_cast<int64_t>(layers_.size()) && kv.size(2) == x.size(0) &&
                     kv.scalar_type() == x.scalar_type(),
                 "DecodeBody: a cache of ", kv.sizes(), " for ", layers_.size(), " layers and ", x.size(0), " rows");
+    TORCH_CHECK(places.dim() == 1 && lengths.dim() == 1 && places.size(0) == x.size(0) && lengths.size(0) == x.size(0),
+                "DecodeBody: places ", places.sizes(), " and lengths ", lengths.sizes(), " for ", x.size(0), " rows");
+    for (const Layer& layer : layers_)
+      TORCH_CHECK(kv.size(3) == layer.kv_heads && kv.size(5) == layer.head_dim, "DecodeBody: a cache of ", kv.sizes(),
+                  " for ", layer.kv_heads, " heads of ", layer.head_dim);
     const at::NoGradGuard no_grad;
     int64_t index = 0;
     for (const Layer& layer : layers_) {

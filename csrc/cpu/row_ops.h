@@ -1,5 +1,5 @@
-// CPU implementations of torch ops that decode_body.cpp calls without the dispatcher between; checks of arguments are
-// those of the ops' public functions (kernels/*/op.py).
+// CPU implementations of torch ops that decode_body.cpp calls without the dispatcher between. Shapes and dtypes of
+// arguments are checked by the ops' public functions (kernels/*/op.py), and here by whoever calls.
 #pragma once
 
 #include <cstdint>

@@ -138,9 +138,11 @@ def test_looking_seldom_changes_nothing(recordings, monkeypatch):
     model = make_model("gpt2", max_len=24).eval()
     z = 2 * torch.randn(27, 6)
     end_with_a_common_token(model, z)
+    recordings.clear()
     expected = list(generate(model, z, GenerationConfig(batch_size=11, cuda_graphs=False)))
     monkeypatch.setitem(engine.STEPS_PER_LOOK, "cpu", 8)
     assert list(generate(model, z, GenerationConfig(batch_size=11))) == expected
+    assert recordings[0][1].replays > PLAIN_STEPS
 
 
 def test_a_decoder_that_looks_at_a_value_is_run_as_it_is(recordings, caplog):

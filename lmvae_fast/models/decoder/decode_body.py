@@ -19,6 +19,7 @@ from lmvae_fast.kernels.frozen_layer.reference import ACTIVATIONS as ROW_ACTIVAT
 from lmvae_fast.kernels.inplace import written
 from lmvae_fast.kernels.packed_linear import PackedLinear, QuantizedWeight
 from lmvae_fast.kernels.packed_linear.reference import ACTIVATIONS
+from lmvae_fast.kernels.registration import refuse_gradients
 from lmvae_fast.models.decoder.cache import LatentCache
 
 
@@ -88,21 +89,26 @@ class DecodeBody:
             )
 
     def takes(self, x: Tensor, context: object) -> bool:
-        """Whether this step can go through: rows ``[rows, hidden]`` of a cache on a CPU in its dtype, on the C++ kernels."""
+        """Whether this step can go through: rows ``[rows, hidden]`` of a cache on a CPU in its dtype, on the C++ kernels, and
+        no dispatch mode is on."""
         return (
             self._body is not None
             and type(context) is LatentCache
             and x.device.type == "cpu"
             and x.dtype == context.kv.dtype
             and current() in ("auto", "cpp")
-            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not torch._C._len_torch_dispatch_stack()  # whoever watches operations (counts FLOPs, records) sees them all
         )
 
     def step(self, x: Tensor, cache: LatentCache, turns: Sequence[Tensor]) -> Tensor:
         """Normed hidden states ``[rows, hidden]`` after all layers; keys and values of the rows' tokens go into the cache.
 
         turns: cosines and sines ``[rows, head_dim]`` of every rotation, side by side.
+
+        Raises ValueError where x wants a gradient, RuntimeError for a cache of another model or one that was not prepared for
+        these rows.
         """
+        refuse_gradients("a decoding step", x=x)
         out = self._body.step(x, cache.kv, *cache.step_places, list(turns))
         written(cache.kv)
         return out

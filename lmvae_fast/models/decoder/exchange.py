@@ -49,9 +49,13 @@ def exchanged(forwards: Exchanges) -> Iterator[None]:
 def called(module: nn.Module) -> Forward:
     """What this thread's calls of a module go to: what it has exchanged, or the module's own forward, even while other threads
     have something else in its place."""
+    return _active.forwards.get(id(module), own_forward(module))
+
+
+def own_forward(module: nn.Module) -> Forward:
+    """A module's own forward, whatever has been exchanged."""
     with _lock:
-        own = module.__dict__[_KEY].plain if _KEY in module.__dict__ else module.forward
-    return _active.forwards.get(id(module), own)
+        return module.__dict__[_KEY].plain if _KEY in module.__dict__ else module.forward
 
 
 @dataclass

@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from lmvae_fast.models.decoder.decoder import WHEN_MOVED, Decoder
 from lmvae_fast.models.decoder.exchange import Exchanges, exchanged
 from lmvae_fast.models.decoder.prepared_weights import exchanges, fused_layers
 from lmvae_fast.models.decoder.recorded_step import RecordedStep, baked_in, capture_for
 from lmvae_fast.models.injection import Injection
-
-if TYPE_CHECKING:
-    from lmvae_fast.models.decoder.decoder import Decoder
 
 MOST_KEPT = 4  # loops of one decoder: each holds a cache of keys and values
 _SHAPES_REMEMBERED = 256
@@ -123,6 +120,7 @@ class _Loops:
 
 
 _loops: WeakKeyDictionary[Decoder, _Loops] = WeakKeyDictionary()
+WHEN_MOVED.append(lambda decoder: _loops.pop(decoder, None))  # a kept loop holds the layers that it ran over
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from lmvae_fast.models.decoder.attention import AttentionContext, PackedAttentio
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.decode_body import DecodeBody, LayerParts, RowNorm
 from lmvae_fast.models.decoder.examination import in_float32
-from lmvae_fast.models.decoder.exchange import exchanged
+from lmvae_fast.models.decoder.exchange import exchanged, own_forward
 from lmvae_fast.models.decoder.packed_products import Packing, Unlike, require, rounded
 from lmvae_fast.models.decoder.rounding import float32_limit, nudged
 
@@ -100,6 +100,7 @@ def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace], weigh
     sides have those.
     """
     hidden, body = decoder.hidden_size, decoder.body
+    plain = own_forward(body)  # also while training has its layers in the modules' place
     embedded = torch.linspace(-1, 1, 5 * hidden, dtype=decoder.dtype).view(hidden, 5).t().unsqueeze(0)
     offsets, positions = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([[0, 1, 2, 0, 1]])
     embedded, offsets, positions = (tensor.to(decoder.device) for tensor in (embedded, offsets, positions))
@@ -111,16 +112,17 @@ def _difference(decoder: Decoder, forward: Callable[..., SimpleNamespace], weigh
 
     ours = (states(forward, decoder.dtype), _stepped(decoder, forward, embedded[0]))
     with exchanged(rounded(body, weights)):
-        theirs = states(body, decoder.dtype)
+        theirs = states(plain, decoder.dtype)
         if decoder.dtype == torch.float32:
-            truth, theirs = theirs, states(body, decoder.dtype, nudged(embedded))
+            truth, theirs = theirs, states(plain, decoder.dtype, nudged(embedded))
         else:
             with in_float32(body):
-                truth = states(body, torch.float32)
-    *ours_off, theirs_off = (((side - truth).norm() / truth.norm()).item() for side in (*ours, theirs))
+                truth = states(plain, torch.float32)
+    *each, theirs_off = (((side - truth).norm() / truth.norm()).item() for side in (*ours, theirs))
+    ours_off = torch.tensor(each).max().item()  # Python's max would pass over a NaN
     if decoder.dtype == torch.float32:
-        return max(ours_off), float32_limit(theirs_off)
-    return max(ours_off), 2 * theirs_off + torch.finfo(decoder.dtype).eps / 2
+        return ours_off, float32_limit(theirs_off)
+    return ours_off, 2 * theirs_off + torch.finfo(decoder.dtype).eps / 2
 
 
 def _stepped(decoder: Decoder, forward: Callable[..., SimpleNamespace], embedded: Tensor) -> Tensor:

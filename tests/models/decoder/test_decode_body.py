@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lmvae_fast as lf
 from lmvae_fast.models.decoder import decode_body
@@ -124,8 +127,34 @@ def test_what_a_step_in_one_call_cannot_take_goes_through_the_layers(monkeypatch
     cache.prepare()
     given = {"position_ids": cache.position_ids().unsqueeze(0), "lmvae": cache}
     rows = torch.randn(1, ROWS, decoder.hidden_size, requires_grad=True)
+    monkeypatch.undo()
     with torch.enable_grad(), pytest.raises(ValueError, match="has no gradient"):
         forward(inputs_embeds=rows, **given)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode"):
+        forward(inputs_embeds=forward_ad.make_dual(rows.detach(), torch.ones_like(rows)), **given)
+
+
+@torch.no_grad()
+def test_who_watches_operations_sees_those_of_every_layer():
+    decoder = _decoder("gpt2")
+    forward = bodies.body_forward(decoder, Packing())
+    expected, _ = _steps(forward, decoder)
+    with FlopCounterMode(display=False), Names() as seen:
+        states, _ = _steps(forward, decoder)
+    assert seen.names.count("lmvae_fast::latent_attention_step") == TOKENS * decoder.num_layers
+    assert (states - expected).norm() <= 1e-6 * expected.norm()
+
+
+class Names(TorchDispatchMode):
+    """Names of the operations that come by."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -139,19 +168,31 @@ def test_an_extension_without_it_leaves_the_layers_one_by_one(monkeypatch):
     assert (states - expected).norm() <= 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
 @torch.no_grad()
-def test_a_step_that_computes_something_else_is_not_used(caplog, monkeypatch):
+def test_a_step_that_computes_something_else_is_not_used(caplog, monkeypatch, factor):
     decoder, step = _decoder("llama"), DecodeBody.step
-    monkeypatch.setattr(DecodeBody, "step", lambda *given: 1.01 * step(*given))
+    monkeypatch.setattr(DecodeBody, "step", lambda *given: factor * step(*given))
     assert bodies.body_forward(decoder, Packing()) is None
     assert "are off by" in caplog.text
 
 
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused():
-    decoder = _decoder("gpt2")
+    decoder = _decoder("llama")
     norm = RowNorm(torch.ones(decoder.hidden_size), None, 1e-5, True)
-    body, cache = DecodeBody([], norm), _cache(decoder)
+    cache, x = _cache(decoder), torch.randn(ROWS, decoder.hidden_size)
     cache.prepare()
     with pytest.raises(RuntimeError, match="for 0 layers and 3 rows"):
-        body.step(torch.randn(ROWS, decoder.hidden_size), cache, ())
+        DecodeBody([], norm).step(x, cache, ())
+    forward = bodies.body_forward(decoder, Packing())
+    given = {"inputs_embeds": x.unsqueeze(0), "position_ids": cache.position_ids().unsqueeze(0)}
+    for heads, dim in ((2 * decoder.kv_heads, decoder.head_dim), (decoder.kv_heads, 2 * decoder.head_dim)):
+        other = _cache(decoder)
+        other.kv = torch.zeros(decoder.num_layers, 2, ROWS, heads, 9, dim)
+        other.prepare()
+        with pytest.raises(RuntimeError, match=f"for {decoder.kv_heads} heads of {decoder.head_dim}"):
+            forward(**given, lmvae=other)
+    cache.select(torch.tensor([0, 1]))  # and no prepare() for the two rows that are left
+    with pytest.raises(RuntimeError, match="for 2 rows"):
+        forward(inputs_embeds=x[None, :2], position_ids=torch.zeros(1, 2, dtype=torch.int64), lmvae=cache)

@@ -21,6 +21,7 @@ from lmvae_fast.models.decoder.training_body import trained_through
 from lmvae_fast.models.free_running import greedy_ids
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.testing import make_model
+from lmvae_fast.training import recorded_steps
 from lmvae_fast.training.loop import Trainer
 from tests.generation.replay import RecordedOperations
 from tests.kernels.common import GRAD_FACTOR, VALUE_FACTOR, assert_within_error_rule, require
@@ -152,8 +153,14 @@ def test_free_running_reads_its_output_through_them_recorded_or_not(monkeypatch)
     decoder = model.decoder
     injections = [model.inject(2 * torch.randn(3, 6)).detach() for _ in range(3)]
     expected = [greedy_ids(decoder, injection, 5) for injection in injections]
-    monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
-    called = []
+    made, called = [], []
+
+    class Recording(RecordedOperations):
+        def __init__(self, step, device):
+            super().__init__(step, device)
+            made.append(self)
+
+    monkeypatch.setitem(CAPTURES, "cpu", Recording)
     with backend("triton"):
         exchanges(decoder, 3)  # compares them with the modules
         decoder.body.layers[0].mlp.down_proj.register_forward_hook(lambda *given: called.append(1))
@@ -161,10 +168,12 @@ def test_free_running_reads_its_output_through_them_recorded_or_not(monkeypatch)
             x.tolist() for x in expected
         ]
         assert not called
+        assert [recording.replays > 1 for recording in made] == [True]
         with torch.no_grad():
             for layer in decoder.body.layers:
                 layer.self_attn.v_proj.weight.mul_(-3.0)
         after = [greedy_ids(decoder, injection, 5).tolist() for injection in injections]
+        assert [recording.replays > 1 for recording in made] == [True, True]
     monkeypatch.delitem(CAPTURES, "cpu")
     assert after == [greedy_ids(decoder, injection, 5).tolist() for injection in injections]
     assert after != [x.tolist() for x in expected]
@@ -205,10 +214,11 @@ def test_a_change_of_weights_makes_recorded_steps_stale_before_any_is_replayed()
 
 def test_a_recorded_run_notices_changed_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
+    monkeypatch.setattr(recorded_steps, "_LEAST_TOKENS", 4)  # the interpreter takes a second for a launch over 64
     model = make_model("llama", projector_dropout=0.0)
-    config = lf.TrainConfig(output_dir=str(tmp_path), batch_size=4, progress=False, tensorboard=False, max_steps=9)
+    config = lf.TrainConfig(output_dir=str(tmp_path), batch_size=1, progress=False, tensorboard=False, max_steps=9)
     with backend("triton"):
-        trainer = Trainer(model, ["a cat sat", "dogs eat", "a dog", "an animal"], None, config, ())
+        trainer = Trainer(model, ["a cat"], None, config, ())
         trainer.check_every_step = False  # as on a GPU
         (rows,) = trainer._batches(0)
         with trainer.prepared():
@@ -255,10 +265,14 @@ def test_memory_that_ends_while_weights_are_widened_leaves_them_as_they_were(mon
     assert {weight.dtype for weight in decoder.body.parameters()} == {torch.bfloat16}
 
 
-def test_a_decoder_that_moves_lets_go_of_what_was_prepared_from_it():
-    model = make_model("llama")
+def test_a_decoder_that_moves_lets_go_of_what_was_prepared_from_it(monkeypatch):
+    monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
+    model = make_model("llama").eval()
+    injection = model.inject(torch.randn(3, 6)).detach()
     with backend("triton"):
         forward = weakref.ref(exchanges(model.decoder, 3)[0][1])
+        for _ in range(2):  # a loop of a shape that comes again is kept
+            greedy_ids(model.decoder, injection, 3)
         assert forward() is not None
         model.to(torch.float32)  # stands for a move to another device
         gc.collect()
