@@ -150,6 +150,13 @@ def ops(shape: Shape, batch: int, tokens: int, width: int = 2) -> Iterator[Work]
         kind,
         share=0.5,
     )
+    # beyond 128 rows the product writes its logits, and this is not called
+    served = min(batch, 128)
+    greedy = width * (head + served * s.hidden)
+    blocks = -(-s.vocab // 64)
+    yield Work(
+        "greedy_product", f"{served} rows", greedy, 2 * served * head, kind, launches=2, rereads=16 * served * blocks
+    )
     draws = 4 * batch * s.vocab
     waves = -(-batch // 132)
     # three readings and the largest, by one program: 25 blocks of 2,048, each a wait for memory of some 0.7 us; the rest
