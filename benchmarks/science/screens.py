@@ -36,6 +36,10 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "rate-3e-3": ("train.learning_rate=3e-3",),
     "no-clip": ("train.grad_clip=null",),
     "tuned-encoder": ("model.train_encoder=true",),
+    "beta-.1": ("train.beta=0.1",),
+    "beta-1": ("train.beta=1.0",),
+    "cyclical": ("train.beta=0.1", "train.beta_schedule=cyclical"),
+    "free-bits": ("train.beta=1.0", "model.kl_mode=free_bits", "model.kl_target=1.0"),
 }
 
 
