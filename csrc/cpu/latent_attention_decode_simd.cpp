@@ -15,12 +15,7 @@ constexpr int64_t kBlock = 64;  // keys at a time: 16 KB of float rows of 64
 // A vector of the accumulation type from elements that lie side by side.
 LMVAE_INLINE Vec<float> load_wide(const float* x) { return load(x); }
 LMVAE_INLINE Vec<double> load_wide(const double* x) { return load(x); }
-LMVAE_INLINE Vec<float> load_wide(const c10::BFloat16* x) {
-  constexpr int L = Lanes<float>::count;
-  typedef uint16_t Halves __attribute__((vector_size(2 * L), aligned(2), may_alias));
-  typedef uint32_t Words __attribute__((vector_size(4 * L)));
-  return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
-}
+LMVAE_INLINE Vec<float> load_wide(const c10::BFloat16* x) { return load_upper_halves(x); }
 
 // Of keys or values as they lie, elements of a row side by side. Half is converted a row at a time (Block).
 template <typename T>

@@ -50,6 +50,13 @@ template <typename T>
 LMVAE_INLINE void store(T* p, Vec<T> x) {
   *reinterpret_cast<Vec<T>*>(p) = x;
 }
+// Floats whose upper 16 bits lie side by side: bf16.
+LMVAE_INLINE Vec<float> load_upper_halves(const void* x) {
+  constexpr int L = Lanes<float>::count;
+  typedef uint16_t Halves __attribute__((vector_size(2 * L), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(4 * L)));
+  return (Vec<float>)(__builtin_convertvector(*static_cast<const Halves*>(x), Words) << 16);
+}
 template <typename T>
 LMVAE_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};

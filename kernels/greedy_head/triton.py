@@ -30,11 +30,12 @@ def greedy_product_kernel(
 ):  # fmt: skip
     """The greatest of a block of the vocabulary, for every row of a block of rows."""
     # Blocks of rows are neighbours: what one reads of the weight, the next finds in the cache.
-    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    block = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = block * BLOCK_V + tl.arange(0, BLOCK_V)
     k = tl.arange(0, BLOCK_K)
-    x_at = hidden + row.to(tl.int64)[:, None] * stride_hidden + k[None, :]
-    w_at = weight + column.to(tl.int64)[:, None] * stride_weight + k[None, :]
+    x_at = hidden + row[:, None] * stride_hidden + k[None, :]
+    w_at = weight + column[:, None] * stride_weight + k[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     for start in range(0, depth, BLOCK_K):
         inside = (start + k < depth)[None, :]
@@ -45,7 +46,7 @@ def greedy_product_kernel(
     logit = cast(total, hidden.dtype.element_ty).to(tl.float32)
     ranked = _ranked(logit, column[None, :])
     ranked = tl.where((column < vocab)[None, :], ranked, -0x7FFFFFFFFFFFFFFF)
-    tl.store(partial + row.to(tl.int64) * blocks + tl.program_id(1), tl.max(ranked, axis=1), mask=row < rows)
+    tl.store(partial + row * blocks + block, tl.max(ranked, axis=1), mask=row < rows)
 
 
 @triton.jit

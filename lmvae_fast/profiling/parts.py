@@ -18,6 +18,7 @@ from torch import nn
 from lmvae_fast.generation import decode_rows
 from lmvae_fast.kernels.packed_linear import PackedLinear
 from lmvae_fast.models.decoder.cache import LatentCache
+from lmvae_fast.models.decoder.decode_body import DecodeBody
 from lmvae_fast.models.decoder.packed_products import Linear
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.reference.langvae import ReferenceLangVAE
@@ -116,6 +117,8 @@ def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
     """Let ``generate`` with this model switch the parts of DECODING_PARTS, within this block."""
     body = model.decoder.body
     with _Switches(parts) as on:
+        DecodeBody.in_use = False
+        on.callback(setattr, DecodeBody, "in_use", True)
         on.function(model, "inject", "latent_kv", "other")
         on.function(LatentCache, "place", "latent_kv", "other")
         on.module(body, "layers", "head")

@@ -68,6 +68,9 @@ class DecodeBody:
     `takes` says whether it can run a step; `step` runs it. Values are those of the layers one by one, by the same kernels.
     """
 
+    #: False while somebody times the parts of a step (`profiling/parts.py`): they lie between its layers' calls.
+    in_use = True
+
     def __init__(self, layers: Sequence[LayerParts], last: RowNorm) -> None:
         self._body: Any = None
         kind = _kind()
@@ -92,7 +95,8 @@ class DecodeBody:
         """Whether this step can go through: rows ``[rows, hidden]`` of a cache on a CPU in its dtype, on the C++ kernels, and
         no dispatch mode is on."""
         return (
-            self._body is not None
+            self.in_use
+            and self._body is not None
             and type(context) is LatentCache
             and x.device.type == "cpu"
             and x.dtype == context.kv.dtype
