@@ -56,7 +56,7 @@ class OurSide:
         if form == "compiled":
             self._compile()
         if form == "layers":
-            DecodeBody.takes = lambda *given: False
+            DecodeBody.in_use = False
         if form == "logits":
             decoder = self.model.decoder
             decoder.greedy_step = lambda ids, cache, injection, pack: sample_token(
