@@ -19,6 +19,8 @@ from benchmarks.science.screens import CHANGES, run
 FINALISTS: dict[str, tuple[str, ...]] = {
     "preset": (),
     "mlp": CHANGES["mlp"],
+    "mlp-128": (*CHANGES["mlp"], "model.projector_hidden=128"),
+    "mlp-256": (*CHANGES["mlp"], "model.projector_hidden=256"),
     "rate-3e-3": CHANGES["rate-3e-3"],
     "beta-.1": ("train.beta=0.1",),
 }
