@@ -1,4 +1,4 @@
-"""The best of the screens beside our preset, at equal minutes under three seeds: science/finalists/<name>-<seed>.json.
+"""The best of the screens beside what our preset was then (its projector linear), at equal minutes under three seeds: science/finalists/<name>-<seed>.json.
 
     python -m benchmarks.science.finalists --data ../shared/data/worldtree_srl_train.txt --steps 150 --minutes 10
 
@@ -14,7 +14,7 @@ import itertools
 import sys
 
 from benchmarks.common.records import RESULTS
-from benchmarks.science.screens import CHANGES, run
+from benchmarks.science.screens import BASE, CHANGES, run
 
 FINALISTS: dict[str, tuple[str, ...]] = {
     "preset": (),
@@ -40,7 +40,7 @@ def main() -> int:
         parser.error(f"no such finalist: {unknown}")
     limits = ["--minutes", str(options.minutes), "--marks", "2", "--final", str(options.final)]
     for seed, name in itertools.product(options.seeds, options.names or FINALISTS):
-        changes = [f"train.max_steps={options.steps}", f"train.seed={seed}", *FINALISTS[name]]
+        changes = [f"train.max_steps={options.steps}", f"train.seed={seed}", *BASE, *FINALISTS[name]]
         run(f"finalists/{name}-{seed}", options.data, changes, limits)
     print(f"records: {RESULTS / 'science' / 'finalists'}")
     return 0
