@@ -28,8 +28,9 @@ RECORD = ROOT / "benchmarks" / "results" / "roofline.json"
 class Card:
     """A card's limits: bytes/s of its memory, FLOP/s by kind of product (dense), seconds of a kernel that does nothing.
 
-    launch: on the device, from one kernel of a recorded graph to the next. host_launch: of a kernel that the host launches.
-    Bandwidth and rates are the data sheets'; launches are what such cards are known for, rounded up.
+    launch: on the device, from one kernel of a recorded graph to the next; dependent: to one that may begin while that one
+    ends. host_launch: of a kernel that the host launches. Bandwidth and rates are the data sheets'; launches are what such
+    cards are known for, rounded up.
     """
 
     name: str
@@ -38,8 +39,11 @@ class Card:
     tf32: float
     fp32: float
     launch: float = 1.5e-6
+    dependent: float = 0.8e-6
     host_launch: float = 6e-6
 
+
+FEW = 16  # lmvae_fast.kernels.row_product.MOST_ROWS
 
 CARDS = {
     "h100": Card("H100 SXM", 3.35e12, 989e12, 495e12, 67e12),
@@ -51,8 +55,9 @@ CARDS = {
 class Work:
     """What has to be done: bytes that must move, FLOPs, of which kind, by how many of our kernels.
 
-    rereads: bytes that ours moves beyond those. share: of the card's limits that ours is expected to reach. serial: seconds
-    of ours that neither limit explains (a chain of dependent steps).
+    dependent: how many of these may begin while the one before ends. rereads: bytes that ours moves beyond those.
+    share: of the card's limits that ours is expected to reach. serial: seconds of ours that neither limit explains (a chain
+    of dependent steps).
     """
 
     op: str
@@ -61,6 +66,7 @@ class Work:
     flops: int
     kind: str = "bf16"
     launches: int = 1
+    dependent: int = 0
     rereads: int = 0
     share: float = 0.8
     serial: float = 0.0
@@ -72,7 +78,8 @@ class Work:
     def ours(self, card: Card, *, recorded: bool = True) -> float:
         """Seconds expected of ours, replayed from a graph or launched by the host."""
         limit = max((self.bytes + self.rereads) / card.bandwidth, self.flops / getattr(card, self.kind))
-        return limit / self.share + self.serial + self.launches * (card.launch if recorded else card.host_launch)
+        begun = (self.launches - self.dependent) * card.launch + self.dependent * card.dependent
+        return limit / self.share + self.serial + (begun if recorded else self.launches * card.host_launch)
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,11 @@ def ops(shape: Shape, batch: int, tokens: int, width: int = 2) -> Iterator[Work]
         kind,
         share=0.5,
     )
+    few = min(batch, FEW)  # beyond them torch's products are taken
+    layer = s.body // s.layers
+    yield Work(
+        "row_product", f"{few} rows, a layer", width * layer, 2 * few * layer, kind, launches=4, dependent=4, share=0.6
+    )
     # beyond 128 rows the product writes its logits, and this is not called
     served = min(batch, 128)
     greedy = width * (head + served * s.hidden)
@@ -188,7 +200,11 @@ def loops(shape: Shape, batch: int, tokens: int, width: int = 2) -> Iterator[Wor
     cache = s.layers * parts["latent_attention_decode"].bytes
     step = width * (s.body + s.hidden * s.vocab) + cache
     flops = 2 * batch * (s.body + s.hidden * s.vocab)
-    yield Work("decode step", f"batch {batch}", step, flops, kind, launches=s.layers * 8 + 12, share=0.6)
+    few = batch <= FEW  # then four products and the attention between them are a layer
+    yield Work(
+        "decode step", f"batch {batch}", step, flops, kind, launches=s.layers * (5 if few else 8) + 12,
+        dependent=s.layers * 4 if few else 0, share=0.6,
+    )  # fmt: skip
 
 
 def rows_of(card: Card, shape: Shape | None = None) -> list[dict[str, Any]]:

@@ -20,19 +20,24 @@ class Config:
     """Sizes of one shipped configuration: constexpr arguments and launch options.
 
     max_registers: per thread. The assembler spills a value or two where that brings one more block to a multiprocessor; a
-    bound above what the kernel needs forbids the trade.
+    bound above what the kernel needs forbids the trade. dependent: the kernel may begin while the one before it on the
+    stream ends (programmatic dependent launch, sm_90 on) and waits for it by `gdc_wait`.
     """
 
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
     max_registers: int | None = None
+    dependent: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton's launch and compilation take beside the arguments."""
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION, **limit}
+        dependent = {"launch_pdl": True} if self.dependent else {}
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FP_FUSION, **limit, **dependent,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class CompileCase:
     wgmma) must appear in the machine code; warpgroup: on sm_90 it must be wgmma. wide_loads: on sm_90, with sizes and strides
     that are multiples of 16 or given as such, most bytes must come by 16-byte loads. max_shared: bytes of shared memory the
     kernel may use (an sm_80 block has 163 KiB, an sm_90 or sm_100 block 227 KiB). max_registers: per thread, with sizes and
-    strides that are multiples of 16 on sm_90; what it buys is blocks that run side by side on a multiprocessor.
+    strides that are multiples of 16 on sm_90; what it buys is blocks that run side by side on a multiprocessor. Where the
+    configuration is `dependent`, it is compiled for the cards that know such launches alone.
     """
 
     name: str

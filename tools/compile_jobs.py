@@ -127,7 +127,8 @@ def jobs_of(op: str, targets: tuple[tuple[int, bool], ...] = TARGETS) -> Iterato
     """Every case on every target; then of each kernel one case with each size at 1, with all strides at 1, with all of
     them at 1, with an empty batch."""
     for index, case in enumerate(cases_of(op)):
-        for capability, aligned in dict.fromkeys((c, aligned or case.only_aligned) for c, aligned in targets):
+        known = [target for target in targets if target[0] >= 90 or not case.config.dependent]
+        for capability, aligned in dict.fromkeys((c, aligned or case.only_aligned) for c, aligned in known):
             yield Job(op, index, capability, aligned)
     for index in fullest_cases(op).values():
         integers = integers_of(cases_of(op)[index])

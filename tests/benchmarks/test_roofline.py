@@ -23,6 +23,9 @@ def test_a_kernel_takes_what_its_nearer_limit_takes():
     assert multiplies.perfect(CARD) == pytest.approx(200e-6 + 1e-6)
     assert multiplies.ours(CARD) == pytest.approx(400e-6 + 7e-6 + 3e-6)
     assert multiplies.ours(CARD, recorded=False) == pytest.approx(400e-6 + 7e-6 + 15e-6)
+    early = Work("op", "bytes", bytes=0, flops=0, launches=5, dependent=4)
+    assert early.ours(CARD) == pytest.approx(1e-6 + 4 * 0.8e-6)
+    assert early.ours(CARD, recorded=False) == pytest.approx(25e-6)
     again = Work("op", "rereads", bytes=10**6, flops=0, rereads=3 * 10**6, share=0.5)
     assert again.ours(CARD) == pytest.approx(8e-6 + 1e-6)
 
@@ -57,6 +60,12 @@ def test_every_op_of_a_gpu_and_both_loops_have_a_row(card):
             assert op.removesuffix("_adamw") in named, f"{op} has no row"
     assert "training step" in named and "decode step" in named
     assert all(row["perfect_us"] <= row["expected_us"] <= row["expected_launched_us"] for row in rows)
+
+
+def test_rows_that_have_few_kernels_are_those_of_the_op():
+    from lmvae_fast.kernels.row_product import MOST_ROWS
+
+    assert roofline.FEW == MOST_ROWS
 
 
 def test_the_record_is_what_the_arithmetic_says_and_the_page_says_what_it_is():

@@ -51,7 +51,7 @@ class FrozenLinear:
         parts: linear modules, adapters beside them or not. pages: what the copies are put into where the layout is ours.
 
     Attributes:
-        adapters: what trains beside the weights.
+        adapters: what trains beside the weights. weight, bias: ``[outputs, inputs]`` and ``[outputs]`` or None.
     """
 
     def __init__(self, pages: LargePages, *parts: nn.Module) -> None:
@@ -61,6 +61,7 @@ class FrozenLinear:
         require(len(biases) in (0, len(bases)), "a bias in some of the projections of one input")
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         bias = torch.cat(biases) if biases else None
+        self.weight, self.bias = weight, bias
         #: Whether the product itself adds; where it does not, the norm that follows does (Norm.of_sum).
         self.sums = weight.device.type == "cpu" and choose("frozen_layer", weight) != "triton"
         self.forward = _product(pages, weight, bias) if self.sums else _plain_product(weight, bias)

@@ -1,7 +1,7 @@
 """A frozen decoder's layers as decoding runs them: over weights in a layout of their own on a CPU, fused on a GPU.
 
 On a GPU the layers of known families are those that training goes through (training_layers.py): fewer kernels than the
-modules', over the weights where they are.
+modules', over the weights where they are; steps of a few rows have fewer still (row_layers.py).
 
 On a CPU a decode step multiplies few rows by every weight, and torch's plain matrix product brings a weight into the layout it
 computes with anew at each call. Here that is done once per decoder: for our own products, and for more rows than they are
@@ -32,6 +32,7 @@ from lmvae_fast.models.decoder.packed_products import (
     plain_linears,
 )
 from lmvae_fast.models.decoder.prepared_layers import body_forward, examined
+from lmvae_fast.models.decoder.row_layers import RowLayers
 from lmvae_fast.models.decoder.training_layers import written_out
 
 OURS = (torch.float32, torch.bfloat16)  # dtypes that packed_linear has a kernel for
@@ -129,7 +130,7 @@ def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchan
 
 def fused_forward(decoder: Decoder) -> Forward | None:
     """The body's layers of few kernels, or None where they are not written out."""
-    return examined(decoder, lambda: written_out(decoder, LargePages()), None)
+    return examined(decoder, lambda: written_out(decoder, LargePages(), RowLayers), None)
 
 
 def _by_our_products(decoder: Decoder, modules: list[Linear], weights: str | None) -> Exchanges:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -256,6 +256,10 @@ class Layers(NamedTuple):
     segments: list[Segment]
     attend: list[Callable[[AttentionContext, Tensor], Tensor]]  # queries, keys and values [T, ...] to [T, heads * dim]
 
+    def trained(self) -> list[Tensor]:
+        """Adapters of all segments."""
+        return [part for segment in self.segments for part in segment.trained()]
+
     def run(self, x: Tensor, context: AttentionContext, turns: Sequence[Turns | None]) -> Tensor:
         """Hidden states ``[T, hidden]`` through all layers, each with its rotation, and the last norm."""
 
@@ -287,17 +291,28 @@ def _segments(into: list[IntoAttention], out: list[OutOfAttention], last: Norm) 
 # ---- the families ----------------------------------------------------------------------------------------------------
 
 
-def written_out(decoder: Decoder, pages: LargePages) -> Callable[..., SimpleNamespace] | None:
-    """What a decoder's body may call in place of its own forward; None for a family that is not written out here.
+class Runs(Protocol):
+    """What goes through a body's layers: `Layers`, or what has them."""
+
+    def run(self, x: Tensor, context: AttentionContext, turns: Sequence[Turns | None]) -> Tensor:
+        """See `Layers.run`."""
+        ...
+
+
+def written_out(
+    decoder: Decoder, pages: LargePages, by: Callable[[Layers], Runs] = lambda layers: layers
+) -> Callable[..., SimpleNamespace] | None:
+    """What a decoder's body may call in place of its own forward; None for a family that is not written out here. by: makes
+    what goes through the layers.
 
     Raises Unlike for a layer that is not exactly what is written out."""
     body: Any = decoder.body
     if type(body) is gpt2.GPT2Model:
-        return gpt2_forward(body, pages)
-    return llama_forward(body, decoder.windows, pages) if type(body) in LLAMAS else None
+        return _gpt2_forward(body, pages, by)
+    return _llama_forward(body, decoder.windows, pages, by) if type(body) in LLAMAS else None
 
 
-def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]:
+def _gpt2_forward(body: Any, pages: LargePages, by: Callable[[Layers], Runs]) -> Callable[..., SimpleNamespace]:
     """What GPT-2's body may call in place of its own forward. Raises Unlike for a layer that is not exactly GPT-2's."""
     into, out, attend = [], [], []
     dtype = body.wpe.weight.dtype  # vectors may be wider where adapters train
@@ -310,7 +325,7 @@ def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]
             OutOfAttention(FrozenLinear(pages, attn.c_proj), _layer_norm(block.ln_2, dtype), up, "gelu_tanh", down)
         )
         attend.append(_attention(index, attn.num_heads, attn.num_heads, attn.scaling, None))
-    layers = Layers(_segments(into, out, _layer_norm(body.ln_f, dtype)), attend)
+    layers = by(Layers(_segments(into, out, _layer_norm(body.ln_f, dtype)), attend))
     positions, none = body.wpe.weight, [None] * len(attend)
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):
@@ -320,7 +335,9 @@ def gpt2_forward(body: Any, pages: LargePages) -> Callable[..., SimpleNamespace]
     return forward
 
 
-def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) -> Callable[..., SimpleNamespace]:
+def _llama_forward(
+    body: Any, windows: dict[int, int | None], pages: LargePages, by: Callable[[Layers], Runs]
+) -> Callable[..., SimpleNamespace]:
     """The same of Llama, Mistral, Qwen2, Qwen3, and Gemma 1 to 3."""
     activation = activation_of(body)
     into, out, attend = [], [], []
@@ -347,7 +364,7 @@ def llama_forward(body: Any, windows: dict[int, int | None], pages: LargePages) 
         behind = behind_out, behind_down
         out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, activation, down, behind))
         attend.append(_attention(index, heads, kv_heads, attn.scaling, windows[index], softcap_of(attn)))
-    layers = Layers(_segments(into, out, _rms_norm(body.norm, dtype)), attend)
+    layers = by(Layers(_segments(into, out, _rms_norm(body.norm, dtype)), attend))
     kinds = [rotation_of(body, index) for index in range(len(attend))]
 
     def forward(*, inputs_embeds, position_ids, lmvae, use_cache=False):

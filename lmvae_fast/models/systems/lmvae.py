@@ -1,7 +1,8 @@
 """Our own system: what of the published ones learns most in a given time on a pretrained decoder; docs/systems/lmvae.md.
 
-LangVAE's interleaved memory behind a hidden layer, which starts as the decoder's start token; low-rank adapters of the decoder beside it; a frozen
-encoder whose lower layer is read, which says more of the words; a posterior that tells sentences apart from the first step.
+LangVAE's interleaved memory, behind a hidden layer, which starts as the decoder's start token; low-rank adapters of the
+decoder beside it; a frozen encoder whose lower layer is read, which says more of the words; a posterior that tells sentences
+apart from the first step.
 """
 
 from __future__ import annotations
