@@ -171,10 +171,10 @@ def ops(shape: Shape, batch: int, tokens: int, width: int = 2) -> Iterator[Work]
     )
     draws = 4 * batch * s.vocab
     waves = -(-batch // 132)
-    # three readings and the largest, by one program: 25 blocks of 2,048, each a wait for memory of some 0.7 us; the rest
-    # happens in registers
-    wait = waves * (4 * 25 * 0.7e-6 + 8e-6)
-    yield Work("sample_token top-k, top-p", case, draws, 60 * batch * s.vocab, "fp32", rereads=3 * draws, serial=wait)
+    # three readings by one program: blocks of 2,048, each a wait for memory of some 0.7 us, of which two readings (the largest,
+    # the histogram) have three under way; the rest happens in registers
+    wait = waves * (-(-s.vocab // 2048) * (2 / 3 + 1) * 0.7e-6 + 8e-6)
+    yield Work("sample_token top-k, top-p", case, draws, 60 * batch * s.vocab, "fp32", rereads=2 * draws, serial=wait)
     pairs = batch * batch * s.latent
     yield Work(
         "aggregate_logpdf", case, 4 * 4 * posterior, 40 * pairs, "fp32", launches=2, share=0.3, serial=batch * 0.1e-6

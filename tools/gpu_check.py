@@ -60,7 +60,7 @@ STAGES = (
     Stage("tests", 80, 180, tests_of("tests", ["tests/gpu"], *(f"--ignore={path}" for path in LOOP_TESTS))),
     Stage("loop_tests", 25, 70, tests_of("loop_tests", LOOP_TESTS)),
     Stage("training", 30, 70, loop("train")),
-    Stage("decoding", 20, 45, loop("decode")),
+    Stage("decoding", 35, 75, loop("decode")),
     Stage("benchmarks", 50, 130, benchmarks),
     Stage("end_to_end", 25, 50, end_to_end),
     Stage("counters", 15, 40, counters),

@@ -72,11 +72,38 @@ def loop(name: str) -> Callable[[Context, float], dict[str, Any]]:
             return skipped("dry run")
         output = context.output / f"loops_{name}.json"
         command = [sys.executable, "-m", "benchmarks.loops", name, "--device", "cuda", "--output", str(output)]
-        done = context.run(command, seconds, LMVAE_COMMIT=context.commit)
+        share = 0.6 if name == "decode" else 1.0  # the rest is for its variants
+        done = context.run(command, share * seconds, LMVAE_COMMIT=context.commit)
         rows = json.loads(output.read_text())["rows"] if output.exists() else []
+        rows += _variants(context, 0.2 * seconds) if name == "decode" and done.code == 0 else []
         return {"status": verdict(done), "rows": rows, **({} if done.code == 0 else {"tail": done.tail[-1500:]})}
 
     return run
+
+
+def _variants(context: Context, seconds: float) -> list[dict[str, Any]]:
+    """Rows of decoding at batch 1 by the other ways of its products, each in a process of its own."""
+    rows = []
+    for way in ("waiting", "off"):
+        output = context.output / f"loops_decode_{way}.json"
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.loops",
+            "decode",
+            "--device",
+            "cuda",
+            "--batches",
+            "1",
+            "--seconds",
+            "0.5",
+        ]
+        done = context.run(
+            [*command, "--output", str(output)], seconds, LMVAE_COMMIT=context.commit, LMVAE_ROW_PRODUCT=way
+        )
+        if done.code == 0 and output.exists():
+            rows += [{**row, "row_product": way} for row in json.loads(output.read_text())["rows"]]
+    return rows
 
 
 #: What Nsight Compute counts, and of which kernels.

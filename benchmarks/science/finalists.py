@@ -2,9 +2,9 @@
 
     python -m benchmarks.science.finalists --data ../shared/data/worldtree_srl_train.txt --steps 150 --minutes 10
 
-Every row, science/finalists/<name>-<seed>.json, is a run of benchmarks.science.recipe over the worldtree recipe, whose schedules
-span `--steps`; it ends when its minutes of CPU time are over, or after these steps. Rows that have their record are left as
-they are, and `--final` held-out sentences are evaluated at the end of each.
+Every row, science/finalists/<name>-<seed>.json, is a run of benchmarks.science.recipe over the worldtree recipe, whose
+schedules span `--steps`; it ends when its minutes of CPU time are over, or after these steps. Rows that have their record are
+left as they are, and `--final` held-out sentences are evaluated at the end of each.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A product of a few rows with a weight, and what stands before and behind it in a decoder layer, as one kernel."""
 
-from .op import MOST_ROWS, row_product
+from .op import MOST_ROWS, WAY, row_product
 from .reference import Norm
 
-__all__ = ["MOST_ROWS", "Norm", "row_product"]
+__all__ = ["MOST_ROWS", "WAY", "Norm", "row_product"]

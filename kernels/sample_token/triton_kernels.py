@@ -15,6 +15,8 @@ from ..triton_math import exp_, philox_words
 
 #: A token with this x = ln(weight) or less weighs nothing: the unit of the sums is 2^-51 at least.
 _LEAST = tl.constexpr(-37.0)
+#: Stages of loops that only read: blocks of a row whose loads are under way at once, and the one that is computed.
+_AHEAD = tl.constexpr(4)
 _BINS = tl.constexpr(512)
 _BINS_PER_UNIT = tl.constexpr(512 / 37.0)
 
@@ -39,7 +41,7 @@ def _best(
     lane = tl.arange(0, BLOCK)
     value = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = lane
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=_AHEAD):
         col = start + lane
         s = _scores(logits, seen, col, vocab, stride_col, stride_seen, penalty, over_penalty, HAS_SEEN)
         better = (s > value) | ((s != s) & (value == value))
@@ -127,7 +129,7 @@ def _last_bin(
     top-p it should hold the cut with something to spare, which is looked at when the weights are summed."""
     lane = tl.arange(0, BLOCK)
     counts = tl.zeros((_BINS,), tl.int32)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=_AHEAD):
         s = _scores(logits, seen, start + lane, vocab, stride_col, stride_seen, penalty, over_penalty, HAS_SEEN)
         x = (s - largest) * inverse
         inside = x >= _LEAST

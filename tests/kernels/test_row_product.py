@@ -172,6 +172,14 @@ def test_addresses_are_64_bit():
     assert_int64_addresses(triton)
 
 
+def test_ways_of_decoding_are_named_or_refused():
+    code = "import lmvae_fast.kernels.row_product as op; print(op.WAY)"
+    for value, expected in (("", "early"), ("off", "off"), ("quick", "LMVAE_ROW_PRODUCT='quick' is not one of early")):
+        environment = {**os.environ, "LMVAE_ROW_PRODUCT": value}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert expected in done.stdout + done.stderr
+
+
 def test_bad_input():
     (x, weight, bias), options = make(3, 16, 8, norm="layer")
     norm = options["norm"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmvae_fast.kernels import frozen_layer
-from lmvae_fast.kernels.row_product import MOST_ROWS, row_product
+from lmvae_fast.kernels.row_product import MOST_ROWS, WAY, row_product
 from lmvae_fast.kernels.row_product import Norm as RowNorm
 from lmvae_fast.models.decoder.attention import AttentionContext
 from lmvae_fast.models.decoder.cache import LatentCache
@@ -61,7 +61,7 @@ class RowLayers:
         parts = [(cast(OutOfAttention, segment.before)) for segment in layers.segments[1:]]
         into = [segment.after for segment in layers.segments[:-1]]
         self.few: list[_Layer] | None = None
-        if layers.trained() or any(norm is not None for part in parts for norm in part.behind):
+        if WAY == "off" or layers.trained() or any(norm is not None for part in parts for norm in part.behind):
             return
         self.few = [
             _Layer(cast(IntoAttention, first), attend, second, tuple(map(_prepared, _linears(first, second))))
