@@ -6,6 +6,7 @@
     python -m benchmarks.generation.decode sampling     (what a draw under top-p adds to a step)
     python -m benchmarks.generation.decode body         (the decoder's layers as they are, compiled, with packed weights)
     python -m benchmarks.generation.decode weights      (the engine in fp32, in bf16, and in bf16 with int8 weights)
+    python -m benchmarks.generation.decode adapters     (low-rank adapters added to packed weights, and beside plain ones)
     python -m benchmarks.generation.decode calls        (a step's layers in one call, and called one by one from Python)
 
 Every side is a process of its own with the same weights and latents; greedy, 32 tokens, nothing stops early. In fp32 the
@@ -51,6 +52,7 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
         for precision in ("fp32", "bf16") for name, form in (("engine", "engine"), ("greedy", "logits"), ("top-p", "top-p"))
     },
     "weights": {f"engine {weights}": (weights, "engine", "prefix") for weights in ("fp32", "bf16", "int8")},
+    "adapters": {f"{form} fp32": ("fp32", {"packed": "engine"}.get(form, form), "adapters") for form in ("packed", "plain")},
     "calls": {
         f"{form} {weights}": (weights, form, "prefix")
         for weights in ("fp32", "bf16", "int8") for form in ("engine", "layers")
@@ -66,6 +68,7 @@ BASELINES = {
     "eager": {"engine fp32": "eager fp32"},
     "sampling": {f"{name} {p}": f"top-p {p}" for p in ("fp32", "bf16") for name in ("greedy", "engine")},
     "weights": {"engine bf16": "engine fp32", "engine int8": "engine bf16"},
+    "adapters": {"packed fp32": "plain fp32"},
     "calls": {f"engine {weights}": f"layers {weights}" for weights in ("fp32", "bf16", "int8")},
     "body": {f"{form} {p}": f"plain {p}" for p in ("fp32", "bf16") for form in ("packed", "compiled")},
 }

@@ -1,6 +1,6 @@
 """Our sides of a comparison, and transformers.generate.
 
-usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16|int8 FORM [rolling|prefix]
+usage: python -m benchmarks.generation.our_side CASE.json fp32|bf16|int8 FORM [rolling|prefix|adapters]
 
 FORM `engine` is what `lf.generate` does, `top-p` the same with a draw, `logits` the same with every logit made and the
 largest taken (greedy decoding needs none, a draw all), `plain` the engine without packed weights, `compiled` with the
@@ -8,8 +8,8 @@ decoder's body and head under torch.compile instead (static shapes, weights froz
 of a step called one by one from Python; `eager` the same loop with
 every op in plain torch and no packed weights; `transformers` is `model.generate` of Hugging Face's own modules over a static
 cache that begins with the same memory, which only `prefix` visibility can be expressed in. int8 is a bf16 decoder with
-`weights="int8"`. All but `top-p` decode greedily,
-and none stops early.
+`weights="int8"`; `adapters`: prefix visibility, and a decoder with low-rank adapters that do something. All but `top-p`
+decode greedily, and none stops early.
 """
 
 from __future__ import annotations
@@ -30,24 +30,27 @@ from lmvae_fast.integrations.langvae import load_checkpoint
 from lmvae_fast.kernels.sample_token import sample_token
 from lmvae_fast.models.decoder.decode_body import DecodeBody
 from lmvae_fast.models.decoder.decoder import Decoder
+from lmvae_fast.models.decoder.tuning import Tuning
 
 warnings.filterwarnings("ignore")
 
 
 class OurSide:
-    """A model loaded from LangVAE's checkpoint folder; with `prefix`, its slots are all seen by every token."""
+    """A model loaded from LangVAE's checkpoint folder; with `prefix` and `adapters`, its slots are all seen by every token."""
 
-    def __init__(self, case: dict, precision: str, form: str, visibility: str = "rolling") -> None:
+    def __init__(self, case: dict, precision: str, form: str, kind: str = "rolling") -> None:
         torch.set_num_threads(case["threads"])
         self.form, self.limit = form, case["tokens"]
         self.weights = "int8" if precision == "int8" else None
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model = load_checkpoint(case["checkpoint"]).eval()
-        if visibility == "prefix":
+        if kind != "rolling":
             config = self.model.config.replace(visibility="prefix")
             projector = self.model.projector
             self.model = lf.LMVAE(config, encoder=self.model.encoder, decoder=self.model.decoder).eval()
             self.model.projector = projector
+        if kind == "adapters":
+            self._adapt()
         if dtype != torch.float32:
             decoder = self.model.decoder
             self.model.decoder = Decoder(decoder.model.to(dtype), decoder.tokenizer)
@@ -65,6 +68,16 @@ class OurSide:
         self.bos = self.model.decoder.tokenizer.bos_token_id
         self.model.decoder.tokenizer.eos_token_id = -1  # no sentence ends early
         self.z = load_file(case["latents"])["z"]
+
+    def _adapt(self) -> None:
+        torch.manual_seed(0)  # every side draws the same adapters
+        decoder = self.model.decoder
+        decoder = Decoder(decoder.model, decoder.tokenizer, train=True, tuning=Tuning("lora", rank=16, alpha=32.0))
+        with torch.no_grad():
+            for name, weight in decoder.named_parameters():
+                if ".lora_B." in name:
+                    weight.copy_(0.01 * torch.randn(weight.shape))
+        self.model.decoder = decoder.eval()
 
     def _compile(self) -> None:
         torch._inductor.config.freezing = (

@@ -185,7 +185,9 @@ def _vector_config(depth: int, gated: bool, width: int) -> Config:
     """A program's columns and inputs, so that its part of the weight is some kilobytes. width: bytes of a number."""
     block_k = min(_WIDEST, max(128, triton.next_power_of_2(depth)))
     block_n = 4096 // (block_k * (2 if gated else 1) * (width // 2))
-    return Config({"BLOCK_N": max(1, min(8, block_n)), "BLOCK_K": block_k}, num_warps=4)
+    # At the widest the assembler would rather spill than let three blocks run side by side instead of four.
+    most = 168 if block_k == _WIDEST else None
+    return Config({"BLOCK_N": max(1, min(8, block_n)), "BLOCK_K": block_k}, num_warps=4, max_registers=most)
 
 
 _HALF_TILE = Config({"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=4)

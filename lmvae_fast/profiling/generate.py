@@ -17,7 +17,7 @@ from lmvae_fast.errors import ConfigError
 from lmvae_fast.generation.engine import generate, token_limit
 from lmvae_fast.kernels import philox
 from lmvae_fast.kernels.backend import backend
-from lmvae_fast.models.decoder.packed_products import Linear
+from lmvae_fast.models.decoder.linear_weights import Linear
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.profiling.breakdown import Side, break_down
 from lmvae_fast.profiling.measure import interleave, machine, machine_limits, speedup

@@ -19,7 +19,7 @@ from lmvae_fast.generation import decode_rows
 from lmvae_fast.kernels.packed_linear import PackedLinear
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.decode_body import DecodeBody
-from lmvae_fast.models.decoder.packed_products import Linear
+from lmvae_fast.models.decoder.linear_weights import Linear
 from lmvae_fast.models.lmvae import LMVAE
 from lmvae_fast.reference.langvae import ReferenceLangVAE
 from lmvae_fast.reference.optimus import ReferenceOptimus

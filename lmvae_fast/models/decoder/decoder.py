@@ -110,6 +110,11 @@ class Decoder(nn.Module):
         return body_of(self.model) if self._wrapped else self.model.base_model
 
     @property
+    def adapts(self) -> bool:
+        """Whether all that trains of it are low-rank adapters."""
+        return self.trains and self.tuning.part == "lora"
+
+    @property
     def _embedding(self) -> Tensor:
         return self.model.get_input_embeddings().weight  # type: ignore[return-value]
 
@@ -205,7 +210,7 @@ class Decoder(nn.Module):
             self.model.get_output_embeddings(),
             self.logits,
             # A factor above 0 moves no maximum.
-            only_a_product=not self.trains and self.head.softcap is None,
+            only_a_product=(not self.trains or self.adapts) and self.head.softcap is None,
             prepare=pack,
             at_once=at_once,
             finite=finite,

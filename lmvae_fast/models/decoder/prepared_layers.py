@@ -32,7 +32,8 @@ from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.decode_body import DecodeBody, LayerParts, RowNorm
 from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.exchange import exchanged, own_forward
-from lmvae_fast.models.decoder.packed_products import Packing, Unlike, require, rounded
+from lmvae_fast.models.decoder.linear_weights import Unlike, require
+from lmvae_fast.models.decoder.packed_products import Packing, rounded
 from lmvae_fast.models.decoder.rounding import float32_limit, nudged
 
 if TYPE_CHECKING:

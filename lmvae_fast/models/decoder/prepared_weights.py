@@ -25,12 +25,9 @@ from lmvae_fast.kernels.packed_linear import most_rows
 from lmvae_fast.models.decoder.decoder import WHEN_MOVED, Decoder
 from lmvae_fast.models.decoder.exchange import Exchanges, Forward, exchanged
 from lmvae_fast.models.decoder.large_pages import LargePages
-from lmvae_fast.models.decoder.packed_products import (
-    Linear,
-    Packing,
-    linear_weight,
-    plain_linears,
-)
+from lmvae_fast.models.decoder.linear_weights import Linear, linear_weight, plain_linears
+from lmvae_fast.models.decoder.low_rank import adapter_state
+from lmvae_fast.models.decoder.packed_products import Packing
 from lmvae_fast.models.decoder.prepared_layers import body_forward, examined
 from lmvae_fast.models.decoder.row_layers import RowLayers
 from lmvae_fast.models.decoder.training_layers import written_out
@@ -41,8 +38,12 @@ WHEN_MOVED.append(lambda decoder: _packed.pop(decoder, None))
 
 
 def pays(decoder: Decoder, rows: int) -> bool:
-    """Whether prepared layers make a step over this many rows faster (measured on CPUs: docs/generation.md)."""
-    if decoder.trains or current() == "reference" or torch.is_autocast_enabled(decoder.device.type):
+    """Whether prepared layers make a step over this many rows faster (measured on CPUs: docs/generation.md).
+
+    Adapters are added to the copies, which is for decoders that are not being trained: otherwise they are others at every step.
+    """
+    at_rest = not decoder.trains or (decoder.adapts and not decoder.training)
+    if not at_rest or current() == "reference" or torch.is_autocast_enabled(decoder.device.type):
         return False
     if fused_layers(decoder):
         return True
@@ -116,7 +117,8 @@ def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchan
     ours = "fused" if weights is None and fused_layers(decoder) else weights is not None or _ours(decoder, rows)
     copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
     copied += [weight for weight in decoder.body.parameters() if weight.dim() == 1]  # of norms: Gemma's are copied
-    state = (ours, weights, *((tensor.data_ptr(), tensor._version) for tensor in copied))
+    copied += [weight for name, weight in decoder.body.named_parameters() if ".lora_" in name and weight.dtype != dtype]
+    state = (ours, weights, adapter_state(decoder.body), *((tensor.data_ptr(), tensor._version) for tensor in copied))
     if decoder not in _packed or _packed[decoder][0] != state:
         _packed.pop(decoder, None)  # before the next copy of the weights is made
         if ours == "fused":

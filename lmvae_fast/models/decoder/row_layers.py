@@ -19,6 +19,7 @@ from lmvae_fast.kernels.row_product import Norm as RowNorm
 from lmvae_fast.models.decoder.attention import AttentionContext
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.frozen_products import FrozenLinear
+from lmvae_fast.models.decoder.low_rank import merged
 from lmvae_fast.models.decoder.training_layers import IntoAttention, LastNorm, Layers, Norm, OutOfAttention, Turns
 
 
@@ -53,15 +54,15 @@ class _Layer(NamedTuple):
 
 
 class RowLayers:
-    """`Layers`, whose steps of up to `MOST_ROWS` rows over a cache have few kernels where all of it is plainly products:
-    adapters, and norms behind products (Gemma 2 and 3), keep them as they are."""
+    """`Layers`, whose steps of up to `MOST_ROWS` rows over a cache have few kernels, adapters added to copies of the weights.
+    Norms behind products (Gemma 2 and 3) keep them as they are."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
         parts = [(cast(OutOfAttention, segment.before)) for segment in layers.segments[1:]]
         into = [segment.after for segment in layers.segments[:-1]]
         self.few: list[_Layer] | None = None
-        if WAY == "off" or layers.trained() or any(norm is not None for part in parts for norm in part.behind):
+        if WAY == "off" or any(norm is not None for part in parts for norm in part.behind):
             return
         self.few = [
             _Layer(cast(IntoAttention, first), attend, second, tuple(map(_prepared, _linears(first, second))))
@@ -83,5 +84,5 @@ def _linears(into: IntoAttention | LastNorm, out: OutOfAttention) -> tuple[Froze
 
 
 def _prepared(linear: FrozenLinear) -> _Product:
-    weight = linear.weight
+    weight = merged(linear.weight, linear.adapters)
     return _Product(weight if weight.stride(1) == 1 else weight.contiguous(), linear.bias)

@@ -19,9 +19,9 @@ from lmvae_fast.memory import give_back
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.examination import in_float32
 from lmvae_fast.models.decoder.exchange import called, exchanged
-from lmvae_fast.models.decoder.frozen_products import adapter_state, require_adapters
 from lmvae_fast.models.decoder.large_pages import LargePages
-from lmvae_fast.models.decoder.packed_products import Unlike, plain_linears, require
+from lmvae_fast.models.decoder.linear_weights import Unlike, plain_linears, require
+from lmvae_fast.models.decoder.low_rank import adapter_state, require_adapters
 from lmvae_fast.models.decoder.rounding import float32_limit, nudged
 from lmvae_fast.models.decoder.training_layers import written_out
 from lmvae_fast.models.sharded_tensors import in_pieces

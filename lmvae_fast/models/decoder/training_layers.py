@@ -20,9 +20,10 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
 from lmvae_fast.kernels import frozen_layer
 from lmvae_fast.models.decoder.attention import AttentionContext
-from lmvae_fast.models.decoder.frozen_products import FrozenLinear, without_adapter
+from lmvae_fast.models.decoder.frozen_products import FrozenLinear
 from lmvae_fast.models.decoder.large_pages import LargePages
-from lmvae_fast.models.decoder.packed_products import linear_weight, require
+from lmvae_fast.models.decoder.linear_weights import linear_weight, require
+from lmvae_fast.models.decoder.low_rank import without_adapter
 from lmvae_fast.models.decoder.prepared_layers import (
     LLAMAS,
     activation_of,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmvae_fast.models.decoder.attention import PackedAttention
-from lmvae_fast.models.decoder.frozen_products import LowRank
+from lmvae_fast.models.decoder.low_rank import LowRank
 from lmvae_fast.models.decoder.training_body import trained_through
 from lmvae_fast.testing import make_model
 from tests.kernels.common import GRAD_FACTOR, VALUE_FACTOR, assert_within_error_rule, require
