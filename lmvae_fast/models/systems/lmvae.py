@@ -1,6 +1,6 @@
 """Our own system: what of the published ones learns most in a given time on a pretrained decoder; docs/systems/lmvae.md.
 
-LangVAE's interleaved memory, behind a hidden layer, which starts as the decoder's start token; low-rank adapters of the
+LangVAE's interleaved memory, which starts as the decoder's start token; low-rank adapters of the
 decoder beside it; a frozen encoder whose lower layer is read, which says more of the words; a posterior that tells sentences
 apart from the first step.
 """
@@ -14,7 +14,7 @@ PRESET: dict[str, Any] = {
     "pooling": "mean",
     "encoder_layer": 2,
     "normalize": False,
-    "projector": "mlp",
+    "projector": "linear",
     "projector_dropout": 0.0,
     "memory_init": "sink",
     "posterior_init": "whitened",
