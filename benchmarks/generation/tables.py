@@ -118,11 +118,21 @@ def beginnings() -> str:
 
 def calls() -> str:
     """Table of what a step's layers gain as one call, by decoder, batch and weights."""
-    records = list(_records("calls"))
+    return _pairs("calls", "weights", "layers one by one", "one call")
+
+
+def adapters() -> str:
+    """Table of what a decoder with low-rank adapters gains where these are added to packed weights."""
+    return _pairs("adapters", "precision", "modules with adapters beside", "adapters added to packed weights")
+
+
+def _pairs(kind: str, what: str, without: str, with_it: str) -> str:
+    """Table of a comparison in which every side has one baseline; ``what``: the word that sides differ by."""
+    records = list(_records(kind))
     if not records:
         return "Not measured."
     lines = [
-        "| decoder | batch | weights | layers one by one, sentences/s | one call | times faster | share of the limit |",
+        f"| decoder | batch | {what} | {without}, sentences/s | {with_it} | times faster | share of the limit |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
@@ -130,8 +140,8 @@ def calls() -> str:
             for side, base in row["baseline"].items():
                 rates = " | ".join(f"{row['sentences_per_second'][name]:.2f}" for name in (base, side))
                 figures = f"{rates} | {row['speedup'][side]:.2f} | {row['share_of_limit'][side]:.0%} |"
-                lines.append(f"| {record['shape']} | {row['batch']} | {side.removeprefix('engine ')} | {figures}")
-    return "\n".join([*lines, "", *(_note("calls", record) for record in records)])
+                lines.append(f"| {record['shape']} | {row['batch']} | {side.partition(' ')[2]} | {figures}")
+    return "\n".join([*lines, "", *(_note(kind, record) for record in records)])
 
 
 def weights() -> str:
@@ -156,6 +166,6 @@ def weights() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "generation": generation, "generation-body": body, "generation-calls": calls, "generation-weights": weights,
+    "generation": generation, "generation-body": body, "generation-calls": calls, "generation-adapters": adapters, "generation-weights": weights,
     "sampling": sampling, "beginnings": beginnings,
 }  # fmt: skip

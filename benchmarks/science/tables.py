@@ -58,18 +58,23 @@ def training() -> str:
     return "\n".join([*lines, "", *notes]) if notes else "Not measured."
 
 
-def recipes() -> str:
-    """Held-out figures of every recorded recipe over minutes of CPU time."""
-    found = _records("science")
+def recipes(folder: str = "science", first: str = "recipe") -> str:
+    """Held-out figures of every recorded recipe over minutes of CPU time, and what its last training steps had."""
+    found = _records(folder)
     if not found:
         return "Not measured."
-    lines = _head("recipe")
+    lines = _head(first)
     for name, record in found.items():
         rows = [(point, "") for point in record["points"]]
         if "final" in record:
             rows.append((record["final"] | {"step": record["final"]["steps"]}, f"{record['final']['sentences']:,}"))
         lines += [_row(name, point, last) for point, last in rows]
-    return "\n".join([*lines, "", *_commands(found)])
+    trained = {name: [row["reconstruction"] for row in record["training"][-10:]] for name, record in found.items()}
+    notes = [
+        f"{name}: in its last {len(rows)} logged training steps {sum(rows) / len(rows):.1f} nats a sentence."
+        for name, rows in trained.items() if rows
+    ]  # fmt: skip
+    return "\n".join([*lines, "", *notes, "", *_commands(found)])
 
 
 def screens() -> str:
@@ -267,6 +272,7 @@ def _commands(found: dict[str, dict]) -> list[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo, "interpolation": interpolation, "training": training, "recipes": recipes, "screens": screens,
     "finalists": finalists, "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers,
-    "probes": probes, "probed-systems": lambda: probed("minutes"), "probed-sizes": lambda: probed("latent_size"),
+    "whole-runs": lambda: recipes("science/whole", "change"), "probes": probes,
+    "probed-systems": lambda: probed("minutes"), "probed-sizes": lambda: probed("latent_size"),
     "probed-labels": lambda: probed("labels"),
 }  # fmt: skip
