@@ -34,6 +34,7 @@ def _figures(folder: str) -> dict[str, str]:
         ("training/steps/eager", "training step, eager reference", "share_of_matrix_rate"),
         ("generation/langvae", "decoding, LangVAE", "share_of_limit"),
         ("generation/transformers", "decoding, transformers.generate", "share_of_limit"),
+        ("generation/transformers-llama-160m", "decoding of llama-160m, transformers.generate", "share_of_limit"),
         ("generation/weights", "decoding, wider weights", "share_of_limit"),
     ):
         for batch, row in _rows(load(f"{of}{name}.json")):

@@ -166,6 +166,6 @@ def weights() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "generation": generation, "generation-body": body, "generation-calls": calls, "generation-adapters": adapters, "generation-weights": weights,
-    "sampling": sampling, "beginnings": beginnings,
+    "generation": generation, "generation-body": body, "generation-calls": calls, "generation-adapters": adapters,
+    "generation-weights": weights, "sampling": sampling, "beginnings": beginnings,
 }  # fmt: skip
