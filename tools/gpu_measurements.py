@@ -101,8 +101,8 @@ def _variants(context: Context, seconds: float) -> list[dict[str, Any]]:
         done = context.run(
             [*command, "--output", str(output)], seconds, LMVAE_COMMIT=context.commit, LMVAE_ROW_PRODUCT=way
         )
-        if done.code == 0 and output.exists():
-            rows += [{**row, "row_product": way} for row in json.loads(output.read_text())["rows"]]
+        made = json.loads(output.read_text())["rows"] if done.code == 0 and output.exists() else []
+        rows += [{**row, "row_product": way} for row in made] or [{"row_product": way, "status": verdict(done)}]
     return rows
 
 

@@ -96,9 +96,10 @@ def row_product(
     kind = -1 if activation is None else ACTIVATIONS.index(activation)
     if added is not None:
         check_rows("added", added, x, (x.shape[0], _width(weight, kind)))
-    refuse_gradients("row_product", x=x, weight=weight, bias=bias, added=added)
+    of_norm = (None, None, 0.0, False) if norm is None else norm
+    vectors = {"norm.weight": of_norm[0], "norm.bias": of_norm[1]}
+    refuse_gradients("row_product", x=x, weight=weight, bias=bias, added=added, **vectors)
     choice = backend.choose("row_product", x)
     if choice == "reference":
         return reference.row_product(x, weight, bias, norm, activation, added)
-    of_norm = (None, None, 0.0, False) if norm is None else norm
     return primitives(choice, x).row_product(x, weight, bias, *of_norm, kind, added, settled)

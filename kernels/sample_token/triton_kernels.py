@@ -41,7 +41,7 @@ def _best(
     lane = tl.arange(0, BLOCK)
     value = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = lane
-    for start in tl.range(0, vocab, BLOCK, num_stages=_AHEAD):
+    for start in tl.range(0, vocab, BLOCK, num_stages=2 if HAS_SEEN else _AHEAD):
         col = start + lane
         s = _scores(logits, seen, col, vocab, stride_col, stride_seen, penalty, over_penalty, HAS_SEEN)
         better = (s > value) | ((s != s) & (value == value))
@@ -129,7 +129,7 @@ def _last_bin(
     top-p it should hold the cut with something to spare, which is looked at when the weights are summed."""
     lane = tl.arange(0, BLOCK)
     counts = tl.zeros((_BINS,), tl.int32)
-    for start in tl.range(0, vocab, BLOCK, num_stages=_AHEAD):
+    for start in tl.range(0, vocab, BLOCK, num_stages=2 if HAS_SEEN else _AHEAD):
         s = _scores(logits, seen, start + lane, vocab, stride_col, stride_seen, penalty, over_penalty, HAS_SEEN)
         x = (s - largest) * inverse
         inside = x >= _LEAST

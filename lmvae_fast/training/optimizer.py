@@ -41,6 +41,7 @@ class Optimizer:
         *, recorded: bool = False,
     ) -> None:  # fmt: skip
         self.grad_clip = config.grad_clip
+        self._all = list(parameters.values())
         self.rows: RowAdamW | None = None
         self._rows_name = ""
         if config.embedding_rows_update:
@@ -158,6 +159,8 @@ class Optimizer:
             self.fused.step(clip=clip)
         if self.rows is not None:
             self.rows.step(clip=clip)
+        # A fused AdamW leaves no trace in a tensor's version, by which whoever holds something made from it would see it.
+        torch.autograd.graph.increment_version(self._all)
         self.zero_grad()
 
     def zero_grad(self) -> None:

@@ -165,6 +165,7 @@ class _Recording:
         self.inputs, self.zero_beta = inputs, zero_beta
         self.calls = 0
         self.graph: Graph | None = None
+        self.moved: list[Tensor] = []  # what a replay writes
 
 
 class RecordedSteps:
@@ -209,6 +210,7 @@ class RecordedSteps:
         found.calls += 1
         if found.graph is not None:
             found.graph.replay()
+            torch.autograd.graph.increment_version(found.moved)
         elif found.calls == 1 or self.refused is not None or self.recordings >= MOST_RECORDINGS:
             self._run(found)
         else:
@@ -220,7 +222,7 @@ class RecordedSteps:
     def _record(self, found: _Recording) -> None:
         """Do the step and have it recorded; the first recording is compared with the step itself."""
         everything, judged = self._state()
-        device = found.inputs.device
+        device, found.moved = found.inputs.device, everything
         generators = _generators(device)
         before = [x.clone() for x in everything]
         after = None

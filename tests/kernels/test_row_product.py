@@ -200,7 +200,9 @@ def test_bad_input():
     with raises_naming(ValueError, "[7, 16]", "even"):
         row_product(x, weight[:7], activation="swiglu")
     with raises_naming(ValueError, "x", "gradient"):
-        row_product(x.requires_grad_(), weight)
+        row_product(x.clone().requires_grad_(), weight)
+    with raises_naming(ValueError, "norm.weight", "gradient"):
+        row_product(x, weight, norm=norm._replace(weight=norm.weight.clone().requires_grad_()))
 
 
 _COMPILED = """

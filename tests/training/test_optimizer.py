@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import NumericalError
 from lmvae_fast.testing import make_model
 from lmvae_fast.training import Callback
 from lmvae_fast.training.loop import Trainer
+from lmvae_fast.training.optimizer import Optimizer
 from tests.training.helpers import StopAt, plain_sentences, run, settings
 
 # What each adds: dropout's mask in the fused gradient; micro-batches of unequal size; a GELU layer before the map and a
@@ -45,6 +47,34 @@ def test_weights_and_state_equal_those_of_one_adamw(tmp_path, case):
         assert first.keys() == second.keys()
     norms = [[record["grad_norm"] for record in result.history] for result in (one, two)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("system", [{}, {"system": "optimus"}, {"system": "lmvae", "lora_rank": 2}], ids=str)
+def test_a_step_counts_as_a_change_of_all_that_trains(tmp_path, system):
+    """By a tensor's version others see that what they made from it is old: a fused AdamW does not count its own writes."""
+    if system.get("lora_rank"):
+        pytest.importorskip("peft")
+    versions = []
+
+    class Watch(Callback):
+        def on_step(self, run):
+            versions.append([weight._version for weight in run.model.parameters() if weight.requires_grad])
+
+    run(tmp_path, Watch(), model=make_model(max_len=12, **system), max_steps=2, evaluated=False)
+    assert versions[0] and all(after > before for before, after in zip(*versions, strict=True))
+
+
+def test_a_head_that_a_run_has_spoilt_is_noticed():
+    """It was looked at before, when it was sound."""
+    model = make_model(system="optimus")
+    decoder = model.decoder
+    decoder.check_head()
+    head = decoder.head_weight
+    head.grad = torch.full_like(head, float("nan"))
+    optimizer = Optimizer(model, {"head": head}, TrainConfig(output_dir="unused"))
+    optimizer.step(torch.tensor(1.0))
+    with pytest.raises(NumericalError, match="head holds NaN"):
+        decoder.check_head()
 
 
 def test_the_weight_never_has_a_gradient_and_the_projector_is_given_back(tmp_path):

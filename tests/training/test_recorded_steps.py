@@ -130,6 +130,24 @@ def test_one_replay_a_step_and_nothing_else_than_copies_and_fills(recording, tmp
     assert names == ["aten.copy_.default"] * 2 + ["aten.fill_.Scalar"] * 3
 
 
+def test_a_replay_counts_as_a_change_of_what_trains(recording, tmp_path, monkeypatch):
+    """By a tensor's version others see that what they made from it is old; kernels that are replayed do not count."""
+    model = make_model("gpt2", max_len=9, projector_dropout=0.0)
+    config = lf.TrainConfig(output_dir=str(tmp_path), batch_size=8, progress=False, tensorboard=False, max_steps=9)
+    trainer = Trainer(model, TEXTS, None, config, ())
+    trainer.check_every_step = False
+    (rows,) = trainer._batches(0)
+    with trainer.prepared():
+        for _ in range(2):
+            trainer.optimizer_step((rows,))
+        (found,) = trainer.recorded._recordings.values()
+        monkeypatch.setattr(found.graph, "replay", lambda: None)
+        before = [parameter._version for parameter in trainer.parameters.values()]
+        trainer.optimizer_step((rows,))
+        after = [parameter._version for parameter in trainer.parameters.values()]
+    assert all(now > then for now, then in zip(after, before, strict=True))
+
+
 def test_recordings_end_with_the_state_they_were_made_in(recording, tmp_path):
     """In bf16 the frozen weights have copies for as long as a run is prepared, elsewhere the next time."""
     model = make_model("gpt2", max_len=9, projector_dropout=0.0)

@@ -155,7 +155,11 @@ class Decoder(nn.Module):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Decoder:
-        """A frozen decoder stays in evaluation mode: its dropout belongs to its own pre-training."""
+        """A frozen decoder stays in evaluation mode: its dropout belongs to its own pre-training. What was prepared for
+        decoding from adapters, which are about to change, is let go."""
+        if mode and self.adapts and not self.training:
+            for let_go in WHEN_MOVED:
+                let_go(self)
         super().train(mode and self.trains)
         return self
 

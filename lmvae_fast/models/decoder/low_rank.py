@@ -36,13 +36,17 @@ class LowRank(NamedTuple):
 
 
 def merged(weight: Tensor, adapters: list[LowRank]) -> Tensor:
-    """A weight ``[outputs, inputs]`` with what stands beside it added, rounded once to its dtype; itself where nothing does."""
+    """A weight ``[outputs, inputs]`` with what stands beside it added; itself where nothing does.
+
+    Raises Unlike for adapters beside half weights: what is less than half of such a weight's last digit would be gone.
+    """
     if not adapters:
         return weight
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    require(weight.dtype in (torch.float32, torch.float64), f"adapters beside weights in {weight.dtype}")
+    weight = weight.clone()
     for columns, down, up, scale in adapters:
-        wide[columns].addmm_(up.detach().to(wide), down.detach().to(wide), alpha=scale)
-    return wide.to(weight.dtype)
+        weight[columns].addmm_(up.detach().to(weight), down.detach().to(weight), alpha=scale)
+    return weight
 
 
 def effective_weight(module: nn.Module) -> Tensor:
@@ -50,6 +54,18 @@ def effective_weight(module: nn.Module) -> Tensor:
     `adapter_of`."""
     weight = linear_weight(without_adapter(module))
     return merged(weight, [adapter_of(module, slice(None))] if is_adapted(module) else [])
+
+
+def adapter_weights(body: nn.Module) -> list[Tensor]:
+    """All that adapters in a body hold."""
+    return [weight.detach() for name, weight in body.named_parameters() if ".lora_" in name]
+
+
+def same_values(now: list[Tensor], then: list[Tensor]) -> bool:
+    """Whether tensors of the same shapes hold the same numbers: NaN is unlike all. On CUDA the host waits once."""
+    if not now or now[0].device.type == "cpu":
+        return all(map(torch.equal, now, then))
+    return not torch.stack(torch._foreach_norm(torch._foreach_sub(now, then), torch.inf)).any()
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -94,6 +110,7 @@ def adapter_of(module: Any, columns: slice) -> LowRank:
     require(name in module.lora_A, "an adapter that only some of its layers have")
     plain = not (module.disable_adapters or module.merged or name in module.lora_variant or module.lora_bias.get(name))
     dropout = module.lora_dropout[name]
-    require(plain and not getattr(dropout, "p", 0.0), "an adapter that is not plainly added")
+    drops = dropout.training and getattr(dropout, "p", 0.0)
+    require(plain and not drops, "an adapter that is not plainly added")
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
     return LowRank(columns, down, up, float(module.scaling[name]))

@@ -17,7 +17,7 @@ from lmvae_fast.kernels.packed_linear import (
 from lmvae_fast.models.decoder.exchange import Exchanges, Forward
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.linear_weights import linear_weight, plain_linears, require
-from lmvae_fast.models.decoder.low_rank import effective_weight, without_adapter
+from lmvae_fast.models.decoder.low_rank import effective_weight, is_adapted, without_adapter
 
 
 class Packing:
@@ -32,7 +32,7 @@ class Packing:
 
     def linear(self, *parts: nn.Module, activation: str = "none") -> PackedLinear:
         """One linear module, or several with the same inputs, whose outputs then lie side by side."""
-        weight = torch.cat([effective_weight(part) for part in parts])
+        weight = torch.cat([self._weight(part) for part in parts])
         biases = [part.bias for part in map(without_adapter, parts) if isinstance(part.bias, Tensor)]
         require(len(biases) in (0, len(parts)), "a bias in some of the projections of one input")
         bias = torch.cat([b.detach() for b in biases]) if biases else None
@@ -42,10 +42,14 @@ class Packing:
 
     def gated(self, gate: nn.Linear, up: nn.Linear) -> PackedLinear:
         """``silu(gate(x)) * up(x)``."""
-        both = effective_weight(gate), effective_weight(up)
+        both = self._weight(gate), self._weight(up)
         require(gate.bias is None and up.bias is None, "a bias in a gated layer")
         packed = self._quantized(quantize_gated(*both)) if self.weights else self._pages.copy(pack_gated(*both))
         return PackedLinear(packed, out_features=both[0].shape[0], activation="swiglu", dtype=both[0].dtype)
+
+    def _weight(self, part: nn.Module) -> Tensor:
+        require(self.weights is None or not is_adapted(part), "adapters beside rounded weights")
+        return effective_weight(part)
 
     def _quantized(self, weight: QuantizedWeight) -> QuantizedWeight:
         return QuantizedWeight(*(self._pages.copy(part) for part in (weight.values, weight.scales, weight.totals)))

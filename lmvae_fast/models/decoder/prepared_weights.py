@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from lmvae_fast.errors import ConfigError
 from lmvae_fast.kernels.backend import FLOATS, choose, current
@@ -26,14 +28,24 @@ from lmvae_fast.models.decoder.decoder import WHEN_MOVED, Decoder
 from lmvae_fast.models.decoder.exchange import Exchanges, Forward, exchanged
 from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.linear_weights import Linear, linear_weight, plain_linears
-from lmvae_fast.models.decoder.low_rank import adapter_state
+from lmvae_fast.models.decoder.low_rank import adapter_state, adapter_weights, same_values
 from lmvae_fast.models.decoder.packed_products import Packing
 from lmvae_fast.models.decoder.prepared_layers import body_forward, examined
 from lmvae_fast.models.decoder.row_layers import RowLayers
 from lmvae_fast.models.decoder.training_layers import written_out
 
 OURS = (torch.float32, torch.bfloat16)  # dtypes that packed_linear has a kernel for
-_packed: WeakKeyDictionary[Decoder, tuple[tuple, Exchanges]] = WeakKeyDictionary()
+
+
+class _Prepared(NamedTuple):
+    """What a step exchanges, and what it was made from: adapters by their values."""
+
+    state: tuple
+    adapters: list[Tensor]
+    made: Exchanges
+
+
+_packed: WeakKeyDictionary[Decoder, _Prepared] = WeakKeyDictionary()
 WHEN_MOVED.append(lambda decoder: _packed.pop(decoder, None))
 
 
@@ -113,21 +125,26 @@ def exchanges(decoder: Decoder, rows: int, wanted: bool = True, weights: str | N
 
 def _forwards(decoder: Decoder, rows: int, weights: str | None = None) -> Exchanges:
     dtype = decoder.dtype  # looked up once: this is asked for at every step
-    modules = [m for m in plain_linears(decoder.model) if m.weight.dtype == dtype]
+    linears = plain_linears(decoder.model)
+    modules = [m for m in linears if m.weight.dtype == dtype]
     ours = "fused" if weights is None and fused_layers(decoder) else weights is not None or _ours(decoder, rows)
-    copied = [tensor for m in modules for tensor in (m.weight, m.bias) if tensor is not None]
+    copied = [tensor for m in linears for tensor in (m.weight, m.bias) if tensor is not None]
     copied += [weight for weight in decoder.body.parameters() if weight.dim() == 1]  # of norms: Gemma's are copied
-    copied += [weight for name, weight in decoder.body.named_parameters() if ".lora_" in name and weight.dtype != dtype]
     state = (ours, weights, adapter_state(decoder.body), *((tensor.data_ptr(), tensor._version) for tensor in copied))
-    if decoder not in _packed or _packed[decoder][0] != state:
-        _packed.pop(decoder, None)  # before the next copy of the weights is made
+    # Those are looked at themselves: a fused optimizer's step leaves no trace in a tensor's version.
+    adapters = adapter_weights(decoder.body)
+    found = _packed.get(decoder)
+    if found is None or found.state != state or not same_values(adapters, found.adapters):
+        # Before the next copy of the weights is made; kept recordings hold copies with the adapters of their time.
+        for let_go in WHEN_MOVED if adapters else (lambda decoder: _packed.pop(decoder, None),):
+            let_go(decoder)
         if ours == "fused":
             forward = fused_forward(decoder)
             made: Exchanges = [] if forward is None else [(decoder.body, forward)]
         else:
             made = _by_our_products(decoder, modules, weights) if ours else _onednn(modules, rows)
-        _packed[decoder] = (state, made)
-    return _packed[decoder][1]
+        found = _packed[decoder] = _Prepared(state, [weight.clone() for weight in adapters], made)
+    return found.made
 
 
 def fused_forward(decoder: Decoder) -> Forward | None:

@@ -7,6 +7,7 @@ before what it multiplies is there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -19,8 +20,11 @@ from lmvae_fast.kernels.row_product import Norm as RowNorm
 from lmvae_fast.models.decoder.attention import AttentionContext
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.frozen_products import FrozenLinear
+from lmvae_fast.models.decoder.linear_weights import Unlike
 from lmvae_fast.models.decoder.low_rank import merged
 from lmvae_fast.models.decoder.training_layers import IntoAttention, LastNorm, Layers, Norm, OutOfAttention, Turns
+
+logger = logging.getLogger(__name__)
 
 
 class _Product(NamedTuple):
@@ -54,20 +58,23 @@ class _Layer(NamedTuple):
 
 
 class RowLayers:
-    """`Layers`, whose steps of up to `MOST_ROWS` rows over a cache have few kernels, adapters added to copies of the weights.
-    Norms behind products (Gemma 2 and 3) keep them as they are."""
+    """`Layers`, whose steps of up to `MOST_ROWS` rows over a cache have few kernels, adapters added to copies of
+    fp32 weights (beside half ones they stay).    Norms behind products (Gemma 2 and 3) keep them as they are."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
-        parts = [(cast(OutOfAttention, segment.before)) for segment in layers.segments[1:]]
-        into = [segment.after for segment in layers.segments[:-1]]
         self.few: list[_Layer] | None = None
+        parts = [cast(OutOfAttention, segment.before) for segment in layers.segments[1:]]
+        into = [cast(IntoAttention, segment.after) for segment in layers.segments[:-1]]
         if WAY == "off" or any(norm is not None for part in parts for norm in part.behind):
             return
-        self.few = [
-            _Layer(cast(IntoAttention, first), attend, second, tuple(map(_prepared, _linears(first, second))))
-            for first, attend, second in zip(into, layers.attend, parts, strict=True)
-        ]
+        try:
+            self.few = [
+                _Layer(first, attend, second, tuple(map(_prepared, _linears(first, second))))
+                for first, attend, second in zip(into, layers.attend, parts, strict=True)
+            ]
+        except (Unlike, torch.OutOfMemoryError) as reason:
+            logger.info("steps of few rows have the kernels of any: %s", reason)
 
     def run(self, x: Tensor, context: AttentionContext, turns: Sequence[Turns | None]) -> Tensor:
         """As `Layers.run`."""
@@ -79,8 +86,8 @@ class RowLayers:
         return cast(LastNorm, self.layers.segments[-1].after).norm(x)[0]
 
 
-def _linears(into: IntoAttention | LastNorm, out: OutOfAttention) -> tuple[FrozenLinear, ...]:
-    return cast(IntoAttention, into).qkv, out.out, out.up, out.down
+def _linears(into: IntoAttention, out: OutOfAttention) -> tuple[FrozenLinear, ...]:
+    return into.qkv, out.out, out.up, out.down
 
 
 def _prepared(linear: FrozenLinear) -> _Product:

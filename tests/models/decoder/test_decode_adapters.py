@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
+import lmvae_fast as lf
 from lmvae_fast.kernels.backend import backend
 from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.exchange import exchanged
-from lmvae_fast.models.decoder.linear_weights import linear_weight
+from lmvae_fast.models.decoder.linear_weights import Unlike, linear_weight
 from lmvae_fast.models.decoder.low_rank import effective_weight
 from lmvae_fast.models.decoder.prepared_weights import exchanges, pays
 from lmvae_fast.models.injection import Injection
@@ -68,20 +72,81 @@ def test_texts_are_those_of_the_modules():
         assert model.decode(z, max_new_tokens=6) == prepared
 
 
+def _in_place(weight):
+    weight.mul_(2.0)
+
+
+def _unseen(weight):
+    weight.data.mul_(2.0)
+
+
+def _by_a_fused_step(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+
+
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])
-def test_adapters_that_changed_are_added_anew(half):
-    """In place, as an optimizer does it; also while the weights beside them are in another dtype."""
+@pytest.mark.parametrize("change", [_in_place, _unseen, _by_a_fused_step])
+def test_adapters_that_changed_are_added_anew(half, change):
+    """However they are changed: a fused optimizer's step leaves no trace in a tensor's version."""
     require("packed_linear", "cpp")
-    for dtype in (torch.float32, torch.bfloat16):
-        decoder = _tuned().decoder
-        for name, weight in decoder.named_parameters():
-            if ".lora_" not in name:
-                weight.data = weight.data.to(dtype)
-        first = exchanges(decoder, 3)
-        assert exchanges(decoder, 3) is first
-        with torch.no_grad():
-            next(w for name, w in decoder.body.named_parameters() if f".{half}." in name).mul_(2.0)
-        assert exchanges(decoder, 3) is not first
+    decoder = _tuned().decoder
+    first = exchanges(decoder, 3)
+    assert exchanges(decoder, 3) is first
+    changed = next(w for name, w in decoder.body.named_parameters() if f".{half}." in name)
+    with torch.no_grad():
+        change(changed)
+    expected = _step(decoder, 3)
+    layers = exchanges(decoder, 3)
+    assert layers is not first
+    with exchanged(layers):
+        torch.testing.assert_close(_step(decoder, 3), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_texts_after_a_run_are_those_of_what_was_learnt(tmp_path):
+    require("packed_linear", "cpp")
+    model = _tuned()
+    z = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    before = model.decode(z, max_new_tokens=6)
+    config = lf.TrainConfig(
+        output_dir=str(tmp_path), max_steps=3, batch_size=2, learning_rate=0.3, progress=False, tensorboard=False
+    )
+    lf.train(model, ["a cat sat", "dogs eat", "the sun is a star", "frogs jump"], None, config)
+    model.eval()
+    after = model.decode(z, max_new_tokens=6)
+    with backend("reference"):
+        assert model.decode(z, max_new_tokens=6) == after != before
+
+
+def test_what_was_prepared_goes_when_training_begins_again():
+    require("packed_linear", "cpp")
+    model = _tuned()
+    body = weakref.ref(exchanges(model.decoder, 3)[0][1])
+    model.train()
+    gc.collect()
+    assert body() is None
+
+
+def test_adapters_beside_half_weights_are_not_added():
+    """A change of less than half of a weight's last digit would be gone."""
+    require("packed_linear", "cpp")
+    decoder = _tuned().decoder
+    for name, weight in decoder.named_parameters():
+        if ".lora_" not in name:
+            weight.data = weight.data.to(torch.bfloat16)
+    assert decoder.body not in [module for module, _ in exchanges(decoder, 3)]
+    adapted = next(module for module in decoder.body.modules() if hasattr(module, "base_layer"))
+    with pytest.raises(Unlike, match="bfloat16"):
+        effective_weight(adapted)
+
+
+def test_dropout_of_adapters_counts_while_it_drops():
+    adapted = next(module for module in _tuned().decoder.body.modules() if hasattr(module, "base_layer"))
+    adapted.lora_dropout["default"] = torch.nn.Dropout(0.5).eval()
+    effective_weight(adapted)
+    adapted.lora_dropout["default"].train()
+    with pytest.raises(Unlike, match="plainly"):
+        effective_weight(adapted)
 
 
 def test_a_decoder_that_is_being_trained_keeps_its_modules():
