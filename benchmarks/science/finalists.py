@@ -1,4 +1,4 @@
-"""The best of the screens beside what our preset was then (its projector linear), at equal minutes under three seeds.
+"""The best of the screens beside what our preset was then (a latent of 128), at equal minutes under three seeds.
 
     python -m benchmarks.science.finalists --data ../shared/data/worldtree_srl_train.txt --steps 150 --minutes 10
 

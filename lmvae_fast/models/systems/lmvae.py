@@ -32,7 +32,7 @@ PRESET: dict[str, Any] = {
 
 #: What `lmvae-fast train --system lmvae` takes where nothing else is said: fields of LMVAEConfig, and of TrainConfig.
 RECIPE: tuple[dict[str, Any], dict[str, Any]] = (
-    {"latent_dim": 128, "lora_rank": 16, "lora_alpha": 32.0},
+    {"latent_dim": 256, "lora_rank": 16, "lora_alpha": 32.0},
     {
         "batch_size": 32,
         "learning_rate": 1e-3,
