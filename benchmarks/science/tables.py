@@ -274,5 +274,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "finalists": finalists, "minutes": minutes, "reconstructions": reconstructions, "encoder-layers": encoder_layers,
     "whole-runs": lambda: recipes("science/whole", "change"), "probes": probes,
     "probed-systems": lambda: probed("minutes"), "probed-sizes": lambda: probed("latent_size"),
-    "probed-labels": lambda: probed("labels"),
+    "probed-labels": lambda: probed("labels"), "probed-whole": lambda: probed("whole"),
 }  # fmt: skip

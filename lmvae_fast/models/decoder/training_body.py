@@ -96,7 +96,10 @@ class TrainingBody:
         """All that decides how the layers are prepared. Training mode does where something is dropped in it, and no more: an
         evaluation between two steps leaves them as they are."""
         body = self._decoder.body
-        of_weights = ((w.data_ptr(), w._version, w.requires_grad) for w in self._weights() if not in_pieces(w))
+        # Of a weight that trains nothing is prepared, whatever it holds.
+        of_weights = (
+            (w.data_ptr(), None if w.requires_grad else w._version) for w in self._weights() if not in_pieces(w)
+        )
         return (body.training and any(module.p > 0 for module in self._dropouts), adapter_state(body), *of_weights)
 
     def _prepared(self) -> Forward | None:
