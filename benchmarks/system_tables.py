@@ -101,7 +101,8 @@ def int8() -> str:
 
 def commits() -> str:
     """Tables of the comparisons of two commits (benchmarks/commits.py), one for every record."""
-    records = [load(file.name) for file in sorted(RESULTS.glob("commits*.json"))]
+    files = [*sorted(RESULTS.glob("commits*.json")), *sorted(RESULTS.glob("*/commits*.json"))]
+    records = [load(str(file.relative_to(RESULTS))) for file in files]
     return "\n\n".join(_compared(record) for record in records if record is not None) or "Not measured."
 
 
@@ -115,8 +116,8 @@ def _compared(record: dict[str, Any]) -> str:
         seconds = row["seconds"]
         low, high = row["spread"]
         lines.append(
-            f"| {row['work']} | {row['batch']} | {row['rounds']} | {seconds['other']:.3f} s | {seconds['this']:.3f} s | "
-            f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
+            f"| {row['work']}, {row['shape']} | {row['batch']} | {row['rounds']} | {seconds['other']:.3f} s | "
+            f"{seconds['this']:.3f} s | {row['ratio']:.2f} | {low:.2f} to {high:.2f} |"
         )
     return "\n".join([*lines, "", f"`{record['command']}` ({where(record['machine'])})"])
 
