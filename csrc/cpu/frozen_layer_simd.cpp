@@ -13,18 +13,49 @@ namespace {
 constexpr int64_t kChunk = 256;  // numbers worked on at a time where rows need no sums
 
 // Sums are made of fp32 vectors, in pieces of a row, so that neither wide rows nor few lanes add many terms one by one.
+// A piece is summed as four quarters side by side: an addition then waits for the fourth one before it, not for the
+// last.
 constexpr int64_t kPiece = 1024;
 
-LMVAE_INLINE float sum_of(const float* x, int64_t n) {
+template <typename Term>
+LMVAE_INLINE float sum_of(int64_t n, const Term& term) {
   float sum = 0;
   for (int64_t start = 0; start < n; start += kPiece) {
-    const int64_t end = std::min(n, start + kPiece);
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = start; i < end; i++) part += x[i];
-    sum += part;
+    const int64_t quarter = std::min(n - start, kPiece) / 4, rest = start + 4 * quarter;
+    const int64_t a = start, b = a + quarter, c = b + quarter, d = c + quarter;
+    float first = 0, second = 0, third = 0, fourth = 0;
+#pragma omp simd reduction(+ : first, second, third, fourth)
+    for (int64_t i = 0; i < quarter; i++) {
+      first += term(a + i);
+      second += term(b + i);
+      third += term(c + i);
+      fourth += term(d + i);
+    }
+    for (int64_t i = rest; i < std::min(n, start + kPiece); i++) first += term(i);
+    sum += (first + second) + (third + fourth);
   }
   return sum;
+}
+
+// A row as fp32: itself, or widened into `room`; where one is to be made; and what is left to do with one that was.
+LMVAE_INLINE const float* wide_row(const float* x, float*, int64_t) { return x; }
+LMVAE_INLINE float* wide_place(float* out, float*) { return out; }
+LMVAE_INLINE void narrow_row(const float*, const float*, int64_t) {}
+
+template <typename T>
+LMVAE_INLINE const float* wide_row(const T* x, float* room, int64_t n) {
+  load_unit(x, room, n);
+  return room;
+}
+
+template <typename T>
+LMVAE_INLINE float* wide_place(T*, float* room) {
+  return room;
+}
+
+template <typename T>
+LMVAE_INLINE void narrow_row(const float* x, T* out, int64_t n) {
+  store_row(x, out, n);
 }
 
 LMVAE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
@@ -44,23 +75,16 @@ template <typename T>
 void norm_rows(const NormArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t n = a.width;
   std::vector<float> room(a.bias == nullptr ? 2 * n : n);
-  float* x = room.data();
-  const float *weight = a.weight, *bias = a.bias == nullptr ? x + n : a.bias;  // room is zeros at first
+  const float *weight = a.weight, *bias = a.bias == nullptr ? room.data() + n : a.bias;  // room is zeros at first
   for (int64_t r = begin; r < end; r++) {
-    load_unit(a.x + r * a.x_row, x, n);
-    const float mean = a.centred ? sum_of(x, n) / static_cast<float>(n) : 0.0f;
-    float squares = 0;
-    for (int64_t start = 0; start < n; start += kPiece) {
-      const int64_t end = std::min(n, start + kPiece);
-      float part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int64_t i = start; i < end; i++) part += (x[i] - mean) * (x[i] - mean);
-      squares += part;
-    }
+    const float* x = wide_row(a.x + r * a.x_row, room.data(), n);
+    float* out = wide_place(a.out + r * n, room.data());
+    const float mean = a.centred ? sum_of(n, [x](int64_t i) { return x[i]; }) / static_cast<float>(n) : 0.0f;
+    const float squares = sum_of(n, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
     const float scale = 1.0f / std::sqrt(squares / static_cast<float>(n) + static_cast<float>(a.eps));
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) x[i] = (x[i] - mean) * scale * weight[i] + bias[i];
-    store_row(x, a.out + r * n, n);
+    for (int64_t i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+    narrow_row(out, a.out + r * n, n);
     a.stats[2 * r] = mean;
     a.stats[2 * r + 1] = scale;
   }
@@ -70,36 +94,28 @@ template <typename T>
 void norm_rows_bwd(const NormArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t n = a.width;
   std::vector<float> room(3 * n);
-  float *x = room.data(), *g = x + n, *added = g + n;
+  float *unit = room.data(), *by_unit = unit + n;
   const float* weight = a.weight;
   for (int64_t r = begin; r < end; r++) {
-    load_unit(a.x + r * a.x_row, x, n);
-    load_unit(a.grad + r * a.grad_row, g, n);
     const float mean = a.stats[2 * r], scale = a.stats[2 * r + 1];
-    float sum = 0, along = 0;
-    for (int64_t start = 0; start < n; start += kPiece) {
-      const int64_t end = std::min(n, start + kPiece);
-      float part = 0, part_along = 0;
-#pragma omp simd reduction(+ : part, part_along)
-      for (int64_t i = start; i < end; i++) {
-        x[i] = (x[i] - mean) * scale;
-        g[i] *= weight[i];
-        part += g[i];
-        part_along += g[i] * x[i];
-      }
-      sum += part;
-      along += part_along;
-    }
-    sum = a.centred ? sum / static_cast<float>(n) : 0.0f;
-    along /= static_cast<float>(n);
+    const float *x = wide_row(a.x + r * a.x_row, unit, n), *g = wide_row(a.grad + r * a.grad_row, by_unit, n);
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) g[i] = scale * (g[i] - sum - along * x[i]);
-    if (a.added != nullptr) {
-      load_unit(a.added + r * a.added_row, added, n);
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) g[i] += added[i];
+    for (int64_t i = 0; i < n; i++) {
+      unit[i] = (x[i] - mean) * scale;
+      by_unit[i] = g[i] * weight[i];
     }
-    store_row(g, a.out + r * n, n);
+    const float along = sum_of(n, [=](int64_t i) { return by_unit[i] * unit[i]; }) / static_cast<float>(n);
+    const float sum = a.centred ? sum_of(n, [=](int64_t i) { return by_unit[i]; }) / static_cast<float>(n) : 0.0f;
+    float* out = wide_place(a.out + r * n, by_unit);
+    if (a.added == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++) out[i] = scale * (by_unit[i] - sum - along * unit[i]);
+    } else {
+      const float* added = wide_row(a.added + r * a.added_row, by_unit + n, n);
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++) out[i] = scale * (by_unit[i] - sum - along * unit[i]) + added[i];
+    }
+    narrow_row(out, a.out + r * n, n);
   }
 }
 
