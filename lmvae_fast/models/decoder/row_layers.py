@@ -58,8 +58,8 @@ class _Layer(NamedTuple):
 
 
 class RowLayers:
-    """`Layers`, whose steps of up to `MOST_ROWS` rows over a cache have few kernels, adapters added to copies of
-    fp32 weights (beside half ones they stay).    Norms behind products (Gemma 2 and 3) keep them as they are."""
+    """`Layers`, whose steps of up to `MOST_ROWS` rows over a cache have few kernels, adapters added to copies of fp32 weights.
+    Norms behind products (Gemma 2 and 3), and adapters beside half weights, keep them as they are."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
