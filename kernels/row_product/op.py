@@ -6,8 +6,6 @@ what a small kernel costs is mostly that it is a kernel. Triton for CUDA alone: 
 
 from __future__ import annotations
 
-import os
-
 from torch import Tensor
 
 from .. import backend
@@ -20,19 +18,6 @@ from .reference import Norm
 
 #: Rows up to which one program's part of the weight is multiplied by all of them; of more, torch's product is the better one.
 MOST_ROWS = 16
-
-#: How decoding uses it (LMVAE_ROW_PRODUCT): kernels that begin before the one before them ends, that wait, or not at all.
-WAYS = ("early", "waiting", "off")
-
-
-def _way() -> str:
-    name = os.environ.get("LMVAE_ROW_PRODUCT") or "early"
-    if name not in WAYS:
-        raise ValueError(f"LMVAE_ROW_PRODUCT={name!r} is not one of {', '.join(WAYS)}")
-    return name
-
-
-WAY = _way()
 
 # ---- primitives ------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ..frozen_layer.reference import ACTIVATIONS, GATED
 from ..frozen_layer.triton import _activated
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from ..triton_math import cast
-from .op import WAY
+from .ways import WAY
 
 _NONE, _RMS, _LAYER = (tl.constexpr(kind) for kind in range(3))  # norms
 
