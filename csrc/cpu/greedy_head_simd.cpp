@@ -1,4 +1,5 @@
-// The argmax over a vocabulary: products with the bf16 panels where there are no matrix units, and exact fp32 logits.
+// The argmax over a vocabulary: products with the bf16 panels where neither matrix units nor dot products of bf16 make
+// them, and exact fp32 logits.
 #include "greedy_head.h"
 
 #include <algorithm>
