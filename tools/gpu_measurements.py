@@ -86,21 +86,9 @@ def _variants(context: Context, seconds: float) -> list[dict[str, Any]]:
     rows = []
     for way in ("waiting", "off"):
         output = context.output / f"loops_decode_{way}.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.loops",
-            "decode",
-            "--device",
-            "cuda",
-            "--batches",
-            "1",
-            "--seconds",
-            "0.5",
-        ]
-        done = context.run(
-            [*command, "--output", str(output)], seconds, LMVAE_COMMIT=context.commit, LMVAE_ROW_PRODUCT=way
-        )
+        given = ["decode", "--device", "cuda", "--batches", "1", "--seconds", "0.5", "--output"]
+        command = [sys.executable, "-m", "benchmarks.loops", *given, str(output)]
+        done = context.run(command, seconds, LMVAE_COMMIT=context.commit, LMVAE_ROW_PRODUCT=way)
         made = json.loads(output.read_text())["rows"] if done.code == 0 and output.exists() else []
         rows += [{**row, "row_product": way} for row in made] or [{"row_product": way, "status": verdict(done)}]
     return rows

@@ -24,10 +24,11 @@ constexpr int64_t kGroup = 32;  // rows of one matrix-unit product
 // Rows from which on dot products of bf16 are faster: a single one waits for the panels' bytes either way.
 constexpr int64_t kDotRows = 2;
 
-// What the approximate logits of a row can be wrong by: on panel p at most by_error * errors[p] + by_norm * norms[p].
+// What the approximate logits of a row can be wrong by: on panel p at most by_error * errors[p] + by_norm * norms[p],
+// and what is lost where numbers below 2^-126 count as 0, as matrix units and dot products have it.
 struct Bound {
-  float by_error, by_norm;
-  float at(float error, float norm) const { return by_error * error + by_norm * norm; }
+  float by_error, by_norm, underflow;
+  float at(float error, float norm) const { return by_error * error + by_norm * norm + underflow; }
 };
 
 // |x . w - x' . w'| <= |x| |w - w'| + |x - x'| |w'| with x', w' the bf16 roundings (x' = x where x is not rounded), and
@@ -42,7 +43,9 @@ Bound bound_of(const float* x, int64_t in, bool rounded) {
   norm = std::sqrt(norm);
   error = std::sqrt(error);
   const double sums = 2.0 * std::ldexp(double(in), -24) * (norm + error);
-  return {static_cast<float>(1.001 * norm), static_cast<float>(1.001 * (error + sums))};
+  // A product and a sum of each input; an input, or a weight, times a factor that is below 2^40 in any model.
+  const float underflow = rounded ? std::ldexp(static_cast<float>(in), -84) : 0.0f;
+  return {static_cast<float>(1.001 * norm), static_cast<float>(1.001 * (error + sums)), underflow};
 }
 
 #ifdef LMVAE_AMX

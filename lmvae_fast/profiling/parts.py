@@ -117,8 +117,8 @@ def watching_decoding(parts: Parts, model: LMVAE) -> Iterator[None]:
     """Let ``generate`` with this model switch the parts of DECODING_PARTS, within this block."""
     body = model.decoder.body
     with _Switches(parts) as on:
+        on.callback(setattr, DecodeBody, "in_use", DecodeBody.in_use)
         DecodeBody.in_use = False
-        on.callback(setattr, DecodeBody, "in_use", True)
         on.function(model, "inject", "latent_kv", "other")
         on.function(LatentCache, "place", "latent_kv", "other")
         on.module(body, "layers", "head")

@@ -42,6 +42,17 @@ def test_rows(name, rows):
     assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_products_that_matrix_units_take_for_nothing(rows):
+    """Below 2^-126 they count as 0: an entry of many such products may be the largest all the same."""
+    require("greedy_head", "cpp")
+    weight, hidden = torch.zeros(500, 64), torch.full((rows, 64), 1e-36)
+    weight[400] = 2e-3  # 64 products of 2e-39
+    weight[3, 0] = 0.05  # one of 5e-38
+    ids = on_backend(greedy_head, "cpp")(hidden, pack_head(weight))
+    assert ids.tolist() == [400] * rows
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("vocabulary", ODD_SIZES)
 def test_vocabularies(name, vocabulary):

@@ -257,10 +257,6 @@ class Layers(NamedTuple):
     segments: list[Segment]
     attend: list[Callable[[AttentionContext, Tensor], Tensor]]  # queries, keys and values [T, ...] to [T, heads * dim]
 
-    def trained(self) -> list[Tensor]:
-        """Adapters of all segments."""
-        return [part for segment in self.segments for part in segment.trained()]
-
     def run(self, x: Tensor, context: AttentionContext, turns: Sequence[Turns | None]) -> Tensor:
         """Hidden states ``[T, hidden]`` through all layers, each with its rotation, and the last norm."""
 
