@@ -12,6 +12,7 @@
 #include <ATen/ops/empty.h>
 
 #include "dispatch.h"
+#include "room.h"
 
 namespace lmvae {
 
@@ -75,22 +76,6 @@ class HeadEngine {
   // Takes g [count][block] of some tokens; once all of the group's are there, dw[j][:] (+)= sum_t g[t][j] hidden_t.
   virtual void take_gradient(int64_t t0, int64_t count, const C* g, int64_t ld) = 0;
   virtual void weight_gradient(C* dw, bool add) = 0;
-};
-
-// Memory of an engine or of its caller. From torch's allocator and allocated by the calling thread, so that profilers
-// count it; on a cache line's boundary, wherever the allocator begins.
-template <typename T>
-class Room {
- public:
-  Room() = default;
-  explicit Room(int64_t n)
-      : memory_(at::empty({n * static_cast<int64_t>(sizeof(T)) + 63}, at::TensorOptions().dtype(at::kByte))) {}
-  T* data() const {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) & ~uintptr_t{63});
-  }
-
- private:
-  at::Tensor memory_;
 };
 
 // Engines for groups of at most `tokens` tokens whose blocks go through `next`.

@@ -3,6 +3,7 @@
 
 #include "amx.h"
 #include "cpu_features.h"
+#include "room.h"
 #include "row_ops.h"
 
 #include <algorithm>
@@ -26,9 +27,10 @@ const T* data(const at::Tensor& x) {
 }
 
 constexpr int64_t kAmxRows = 25;     // fewer wait for the weight on the vector units already
-constexpr int64_t kHalfAmxRows = 9;  // a product of tiles computes 32 rows, or 8 by the dot products, in as long
-constexpr int64_t kGrain = 200'000;  // multiplications worth a thread
-constexpr int64_t kCopied = 32'000;  // numbers
+constexpr int64_t kHalfAmxRows = 5;  // a product of tiles computes 16 rows, or 4 by the dot products, in as long
+constexpr int64_t kAmxPass = 256, kHalfAmxPass = 512;  // rows
+constexpr int64_t kGrain = 200'000;                    // multiplications worth a thread
+constexpr int64_t kCopied = 32'000;                    // numbers
 
 int64_t panels_a_thread(int64_t rows, int64_t in) {
   return std::max<int64_t>(1, kGrain / (rows * in * kLinearPanel + 1));
@@ -62,25 +64,46 @@ void on_vectors(PackedLinearArgs& a, const float* rows, int64_t stride, int64_t 
                    [&](int64_t begin, int64_t end) { LMVAE_PICK(packed_linear_panels(a, begin, end)); });
 }
 
+// Runs on every thread until the queue is empty.
+template <typename F>
+void on_threads(const AmxPlan& plan, int64_t panels, int64_t in, const F& run) {
+  PanelQueue queue(panels, plan.group);
+  const int64_t worth = plan.rows * in * kLinearPanel * panels / kGrain + 1;
+  const int64_t threads = std::min({worth, (panels + plan.group - 1) / plan.group, int64_t{at::get_num_threads()}});
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++) run(queue);
+  });
+}
+
 // False where a sum is NaN: an infinite number cannot be taken apart, and has to be multiplied whole.
 bool on_tiles(const PackedLinearArgs& a, const float* rows, int64_t stride, int64_t panels) {
-  const at::Tensor room = at::empty({packed_linear_amx_workspace(a.rows, a.in)}, at::kByte);
-  char* parts = static_cast<char*>(room.mutable_data_ptr());
+  const Room<char> room(packed_linear_amx_workspace(a.rows, a.in));
+  char* parts = room.data();
   at::parallel_for(0, a.in / 32, std::max<int64_t>(1, kCopied / (a.rows * 32)), [&](int64_t begin, int64_t end) {
     packed_linear_amx_rows(rows, stride, a.rows, a.in, parts, begin, end);
   });
   std::atomic<bool> whole{true};
-  at::parallel_for(0, panels, panels_a_thread(a.rows, a.in), [&](int64_t begin, int64_t end) {
-    packed_linear_amx_panels(a, parts, begin, end, [&](int64_t panel, float* sums) {
+  const AmxPlan plan = amx_plan(a.rows, a.in, panels, at::get_num_threads(), 3);
+  on_threads(plan, panels, a.in, [&](PanelQueue& queue) {
+    packed_linear_amx_panels(a, parts, plan, queue, [&](int64_t panel, float* sums) {
       if (!LMVAE_PICK(packed_linear_finish<float>(a, sums, panel))) whole = false;
     });
   });
   return whole;
 }
 
-void in_fp32(PackedLinearArgs& a, const float* rows, int64_t stride, int64_t panels) {
-  if (a.rows < kAmxRows || a.in % 32 != 0 || !have_amx() || !on_tiles(a, rows, stride, panels))
+bool tiles_in_fp32(int64_t rows, int64_t in) { return rows >= kAmxRows && in % 32 == 0 && have_amx(); }
+bool tiles_in_bf16(int64_t rows) { return rows >= kHalfAmxRows && have_amx(); }
+
+void in_fp32(PackedLinearArgs a, const float* rows, int64_t stride, int64_t panels) {
+  if (tiles_in_fp32(a.rows, a.in) && on_tiles(a, rows, stride, panels)) return;
+  for (int64_t left = a.rows; left > 0; left -= a.rows) {
+    a.rows = std::min(kLinearRows, left);
     on_vectors(a, rows, stride, panels);
+    rows += a.rows * stride;
+    a.y += a.rows * a.out;
+    if (a.residual != nullptr) a.residual += a.rows * a.out;
+  }
 }
 
 // Rows of bf16 in pieces of kHalfDepth, zeros beyond them: as they are, or in fp32.
@@ -105,41 +128,39 @@ at::Tensor pieces_of(const HalfLinearArgs& a, const c10::BFloat16* rows, int64_t
   return room;
 }
 
-// The same as AMX tiles, zeros beyond rows and inputs.
-at::Tensor tiles_of(const HalfLinearArgs& a, const c10::BFloat16* rows, int64_t stride, int64_t in) {
-  constexpr int64_t kBlock = 32;
-  const int64_t blocks = (a.rows + kBlock - 1) / kBlock;
-  at::Tensor room = at::empty({blocks, a.steps, kBlock, kHalfStep}, at::kBFloat16);
-  c10::BFloat16* tiles = room.mutable_data_ptr<c10::BFloat16>();
-  at::parallel_for(0, blocks * kBlock, std::max<int64_t>(1, kCopied / in), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++)
-      for (int64_t s = 0; s < a.steps; s++) {
-        c10::BFloat16* to = tiles + ((r / kBlock * a.steps + s) * kBlock + r % kBlock) * kHalfStep;
-        const int64_t depth = r < a.rows ? std::min(kHalfStep, in - s * kHalfStep) : 0;
-        if (depth > 0) std::memcpy(to, rows + r * stride + s * kHalfStep, depth * sizeof(c10::BFloat16));
-        std::fill(to + depth, to + kHalfStep, c10::BFloat16(0));
-      }
+void in_bf16_on_tiles(const HalfLinearArgs& a, const c10::BFloat16* rows, int64_t stride, int64_t in, int64_t panels,
+                      const PanelSums& done) {
+  const int64_t filled = (a.rows + 31) / 32 * 32;
+  const Room<char> room(filled * a.steps * kHalfStep * static_cast<int64_t>(sizeof(c10::BFloat16)));
+  at::parallel_for(0, filled, std::max<int64_t>(1, kCopied / in), [&](int64_t begin, int64_t end) {
+    half_linear_amx_rows(rows, stride, a.rows, in, room.data(), begin, end);
   });
-  return room;
+  const AmxPlan plan = amx_plan(a.rows, in, panels, at::get_num_threads(), 1);
+  on_threads(plan, panels, in, [&](PanelQueue& queue) { half_linear_amx_panels(a, room.data(), plan, queue, done); });
 }
 
 void in_bf16(HalfLinearArgs& a, const c10::BFloat16* rows, int64_t stride, int64_t in, int64_t panels) {
-  const bool on_tiles = a.rows >= kHalfAmxRows && have_amx(), dots = !on_tiles && have_bf16_dots();
-  const at::Tensor x = on_tiles ? tiles_of(a, rows, stride, in)
-                       : dots   ? pieces_of<c10::BFloat16>(a, rows, stride, in)
-                                : pieces_of<float>(a, rows, stride, in);
-  a.x = x.const_data_ptr();
   const auto done = [&](int64_t panel, float* sums) {
     LMVAE_PICK(packed_linear_finish<c10::BFloat16>(a, sums, panel));
   };
+  if (tiles_in_bf16(a.rows)) return in_bf16_on_tiles(a, rows, stride, in, panels, done);
+  const bool dots = have_bf16_dots();
+  const at::Tensor x = dots ? pieces_of<c10::BFloat16>(a, rows, stride, in) : pieces_of<float>(a, rows, stride, in);
+  a.x = x.const_data_ptr();
   at::parallel_for(0, panels, panels_a_thread(a.rows, in), [&](int64_t begin, int64_t end) {
-    if (on_tiles)
-      half_linear_amx_panels(a, static_cast<const char*>(a.x), begin, end, done);
-    else if (dots)
+    if (dots)
       half_linear_dot_panels(a, begin, end, done);
     else
       LMVAE_PICK(half_linear_panels(a, begin, end));
   });
+}
+
+// Rows of one pass over the weight: on the tiles more, since there a pass soon waits for the weight; of equal passes.
+int64_t rows_of_a_pass(int64_t rows, int64_t in, bool half) {
+  const bool tiles = half ? tiles_in_bf16(rows) : tiles_in_fp32(rows, in);
+  const int64_t most = tiles ? (half ? kHalfAmxPass : kAmxPass) : kLinearRows;
+  const int64_t passes = (rows + most - 1) / most;
+  return tiles && passes > 1 ? ((rows + passes - 1) / passes + 31) / 32 * 32 : most;
 }
 
 }  // namespace
@@ -159,8 +180,9 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, cons
               "packed_linear: the residual is not [", input.size(0), ", ", out_features, "]");
   const at::Tensor x = input.stride(1) == 1 ? input : input.contiguous(), b = dense(bias), added = dense(residual);
   at::Tensor y = at::empty({x.size(0), out_features}, x.options());
-  for (int64_t from = 0; from < x.size(0); from += kLinearRows) {
-    const int64_t rows = std::min(kLinearRows, x.size(0) - from), stride = x.stride(0), to = from * out_features;
+  const int64_t pass = rows_of_a_pass(x.size(0), in, half);
+  for (int64_t from = 0; from < x.size(0); from += pass) {
+    const int64_t rows = std::min(pass, x.size(0) - from), stride = x.stride(0), to = from * out_features;
     if (half) {
       HalfLinearArgs a{end_of<c10::BFloat16>(rows, out_features, what, b, added, y, to), steps, nullptr,
                        reinterpret_cast<const uint16_t*>(data<c10::BFloat16>(weight))};

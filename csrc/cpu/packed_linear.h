@@ -1,6 +1,8 @@
 // What the packed_linear*.cpp files (checks, memory, threads) and the arithmetic of each instruction set share.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 
@@ -47,16 +49,47 @@ struct HalfLinearArgs : LinearEnd<c10::BFloat16> {
   const uint16_t* weight;  // [panels][steps][kStepNumbers], zeros beyond out and in
 };
 
-// The same on the AMX tiles, where `in` is a multiple of 32: bytes of the rows' parts, the parts of steps [begin, end)
-// of 32 depths, and the sums of panels [begin, end), each given to `done` as [rows][kLinearPanel].
+// Groups of panels that threads take in turn: cores are not equally fast where other programs run too, or where some
+// are small, and nobody waits for half of the panels of the slowest.
+class PanelQueue {
+ public:
+  struct Group {
+    int64_t begin, end;
+  };
+  PanelQueue(int64_t panels, int64_t group) : panels_(panels), group_(group) {}
+  // Panels [begin, end); empty when there are none left.
+  Group take() {
+    const int64_t begin = std::min(next_.fetch_add(group_, std::memory_order_relaxed), panels_);
+    return {begin, std::min(begin + group_, panels_)};
+  }
+  // The panel that the next group begins with, if nobody else takes it before.
+  int64_t following() const { return std::min(next_.load(std::memory_order_relaxed), panels_ - 1); }
+
+ private:
+  const int64_t panels_, group_;
+  std::atomic<int64_t> next_{0};
+};
+
+// How rows are multiplied on the AMX tiles: at most kAmxRows of a pass, in chunks of `chunk` of the `steps` steps of 32
+// depths that leave the rows in the second-level cache, by groups of `group` panels.
+struct AmxPlan {
+  int64_t rows, steps, chunk, group;
+};
+// parts: of a number, 3 in fp32 and 1 in bf16.
+AmxPlan amx_plan(int64_t rows, int64_t in, int64_t panels, int64_t threads, int64_t parts);
+
+// In fp32, where `in` is a multiple of 32: bytes of the rows' parts, the parts of steps [begin, end) of 32 depths, and
+// the sums of the queue's panels, each given to `done` as [rows][kLinearPanel].
 int64_t packed_linear_amx_workspace(int64_t rows, int64_t in);
 void packed_linear_amx_rows(const float* x, int64_t stride, int64_t rows, int64_t in, char* parts, int64_t begin,
                             int64_t end);
 using PanelSums = std::function<void(int64_t panel, float* sums)>;
-void packed_linear_amx_panels(const PackedLinearArgs& a, const char* parts, int64_t begin, int64_t end,
+void packed_linear_amx_panels(const PackedLinearArgs& a, const char* parts, const AmxPlan& plan, PanelQueue& queue,
                               const PanelSums& done);
-// Of bf16 weights and rows, in any number of inputs: `rows` are [blocks of 32 rows][steps][2][16 rows][32 depths].
-void half_linear_amx_panels(const HalfLinearArgs& a, const char* rows, int64_t begin, int64_t end,
+// In bf16, of any number of inputs: rows [begin, end) of those filled up to a multiple of 32, as tiles, and the sums.
+void half_linear_amx_rows(const c10::BFloat16* x, int64_t stride, int64_t rows, int64_t in, char* tiles, int64_t begin,
+                          int64_t end);
+void half_linear_amx_panels(const HalfLinearArgs& a, const char* rows, const AmxPlan& plan, PanelQueue& queue,
                             const PanelSums& done);
 // By the dot products of AVX512-BF16; `a.x` is of bf16.
 void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end, const PanelSums& done);

@@ -25,7 +25,7 @@ LMVAE_INLINE V number(I quad, int j) { return __builtin_convertvector((quad << (
 // of columns lies `second` behind the first.
 template <int R>
 void tile(const float* x, const int8_t* w, int64_t second, int64_t steps, bool add, float* sums, Fetch& next) {
-  constexpr int C = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+  constexpr int C = R <= 2 ? 4 : R <= by_registers(7, 4) ? 2 : 1;
   V acc[C][R][2] = {};
   Fetch fetch = next;
   for (int64_t s = 0; s < steps; s++, w += kByteStepNumbers, x += kByteStep) {
@@ -106,7 +106,7 @@ void byte_linear_panels(const ByteLinearArgs<T>& a, int64_t begin, int64_t end) 
   alignas(64) float sums[kLinearRows * kLinearPanel];
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, height = (a.rows + tiles - 1) / tiles;
   const int passes = static_cast<int>(tiles * (kLinearPanel / kTileColumns));
-  constexpr int64_t kSteps = kByteDepth / kByteStep;
+  constexpr int64_t kSteps = kByteDepth / kByteStep, kRun = 1;
   for (int64_t p = begin; p < end; p++) {
     const int8_t* panel = a.weight + p * a.steps * kByteStepNumbers;
     for (int64_t s = 0; s < a.steps; s += kSteps) {
@@ -114,14 +114,13 @@ void byte_linear_panels(const ByteLinearArgs<T>& a, int64_t begin, int64_t end) 
       const int8_t* w = panel + s * kByteStepNumbers;
       const float* x = static_cast<const float*>(a.x) + s / kSteps * a.rows * kByteDepth;
       Fetch next{reinterpret_cast<const char*>(w + steps * kByteStepNumbers), passes};
-      // Sums of 128 terms in a register, as in fp32: longer ones round more.
-      for (int64_t t = 0; t < steps; t += kLinearDepth / kByteStep)
+      // Sums of 64 terms in a register, which round less than longer ones.
+      for (int64_t t = 0; t < steps; t += kRun)
         for (int64_t v = 0; v < kLinearPanel / kLanesF; v += 2)
           for (int64_t r = 0; r < a.rows; r += height)
             tile_of(std::min(height, a.rows - r), x + r * kByteDepth + t * kByteStep,
-                    w + t * kByteStepNumbers + place(v), place(v + 1) - place(v),
-                    std::min(kLinearDepth / kByteStep, steps - t), s + t > 0, sums + r * kLinearPanel + v * kLanesF,
-                    next);
+                    w + t * kByteStepNumbers + place(v), place(v + 1) - place(v), std::min(kRun, steps - t), s + t > 0,
+                    sums + r * kLinearPanel + v * kLanesF, next);
     }
     const float* scales = a.scales + p * kLinearPanel;
     for (int64_t r = 0; r < a.rows; r++)

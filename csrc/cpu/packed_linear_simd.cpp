@@ -12,6 +12,7 @@ namespace lmvae::LMVAE_ISA {
 namespace {
 
 constexpr int kTileRows = by_registers(12, 6);  // times two vectors of sums
+constexpr int kSplitRows = by_registers(7, 5);  // whose sums are split
 constexpr int kLanesF = Lanes<float>::count, kTileColumns = 2 * kLanesF;
 using V = Vec<float>;
 
@@ -19,7 +20,7 @@ using V = Vec<float>;
 // Few rows have registers left: their sums are split in C, which hides the latency of an addition and rounds less.
 template <int R>
 void tile(const float* x, const float* w, int64_t depth, bool add, float* sums, Fetch& next) {
-  constexpr int C = R <= 2 ? 4 : R <= 5 ? 2 : 1;
+  constexpr int C = R <= 2 ? 4 : R <= kSplitRows ? 2 : 1;
   V acc[C][R][2] = {};
   Fetch fetch = next;
   const auto step = [&](int64_t k, V(&sum)[R][2]) __attribute__((always_inline)) {
@@ -64,6 +65,8 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
   // As few tiles as cover the rows, of equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, step = (a.rows + tiles - 1) / tiles;
   const int passes = static_cast<int>(tiles * (kLinearPanel / kTileColumns));
+  // Terms of a sum in a register: more are rounded more, where nothing splits them.
+  const int64_t run = step > kSplitRows ? kLinearDepth / 2 : kLinearDepth;
   for (int64_t p = begin; p < end; p++) {
     const float* panel = a.weight + p * a.in * kLinearPanel;
     for (int64_t k = 0; k < a.in; k += kLinearDepth) {
@@ -72,8 +75,9 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
       Fetch next{reinterpret_cast<const char*>(w + depth * kLinearPanel), passes};  // what follows, also the next panel
       for (int64_t column = 0; column < kLinearPanel; column += kTileColumns)
         for (int64_t r = 0; r < a.rows; r += step)
-          tile_of(std::min(step, a.rows - r), x + r * kLinearDepth, w + column, depth, k > 0,
-                  sums + r * kLinearPanel + column, next);
+          for (int64_t t = 0; t < depth; t += run)
+            tile_of(std::min(step, a.rows - r), x + r * kLinearDepth + t, w + t * kLinearPanel + column,
+                    std::min(run, depth - t), k + t > 0, sums + r * kLinearPanel + column, next);
     }
     packed_linear_finish<float>(a, sums, p);
   }

@@ -89,7 +89,7 @@ def bodies() -> list[dict[str, str]]:
 
     vectors = f"{LADDER[min(rung, 2)]} vectors"
     half = (
-        ("AMX tiles, below 9 rows AVX512-BF16 dot products", "the fastest there is")
+        ("AMX tiles, below 5 rows AVX512-BF16 dot products", "the fastest there is")
         if has("amx")
         else ("AVX512-BF16 dot products", "no AMX")
         if has("avx512_bf16")
