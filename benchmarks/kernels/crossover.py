@@ -6,7 +6,8 @@ multiplies a training batch's rows in less time.
 Both sides take turns over the matrices of a layer, enough of them to leave none in a cache. All is measured in several passes,
 and a ratio is their geometric mean: what shares a core with us takes more from one unit than from another, and comes and
 goes within minutes. The number is the greatest of ROWS up to which packed_linear took no more than TIE of oneDNN's time over
-the sizes of a layer: where both are level ours is taken, because activations and residuals then need no pass of their own. Of a training batch (TRAINING_ROWS, both directions) the one that took
+the sizes of a layer: where both are level ours is taken, because activations and residuals then need no pass of their own. Of a
+training batch (TRAINING_ROWS, both directions) the one that took
 less in all is taken: its activations have passes of their own either way. ``--write`` enters both for this machine's
 instruction set in kernels/packed_linear/choices.json, which lmvae_fast reads; other instruction sets keep what they have.
 """
