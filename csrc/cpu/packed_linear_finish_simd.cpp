@@ -9,44 +9,53 @@
 namespace lmvae::LMVAE_ISA {
 namespace {
 
+constexpr int64_t kHalf = kLinearPanel / 2;
+
 LMVAE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
 
-// The 32 sums of a row on their way to y.
-template <typename T>
-void finish(const LinearEnd<T>& a, float* sums, int64_t row, int64_t panel) {
-  constexpr int64_t kHalf = kLinearPanel / 2;
-  const bool gated = a.activation == Activation::SwiGlu;
-  const int64_t most = gated ? kHalf : kLinearPanel, first = panel * most, width = std::min(most, a.out - first);
-  float added[kLinearPanel];
-  if (a.bias != nullptr) {
-    load_unit(a.bias + first, added, width);
+// The sums of every row on their way to y: `width` columns of a panel, or `full` where all of them are there and every
+// loop has a length that the compiler knows. Returns whether a sum is NaN.
+template <typename T, Activation activation, int64_t full>
+int finish_rows(const LinearEnd<T>& a, const float* sums, int64_t first, int64_t some) {
+  const int64_t width = full > 0 ? full : some;
+  float bias[kLinearPanel] = {}, residual[kLinearPanel] = {}, out[kLinearPanel];
+  if (a.bias != nullptr) load_unit(a.bias + first, bias, width);
+  int nan = 0;
+  for (int64_t r = 0; r < a.rows; r++, sums += kLinearPanel) {
+#pragma omp simd reduction(| : nan)
+    for (int64_t c = 0; c < kLinearPanel; c++) nan |= sums[c] != sums[c];
+    if (a.residual != nullptr) load_unit(a.residual + r * a.out + first, residual, width);
 #pragma omp simd
-    for (int64_t c = 0; c < width; c++) sums[c] += added[c];
+    for (int64_t c = 0; c < width; c++) {
+      float x = sums[c] + bias[c];
+      if constexpr (activation == Activation::SwiGlu) x = sums[c] * (sigmoid(sums[c]) * sums[kHalf + c]);
+      if constexpr (activation == Activation::GeluTanh)  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u)
+        x *= sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+      out[c] = x + residual[c];
+    }
+    store_row(out, a.y + r * a.out + first, width);
   }
-  if (gated)
-#pragma omp simd
-    for (int64_t c = 0; c < kHalf; c++) sums[c] *= sigmoid(sums[c]) * sums[kHalf + c];
-  if (a.activation == Activation::GeluTanh)  // 0.5 x (1 + tanh(u)) is x sigmoid(2 u)
-#pragma omp simd
-    for (int64_t c = 0; c < width; c++)
-      sums[c] *= sigmoid(1.5957691216057308f * (sums[c] + 0.044715f * sums[c] * sums[c] * sums[c]));
-  if (a.residual != nullptr) {
-    load_unit(a.residual + row * a.out + first, added, width);
-#pragma omp simd
-    for (int64_t c = 0; c < width; c++) sums[c] += added[c];
-  }
-  store_row(sums, a.y + row * a.out + first, width);
+  return nan;
+}
+
+template <typename T, Activation activation>
+bool finish(const LinearEnd<T>& a, const float* sums, int64_t panel) {
+  constexpr int64_t most = activation == Activation::SwiGlu ? kHalf : kLinearPanel;
+  const int64_t first = panel * most, width = std::min(most, a.out - first);
+  const int nan = width == most ? finish_rows<T, activation, most>(a, sums, first, width)
+                                : finish_rows<T, activation, 0>(a, sums, first, width);
+  return nan == 0;
 }
 
 }  // namespace
 
 template <typename T>
 bool packed_linear_finish(const LinearEnd<T>& a, float* sums, int64_t panel) {
-  int nan = 0;
-#pragma omp simd reduction(| : nan)
-  for (int64_t i = 0; i < a.rows * kLinearPanel; i++) nan |= sums[i] != sums[i];
-  for (int64_t r = 0; r < a.rows; r++) finish(a, sums + r * kLinearPanel, r, panel);
-  return nan == 0;
+  switch (a.activation) {
+    case Activation::GeluTanh: return finish<T, Activation::GeluTanh>(a, sums, panel);
+    case Activation::SwiGlu: return finish<T, Activation::SwiGlu>(a, sums, panel);
+    default: return finish<T, Activation::None>(a, sums, panel);
+  }
 }
 template bool packed_linear_finish(const LinearEnd<float>&, float*, int64_t);
 template bool packed_linear_finish(const LinearEnd<c10::BFloat16>&, float*, int64_t);
