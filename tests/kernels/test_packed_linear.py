@@ -44,11 +44,35 @@ def test_rows(name, rows):
     _check(f"{rows} rows", on_backend(packed_linear, name), *_draw(rows, 200, 96))
 
 
+@pytest.mark.parametrize("rows", [4, 6, 7, 8, 11])  # as many sums in registers as fit: what splits them differs
+def test_sums_round_no_more_than_torchs_whatever_is_drawn(rows):
+    require("packed_linear", "cpp")
+    for inputs in (200, 511):
+        for seed in range(15):
+            torch.manual_seed(seed)
+            _check(f"{rows} rows, seed {seed}", on_backend(packed_linear, "cpp"), *_draw(rows, inputs, 96))
+
+
 @pytest.mark.parametrize("inputs", [32, 64, 800])  # steps of 32 depths, an odd number of them
 @pytest.mark.parametrize("rows", [24, 25, 31, 32, 33, 48, 49, 64, 128, 129, 161])  # blocks of 32 rows, and half of one
 def test_rows_on_tiles(rows, inputs):
     require("packed_linear", "cpp")
     _check(f"{rows} rows", on_backend(packed_linear, "cpp"), *_draw(rows, inputs, 70))
+
+
+# Many groups of panels, of one block of rows and of two; several chunks of the depth; several passes, each of chunks.
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(30, 64, 700), (40, 800, 1100), (96, 3072, 70), (257, 1024, 130)]
+)
+def test_large_products_on_tiles(rows, inputs, outputs):
+    require("packed_linear", "cpp")
+    x, weight, bias = _draw(rows, inputs, outputs)
+    function = on_backend(packed_linear, "cpp")
+    _check(f"{rows} rows", function, x, weight, bias)
+    if choices.instruction_set() != "amx":
+        return
+    few, all_rows = (function(part, pack_weight(weight), bias, out_features=outputs) for part in (x[-30:], x))
+    assert torch.equal(few, all_rows[-30:])  # on tiles a row's sums do not depend on the rows beside it
 
 
 @pytest.mark.parametrize("spread", [1e-12, 1e12])
@@ -59,10 +83,12 @@ def test_uneven_magnitudes_on_tiles(spread):
     _check("spread", on_backend(packed_linear, "cpp"), x, weight, bias)
 
 
+@pytest.mark.parametrize("rows", [40, 300])  # more than the vector units take at a time
 @pytest.mark.parametrize("outputs", [64, 70])
-def test_numbers_that_cannot_be_taken_apart(outputs):
+def test_numbers_that_cannot_be_taken_apart(outputs, rows):
     require("packed_linear", "cpp")
-    x, weight, bias = _draw(40, 64, outputs)
+    x, weight, bias = _draw(rows, 64, outputs)
+    x[-2, 1] = float("inf")
     x[3, 5], x[13, 0], weight[7, 9], weight[60, 1] = float("nan"), float("inf"), -float("inf"), 3.4e38
     weight[:, 0] = weight[:, 0].abs() + 1
     out = on_backend(packed_linear, "cpp")(x, pack_weight(weight), bias, out_features=outputs)
@@ -172,6 +198,22 @@ def test_nan_and_inf_stay_in_their_rows():
     assert out[3].isnan().all()
     assert not out[13].isfinite().any()
     assert out[[r for r in range(14) if r not in (3, 13)]].isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(40, 96, 1100), (200, 2048, 1100)])
+def test_panels_taken_in_turn_give_the_same_bits(rows, inputs, outputs):
+    require("packed_linear", "cpp")
+    threads = torch.get_num_threads()
+    x, weight, _ = _draw(rows, inputs, outputs)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            found = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(packed_linear(x.to(dtype), pack_weight(weight.to(dtype)), None, out_features=outputs))
+            assert all(torch.equal(one, found[0]) for one in found)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_threads_compilation_and_registration():

@@ -62,7 +62,9 @@ def test_the_layout_holds_the_weight_and_zeros(inputs, outputs, gated):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("rows", [*ODD_SIZES, 3, 6, 8, 9, 11, 12, 13, 24, 25, 33, 161])  # around tiles of 12, 16 and 32
+@pytest.mark.parametrize(
+    "rows", [*ODD_SIZES, 3, 4, 6, 8, 9, 11, 12, 13, 24, 25, 33, 161]
+)  # around tiles of 12, 16 and 32
 def test_rows(name, rows):
     require("packed_linear", name)
     _check(f"{rows} rows", on_backend(packed_linear, name), *_draw(rows, 200, 96))
@@ -73,6 +75,15 @@ def test_rows(name, rows):
 def test_inputs(inputs, rows):
     require("packed_linear", "cpp")
     _check(f"{inputs} inputs", on_backend(packed_linear, "cpp"), *_draw(rows, inputs, 64))
+
+
+# Half a block, one, two; many groups of panels; several chunks of the depth; several passes.
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(5, 96, 700), (30, 70, 700), (40, 96, 1100), (300, 3072, 70), (520, 130, 70)]
+)
+def test_large_products_on_tiles(rows, inputs, outputs):
+    require("packed_linear", "cpp")
+    _check(f"{rows} rows", on_backend(packed_linear, "cpp"), *_draw(rows, inputs, outputs))
 
 
 @pytest.mark.parametrize("outputs", ODD_SIZES)

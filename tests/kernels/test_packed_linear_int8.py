@@ -71,6 +71,15 @@ def test_rows(dtype, rows):
     _check(f"{rows} rows", *_draw(dtype, rows, 200, 96))
 
 
+@pytest.mark.parametrize("rows", [4, 6, 8, 10])  # as many sums in registers as fit: what splits them differs
+def test_sums_round_no_more_than_torchs_whatever_is_drawn(rows):
+    require("packed_linear_int8", "cpp")
+    for inputs in (200, 511):
+        for seed in range(15):
+            torch.manual_seed(seed)
+            _check(f"{rows} rows, seed {seed}", *_draw(torch.float32, rows, inputs, 96))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs", [*ODD_SIZES, 64, 511, 512, 513, 3072])
 def test_inputs(dtype, inputs):
