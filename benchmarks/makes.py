@@ -36,6 +36,8 @@ def _figures(folder: str) -> dict[str, str]:
         ("generation/transformers", "decoding, transformers.generate", "share_of_limit"),
         ("generation/transformers-llama-160m", "decoding of llama-160m, transformers.generate", "share_of_limit"),
         ("generation/weights", "decoding, wider weights", "share_of_limit"),
+        ("generation/calls", "decoding, layers called one by one", "share_of_limit"),
+        ("generation/adapters-smollm2-135m", "decoding, SmolLM2's shape with adapters beside", "share_of_limit"),
     ):
         for batch, row in _rows(load(f"{of}{name}.json")):
             for side, factor in row["speedup"].items():

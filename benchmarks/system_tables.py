@@ -70,10 +70,9 @@ def systems() -> str:
         by_make = {make: record for make in MAKES if (record := load(str(Path(make, f"{name}.json"))))}
         if not by_make:
             lines.append(_line(title, "", "", "not measured", "", ""))
-        for record in by_make.values():
-            machine = record["machine"]
-            lines += rows(f"{title} ({machine['cpu_isa']})", record)
-            notes.append(f"- `{record['command']}` ({where(machine)})")
+        for make, record in by_make.items():
+            lines += rows(f"{title} ({MAKES[make].split(',')[0]})", record)
+            notes.append(f"- `{record['command']}` ({where(record['machine'])})")
     return "\n".join([*lines, "", *notes])
 
 

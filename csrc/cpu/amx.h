@@ -91,6 +91,7 @@ TILES __attribute__((noinline)) void product32(const char* a, const char* b, int
       LMVAE_LEFT(1);
       LMVAE_PRODUCT();
     } else {
+      // In an order that loads seven pairs of tiles for the six products.
       LMVAE_LEFT(0);
       LMVAE_RIGHT(2);
       LMVAE_PRODUCT();
@@ -98,12 +99,11 @@ TILES __attribute__((noinline)) void product32(const char* a, const char* b, int
       LMVAE_PRODUCT();
       LMVAE_RIGHT(0);
       LMVAE_PRODUCT();
+      LMVAE_LEFT(2);
+      LMVAE_PRODUCT();
       LMVAE_LEFT(1);
       LMVAE_PRODUCT();
       LMVAE_RIGHT(1);
-      LMVAE_PRODUCT();
-      LMVAE_LEFT(2);
-      LMVAE_RIGHT(0);
       LMVAE_PRODUCT();
     }
   }

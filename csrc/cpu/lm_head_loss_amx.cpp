@@ -3,7 +3,7 @@
 // bf16 has a second unit for the same packed operands: the dot products of AVX512-BF16, where there are no tiles.
 //
 // A number is a sum of bf16 parts: one for bf16, two for fp16, three for fp32 (8 + 8 + 8 bits: all of its 24). Products
-// of parts i and j are taken where i + j < parts, smallest first: 1, 3 and 6 tile products. What is left out is below
+// of parts i and j are taken where i + j < parts: 1, 3 and 6 tile products. What is left out is below
 // 2^-16 of an fp16 product and 2^-24 of an fp32 one, and the tiles add 16 products at a time to their fp32 sums, so
 // fp32 comes out about as exact as from an fp32 BLAS (tests/kernels/test_lm_head_loss.py holds it to the error rule).
 // An infinite number has no such sum: sets with one are refused and the caller uses the BLAS.

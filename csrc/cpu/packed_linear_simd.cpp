@@ -65,8 +65,8 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
   // As few tiles as cover the rows, of equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, step = (a.rows + tiles - 1) / tiles;
   const int passes = static_cast<int>(tiles * (kLinearPanel / kTileColumns));
-  // Terms of a sum in a register: more are rounded more, where nothing splits them.
-  const int64_t run = step > kSplitRows ? kLinearDepth / 2 : kLinearDepth;
+  // Terms of a sum in a register: more of them round more. One or two rows have theirs split in four.
+  const int64_t run = step > 2 ? kLinearDepth / 2 : kLinearDepth;
   for (int64_t p = begin; p < end; p++) {
     const float* panel = a.weight + p * a.in * kLinearPanel;
     for (int64_t k = 0; k < a.in; k += kLinearDepth) {
