@@ -13,7 +13,8 @@ Every side is a process of its own with the same weights and latents; greedy, 32
 tokens of all sides must be the same before anything is timed. Sides take turns, in random order within each round; a
 speed-up is the median over rounds of the ratio, of elapsed and of processor time. Besides: seconds until the first token,
 the peak memory of each process, and the share of the machine's limit (reading every weight once a step, or the matrix
-products). Writes benchmarks/results/generation/<against>.json, of other shapes than GPT-2's <against>-<shape>.json.
+products, at the rates of the same round). Writes benchmarks/results/generation/<against>.json, of other shapes than GPT-2's
+<against>-<shape>.json.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks.common import records
 from benchmarks.common.cases import LATENT, MAX_LEN, SHAPES, make_case
 from benchmarks.common.langvae_environment import LangVAEMissing, langvae_python, langvae_worker
-from benchmarks.common.timing import medians, speedups, time_request
+from benchmarks.common.timing import median_limits, medians, speedups, time_request_and_limits
 from benchmarks.common.worker import Worker
 from lmvae_fast.data.corpus import generate_corpus
-from lmvae_fast.profiling.measure import machine, machine_limits
+from lmvae_fast.profiling.measure import machine
 
 RESULTS = records.RESULTS / "generation"
 OURS = ("-m", "benchmarks.generation.our_side")
@@ -101,8 +102,9 @@ def start(against: str, file: Path) -> dict[str, Worker]:
     return sides
 
 
-def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Times of one batch size; SystemExit where fp32 sides disagree about a token."""
+def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int, case: dict[str, Any]) -> dict[str, Any]:
+    """Times of one batch size; SystemExit where fp32 sides disagree about a token. A side's share of the machine's limit is the
+    median over rounds of that by the limits of the round."""
     compared = [name for name in sides if not name.endswith(("bf16", "int8"))] if against != "sampling" else []
     tokens = {name: sides[name].ask("ids", batch=batch)["ids"] for name in compared}
     for name in compared[1:]:
@@ -111,7 +113,9 @@ def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> 
             raise SystemExit(
                 f"batch {batch}: {name} decodes other tokens than {compared[0]}, first in sentence {row}: nothing is timed"
             )
-    elapsed, processor = time_request(sides, "decode", rounds, keys=("seconds", "cpu_seconds"), batch=batch)
+    (elapsed, processor), limits = time_request_and_limits(
+        sides, "decode", rounds, keys=("seconds", "cpu_seconds"), batch=batch
+    )
     # LangVAE has no such option, and a compilation for one token would be another than the one that is measured
     without_first = ("LangVAE", "compiled")
     first = {
@@ -126,7 +130,22 @@ def measure(sides: dict[str, Worker], against: str, batch: int, rounds: int) -> 
         "tokens_per_second": {name: round(MAX_LEN * rate, 1) for name, rate in rates.items()},
         "first_token_seconds": first, "cpu_seconds": medians(processor), "baseline": BASELINES[against],
         "speedup": speedups(elapsed, BASELINES[against]), "cpu_speedup": speedups(processor, BASELINES[against]),
+        "limits": median_limits(limits), "share_of_limit": shares_of_rounds(elapsed, batch, case, limits),
     }  # fmt: skip
+
+
+def shares_of_rounds(
+    elapsed: dict[str, list[float]], batch: int, case: dict[str, Any], limits: list[dict[str, float]]
+) -> dict[str, float]:
+    """Of each side, the median over rounds of its share of the limit."""
+    found = [
+        limit_share(
+            {"batch": batch, "seconds": {name: times[i] for name, times in elapsed.items()}},
+            case["weights"], case["head"], limits[i],
+        )
+        for i in range(len(limits))
+    ]  # fmt: skip
+    return {name: round(statistics.median(one[name] for one in found), 3) for name in found[0]}
 
 
 def limit_share(row: dict[str, Any], weights: int, head: int, limits: dict[str, float]) -> dict[str, float]:
@@ -172,14 +191,13 @@ def main() -> int:
     output = options.output or RESULTS / f"{name}.json"
     record: dict[str, Any] = {
         "command": "python -m benchmarks.generation.decode " + " ".join(sys.argv[1:]), "shape": options.shape,
-        "tokens": MAX_LEN, "machine": machine("cpu"), "limits": machine_limits("cpu", 0.5), "rows": [],
+        "tokens": MAX_LEN, "machine": machine("cpu"), "rows": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         file, case = prepare(Path(folder), options.shape, max(options.batches), options.threads)
         sides = start(options.against, file)
         for batch in options.batches:
-            row = measure(sides, options.against, batch, options.rounds)
-            row["share_of_limit"] = limit_share(row, case["weights"], case["head"], record["limits"])
+            row = measure(sides, options.against, batch, options.rounds, case)
             # a high-water mark: of this batch and those before it
             row["peak_bytes"] = {name: side.ask("peak")["bytes"] for name, side in sides.items()}
             record["rows"].append(row)

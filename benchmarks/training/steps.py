@@ -29,10 +29,10 @@ import lmvae_fast as lf
 from benchmarks.common import records
 from benchmarks.common.cases import make_case
 from benchmarks.common.langvae_environment import LangVAEMissing, langvae_python, langvae_worker
-from benchmarks.common.timing import speedups, time_request
+from benchmarks.common.timing import median_limits, speedups, time_request_and_limits
 from benchmarks.common.worker import Worker
 from lmvae_fast.data.corpus import generate_corpus
-from lmvae_fast.profiling.measure import machine, machine_limits
+from lmvae_fast.profiling.measure import machine
 
 RESULTS = records.RESULTS / "training" / "steps"
 GRADIENTS = 1e-5  # the most that gradients may differ, relative, before anything is timed
@@ -101,7 +101,6 @@ def main() -> int:
 def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
     """One case: differences, times in turn, peak memory of each process, our share of the machine's matrix rate."""
     case = json.loads(file.read_text())
-    limits = machine_limits("cpu", seconds=0.5)
     environment = {"OMP_NUM_THREADS": str(case["threads"])}
     commands = {name: [sys.executable, *OURS, str(file), *what] for name, what in SIDES[against].items()}
     workers = {name: Worker(command, environment, name) for name, command in commands.items()}
@@ -112,7 +111,7 @@ def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
         differences = gradient_differences(workers[ours], workers[baseline], file.parent)
         if differences["gradients"] > GRADIENTS:
             raise SystemExit(f"{ours} and {baseline} disagree on {file.parent.name}, nothing is timed: {differences}")
-        (times,) = time_request(workers, "step", rounds)
+        (times,), limits = time_request_and_limits(workers, "step", rounds)
         peaks = {name: worker.ask("peak")["bytes"] for name, worker in workers.items()}
         layers = {name: workers[name].ask("layers")["layers"] for name in commands}
     finally:
@@ -126,10 +125,16 @@ def compare(against: str, file: Path, rounds: int) -> dict[str, Any]:
         "milliseconds": {name: round(1e3 * value, 2) for name, value in medians.items()},
         "speedup": speedups(times, baselines, 2), "peak_bytes": peaks, "layers": layers,
         "share_of_matrix_rate": {
-            name: round(case["flops"] / medians[name] / limits[f"matmul_{dtype}_flops_per_s"], 3)
+            name: round(
+                statistics.median(
+                    case["flops"] / seconds / at_the_time[f"matmul_{dtype}_flops_per_s"]
+                    for seconds, at_the_time in zip(times[name], limits, strict=True)
+                ),
+                3,
+            )
             for name, dtype in (("teacher-forced fp32", "float32"), ("teacher-forced bf16", "bfloat16")) if name in medians
         },
-        "limits": limits,
+        "limits": median_limits(limits),
     }  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
 import pytest
 
+from benchmarks.common import timing
 from benchmarks.generation import decode, tables
 from benchmarks.generation.our_side import OurSide
 from lmvae_fast.integrations.langvae import load_checkpoint
@@ -26,25 +28,42 @@ class FakeSide:
         return {"ids": self.ids} if request == "ids" else {"seconds": self.seconds, "cpu_seconds": 2 * self.seconds}
 
 
+CASE = {"weights": 10**6, "head": 0}
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    """Of the rounds of a measurement, in turn: the machine's speed changes."""
+    found = itertools.cycle((1e9, 2e9, 1e9))
+    monkeypatch.setattr(
+        timing, "machine_limits",
+        lambda *_: {
+            "copy_bytes_per_s": next(found), "matmul_float32_flops_per_s": 1e12, "matmul_bfloat16_flops_per_s": 1e12
+        },
+    )  # fmt: skip
+
+
 def test_sides_take_turns_and_are_compared():
     sides = {"engine fp32": FakeSide(0.5, [[1, 2]]), "eager fp32": FakeSide(1.0, [[1, 2]])}
-    row = decode.measure(sides, "eager", 4, 3)
+    row = decode.measure(sides, "eager", 4, 3, CASE)
+    # the middle one of shares by the limits of each round: one is discarded, the others had 2, 1 and 1 GB/s
+    assert row["share_of_limit"] == {"engine fp32": 0.256} and row["limits"]["copy_bytes_per_s"] == 1e9
     assert row["speedup"] == {"engine fp32": 2.0} and row["cpu_speedup"] == {"engine fp32": 2.0}
     assert row["sentences_per_second"] == {"engine fp32": 8.0, "eager fp32": 4.0}
     assert row["first_token_seconds"] == {"engine fp32": 0.5, "eager fp32": 1.0}
     sides["eager fp32"].ids = [[1, 3]]
     with pytest.raises(SystemExit, match="nothing is timed"):
-        decode.measure(sides, "eager", 1, 3)
+        decode.measure(sides, "eager", 1, 3, CASE)
 
 
 def test_every_fp32_side_of_a_body_is_compared():
     sides = {name: FakeSide(1.0, [[1]]) for name in decode.SIDES["body"]}
     sides["compiled bf16"].ids = [[7]]  # its tokens may differ
-    row = decode.measure(sides, "body", 1, 1)
+    row = decode.measure(sides, "body", 1, 1, CASE)
     assert set(row["same_tokens_fp32"]) == {"packed fp32", "plain fp32", "compiled fp32"}
     sides["compiled fp32"].ids = [[7]]
     with pytest.raises(SystemExit, match="compiled fp32"):
-        decode.measure(sides, "body", 1, 1)
+        decode.measure(sides, "body", 1, 1, CASE)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-llama"])
