@@ -16,6 +16,7 @@
 #include "amx.h"
 #include "bf16_dots.h"
 #include "cpu_features.h"
+#include "packed_linear.h"
 
 namespace lmvae {
 namespace {
@@ -49,7 +50,7 @@ Bound bound_of(const float* x, int64_t in, bool rounded) {
 }
 
 #ifdef LMVAE_AMX
-// x in bf16 as the left operands of product32: [groups][steps][2][16 rows][32], zeros beyond rows and inputs.
+// x in bf16 as left operands of the tiles: [groups][steps][2][16 rows][32], zeros beyond rows and inputs.
 at::Tensor left_tiles(const GreedyHeadArgs& a) {
   const int64_t groups = (a.rows + kGroup - 1) / kGroup;
   at::Tensor tiles = at::empty({groups, a.steps, kGroup, kHeadDepth}, at::TensorOptions().dtype(at::kBFloat16));
@@ -64,19 +65,27 @@ at::Tensor left_tiles(const GreedyHeadArgs& a) {
   return tiles;
 }
 
-TILES void largest_on_tiles(const GreedyHeadArgs& a, const char* left, int64_t begin, int64_t end, float* largest) {
-  alignas(64) float c[kGroup * kHeadPanel];
-  configure_tiles();
-  for (int64_t p = begin; p < end; p++) {
-    const char* panel = reinterpret_cast<const char*>(a.halves) + p * a.steps * kPair;
-    for (int64_t r0 = 0; r0 < a.rows; r0 += kGroup) {
-      product32<1>(left + r0 / kGroup * a.steps * kPair, panel, a.steps, c, kHeadPanel, false);
-      for (int64_t r = 0; r < std::min(kGroup, a.rows - r0); r++)
-        largest[p * a.rows + r0 + r] = _mm512_reduce_max_ps(
-            _mm512_max_ps(_mm512_load_ps(c + r * kHeadPanel), _mm512_load_ps(c + r * kHeadPanel + 16)));
-    }
-  }
-  release_tiles();
+// Of every row the largest of a panel's sums.
+TILES void largest_of(const float* sums, int64_t rows, float* largest) {
+  for (int64_t r = 0; r < rows; r++, sums += kHeadPanel)
+    largest[r] = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_load_ps(sums), _mm512_load_ps(sums + 16)));
+}
+
+// Panels lie as packed_linear's in bf16 do, and go by in its order.
+static_assert(kHeadPanel == kLinearPanel && kHeadDepth == kHalfStep);
+void largest_on_tiles(const GreedyHeadArgs& a, const char* left, float* largest) {
+  HalfLinearArgs head{};
+  head.steps = a.steps;
+  head.weight = a.halves;
+  const int64_t threads = at::get_num_threads();
+  const AmxPlan plan = amx_plan(a.rows, a.in, a.panels, threads, 1);
+  PanelQueue queue(a.panels, plan.group);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++)
+      half_linear_amx_panels(head, left, plan, queue, [&](int64_t panel, const float* sums) {
+        largest_of(sums, a.rows, largest + panel * a.rows);
+      });
+  });
 }
 
 template <int R = 11>
@@ -135,9 +144,11 @@ at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const
   if (rounded) {
     const at::Tensor left = left_tiles(a);
     const char* tiles = static_cast<const char*>(left.const_data_ptr());
-    at::parallel_for(0, a.panels, 64, [&](int64_t begin, int64_t end) {
-      on_tiles ? largest_on_tiles(a, tiles, begin, end, largest) : largest_by_dots(a, tiles, begin, end, largest);
-    });
+    if (on_tiles)
+      largest_on_tiles(a, tiles, largest);
+    else
+      at::parallel_for(0, a.panels, 64,
+                       [&](int64_t begin, int64_t end) { largest_by_dots(a, tiles, begin, end, largest); });
   }
 #endif
   if (!rounded)

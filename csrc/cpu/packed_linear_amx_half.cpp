@@ -12,7 +12,8 @@ namespace {
 constexpr int64_t kPieceSteps = 16;
 constexpr int64_t kChunkBytes = 800 << 10;  // of the rows, in a second-level cache of 2 MB (as wherever there is AMX)
 constexpr int64_t kLeastChunk = 8;          // steps
-constexpr int64_t kGroups = 8;              // a thread
+constexpr int64_t kSumBytes = 1 << 20;
+constexpr int64_t kGroups = 8, kLeastGroup = 4;  // groups of a thread, panels of a group
 
 // c (+)= rows x weights over `steps` steps, with `lines` lines fetched in each.
 template <bool whole, int lines>
@@ -45,9 +46,13 @@ AmxPlan amx_plan(int64_t rows, int64_t in, int64_t panels, int64_t threads, int6
   plan.steps = (in + kDepth - 1) / kDepth;
   const int64_t fit = kChunkBytes / (blocks_of(rows) * parts * kPair);
   plan.chunk = rows <= kBlock ? plan.steps : even(plan.steps, std::max<int64_t>(fit, kLeastChunk));
-  // Of several chunks all panels of a thread wait for the last.
   const int64_t each = (panels + threads - 1) / threads;
-  plan.group = plan.chunk < plan.steps ? each : std::min(each, std::max<int64_t>(4, (each + kGroups - 1) / kGroups));
+  if (plan.chunk == plan.steps) {
+    plan.group = std::min(each, std::max(kLeastGroup, (each + kGroups - 1) / kGroups));
+  } else {  // the sums of a group's panels wait for the last chunk
+    const int64_t kept = kSumBytes / (blocks_of(rows) * kBlock * kLinearPanel * 4);
+    plan.group = std::min(each, std::max(kLeastGroup, kept));
+  }
   return plan;
 }
 

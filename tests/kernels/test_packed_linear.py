@@ -60,9 +60,10 @@ def test_rows_on_tiles(rows, inputs):
     _check(f"{rows} rows", on_backend(packed_linear, "cpp"), *_draw(rows, inputs, 70))
 
 
-# Many groups of panels, of one block of rows and of two; several chunks of the depth; several passes, each of chunks.
+# Many groups of panels, of one block of rows and of two; several chunks of the depth; several passes, each of chunks; groups
+# whose sums wait for the last chunk.
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(30, 64, 700), (40, 800, 1100), (96, 3072, 70), (257, 1024, 130)]
+    ("rows", "inputs", "outputs"), [(30, 64, 700), (40, 800, 1100), (96, 3072, 70), (257, 1024, 130), (256, 1024, 1100)]
 )
 def test_large_products_on_tiles(rows, inputs, outputs):
     require("packed_linear", "cpp")
