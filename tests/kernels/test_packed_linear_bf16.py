@@ -79,7 +79,8 @@ def test_inputs(inputs, rows):
 
 # Half a block, one, two; many groups of panels; several chunks of the depth; several passes.
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(5, 96, 700), (30, 70, 700), (40, 96, 1100), (300, 3072, 70), (520, 130, 70), (512, 1024, 1200)]
+    ("rows", "inputs", "outputs"),
+    [(5, 96, 700), (30, 70, 700), (40, 96, 1100), (300, 3072, 70), (520, 130, 70), (512, 1024, 1200)],
 )
 def test_large_products_on_tiles(rows, inputs, outputs):
     require("packed_linear", "cpp")
