@@ -42,6 +42,13 @@ def test_rows(name, rows):
     assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
 
 
+@pytest.mark.parametrize("rows", [1, 40, 600])  # half a block of rows, two, and more than go by in one chunk of the depth
+def test_large_heads(rows):
+    require("greedy_head", "cpp")
+    hidden, weight = torch.randn(rows, 768), torch.randn(3001, 768)
+    assert_argmax(on_backend(greedy_head, "cpp")(hidden, pack_head(weight)), hidden, weight)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_products_that_matrix_units_take_for_nothing(rows):
     """Below 2^-126 they count as 0: an entry of many such products may be the largest all the same."""

@@ -151,7 +151,7 @@ def test_free_running_reads_its_output_through_them_recorded_or_not(monkeypatch)
     """The first loop of a shape is run and later ones are replayed: over the same layers, and over new ones of new weights."""
     model = make_model("llama", max_len=9).eval()
     decoder = model.decoder
-    injections = [model.inject(2 * torch.randn(3, 6)).detach() for _ in range(2)]
+    injections = [model.inject(2 * torch.randn(3, 6)).detach() for _ in range(3)]
     expected = [greedy_ids(decoder, injection, 3) for injection in injections]
     made, called = [], []
 
