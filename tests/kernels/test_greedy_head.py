@@ -42,9 +42,8 @@ def test_rows(name, rows):
     assert_argmax(on_backend(greedy_head, name)(hidden, pack_head(weight)), hidden, weight)
 
 
-@pytest.mark.parametrize(
-    "rows", [1, 40, 600]
-)  # half a block of rows, two, and more than go by in one chunk of the depth
+# Half a block of rows, two blocks, and more rows than go by in one chunk of the depth.
+@pytest.mark.parametrize("rows", [1, 40, 600])
 def test_large_heads(rows):
     require("greedy_head", "cpp")
     hidden, weight = torch.randn(rows, 768), torch.randn(3001, 768)

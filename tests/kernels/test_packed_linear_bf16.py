@@ -62,9 +62,8 @@ def test_the_layout_holds_the_weight_and_zeros(inputs, outputs, gated):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize(
-    "rows", [*ODD_SIZES, 3, 4, 6, 8, 9, 11, 12, 13, 24, 25, 33, 161]
-)  # around tiles of 12, 16 and 32
+# Around tiles of 12, 16 and 32.
+@pytest.mark.parametrize("rows", [*ODD_SIZES, 3, 4, 6, 8, 9, 11, 12, 13, 24, 25, 33, 161])
 def test_rows(name, rows):
     require("packed_linear", name)
     _check(f"{rows} rows", on_backend(packed_linear, name), *_draw(rows, 200, 96))
