@@ -15,7 +15,7 @@ bool have_amx() {
     if (cpu_isa() != Isa::Avx512 || cpu_cap() < Feature::Amx) return false;  // LMVAE_CPU_ISA lowers this engine too
     uint32_t a = 7, b = 0, c = 0, d = 0;
     asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if (((d >> 22) & 1) == 0 || ((d >> 24) & 1) == 0) return false;  // amx_bf16, amx_tile
+    if (((d >> 22) & (d >> 24) & (d >> 25) & 1) == 0) return false;  // amx_bf16, amx_tile, amx_int8
     a = 7, c = 1;
     asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     if (((a >> 5) & 1) == 0) return false;  // avx512_bf16

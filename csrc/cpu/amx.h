@@ -1,5 +1,5 @@
-// The AMX tiles (x86 with amx_bf16): whether they are there, their configuration, and a product of 32 x 32.
-// LMVAE_AMX is defined where this compiler can write code for them; have_amx() says whether this CPU runs it.
+// The AMX tiles (x86 with amx_bf16 and amx_int8): whether they are there, their configuration, and a product of 32
+// x 32. LMVAE_AMX is defined where this compiler can write code for them; have_amx() says whether this CPU runs it.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +19,10 @@ bool have_amx();  // of this CPU, and the system lets us use it
 #ifdef LMVAE_AMX
 namespace {
 
-#define TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define TILES_INLINE \
-  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"), always_inline)) inline
+#define TILES __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define TILES_INLINE                                                                                 \
+  __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"), \
+                 always_inline)) inline
 
 constexpr int64_t kTile = 1024;  // bytes: 16 rows x 64 bytes
 constexpr int64_t kPair = 2 * kTile;

@@ -17,7 +17,7 @@
 namespace lmvae {
 namespace {
 
-constexpr int64_t kDepth = 32, kBlock = 32;  // of one step, and rows of the accumulators
+constexpr int64_t kDepth = 32, kBlock = 32;  // numbers of 16 bits of one step, and rows of their accumulators
 
 // Equal parts of `whole`, as few as are at most `most`: the size of one.
 inline int64_t even(int64_t whole, int64_t most) {
@@ -62,7 +62,7 @@ inline int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
 class Sums {
  public:
   explicit Sums(const AmxPlan& plan)
-      : numbers_(blocks_of(plan.rows) * kBlock * kLinearPanel),
+      : numbers_(blocks_of(plan.rows) * kBlock * plan.sums),
         panels_(plan.chunk < plan.steps ? plan.group : 1),
         room_(panels_ * numbers_) {}
   float* of(int64_t panel) const { return room_.data() + panel % panels_ * numbers_; }
@@ -104,6 +104,60 @@ class Sums {
 #define LMVAE_END()  \
   LMVAE_SUMS(stored) \
   asm volatile("" ::: "memory")
+
+constexpr int64_t kStreamedSteps = 16;  // of a piece of weights that are tiles as they lie
+
+// One product with weights that are tiles as they lie, 2 KB a step, as are a block of the rows: Product::run<whole,
+// lines>(rows, weights, steps, c, add, ahead) adds to 4 KB of sums, while it fetches `lines` lines a step.
+template <typename Product, int lines>
+TILES void streamed_block(bool whole, const char* a, const char* b, int64_t steps, float* c, bool add,
+                          const char* ahead) {
+  if (whole)
+    Product::template run<true, lines>(a, b, steps, c, add, ahead);
+  else
+    Product::template run<false, lines>(a, b, steps, c, add, ahead);
+}
+
+// The sums of the queue's panels, in blocks of Product::kRows rows.
+template <typename Product>
+TILES void streamed_panels(const char* weights, const char* rows, const AmxPlan& plan, PanelQueue& queue,
+                           const PanelSums& done) {
+  configure_tiles();
+  const Sums sums(plan);
+  const int64_t blocks = (plan.rows + Product::kRows - 1) / Product::kRows;
+  const auto weight = [&](const Piece& piece) { return weights + (piece.panel * plan.steps + piece.step) * kPair; };
+  for (auto group = queue.take(); group.begin < group.end; group = queue.take()) {
+    Walk walk(group, plan, kStreamedSteps);
+    for (Piece piece = walk.next(); piece.steps > 0;) {
+      const Piece next = walk.next();
+      const char *b = weight(piece), *ahead = weight(next.steps > 0 ? next : Piece{queue.following()});
+      float* c = sums.of(piece.panel);
+      // As many lines a step that the first blocks fetch all 32 of every step.
+      const int64_t lines = blocks == 1 ? 32 : blocks == 2 ? 16 : blocks <= 4 ? 8 : blocks <= 8 ? 4 : 2;
+      for (int64_t block = 0; block < blocks; block++) {
+        const char *left = rows + (block * plan.steps + piece.step) * kPair,
+                   *at = ahead + block * piece.steps * lines * 64;
+        float* to = c + block * Product::kRows * plan.sums;
+        const bool whole = plan.rows - block * Product::kRows > 16, add = piece.step > 0;
+        if (block * lines >= 32)
+          streamed_block<Product, 0>(whole, left, b, piece.steps, to, add, ahead);
+        else if (lines == 32)
+          streamed_block<Product, 32>(whole, left, b, piece.steps, to, add, at);
+        else if (lines == 16)
+          streamed_block<Product, 16>(whole, left, b, piece.steps, to, add, at);
+        else if (lines == 8)
+          streamed_block<Product, 8>(whole, left, b, piece.steps, to, add, at);
+        else if (lines == 4)
+          streamed_block<Product, 4>(whole, left, b, piece.steps, to, add, at);
+        else
+          streamed_block<Product, 2>(whole, left, b, piece.steps, to, add, at);
+      }
+      if (piece.last) done(piece.panel, c);
+      piece = next;
+    }
+  }
+  release_tiles();
+}
 
 }  // namespace
 }  // namespace lmvae

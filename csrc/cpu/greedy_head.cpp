@@ -7,7 +7,6 @@
 #include <limits>
 #include <vector>
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
@@ -17,6 +16,8 @@
 #include "bf16_dots.h"
 #include "cpu_features.h"
 #include "packed_linear.h"
+#include "panel_threads.h"
+#include "room.h"
 
 namespace lmvae {
 namespace {
@@ -50,18 +51,12 @@ Bound bound_of(const float* x, int64_t in, bool rounded) {
 }
 
 #ifdef LMVAE_AMX
-// x in bf16 as left operands of the tiles: [groups][steps][2][16 rows][32], zeros beyond rows and inputs.
-at::Tensor left_tiles(const GreedyHeadArgs& a) {
-  const int64_t groups = (a.rows + kGroup - 1) / kGroup;
-  at::Tensor tiles = at::empty({groups, a.steps, kGroup, kHeadDepth}, at::TensorOptions().dtype(at::kBFloat16));
-  c10::BFloat16* to = tiles.mutable_data_ptr<c10::BFloat16>();
-  for (int64_t g = 0; g < groups; g++)
-    for (int64_t s = 0; s < a.steps; s++)
-      for (int64_t r = 0; r < kGroup; r++)
-        for (int64_t k = 0; k < kHeadDepth; k++, to++) {
-          const int64_t row = g * kGroup + r, column = s * kHeadDepth + k;
-          *to = row < a.rows && column < a.in ? a.x[row * a.in + column] : 0.0f;
-        }
+// x in bf16 as left operands of the tiles.
+Room<char> left_tiles(const GreedyHeadArgs& a, const at::Tensor& x) {
+  const at::Tensor half = x.to(at::kBFloat16);
+  const int64_t filled = (a.rows + kGroup - 1) / kGroup * kGroup;
+  Room<char> tiles(filled * a.steps * kHeadDepth * static_cast<int64_t>(sizeof(c10::BFloat16)));
+  half_linear_amx_rows(half.const_data_ptr<c10::BFloat16>(), a.in, a.rows, a.in, tiles.data(), 0, filled);
   return tiles;
 }
 
@@ -77,14 +72,11 @@ void largest_on_tiles(const GreedyHeadArgs& a, const char* left, float* largest)
   HalfLinearArgs head{};
   head.steps = a.steps;
   head.weight = a.halves;
-  const int64_t threads = at::get_num_threads();
-  const AmxPlan plan = amx_plan(a.rows, a.in, a.panels, threads, 1);
-  PanelQueue queue(a.panels, plan.group);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin++)
-      half_linear_amx_panels(head, left, plan, queue, [&](int64_t panel, const float* sums) {
-        largest_of(sums, a.rows, largest + panel * a.rows);
-      });
+  const AmxPlan plan = amx_plan(a.rows, a.steps, a.panels, at::get_num_threads(), kPair);
+  on_threads(a.rows, a.in, a.panels, plan.group, [&](PanelQueue& queue) {
+    half_linear_amx_panels(head, left, plan, queue, [&](int64_t panel, const float* sums) {
+      largest_of(sums, a.rows, largest + panel * a.rows);
+    });
   });
 }
 
@@ -142,8 +134,8 @@ at::Tensor greedy_head(const at::Tensor& hidden, const at::Tensor& weight, const
   const bool on_tiles = have_amx();
   rounded = on_tiles || (a.rows >= kDotRows && have_bf16_dots());
   if (rounded) {
-    const at::Tensor left = left_tiles(a);
-    const char* tiles = static_cast<const char*>(left.const_data_ptr());
+    const Room<char> left = left_tiles(a, x);
+    const char* tiles = left.data();
     if (on_tiles)
       largest_on_tiles(a, tiles, largest);
     else

@@ -2,6 +2,9 @@
 // in kernels/latent_kv/op.py, bytes and FLOPs in docs/kernels/latent_kv.md.
 #include "latent_kv.h"
 
+#include "keep_masks.h"
+#include "room.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
@@ -10,6 +13,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -75,26 +79,27 @@ void cut(KvRows& r) {
   r.chunks_per_run = (r.run + r.chunk - 1) / r.chunk;
 }
 
-KvDropout dropout_of(double p, const std::optional<at::Tensor>& seed, int64_t batch) {
+// `kept` holds the mask for as long as the dropout is used.
+KvDropout dropout_of(double p, const std::optional<at::Tensor>& seed, const KvRows& rows, int64_t batch,
+                     at::Tensor& kept) {
   if (p == 0.0) return {};
   TORCH_CHECK(seed.has_value() && (seed->numel() == 2 || seed->numel() == 5) && seed->scalar_type() == at::kLong &&
                   seed->is_contiguous(),
               "latent_kv: dropout needs a seed, int64 [2] or [5]");
   const int64_t* s = seed->const_data_ptr<int64_t>();
-  // nearbyint rounds halves to even, as Python's round in kernels/philox.py does
-  KvDropout d{static_cast<uint32_t>(std::nearbyint(p * 16777216.0)),
-              1.0 / (1.0 - p),
-              static_cast<uint64_t>(s[0]),
-              static_cast<uint64_t>(s[1]),
-              0,
-              1,
-              batch};
-  if (seed->numel() == 5) {
-    d.first = s[2];
-    d.step = s[3];
-    d.total = s[4];
+  const bool shared = seed->numel() == 5;
+  KeepMaskKey key{static_cast<uint64_t>(s[0]), static_cast<uint64_t>(s[1]), 0, 1, batch, 2 * rows.layers, batch,
+                  rows.rows(),
+                  // nearbyint rounds halves to even, as Python's round in kernels/philox.py does
+                  static_cast<uint32_t>(std::nearbyint(p * 16777216.0))};
+  if (shared) {
+    key.first = s[2];
+    key.step = s[3];
+    key.total = s[4];
   }
-  return d;
+  if (key.threshold == 0) return {};
+  kept = keep_mask(key);
+  return {reinterpret_cast<const uint64_t*>(kept.const_data_ptr<int64_t>()), key.words(), batch, 1.0 / (1.0 - p)};
 }
 
 template <typename T>
@@ -122,6 +127,9 @@ at::Tensor pad_columns(const at::Tensor& z, at::ScalarType type, int64_t columns
   return padded;
 }
 
+constexpr int64_t kTileSide = 32;        // sentences and columns of a product on the AMX tiles
+constexpr int64_t kLeastTileBatch = 12;  // sentences; fewer are multiplied as fast on the vector units
+
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::optional<at::Tensor>& bias,
@@ -138,8 +146,9 @@ void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::o
   cut(a.rows);
   const at::Tensor dense_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
   a.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
-  a.dropout = dropout_of(dropout, seed, z.size(0));
   if (memory.numel() == 0) return;
+  at::Tensor mask;
+  a.dropout = dropout_of(dropout, seed, a.rows, z.size(0), mask);
   with_accumulation(weight, [&](auto acc) {
     using T = decltype(acc);
     const int64_t lanes = LMVAE_PICK(kv_vector<T>)();
@@ -179,6 +188,7 @@ struct Pass {
   std::vector<at::Tensor> kept;
   std::vector<KvGrad> grads;
   at::Tensor z, dz, gram, norm;
+  at::Tensor scaled_z;  // with the dropout's scale, which gradients then lack
 
   Pass(const at::Tensor& weight, at::TensorList gradients, at::TensorList zs, double dropout, at::TensorList seeds) {
     TORCH_CHECK(gradients.size() == zs.size() && (dropout == 0.0 || seeds.size() == zs.size()),
@@ -186,8 +196,11 @@ struct Pass {
     a.rows = rows_of(weight, 0);
     for (size_t i = 0; i < gradients.size(); i++) {
       kept.push_back(with_dense_rows(gradients[i]));
-      KvGrad grad{memory_like(kept.back()), zs[i].size(0),
-                  dropout_of(dropout, dropout == 0.0 ? std::optional<at::Tensor>() : seeds[i], zs[i].size(0))};
+      at::Tensor mask;
+      const KvDropout drop =
+          dropout_of(dropout, dropout == 0.0 ? std::optional<at::Tensor>() : seeds[i], a.rows, zs[i].size(0), mask);
+      KvGrad grad{memory_like(kept.back()), zs[i].size(0), drop};
+      if (mask.defined()) kept.push_back(mask);
       grad.tensor.stride[5] = 1;
       limit_run(a.rows, grad.tensor);
       grads.push_back(grad);
@@ -200,6 +213,25 @@ struct Pass {
     limit_run(a.rows, a.weight);
   }
 
+  // Whether the weight's gradient or the gradients' products, one and nothing else, are made of numbers that bf16 has,
+  // for latents enough.
+  bool gradients_fit_tiles(bool want_gram) const {
+    if (want_gram == (a.sink != KvSink::None) || a.dbias != nullptr || a.rows.batch < kLeastTileBatch ||
+        !kv_have_tiles())
+      return false;
+    return std::all_of(grads.begin(), grads.end(), [&](const KvGrad& grad) {
+      return grad.tensor.type == KvType::BF16 && grad.dropout.scale == grads[0].dropout.scale;
+    });
+  }
+
+  // z with zeros to whole tiles, and with the dropout's scale, which is taken off the gradients.
+  at::Tensor scaled_latents() {
+    at::Tensor scaled = at::zeros({a.batch_padded, a.nz_padded}, z.options().dtype(at::kFloat));
+    scaled.narrow(0, 0, a.rows.batch).narrow(1, 0, a.rows.nz).copy_(z).mul_(grads[0].dropout.scale);
+    for (KvGrad& grad : grads) grad.dropout.scale = 1.0;
+    return scaled;
+  }
+
   // Runs the chunks in tasks whose number depends on the sizes only, so that sums do not depend on the thread count.
   void run(const at::Tensor& weight, bool want_dz, bool want_gram) {
     cut(a.rows);
@@ -207,17 +239,26 @@ struct Pass {
       using T = decltype(acc);
       const at::ScalarType type = accumulation_type(weight);
       const int64_t lanes = LMVAE_PICK(kv_vector<T>)();
-      a.batch_padded = round_up(a.rows.batch, lanes);
-      a.nz_padded = round_up(a.rows.nz, lanes);
+      const bool tiles = std::is_same_v<T, float> && !want_dz && gradients_fit_tiles(want_gram);
+      a.on_tiles = tiles;
+      a.batch_padded = round_up(a.rows.batch, tiles ? kTileSide : lanes);
+      a.nz_padded = round_up(a.rows.nz, tiles ? kTileSide : lanes);
       a.gram_padded = want_gram ? a.batch_padded : 0;
-      const at::Tensor z_padded = pad_columns(z, type, a.nz_padded);
+      const at::Tensor z_padded = tiles ? scaled_latents() : pad_columns(z, type, a.nz_padded);
       a.z = z_padded.const_data_ptr();
+      const Room<char> operand(tiles && !want_gram ? kKvTileParts * a.batch_padded * a.nz_padded : 0);
+      if (tiles) scaled_z = z_padded.narrow(0, 0, a.rows.batch).narrow(1, 0, a.rows.nz);
+      if (tiles && !want_gram) {
+        kv_tile_latents(z_padded.const_data_ptr<float>(), a.batch_padded, a.nz_padded, operand.data());
+        a.tiles = operand.data();
+      }
+      const int64_t gram_rows = tiles ? a.batch_padded : a.rows.batch;
       const int64_t partial = std::max<int64_t>(want_dz ? a.rows.batch * a.nz_padded : 1, a.rows.batch * a.gram_padded);
       const int64_t few_enough = std::clamp<int64_t>((int64_t{1} << 21) / std::max<int64_t>(1, partial), 8, 128);
       const int64_t tasks = std::clamp<int64_t>(a.rows.chunks() / 4, 1, few_enough);
       const auto options = z.options().dtype(type);
       if (want_dz) dz = at::zeros({tasks, a.rows.batch, a.nz_padded}, options);
-      if (want_gram) gram = at::zeros({tasks, a.rows.batch, a.gram_padded}, options);
+      if (want_gram) gram = at::zeros({tasks, gram_rows, a.gram_padded}, options);
       if (a.sink == KvSink::Norm) norm = at::zeros({tasks}, options.dtype(at::kDouble));
       const auto chunks_of = LMVAE_PICK(kv_backward_chunks<T>);
       const int64_t scratch = LMVAE_PICK(kv_backward_scratch<T>)(a), chunks = a.rows.chunks();
@@ -270,8 +311,8 @@ at::Tensor latent_kv_norm(const at::Tensor& weight, at::TensorList grads, at::Te
   pass.run(weight, false, by_gram);
   const auto type = accumulation_type(weight);
   if (!by_gram) return pass.norm.sum().to(type);
-  const at::Tensor zd = pass.z.to(at::kDouble);
-  const at::Tensor gram = pass.gram.sum({0}, false, at::kDouble).narrow(1, 0, zd.size(0));
+  const at::Tensor zd = (pass.scaled_z.defined() ? pass.scaled_z : pass.z).to(at::kDouble);
+  const at::Tensor gram = pass.gram.sum({0}, false, at::kDouble).narrow(0, 0, zd.size(0)).narrow(1, 0, zd.size(0));
   return at::mul(gram, zd.matmul(zd.t())).sum().clamp_min(0.0).to(type);
 }
 

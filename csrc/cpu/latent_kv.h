@@ -30,11 +30,9 @@ struct KvRows {
 constexpr int64_t kKvChunk = 64;
 
 struct KvDropout {
-  uint32_t threshold = 0;  // a word keeps its element when word >> 8 >= threshold; 0: no dropout
+  const uint64_t* bits = nullptr;  // [layers * 2 * batch][words], one for each element that is kept; null: no dropout
+  int64_t words = 0, batch = 0;
   double scale = 1.0;
-  uint64_t seed = 0, offset = 0;
-  int64_t first = 0, step = 1, total = 0;  // sentence b is number first + b * step of a batch of `total`
-  int64_t row(int64_t group, int64_t b) const { return group * total + first + b * step; }  // of the mask
 };
 
 struct KvForward {
@@ -74,8 +72,22 @@ struct KvBackward {
   KvSink sink;
   KvTensor dweight, exp_avg, exp_avg_sq;
   KvAdamW adamw;
-  double* norm;  // this task's partial sum of squares
+  double* norm;                 // this task's partial sum of squares
+  bool on_tiles = false;        // gradients are multiplied by kv_tile_product or kv_tile_gram
+  const char* tiles = nullptr;  // z for kv_tile_product
 };
+
+// The weight's gradient on the AMX tiles: whether they are there, z [batch, columns] as their operand (3 x 2 bytes a
+// number), and tile [kKvChunk, columns] = g [kKvChunk, batch] z for g whose numbers bf16 has; false where a sum is NaN,
+// which it also is where a number is infinite. batch and columns are multiples of 32; `room` has kKvChunk * batch * 2
+// bytes.
+// kv_tile_gram adds g g^T to gram [batch, batch], of g [batch, kKvChunk] and of g turned around; `room` has twice as
+// many bytes.
+constexpr int64_t kKvTileParts = 6;
+bool kv_have_tiles();
+void kv_tile_latents(const float* z, int64_t batch, int64_t columns, char* parts);
+bool kv_tile_product(const float* g, const char* parts, int64_t batch, int64_t columns, float* tile, char* room);
+void kv_tile_gram(const float* g, const float* turned, int64_t batch, float* gram, char* room);
 
 }  // namespace lmvae
 

@@ -179,16 +179,19 @@ LMVAE_INLINE PrefetchTo<level> lines_of(const KvRows& r, const KvTensor& t, cons
   return {p, p + c.n * r.nz * size_of(t.type)};
 }
 
-// Dropout factors of n elements from column `first` on of row `row` of the mask [layers * 2 * total, rows].
-struct Factors {
-  alignas(64) float buffer[kKvChunk + 2 * 4 * kLanes];
-  const float* fill(const KvDropout& d, int64_t row, int64_t cols, int64_t first, int64_t n) {
-    const int64_t block = row * ((cols + 3) / 4) + first / 4;
-    keep_fill(buffer, d.threshold, static_cast<float>(d.scale), d.seed, d.offset, static_cast<uint64_t>(block),
-              (first % 4 + n + 3) / 4);
-    return buffer + first % 4;
+// A row of a chunk, kKvChunk numbers, times the dropout factors of elements [first, first + kKvChunk) of sentence b.
+template <typename T>
+LMVAE_INLINE void drop(const KvDropout& d, int64_t group, int64_t b, int64_t first, T* x) {
+  const uint64_t* words = d.bits + (group * d.batch + b) * d.words + first / 64;
+  const int64_t shift = first % 64;
+  const uint64_t kept = shift == 0 ? words[0] : words[0] >> shift | words[1] << (64 - shift);
+  const T scale = static_cast<T>(static_cast<float>(d.scale));
+  for (int64_t half = 0; half < 2; half++) {
+    const auto bits = static_cast<uint32_t>(kept >> (32 * half));
+#pragma omp simd
+    for (int32_t i = 0; i < 32; i++) x[32 * half + i] *= (bits >> i & 1) != 0 ? scale : T(0);
   }
-};
+}
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -202,7 +205,6 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
   const KvRows& r = a.rows;
   T* const copy = static_cast<T*>(scratch);
   alignas(64) T tile[kKvChunk * 2 * V] = {}, turned[2 * V * kKvChunk], bias[kKvChunk] = {};
-  Factors factors;
   const bool direct = is_type<T>(a.weight.type);
   for (int64_t index = begin; index < end; index++) {
     const Chunk c(r, index);
@@ -224,10 +226,7 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
       for (int64_t b = b0; b < std::min(b0 + a.panel, r.batch); b++) {
         T* x = turned + (b - b0) * kKvChunk;
         for (int64_t i = 0; i < c.n; i++) x[i] += bias[i];
-        if (a.dropout.threshold != 0) {
-          const float* keep = factors.fill(a.dropout, a.dropout.row(c.group(), b), r.rows(), c.flat, c.n);
-          for (int64_t i = 0; i < c.n; i++) x[i] *= static_cast<T>(keep[i]);
-        }
+        if (a.dropout.bits != nullptr) drop(a.dropout, c.group(), b, c.flat, x);
         save(a.memory, c.at(a.memory, b), x, c.n);
       }
     }
@@ -237,21 +236,39 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename T> int64_t kv_backward_scratch(const KvBackward& a) {
-  return kKvChunk * (a.batch_padded + 2 * a.nz_padded + a.gram_padded);
+  const int64_t turned = a.on_tiles ? 2 * a.batch_padded : a.gram_padded;  // with room for operands
+  return kKvChunk * (a.batch_padded + 2 * a.nz_padded + turned);
+}
+
+template <typename T>
+void gram_on_tiles(const KvBackward& a, const T* g, T* turned) {
+  if constexpr (std::is_same_v<T, float>)
+    kv_tile_gram(g, turned, a.batch_padded, static_cast<float*>(a.gram),
+                 reinterpret_cast<char*>(turned + kKvChunk * a.batch_padded));
+}
+
+// A tile of the weight's gradient, [kKvChunk][nz_padded], of the chunk's gradients [batch_padded][kKvChunk].
+template <typename T, typename Ahead>
+void weight_tile(const KvBackward& a, const Chunk& c, const T* g, T* tile, T* turned, Ahead& ahead) {
+  if constexpr (std::is_same_v<T, float>)
+    if (a.tiles != nullptr) {
+      transpose(g, kKvChunk, turned, a.batch_padded, a.batch_padded, kKvChunk);
+      auto* const room = reinterpret_cast<char*>(turned + kKvChunk * a.batch_padded);
+      if (kv_tile_product(turned, a.tiles, a.batch_padded, a.nz_padded, tile, room)) return;
+    }
+  product<T, false>(g, 1, kKvChunk, c.n, static_cast<const T*>(a.z), a.nz_padded, a.nz_padded, tile, a.nz_padded,
+                    a.rows.batch, ahead);
 }
 
 // The chunk's piece of every gradient, dropout applied, as rows of kKvChunk; zero beyond the chunk and the batch.
 template <typename T>
-void load_gradients(const KvBackward& a, const Chunk& c, T* g, Factors& factors) {
+void load_gradients(const KvBackward& a, const Chunk& c, T* g) {
   int64_t row = 0;
   for (const KvGrad* grad = a.grads; grad < a.grads + a.num_grads; grad++)
     for (int64_t b = 0; b < grad->batch; b++, row++) {
       T* x = g + row * kKvChunk;
       load(grad->tensor, c.at(grad->tensor, b), x, c.n);
-      if (grad->dropout.threshold != 0) {
-        const float* keep = factors.fill(grad->dropout, grad->dropout.row(c.group(), b), a.rows.rows(), c.flat, c.n);
-        for (int64_t i = 0; i < c.n; i++) x[i] *= static_cast<T>(keep[i]);
-      }
+      if (grad->dropout.bits != nullptr) drop(grad->dropout, c.group(), b, c.flat, x);
       std::fill(x + c.n, x + kKvChunk, T(0));
     }
 }
@@ -304,13 +321,12 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
   T* const g = static_cast<T*>(scratch);            // [batch_padded][kKvChunk]
   T* const tile = g + kKvChunk * a.batch_padded;    // [kKvChunk][nz_padded]: a tile of the weight's gradient
   T* const copy = tile + kKvChunk * a.nz_padded;    // [kKvChunk][nz_padded]: weights in the accumulation type
-  T* const turned = copy + kKvChunk * a.nz_padded;  // [kKvChunk][gram_padded]
-  std::fill(g, g + kKvChunk * (a.batch_padded + 2 * a.nz_padded + a.gram_padded), T(0));
-  Factors factors;
+  T* const turned = copy + kKvChunk * a.nz_padded;  // [kKvChunk][gram_padded or batch_padded]
+  std::fill(g, g + kv_backward_scratch<T>(a), T(0));
   const bool direct = is_type<T>(a.weight.type) && r.nz % V == 0;
   for (int64_t index = begin; index < end; index++) {
     const Chunk c(r, index);
-    load_gradients(a, c, g, factors);
+    load_gradients(a, c, g);
     if (a.dbias != nullptr) {
       alignas(64) T sum[kKvChunk] = {};
       for (int64_t b = 0; b < r.batch; b++)
@@ -319,9 +335,12 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
     }
     if (a.gram != nullptr) {
       PrefetchTo<2> none;
-      transpose(g, kKvChunk, turned, a.gram_padded, round_up(r.batch, V), kKvChunk);
-      product<T, true>(g, kKvChunk, 1, r.batch, turned, a.gram_padded, a.gram_padded, static_cast<T*>(a.gram),
-                       a.gram_padded, c.n, none);
+      transpose(g, kKvChunk, turned, a.gram_padded, a.gram_padded, kKvChunk);
+      if (a.on_tiles)
+        gram_on_tiles(a, g, turned);
+      else
+        product<T, true>(g, kKvChunk, 1, r.batch, turned, a.gram_padded, a.gram_padded, static_cast<T*>(a.gram),
+                         a.gram_padded, c.n, none);
     }
     if (a.dz != nullptr) {
       auto ahead = lines_of<2>(r, a.weight, c, c.n * r.nz * size_of(a.weight.type));
@@ -337,8 +356,7 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
     }
     if (a.sink == KvSink::None) continue;
     auto ahead = a.sink == KvSink::AdamW ? lines_of<2>(r, a.weight, c, 0) : PrefetchTo<2>{};
-    product<T, false>(g, 1, kKvChunk, c.n, static_cast<const T*>(a.z), a.nz_padded, a.nz_padded, tile, a.nz_padded,
-                      r.batch, ahead);
+    weight_tile(a, c, g, tile, turned, ahead);
     if (a.sink == KvSink::AdamW) {
       adamw_tile(a, c, tile, copy);
     } else if (a.sink == KvSink::Store) {

@@ -3,6 +3,7 @@
 
 #include "amx.h"
 #include "cpu_features.h"
+#include "panel_threads.h"
 #include "room.h"
 #include "row_ops.h"
 
@@ -10,7 +11,6 @@
 #include <atomic>
 #include <cstring>
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -28,13 +28,9 @@ const T* data(const at::Tensor& x) {
 
 constexpr int64_t kAmxRows = 25;     // fewer wait for the weight on the vector units already
 constexpr int64_t kHalfAmxRows = 5;  // a product of tiles computes 16 rows, or 4 by the dot products, in as long
-constexpr int64_t kAmxPass = 256, kHalfAmxPass = 512;  // rows
-constexpr int64_t kGrain = 200'000;                    // multiplications worth a thread
-constexpr int64_t kCopied = 32'000;                    // numbers
-
-int64_t panels_a_thread(int64_t rows, int64_t in) {
-  return std::max<int64_t>(1, kGrain / (rows * in * kLinearPanel + 1));
-}
+constexpr int64_t kHalfBlockBytes = 32 * kHalfStep * 2;  // of 32 rows in a step
+constexpr int64_t kAmxPass = 256, kHalfAmxPass = 512;    // rows
+constexpr int64_t kCopied = 32'000;                      // numbers
 
 template <typename T>
 LinearEnd<T> end_of(int64_t rows, int64_t out, Activation activation, const at::Tensor& bias,
@@ -60,18 +56,8 @@ void on_vectors(PackedLinearArgs& a, const float* rows, int64_t stride, int64_t 
     }
   });
   a.x = pieces;
-  at::parallel_for(0, panels, panels_a_thread(a.rows, a.in),
-                   [&](int64_t begin, int64_t end) { LMVAE_PICK(packed_linear_panels(a, begin, end)); });
-}
-
-// Runs on every thread until the queue is empty.
-template <typename F>
-void on_threads(const AmxPlan& plan, int64_t panels, int64_t in, const F& run) {
-  PanelQueue queue(panels, plan.group);
-  const int64_t worth = plan.rows * in * kLinearPanel * panels / kGrain + 1;
-  const int64_t threads = std::min({worth, (panels + plan.group - 1) / plan.group, int64_t{at::get_num_threads()}});
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin++) run(queue);
+  panels_in_turn(a.rows, a.in, panels, [&](int64_t begin, int64_t end, int64_t following) {
+    LMVAE_PICK(packed_linear_panels(a, begin, end, following));
   });
 }
 
@@ -83,8 +69,8 @@ bool on_tiles(const PackedLinearArgs& a, const float* rows, int64_t stride, int6
     packed_linear_amx_rows(rows, stride, a.rows, a.in, parts, begin, end);
   });
   std::atomic<bool> whole{true};
-  const AmxPlan plan = amx_plan(a.rows, a.in, panels, at::get_num_threads(), 3);
-  on_threads(plan, panels, a.in, [&](PanelQueue& queue) {
+  const AmxPlan plan = amx_plan(a.rows, a.in / 32, panels, at::get_num_threads(), 3 * kHalfBlockBytes);
+  on_threads(a.rows, a.in, panels, plan.group, [&](PanelQueue& queue) {
     packed_linear_amx_panels(a, parts, plan, queue, [&](int64_t panel, float* sums) {
       if (!LMVAE_PICK(packed_linear_finish<float>(a, sums, panel))) whole = false;
     });
@@ -135,8 +121,9 @@ void in_bf16_on_tiles(const HalfLinearArgs& a, const c10::BFloat16* rows, int64_
   at::parallel_for(0, filled, std::max<int64_t>(1, kCopied / in), [&](int64_t begin, int64_t end) {
     half_linear_amx_rows(rows, stride, a.rows, in, room.data(), begin, end);
   });
-  const AmxPlan plan = amx_plan(a.rows, in, panels, at::get_num_threads(), 1);
-  on_threads(plan, panels, in, [&](PanelQueue& queue) { half_linear_amx_panels(a, room.data(), plan, queue, done); });
+  const AmxPlan plan = amx_plan(a.rows, a.steps, panels, at::get_num_threads(), kHalfBlockBytes);
+  on_threads(a.rows, in, panels, plan.group,
+             [&](PanelQueue& queue) { half_linear_amx_panels(a, room.data(), plan, queue, done); });
 }
 
 void in_bf16(HalfLinearArgs& a, const c10::BFloat16* rows, int64_t stride, int64_t in, int64_t panels) {
@@ -147,20 +134,18 @@ void in_bf16(HalfLinearArgs& a, const c10::BFloat16* rows, int64_t stride, int64
   const bool dots = have_bf16_dots();
   const at::Tensor x = dots ? pieces_of<c10::BFloat16>(a, rows, stride, in) : pieces_of<float>(a, rows, stride, in);
   a.x = x.const_data_ptr();
-  at::parallel_for(0, panels, panels_a_thread(a.rows, in), [&](int64_t begin, int64_t end) {
+  panels_in_turn(a.rows, in, panels, [&](int64_t begin, int64_t end, int64_t following) {
     if (dots)
-      half_linear_dot_panels(a, begin, end, done);
+      half_linear_dot_panels(a, begin, end, following, done);
     else
-      LMVAE_PICK(half_linear_panels(a, begin, end));
+      LMVAE_PICK(half_linear_panels(a, begin, end, following));
   });
 }
 
-// Rows of one pass over the weight: on the tiles more, since there a pass soon waits for the weight; of equal passes.
+// Rows of one pass over the weight: on the tiles more, since there a pass soon waits for the weight.
 int64_t rows_of_a_pass(int64_t rows, int64_t in, bool half) {
   const bool tiles = half ? tiles_in_bf16(rows) : tiles_in_fp32(rows, in);
-  const int64_t most = tiles ? (half ? kHalfAmxPass : kAmxPass) : kLinearRows;
-  const int64_t passes = (rows + most - 1) / most;
-  return tiles && passes > 1 ? ((rows + passes - 1) / passes + 31) / 32 * 32 : most;
+  return tiles ? rows_of_a_tile_pass(rows, half ? kHalfAmxPass : kAmxPass) : kLinearRows;
 }
 
 }  // namespace

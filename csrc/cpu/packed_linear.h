@@ -70,13 +70,15 @@ class PanelQueue {
   std::atomic<int64_t> next_{0};
 };
 
-// How rows are multiplied on the AMX tiles: at most kAmxRows of a pass, in chunks of `chunk` of the `steps` steps of 32
-// depths that leave the rows in the second-level cache, by groups of `group` panels.
+// How rows are multiplied on the AMX tiles: in chunks of `chunk` of the `steps` steps of 64 bytes of depth that leave
+// the rows in the second-level cache, by groups of `group` panels.
 struct AmxPlan {
   int64_t rows, steps, chunk, group;
+  int64_t sums;  // numbers of 32 bits that a row has in a panel
 };
-// parts: of a number, 3 in fp32 and 1 in bf16.
-AmxPlan amx_plan(int64_t rows, int64_t in, int64_t panels, int64_t threads, int64_t parts);
+// block_bytes: of 32 rows in one step.
+AmxPlan amx_plan(int64_t rows, int64_t steps, int64_t panels, int64_t threads, int64_t block_bytes,
+                 int64_t sums = kLinearPanel);
 
 // In fp32, where `in` is a multiple of 32: bytes of the rows' parts, the parts of steps [begin, end) of 32 depths, and
 // the sums of the queue's panels, each given to `done` as [rows][kLinearPanel].
@@ -92,14 +94,16 @@ void half_linear_amx_rows(const c10::BFloat16* x, int64_t stride, int64_t rows, 
 void half_linear_amx_panels(const HalfLinearArgs& a, const char* rows, const AmxPlan& plan, PanelQueue& queue,
                             const PanelSums& done);
 // By the dot products of AVX512-BF16; `a.x` is of bf16.
-void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end, const PanelSums& done);
+void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end, int64_t following,
+                            const PanelSums& done);
 
 }  // namespace lmvae
 
 // The sums [rows][kLinearPanel] of a panel on their way to y; false if one of them is NaN.
 LMVAE_DECLARE(template <typename T>
               bool packed_linear_finish(const ::lmvae::LinearEnd<T>& a, float* sums, int64_t panel))
-// Panels [begin, end).
-LMVAE_DECLARE(void packed_linear_panels(const ::lmvae::PackedLinearArgs& a, int64_t begin, int64_t end))
+// Panels [begin, end), whose last piece fetches the first of panel `following`.
+LMVAE_DECLARE(void packed_linear_panels(const ::lmvae::PackedLinearArgs& a, int64_t begin, int64_t end,
+                                        int64_t following))
 LMVAE_DECLARE(void half_linear_widen(const c10::BFloat16* from, int64_t n, float* to))
-LMVAE_DECLARE(void half_linear_panels(const ::lmvae::HalfLinearArgs& a, int64_t begin, int64_t end))
+LMVAE_DECLARE(void half_linear_panels(const ::lmvae::HalfLinearArgs& a, int64_t begin, int64_t end, int64_t following))

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kTileRows = 6;  // times two vectors of sums, of high and of low bytes
 constexpr int kFewRows = 2;   // that take less time than their weights do to come
-constexpr int64_t kQuads = kByteStep / 4, kRowQuads = kByteDepth / 4, kSums = 2 * kLinearPanel;
+constexpr int64_t kQuads = kByteStep / 4, kRowQuads = kByteDepth / 4;
 
 // sums[r][high, low][0 .. 32) (+)= sum_k x[r][k] w[k][...] for r < R over one piece, while the next piece is fetched.
 // Few rows have registers left: their sums are split in C, which hides the latency of an addition.
@@ -85,7 +85,7 @@ LMVAE_DOTS void tile(const int32_t* x, const int8_t* w, int64_t steps, bool add,
     for (int v = 0; v < 4; v++) {
       __m512i sum = acc[0][r][v];
       if constexpr (C == 2) sum = _mm512_add_epi32(sum, acc[1][r][v]);
-      int32_t* at = sums + r * kSums + 16 * v;
+      int32_t* at = sums + r * kByteSums + 16 * v;
       _mm512_storeu_si512(at, add ? _mm512_add_epi32(_mm512_loadu_si512(at), sum) : sum);
     }
 }
@@ -96,27 +96,11 @@ void tile_of(int64_t rows, const int32_t* x, const int8_t* w, int64_t steps, boo
   if constexpr (R > 1) tile_of<R - 1>(rows, x, w, steps, add, sums, next);
 }
 
-// The whole numbers' sums of a panel as what they count. A row's numbers are 2^15 too large.
-LMVAE_DOTS void count(const ByteLinearArgs<c10::BFloat16>& a, const int32_t* whole, int64_t panel, float* sums) {
-  for (int64_t r = 0; r < a.rows; r++) {
-    const __m512 row = _mm512_set1_ps(a.row_scales[r]);
-    for (int64_t v = 0; v < 2; v++) {
-      const int64_t column = panel * kLinearPanel + 16 * v;
-      const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(a.totals + column), 7);
-      const __m512i high = _mm512_sub_epi32(_mm512_loadu_si512(whole + r * kSums + 16 * v), shift);
-      const __m512 low = _mm512_cvtepi32_ps(_mm512_loadu_si512(whole + r * kSums + kLinearPanel + 16 * v));
-      const __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), low);
-      const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(both, row), _mm512_loadu_ps(a.scales + column));
-      _mm512_storeu_ps(sums + r * kLinearPanel + 16 * v, scaled);
-    }
-  }
-}
-
 }  // namespace
 
-void byte_linear_dot_panels(const ByteLinearArgs<c10::BFloat16>& a, int64_t begin, int64_t end, const PanelSums& done) {
-  alignas(64) int32_t whole[kLinearRows * kSums];
-  alignas(64) float sums[kLinearRows * kLinearPanel];
+void byte_linear_dot_panels(const ByteLinearArgs<c10::BFloat16>& a, int64_t begin, int64_t end, int64_t following,
+                            const WholeSums& done) {
+  alignas(64) int32_t whole[kLinearRows * kByteSums];
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, height = (a.rows + tiles - 1) / tiles;
   constexpr int64_t kSteps = kByteDepth / kByteStep;
   for (int64_t p = begin; p < end; p++) {
@@ -125,16 +109,18 @@ void byte_linear_dot_panels(const ByteLinearArgs<c10::BFloat16>& a, int64_t begi
       const int64_t steps = std::min(kSteps, a.steps - s);
       const int8_t* w = panel + s * kByteStepNumbers;
       const int32_t* x = static_cast<const int32_t*>(a.x) + 2 * (s / kSteps * a.rows * kRowQuads);
-      Fetch next{reinterpret_cast<const char*>(w + steps * kByteStepNumbers), static_cast<int>(tiles)};
+      const bool last = s + steps == a.steps && p + 1 == end;
+      Fetch next{reinterpret_cast<const char*>(last ? a.weight + following * a.steps * kByteStepNumbers
+                                                    : w + steps * kByteStepNumbers),
+                 static_cast<int>(tiles)};
       for (int64_t r = 0; r < a.rows; r += height)
-        tile_of(std::min(height, a.rows - r), x + 2 * r * kRowQuads, w, steps, s > 0, whole + r * kSums, next);
+        tile_of(std::min(height, a.rows - r), x + 2 * r * kRowQuads, w, steps, s > 0, whole + r * kByteSums, next);
     }
-    count(a, whole, p, sums);
-    done(p, sums);
+    done(p, whole);
   }
 }
 #else
-void byte_linear_dot_panels(const ByteLinearArgs<c10::BFloat16>&, int64_t, int64_t, const PanelSums&) {}
+void byte_linear_dot_panels(const ByteLinearArgs<c10::BFloat16>&, int64_t, int64_t, int64_t, const WholeSums&) {}
 #endif
 
 }  // namespace lmvae

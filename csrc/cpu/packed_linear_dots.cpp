@@ -93,7 +93,8 @@ void tile_of(int64_t rows, const int32_t* x, const uint16_t* w, int64_t steps, b
 
 }  // namespace
 
-void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end, const PanelSums& done) {
+void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end, int64_t following,
+                            const PanelSums& done) {
   alignas(64) float sums[kLinearRows * kLinearPanel];
   // As few tiles as cover the rows, of equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, height = (a.rows + tiles - 1) / tiles;
@@ -104,7 +105,10 @@ void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end,
       const int64_t steps = std::min(kSteps, a.steps - s);
       const uint16_t* w = panel + s * kStepNumbers;
       const int32_t* x = static_cast<const int32_t*>(a.x) + s / kSteps * a.rows * kRowPairs;
-      Fetch next{reinterpret_cast<const char*>(w + steps * kStepNumbers), static_cast<int>(tiles)};
+      const bool last = s + steps == a.steps && p + 1 == end;
+      Fetch next{reinterpret_cast<const char*>(last ? a.weight + following * a.steps * kStepNumbers
+                                                    : w + steps * kStepNumbers),
+                 static_cast<int>(tiles)};
       for (int64_t r = 0; r < a.rows; r += height)
         tile_of(std::min(height, a.rows - r), x + r * kRowPairs, w, steps, s > 0, sums + r * kLinearPanel, next);
     }
@@ -112,7 +116,7 @@ void half_linear_dot_panels(const HalfLinearArgs& a, int64_t begin, int64_t end,
   }
 }
 #else
-void half_linear_dot_panels(const HalfLinearArgs&, int64_t, int64_t, const PanelSums&) {}
+void half_linear_dot_panels(const HalfLinearArgs&, int64_t, int64_t, int64_t, const PanelSums&) {}
 #endif
 
 }  // namespace lmvae

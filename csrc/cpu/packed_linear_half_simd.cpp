@@ -71,7 +71,7 @@ void tile_of(int64_t rows, const float* x, const uint16_t* w, int64_t second, in
 
 void half_linear_widen(const c10::BFloat16* from, int64_t n, float* to) { load_unit(from, to, n); }
 
-void half_linear_panels(const HalfLinearArgs& a, int64_t begin, int64_t end) {
+void half_linear_panels(const HalfLinearArgs& a, int64_t begin, int64_t end, int64_t following) {
   alignas(64) float sums[kLinearRows * kLinearPanel];
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, height = (a.rows + tiles - 1) / tiles;
   const int passes = static_cast<int>(tiles * (kLinearPanel / kTileColumns));
@@ -82,7 +82,10 @@ void half_linear_panels(const HalfLinearArgs& a, int64_t begin, int64_t end) {
       const int64_t steps = std::min(kSteps, a.steps - s);
       const uint16_t* w = panel + s * kStepNumbers;
       const float* x = static_cast<const float*>(a.x) + s / kSteps * a.rows * kHalfDepth;
-      Fetch next{reinterpret_cast<const char*>(w + steps * kStepNumbers), passes};
+      const bool last = s + steps == a.steps && p + 1 == end;
+      Fetch next{reinterpret_cast<const char*>(last ? a.weight + following * a.steps * kStepNumbers
+                                                    : w + steps * kStepNumbers),
+                 passes};
       for (int64_t v = 0; v < kLinearPanel / kLanesF; v += 2)
         for (int64_t r = 0; r < a.rows; r += height)
           tile_of(std::min(height, a.rows - r), x + r * kHalfDepth, w + place(v), place(v + 1) - place(v), steps, s > 0,

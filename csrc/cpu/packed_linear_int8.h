@@ -12,6 +12,8 @@ namespace lmvae {
 constexpr int64_t kByteStep = 64;    // depths
 constexpr int64_t kByteDepth = 512;  // depths of a piece, which has as many bytes as one in fp32
 constexpr int64_t kByteBlock = 16 * kByteStep, kByteStepNumbers = kLinearPanel * kByteStep;
+constexpr int64_t kByteSums = 2 * kLinearPanel;  // of a row in a panel: of high and of low bytes
+constexpr int64_t kByteBlockRows = 16;           // of one product on the AMX tiles
 
 template <typename T>
 struct ByteLinearArgs : LinearEnd<T> {
@@ -20,21 +22,36 @@ struct ByteLinearArgs : LinearEnd<T> {
   const float* scales;    // [panels][kLinearPanel]: what a column's whole numbers count
   const int32_t* totals;  // [panels][kLinearPanel]: their sum
   // Rows in pieces of kByteDepth: fp32 [pieces][rows][kByteDepth], or whole numbers of 16 bits, shifted by 2^15 to be
-  // positive, as high and low bytes [pieces][rows][2][kByteDepth].
+  // positive, as high and low bytes: [pieces][rows][2][kByteDepth] for the dot products, for the AMX tiles
+  // [ceil(rows / 16)][steps][2][16 rows][kByteStep].
   const void* x;
   const float* row_scales;  // [rows]: what a row's whole numbers count
 };
 
-// By the dot products of AVX512-VNNI, over rows of whole numbers.
-void byte_linear_dot_panels(const ByteLinearArgs<c10::BFloat16>& a, int64_t begin, int64_t end, const PanelSums& done);
+// Over rows of whole numbers; each panel's sums, int32 [rows][kByteSums], are given to `done`. By the dot products of
+// AVX512-VNNI panels [begin, end), by the AMX tiles those of the queue.
+using WholeSums = std::function<void(int64_t panel, const int32_t* sums)>;
+void byte_linear_dot_panels(const ByteLinearArgs<c10::BFloat16>& a, int64_t begin, int64_t end, int64_t following,
+                            const WholeSums& done);
+void byte_linear_amx_panels(const ByteLinearArgs<c10::BFloat16>& a, const AmxPlan& plan, PanelQueue& queue,
+                            const WholeSums& done);
+
+// Where the whole numbers of a row go: pieces of `depth` inputs `apart` bytes from each other, low bytes `low` behind
+// the high ones.
+struct BytePlaces {
+  uint8_t* to;
+  int64_t depth, apart, low;
+};
 
 }  // namespace lmvae
 
-// One row as whole numbers of 16 bits in `to` (pieces `apart` bytes from each other) and what they count; false where
-// a number is not finite.
-LMVAE_DECLARE(bool byte_linear_round(const c10::BFloat16* x, int64_t n, int64_t apart, uint8_t* to, float* scale))
+// One row as whole numbers of 16 bits and what they count; false where a number is not finite.
+LMVAE_DECLARE(bool byte_linear_round(const c10::BFloat16* x, int64_t n, ::lmvae::BytePlaces places, float* scale))
+// The whole numbers' sums of a panel on their way to y.
+LMVAE_DECLARE(void byte_linear_finish(const ::lmvae::ByteLinearArgs<c10::BFloat16>& a, const int32_t* sums,
+                                      int64_t panel))
 // n numbers in fp32, in pieces `apart` numbers from each other, zeros to the end of a step.
 LMVAE_DECLARE(template <typename T> void byte_linear_widen(const T* x, int64_t n, int64_t apart, float* to))
 // Panels [begin, end), over rows in fp32.
-LMVAE_DECLARE(template <typename T>
-              void byte_linear_panels(const ::lmvae::ByteLinearArgs<T>& a, int64_t begin, int64_t end))
+LMVAE_DECLARE(template <typename T> void byte_linear_panels(const ::lmvae::ByteLinearArgs<T>& a, int64_t begin,
+                                                            int64_t end, int64_t following))

@@ -67,7 +67,7 @@ void tile_of(int64_t rows, const float* x, const int8_t* w, int64_t second, int6
 
 }  // namespace
 
-bool byte_linear_round(const c10::BFloat16* x, int64_t n, int64_t apart, uint8_t* to, float* scale) {
+bool byte_linear_round(const c10::BFloat16* x, int64_t n, BytePlaces places, float* scale) {
   const auto* bits = reinterpret_cast<const uint16_t*>(x);
   int32_t largest = 0;  // numbers without a sign are ordered as their bits are
 #pragma omp simd reduction(max : largest)
@@ -76,18 +76,42 @@ bool byte_linear_round(const c10::BFloat16* x, int64_t n, int64_t apart, uint8_t
   const float most = bits_to_float(static_cast<uint32_t>(largest) << 16);
   *scale = most / 32767.0f;
   const float inverse = most > 1e-30f ? 32767.0f / most : 0.0f;  // smaller ones would not have a finite inverse
-  for (int64_t k = 0; k < n; k += kByteDepth, to += apart) {
-    const int64_t depth = std::min(kByteDepth, n - k), end = (depth + kByteStep - 1) / kByteStep * kByteStep;
+  for (int64_t k = 0; k < n; k += places.depth, places.to += places.apart) {
+    const int64_t depth = std::min(places.depth, n - k), end = (depth + kByteStep - 1) / kByteStep * kByteStep;
+    uint8_t *high = places.to, *low = high + places.low;
 #pragma omp simd
     for (int64_t i = 0; i < depth; i++) {
       const float value = bits_to_float(static_cast<uint32_t>(bits[k + i]) << 16) * inverse;
       const int32_t whole = static_cast<int32_t>(value + 12582912.0f - 12582912.0f) + 32768;  // to the nearest
-      to[i] = static_cast<uint8_t>(whole >> 8);
-      to[kByteDepth + i] = static_cast<uint8_t>(whole);
+      high[i] = static_cast<uint8_t>(whole >> 8);
+      low[i] = static_cast<uint8_t>(whole);
     }
-    for (int64_t i = depth; i < end; i++) to[i] = to[kByteDepth + i] = 0;
+    for (int64_t i = depth; i < end; i++) high[i] = low[i] = 0;
   }
   return most > 1e-30f || most == 0.0f;
+}
+
+void byte_linear_finish(const ByteLinearArgs<c10::BFloat16>& a, const int32_t* whole, int64_t panel) {
+  constexpr int64_t kSome = 16;  // rows at a time, whose sums stay in the first-level cache
+  alignas(64) float sums[kSome * kLinearPanel];
+  const float* scales = a.scales + panel * kLinearPanel;
+  int32_t shift[kLinearPanel];  // a row's numbers are 2^15 too large, its high bytes 2^7
+  for (int64_t c = 0; c < kLinearPanel; c++) shift[c] = a.totals[panel * kLinearPanel + c] * 128;
+  LinearEnd<c10::BFloat16> end = a;
+  for (int64_t from = 0; from < a.rows; from += kSome) {
+    end.rows = std::min(kSome, a.rows - from);
+    for (int64_t r = 0; r < end.rows; r++, whole += kByteSums) {
+      const float row = a.row_scales[from + r];
+#pragma omp simd
+      for (int64_t c = 0; c < kLinearPanel; c++) {
+        const float high = static_cast<float>(whole[c] - shift[c]), low = static_cast<float>(whole[kLinearPanel + c]);
+        sums[r * kLinearPanel + c] = (high * 256.0f + low) * row * scales[c];
+      }
+    }
+    packed_linear_finish<c10::BFloat16>(end, sums, panel);
+    end.y += kSome * a.out;
+    if (end.residual != nullptr) end.residual += kSome * a.out;
+  }
 }
 
 template <typename T>
@@ -102,7 +126,7 @@ template void byte_linear_widen(const float*, int64_t, int64_t, float*);
 template void byte_linear_widen(const c10::BFloat16*, int64_t, int64_t, float*);
 
 template <typename T>
-void byte_linear_panels(const ByteLinearArgs<T>& a, int64_t begin, int64_t end) {
+void byte_linear_panels(const ByteLinearArgs<T>& a, int64_t begin, int64_t end, int64_t following) {
   alignas(64) float sums[kLinearRows * kLinearPanel];
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, height = (a.rows + tiles - 1) / tiles;
   const int passes = static_cast<int>(tiles * (kLinearPanel / kTileColumns));
@@ -113,7 +137,10 @@ void byte_linear_panels(const ByteLinearArgs<T>& a, int64_t begin, int64_t end) 
       const int64_t steps = std::min(kSteps, a.steps - s);
       const int8_t* w = panel + s * kByteStepNumbers;
       const float* x = static_cast<const float*>(a.x) + s / kSteps * a.rows * kByteDepth;
-      Fetch next{reinterpret_cast<const char*>(w + steps * kByteStepNumbers), passes};
+      const bool last = s + steps == a.steps && p + 1 == end;
+      Fetch next{reinterpret_cast<const char*>(last ? a.weight + following * a.steps * kByteStepNumbers
+                                                    : w + steps * kByteStepNumbers),
+                 passes};
       // Sums of 64 terms in a register, which round less than longer ones.
       for (int64_t t = 0; t < steps; t += kRun)
         for (int64_t v = 0; v < kLinearPanel / kLanesF; v += 2)
@@ -129,7 +156,7 @@ void byte_linear_panels(const ByteLinearArgs<T>& a, int64_t begin, int64_t end) 
     packed_linear_finish<T>(a, sums, p);
   }
 }
-template void byte_linear_panels(const ByteLinearArgs<float>&, int64_t, int64_t);
-template void byte_linear_panels(const ByteLinearArgs<c10::BFloat16>&, int64_t, int64_t);
+template void byte_linear_panels(const ByteLinearArgs<float>&, int64_t, int64_t, int64_t);
+template void byte_linear_panels(const ByteLinearArgs<c10::BFloat16>&, int64_t, int64_t, int64_t);
 
 }  // namespace lmvae::LMVAE_ISA

@@ -60,7 +60,7 @@ void tile_of(int64_t rows, const float* x, const float* w, int64_t depth, bool a
 
 }  // namespace
 
-void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end) {
+void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end, int64_t following) {
   alignas(64) float sums[kLinearRows * kLinearPanel];
   // As few tiles as cover the rows, of equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
   const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, step = (a.rows + tiles - 1) / tiles;
@@ -72,7 +72,10 @@ void packed_linear_panels(const PackedLinearArgs& a, int64_t begin, int64_t end)
     for (int64_t k = 0; k < a.in; k += kLinearDepth) {
       const int64_t depth = std::min(kLinearDepth, a.in - k);
       const float *w = panel + k * kLinearPanel, *x = a.x + k * a.rows;
-      Fetch next{reinterpret_cast<const char*>(w + depth * kLinearPanel), passes};  // what follows, also the next panel
+      const bool last = k + depth == a.in && p + 1 == end;
+      Fetch next{
+          reinterpret_cast<const char*>(last ? a.weight + following * a.in * kLinearPanel : w + depth * kLinearPanel),
+          passes};
       for (int64_t column = 0; column < kLinearPanel; column += kTileColumns)
         for (int64_t r = 0; r < a.rows; r += step)
           for (int64_t t = 0; t < depth; t += run)

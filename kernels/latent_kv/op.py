@@ -126,7 +126,7 @@ def latent_kv(
         dropout: probability of zeroing an element of the memory; the kept ones are scaled by 1 / (1 - dropout).
         seed: of the dropout mask, as `philox.seed_tensor` takes it: None (drawn from torch's generator of the device),
             an int, or an int64 tensor [2] = (seed, offset) on the device. The mask depends on it and on the element's
-            index only (`reference.keep_mask`), and is regenerated in backward, never stored. Where processes share a
+            index only (`reference.keep_mask`); backward draws it again, on a CPU it finds it as bits. Where processes share a
             batch: an int64 tensor [5] = (seed, offset, first, step, total) on the device; these sentences are then
             numbers first, first + step, ... of a batch of ``total``, and have the masks they would have there.
         out: written in place and returned: ``[L, 2, B, Hkv, M, D]`` of any floating dtype and any strides with the

@@ -110,6 +110,28 @@ def test_dropout_mask_is_a_function_of_seed_and_index(name):
     torch.testing.assert_close(dropped, torch.where(keep, plain_memory / 0.75, 0.0))
 
 
+def test_masks_do_not_depend_on_those_drawn_before():
+    """The last masks are kept as bits, in rows of whole words."""
+    require("latent_kv", "cpp")
+    shapes = [(1, batch, heads, 3, dim, 4) for batch in (1, 3) for heads, dim in ((1, 1), (1, 21), (3, 7), (2, 32))]
+    for shape in (*shapes, *shapes):
+        z, weight, bias = inputs(shape)
+        for seed in (0, 1, 0):
+            with backend("cpp"):
+                memory = latent_kv(z, weight, bias, dropout=0.4, seed=seed)
+            assert torch.equal(memory != 0, reference.keep_mask(memory.shape, 0.4, torch.tensor([seed, 0])))
+
+
+def test_a_mask_that_is_no_longer_kept_is_drawn_again():
+    require("latent_kv", "cpp")
+    z, weight, bias = inputs((1, 64, 1, 1024, 64, 1))  # 1 MB of bits
+    with backend("cpp"):
+        first = latent_kv(z, weight, bias, dropout=0.4, seed=0)
+        for seed in range(1, 40):
+            assert not torch.equal(latent_kv(z, weight, bias, dropout=0.4, seed=seed), first)
+        assert torch.equal(latent_kv(z, weight, bias, dropout=0.4, seed=0), first)
+
+
 @pytest.mark.parametrize("name", ["reference", *FAST])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_parts_of_a_batch_have_the_masks_and_gradients_of_the_whole(name, world):

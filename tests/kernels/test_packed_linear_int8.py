@@ -166,6 +166,43 @@ def test_threads_compilation_and_registration(dtype):
     assert torch.equal(layer(x.view(3, 3, 700)), out.view(3, 3, 4500))
 
 
+@pytest.mark.parametrize("rows", [130, 600])  # more than one call of the vectors has, than one pass over the tiles
+@pytest.mark.parametrize("number", [1.0, float("inf"), 1e-38])
+def test_many_rows_also_where_one_has_no_whole_numbers(rows, number):
+    require("packed_linear_int8", "cpp")
+    x, weight, bias = _draw(torch.bfloat16, rows, 200, 40)
+    x[rows - 2] *= number
+    _check(f"{number}", x, weight.abs() + 0.1, bias, residual=torch.randn(rows, 40).bfloat16())
+
+
+_SUMS = """
+import sys, torch
+from lmvae_fast.kernels.packed_linear import packed_linear_int8, quantize_weight
+torch.manual_seed(0)
+found = {}
+for m, k, n in ((5, 64, 32), (16, 130, 33), (17, 1024, 70), (33, 3072, 96), (540, 768, 64)):
+    x, q, bias = torch.randn(m, k).bfloat16(), quantize_weight(torch.randn(n, k)), torch.randn(n).bfloat16()
+    x[m // 2] *= 1000
+    for activation in ("none", "gelu_tanh"):
+        found[f"{m} {activation}"] = packed_linear_int8(x, q, bias, out_features=n, activation=activation)
+torch.save(found, sys.argv[1])
+"""
+
+
+def test_tiles_and_dot_products_give_the_same_numbers(tmp_path):
+    """Both sum whole numbers, which is exact in any order."""
+    require("packed_linear_int8", "cpp")
+    if torch.ops.lmvae_fast.cpu_extension() != "amx":
+        pytest.skip("no AMX tiles here, or not allowed")
+    found = []
+    for isa in ("avx512_vnni", "amx"):
+        out = tmp_path / isa
+        subprocess.run([sys.executable, "-c", _SUMS, out], check=True, env={**os.environ, "LMVAE_CPU_ISA": isa})
+        found.append(torch.load(out))
+    for name, sums in found[0].items():
+        assert torch.equal(sums, found[1][name]), name
+
+
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512_vnni"])
 def test_every_instruction_set(isa):
     require("packed_linear_int8", "cpp")

@@ -1,0 +1,92 @@
+"""Steps of an fp32 weight by gradients of bf16 memory, which matrix units can multiply as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmvae_fast.kernels.backend import backend
+from lmvae_fast.kernels.latent_kv import latent_kv_adamw, latent_kv_norm
+
+from .common import GuardedAllocations, assert_within_error_rule, require
+
+OPTIONS = {"betas": (0.8, 0.99), "eps": 1.0, "weight_decay": 0.1}
+
+
+def _draw(shape, nz, batches):
+    weight = torch.randn(*shape, nz)
+    grads = [torch.randn(*shape[:2], b, *shape[2:]).bfloat16() for b in batches]
+    return weight, grads, [torch.randn(b, nz) for b in batches]
+
+
+def _step(name, weight, grads, zs, dropout=0.0, wide=torch.float32):
+    """exp_avg (a multiple of the gradient), exp_avg_sq and weight after one step, and the gradient's norm."""
+    seeds = [torch.tensor([i, 3]) for i in range(len(grads))] if dropout else []
+    state = [weight.to(wide, copy=True), *(torch.zeros(weight.shape, dtype=wide) for _ in range(2))]
+    scalars = {"step": torch.ones(()), "lr": torch.full((), 0.05, dtype=torch.float64), "clip": torch.full((), 0.7)}
+    grads, zs = ([x.to(wide) if wide == torch.float64 else x for x in grads], [z.to(wide) for z in zs])
+    with backend(name):
+        norm = latent_kv_norm(state[0], grads, zs, dropout=dropout, seeds=seeds)
+        latent_kv_adamw(*state, grads, zs, dropout=dropout, seeds=seeds, **scalars, **OPTIONS)
+    return {"exp_avg": state[1], "exp_avg_sq": state[2], "weight": state[0], "norm": norm}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("shape", "nz", "batches"),
+    [
+        ((2, 2, 2, 3, 5), 19, (12,)),
+        ((1, 2, 3, 5, 7), 33, (32,)),  # the norm by the latents' products
+        ((1, 2, 1, 3, 64), 128, (33,)),
+        ((1, 2, 2, 4, 32), 16, (40, 5, 30)),  # the norm by tiles of the gradient
+        ((1, 2, 2, 4, 32), 64, (4, 3)),
+    ],
+)
+def test_error_rule(shape, nz, batches, dropout):
+    require("latent_kv", "cpp")
+    given = _draw(shape, nz, batches)
+    ours = _step("cpp", *given, dropout)
+    eager = _step("reference", *given, dropout)
+    truth = _step("reference", *given, dropout, wide=torch.float64)
+    for name, value in ours.items():
+        assert_within_error_rule(name, value, eager[name], truth[name])
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("where", ["gradient", "latent"])
+def test_inf_and_nan_are_where_the_reference_has_them(number, where):
+    require("latent_kv", "cpp")
+    weight, (grad,), (z,) = _draw((1, 2, 2, 3, 40), 48, (32,))
+    z = z.abs() + 0.1
+    if where == "gradient":
+        grad[0, 1, 7, 1, 2, 3] = number
+    else:
+        z[9, 11] = number
+        grad = grad.abs() + 0.1
+    ours, plain = (_step(name, weight, [grad], [z])["exp_avg"] for name in ("cpp", "reference"))
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(ours), kind(plain))
+    finite = plain.isfinite()
+    torch.testing.assert_close(ours[finite], plain[finite], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_written_or_read_outside():
+    require("latent_kv", "cpp")
+    given = _draw((1, 2, 3, 5, 7), 33, (17,))
+    with GuardedAllocations() as guarded:
+        _step("cpp", *given, 0.3)
+    guarded.check()
+
+
+def test_threads_change_nothing():
+    require("latent_kv", "cpp")
+    given, threads = _draw((2, 2, 2, 9, 64), 128, (32,)), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(_step("cpp", *given, 0.3))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], value) for name, value in found[0].items())
