@@ -102,6 +102,8 @@ KvDropout dropout_of(double p, const std::optional<at::Tensor>& seed, const KvRo
   return {reinterpret_cast<const uint64_t*>(kept.const_data_ptr<int64_t>()), key.words(), batch, 1.0 / (1.0 - p)};
 }
 
+constexpr int64_t kLeastTileBatch = 12;  // sentences; fewer are multiplied as fast on the vector units
+
 template <typename T>
 class Scratch {
  public:
@@ -126,9 +128,6 @@ at::Tensor pad_columns(const at::Tensor& z, at::ScalarType type, int64_t columns
   padded.narrow(1, 0, z.size(1)).copy_(z);
   return padded;
 }
-
-constexpr int64_t kTileSide = 32;        // sentences and columns of a product on the AMX tiles
-constexpr int64_t kLeastTileBatch = 12;  // sentences; fewer are multiplied as fast on the vector units
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -213,12 +212,9 @@ struct Pass {
     limit_run(a.rows, a.weight);
   }
 
-  // Whether the weight's gradient or the gradients' products, one and nothing else, are made of numbers that bf16 has,
-  // for latents enough.
-  bool gradients_fit_tiles(bool want_gram) const {
-    if (want_gram == (a.sink != KvSink::None) || a.dbias != nullptr || a.rows.batch < kLeastTileBatch ||
-        !kv_have_tiles())
-      return false;
+  // Whether all gradients are of numbers that bf16 has, for sentences enough.
+  bool gradients_fit_tiles() const {
+    if (a.weight.type != KvType::F32 || a.rows.batch < kLeastTileBatch || !kv_have_tiles()) return false;
     return std::all_of(grads.begin(), grads.end(), [&](const KvGrad& grad) {
       return grad.tensor.type == KvType::BF16 && grad.dropout.scale == grads[0].dropout.scale;
     });
@@ -239,26 +235,28 @@ struct Pass {
       using T = decltype(acc);
       const at::ScalarType type = accumulation_type(weight);
       const int64_t lanes = LMVAE_PICK(kv_vector<T>)();
-      const bool tiles = std::is_same_v<T, float> && !want_dz && gradients_fit_tiles(want_gram);
+      const bool tiles = (want_gram || a.sink != KvSink::None) && gradients_fit_tiles();
       a.on_tiles = tiles;
-      a.batch_padded = round_up(a.rows.batch, tiles ? kTileSide : lanes);
-      a.nz_padded = round_up(a.rows.nz, tiles ? kTileSide : lanes);
+      if (tiles) a.unscaled = grads[0].dropout.scale;
+      a.batch_padded = round_up(a.rows.batch, tiles ? kKvTile : lanes);
+      a.nz_padded = round_up(a.rows.nz, tiles ? kKvTile : lanes);
       a.gram_padded = want_gram ? a.batch_padded : 0;
       const at::Tensor z_padded = tiles ? scaled_latents() : pad_columns(z, type, a.nz_padded);
       a.z = z_padded.const_data_ptr();
-      const Room<char> operand(tiles && !want_gram ? kKvTileParts * a.batch_padded * a.nz_padded : 0);
+      const bool latents = tiles && a.sink != KvSink::None;
+      const Room<char> operand(latents ? a.batch_padded / kKvTile * (a.nz_padded / kKvTile) * kKvTileBlock : 0);
       if (tiles) scaled_z = z_padded.narrow(0, 0, a.rows.batch).narrow(1, 0, a.rows.nz);
-      if (tiles && !want_gram) {
+      if (latents) {
         kv_tile_latents(z_padded.const_data_ptr<float>(), a.batch_padded, a.nz_padded, operand.data());
         a.tiles = operand.data();
       }
-      const int64_t gram_rows = tiles ? a.batch_padded : a.rows.batch;
+      const int64_t sum_rows = tiles ? a.batch_padded : a.rows.batch;
       const int64_t partial = std::max<int64_t>(want_dz ? a.rows.batch * a.nz_padded : 1, a.rows.batch * a.gram_padded);
       const int64_t few_enough = std::clamp<int64_t>((int64_t{1} << 21) / std::max<int64_t>(1, partial), 8, 128);
       const int64_t tasks = std::clamp<int64_t>(a.rows.chunks() / 4, 1, few_enough);
       const auto options = z.options().dtype(type);
-      if (want_dz) dz = at::zeros({tasks, a.rows.batch, a.nz_padded}, options);
-      if (want_gram) gram = at::zeros({tasks, gram_rows, a.gram_padded}, options);
+      if (want_dz) dz = at::zeros({tasks, sum_rows, a.nz_padded}, options);
+      if (want_gram) gram = at::zeros({tasks, sum_rows, a.gram_padded}, options);
       if (a.sink == KvSink::Norm) norm = at::zeros({tasks}, options.dtype(at::kDouble));
       const auto chunks_of = LMVAE_PICK(kv_backward_chunks<T>);
       const int64_t scratch = LMVAE_PICK(kv_backward_scratch<T>)(a), chunks = a.rows.chunks();
@@ -297,7 +295,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> latent_kv_bwd(const at::Tensor& g
     pass.a.dbias = dbias.mutable_data_ptr();
   }
   pass.run(weight, need_z, false);
-  if (need_z) dz = pass.dz.sum({0}, false, at::kDouble).narrow(1, 0, z.size(1)).to(z.scalar_type()).contiguous();
+  if (need_z) {
+    const at::Tensor sum = pass.dz.sum({0}, false, at::kDouble).narrow(0, 0, z.size(0)).narrow(1, 0, z.size(1));
+    dz = at::mul(sum, pass.a.unscaled).to(z.scalar_type()).contiguous();
+  }
   return {dz, dweight, dbias};
 }
 

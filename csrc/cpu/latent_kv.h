@@ -73,20 +73,20 @@ struct KvBackward {
   KvTensor dweight, exp_avg, exp_avg_sq;
   KvAdamW adamw;
   double* norm;                 // this task's partial sum of squares
-  bool on_tiles = false;        // gradients are multiplied by kv_tile_product or kv_tile_gram
+  bool on_tiles = false;        // gradients are multiplied there, and lack the dropout's scale, which z has
+  double unscaled = 1.0;        // that scale, for what z is no factor of
   const char* tiles = nullptr;  // z for kv_tile_product
 };
 
-// The weight's gradient on the AMX tiles: whether they are there, z [batch, columns] as their operand (3 x 2 bytes a
-// number), and tile [kKvChunk, columns] = g [kKvChunk, batch] z for g whose numbers bf16 has; false where a sum is NaN,
-// which it also is where a number is infinite. batch and columns are multiples of 32; `room` has kKvChunk * batch * 2
-// bytes.
-// kv_tile_gram adds g g^T to gram [batch, batch], of g [batch, kKvChunk] and of g turned around; `room` has twice as
-// many bytes.
-constexpr int64_t kKvTileParts = 6;
+// Products on the AMX tiles, for gradients and memory of bf16: 32 is the side of one. What returns false has met an
+// infinite number or NaN, which have no parts, and its product has to be made otherwise. Latents are operands of three
+// parts, [columns / 32][rows / 32] blocks of kKvTileBlock bytes, from [rows, columns] fp32: kv_tile_latents.
+constexpr int64_t kKvTile = 32, kKvTileBlock = 3 * 2 * kKvTile * kKvTile;
 bool kv_have_tiles();
-void kv_tile_latents(const float* z, int64_t batch, int64_t columns, char* parts);
-bool kv_tile_product(const float* g, const char* parts, int64_t batch, int64_t columns, float* tile, char* room);
+void kv_tile_latents(const float* z, int64_t rows, int64_t columns, char* parts);
+// tile [kKvChunk, columns] = g [kKvChunk, batch] z, as exact as fp32; room: 2 * kKvChunk * batch bytes.
+bool kv_tile_product(const float* g, const char* latents, int64_t batch, int64_t columns, float* tile, char* room);
+// gram [batch, batch] += g g^T, of g [batch, kKvChunk] and of g turned around; room: 4 * kKvChunk * batch bytes.
 void kv_tile_gram(const float* g, const float* turned, int64_t batch, float* gram, char* room);
 
 }  // namespace lmvae

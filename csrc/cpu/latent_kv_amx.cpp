@@ -4,6 +4,8 @@
 #include "amx.h"
 #include "latent_kv.h"
 
+#include <algorithm>
+
 namespace lmvae {
 
 #ifdef LMVAE_AMX
@@ -11,7 +13,7 @@ namespace {
 
 constexpr int64_t kParts = 3, kSide = 32;  // rows, columns and depths of a product
 
-// c (+)= a x b: `a` of one part, `b` of three, the smallest first.
+// c = a x b: `a` of one part, `b` of three, the smallest first.
 TILES __attribute__((noinline)) void product_by_parts(const char* a, const char* b, int64_t steps, float* c,
                                                       int64_t ldc) {
   asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read

@@ -2,104 +2,10 @@
 // first two cache levels once; everything that needs them, or the matching piece of the memory's gradient, happens
 // there.
 #include "latent_kv.h"
+#include "latent_kv_products.h"
 #include "simd_math.h"
 
 namespace lmvae::LMVAE_ISA {
-
-constexpr int kRowBlock = by_registers(8, 4);  // rows x 2 vectors of accumulators stay in registers
-
-// Cache lines asked for ahead of their use, one for every second step of a product, into the first or the second level.
-template <int level>
-struct PrefetchTo {
-  const char *next = nullptr, *end = nullptr;
-  __attribute__((always_inline)) void one() {
-    __builtin_prefetch(next, 0, level == 1 ? 3 : 2);
-    next = next + 64 < end ? next + 64 : end;
-  }
-};
-
-// C[i][j] (+)= sum_k A[i * ai + k * ak] * B[k * ldb + j] for I rows and J vectors.
-template <typename T, int I, int J, bool add, typename Ahead>
-LMVAE_INLINE void product_block(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
-                                int64_t depth, Ahead& ahead) {
-  constexpr int64_t V = Lanes<T>::count;
-  Register<T> sum[I][J];
-#pragma GCC unroll 8
-  for (int i = 0; i < I; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < J; j++) sum[i][j] = Register<T>{};
-  auto step = [&](int64_t k) __attribute__((always_inline)) {
-    Register<T> row[J];
-#pragma GCC unroll 2
-    for (int j = 0; j < J; j++) row[j] = load(b + k * ldb + j * V);
-#pragma GCC unroll 8
-    for (int i = 0; i < I; i++) {
-      const T x = a[i * ai + k * ak];
-#pragma GCC unroll 2
-      for (int j = 0; j < J; j++) sum[i][j] += x * row[j];
-    }
-  };
-  int64_t k = 0;
-  for (; k + 2 <= depth; k += 2) {
-    ahead.one();
-    step(k);
-    step(k + 1);
-  }
-  if (k < depth) step(k);
-#pragma GCC unroll 8
-  for (int i = 0; i < I; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < J; j++) {
-      T* p = c + i * ldc + j * V;
-      store(p, add ? load(p) + sum[i][j] : sum[i][j]);
-    }
-}
-
-// A sum over nz is made of sums of this many terms: its rounding error then grows as that of a blocked BLAS.
-constexpr int64_t kDepth = 64;
-
-template <typename T, int I, int J, bool add, typename Ahead>
-LMVAE_INLINE void product_deep(const T* a, int64_t ai, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
-                               int64_t depth, Ahead& ahead) {
-  product_block<T, I, J, add>(a, ai, ak, b, ldb, c, ldc, std::min(depth, kDepth), ahead);
-  for (int64_t k = kDepth; k < depth; k += kDepth)
-    product_block<T, I, J, true>(a + k * ak, ai, ak, b + k * ldb, ldb, c, ldc, std::min(depth - k, kDepth), ahead);
-}
-
-// The same for m rows and n columns, n a multiple of the vector.
-template <typename T, bool add, typename Ahead>
-void product(const T* a, int64_t ai, int64_t ak, int64_t m, const T* b, int64_t ldb, int64_t n, T* c, int64_t ldc,
-             int64_t depth, Ahead& ahead) {
-  constexpr int64_t V = Lanes<T>::count;
-  int64_t j = 0;
-  for (; j + 2 * V <= n; j += 2 * V) {
-    int64_t i = 0;
-    for (; i + kRowBlock <= m; i += kRowBlock)
-      product_deep<T, kRowBlock, 2, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
-    for (; i < m; i++) product_deep<T, 1, 2, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
-  }
-  if (j < n) {
-    int64_t i = 0;
-    for (; i + kRowBlock <= m; i += kRowBlock)
-      product_deep<T, kRowBlock, 1, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
-    for (; i < m; i++) product_deep<T, 1, 1, add>(a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc, depth, ahead);
-  }
-}
-
-// dst[j][i] = src[i][j]; m and n are multiples of the vector.
-template <typename T>
-void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t m, int64_t n) {
-  constexpr int V = Lanes<T>::count;
-  for (int64_t i = 0; i < m; i += V)
-    for (int64_t j = 0; j < n; j += V) {
-      Register<T> r[V];
-#pragma GCC unroll 16
-      for (int l = 0; l < V; l++) r[l] = load(src + (i + l) * ld_src + j);
-      transpose_block<T>(r);
-#pragma GCC unroll 16
-      for (int l = 0; l < V; l++) store(dst + (j + l) * ld_dst + i, r[l]);
-    }
-}
 
 // ---- rows of any type -----------------------------------------------------------------------------------------------
 
@@ -141,30 +47,15 @@ LMVAE_INLINE int64_t size_of(KvType type) { return type == KvType::F64 ? 8 : typ
 template <typename T> LMVAE_INLINE bool is_type(KvType type) {
   return type == (sizeof(T) == 8 ? KvType::F64 : KvType::F32);
 }
-LMVAE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Asks for n numbers of a sentence further on: each sentence's lie far from the next one's, and are too few at a time
+// for the processor to see so many streams.
+LMVAE_INLINE void next_lines(const KvTensor& t, int64_t at, int64_t n, bool write) {
+  const int64_t size = size_of(t.type);
+  const char* first = static_cast<const char*>(t.data) + at * size;
+  for (int64_t line = 0; line < n * size; line += 64) prefetch_line(first + line, write);
+}
 
-struct Chunk {
-  int64_t layer, side, head, slot, row;  // row: within the run
-  int64_t n;                             // rows
-  int64_t flat;                          // first row within its (layer, side)
-  Chunk(const KvRows& r, int64_t index) {
-    const int64_t part = index % r.chunks_per_run;
-    const int64_t run = index / r.chunks_per_run, runs = r.rows() / r.run;
-    layer = run / runs / 2;
-    side = run / runs % 2;
-    row = part * r.chunk;
-    n = std::min(r.chunk, r.run - row);
-    flat = run % runs * r.run + row;
-    const int64_t first = run % runs * r.run / r.dim;  // (head, slot) of the run's first row
-    head = first / r.slots;
-    slot = first % r.slots;
-  }
-  int64_t at(const KvTensor& t, int64_t batch) const {
-    const int64_t* s = t.stride;
-    return layer * s[0] + side * s[1] + batch * s[2] + head * s[3] + slot * s[4] + row * s[5];
-  }
-  int64_t group() const { return layer * 2 + side; }
-};
+LMVAE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // What one row block of a forward product reads (4 KB at nz = 128) is asked for two blocks earlier: far enough for
 // memory, near enough for the first level. dz walks its whole chunk again and again, so it asks for the next one, in
@@ -227,7 +118,9 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
         T* x = turned + (b - b0) * kKvChunk;
         for (int64_t i = 0; i < c.n; i++) x[i] += bias[i];
         if (a.dropout.bits != nullptr) drop(a.dropout, c.group(), b, c.flat, x);
-        save(a.memory, c.at(a.memory, b), x, c.n);
+        const int64_t at = c.at(a.memory, b);
+        save(a.memory, at, x, c.n);
+        next_lines(a.memory, at + c.n, c.n, true);
       }
     }
   }
@@ -236,28 +129,8 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename T> int64_t kv_backward_scratch(const KvBackward& a) {
-  const int64_t turned = a.on_tiles ? 2 * a.batch_padded : a.gram_padded;  // with room for operands
-  return kKvChunk * (a.batch_padded + 2 * a.nz_padded + turned);
-}
-
-template <typename T>
-void gram_on_tiles(const KvBackward& a, const T* g, T* turned) {
-  if constexpr (std::is_same_v<T, float>)
-    kv_tile_gram(g, turned, a.batch_padded, static_cast<float*>(a.gram),
-                 reinterpret_cast<char*>(turned + kKvChunk * a.batch_padded));
-}
-
-// A tile of the weight's gradient, [kKvChunk][nz_padded], of the chunk's gradients [batch_padded][kKvChunk].
-template <typename T, typename Ahead>
-void weight_tile(const KvBackward& a, const Chunk& c, const T* g, T* tile, T* turned, Ahead& ahead) {
-  if constexpr (std::is_same_v<T, float>)
-    if (a.tiles != nullptr) {
-      transpose(g, kKvChunk, turned, a.batch_padded, a.batch_padded, kKvChunk);
-      auto* const room = reinterpret_cast<char*>(turned + kKvChunk * a.batch_padded);
-      if (kv_tile_product(turned, a.tiles, a.batch_padded, a.nz_padded, tile, room)) return;
-    }
-  product<T, false>(g, 1, kKvChunk, c.n, static_cast<const T*>(a.z), a.nz_padded, a.nz_padded, tile, a.nz_padded,
-                    a.rows.batch, ahead);
+  const int64_t operands = a.on_tiles ? 2 * a.batch_padded : 0;
+  return kKvChunk * (a.batch_padded + 2 * a.nz_padded + std::max(operands, a.gram_padded));
 }
 
 // The chunk's piece of every gradient, dropout applied, as rows of kKvChunk; zero beyond the chunk and the batch.
@@ -267,7 +140,9 @@ void load_gradients(const KvBackward& a, const Chunk& c, T* g) {
   for (const KvGrad* grad = a.grads; grad < a.grads + a.num_grads; grad++)
     for (int64_t b = 0; b < grad->batch; b++, row++) {
       T* x = g + row * kKvChunk;
-      load(grad->tensor, c.at(grad->tensor, b), x, c.n);
+      const int64_t at = c.at(grad->tensor, b);
+      load(grad->tensor, at, x, c.n);
+      next_lines(grad->tensor, at + c.n * grad->tensor.stride[5], c.n, false);
       if (grad->dropout.bits != nullptr) drop(grad->dropout, c.group(), b, c.flat, x);
       std::fill(x + c.n, x + kKvChunk, T(0));
     }
@@ -331,17 +206,10 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
       alignas(64) T sum[kKvChunk] = {};
       for (int64_t b = 0; b < r.batch; b++)
         for (int64_t i = 0; i < kKvChunk; i++) sum[i] += g[b * kKvChunk + i];
+      for (T& x : sum) x *= static_cast<T>(a.unscaled);
       save(KvTensor{a.dbias, a.weight.type, {}}, c.group() * r.rows() + c.flat, sum, c.n);
     }
-    if (a.gram != nullptr) {
-      PrefetchTo<2> none;
-      transpose(g, kKvChunk, turned, a.gram_padded, a.gram_padded, kKvChunk);
-      if (a.on_tiles)
-        gram_on_tiles(a, g, turned);
-      else
-        product<T, true>(g, kKvChunk, 1, r.batch, turned, a.gram_padded, a.gram_padded, static_cast<T*>(a.gram),
-                         a.gram_padded, c.n, none);
-    }
+    if (a.gram != nullptr) add_gram(a, c, g, turned);
     if (a.dz != nullptr) {
       auto ahead = lines_of<2>(r, a.weight, c, c.n * r.nz * size_of(a.weight.type));
       const int64_t where = c.at(a.weight, 0);

@@ -282,19 +282,28 @@ LMVAE_INLINE void words_fill(uint32_t* out, uint64_t seed, uint64_t offset, uint
   }
 }
 
-// Dropout factors of the same elements: `scale` where word >> 8 >= threshold (kept), 0 elsewhere. Room as above.
-LMVAE_INLINE void keep_fill(float* out, uint32_t threshold, float scale, uint64_t seed, uint64_t offset, uint64_t first,
-                            int64_t blocks) {
-  const Stream stream(seed, offset);
-  const VecF zero = {};
-  const VecI bits = (VecI)(zero + scale);
+// Bit i of x at bit 2i.
+LMVAE_INLINE uint64_t spread_bits(uint32_t x) {
+  uint64_t y = x;
+  y = (y | y << 16) & 0x0000ffff0000ffff;
+  y = (y | y << 8) & 0x00ff00ff00ff00ff;
+  y = (y | y << 4) & 0x0f0f0f0f0f0f0f0f;
+  y = (y | y << 2) & 0x3333333333333333;
+  return (y | y << 1) & 0x5555555555555555;
+}
+
+// Which of the same elements a dropout keeps, as bits: those with word >> 8 >= threshold. 16 blocks.
+LMVAE_INLINE uint64_t keep_bits(const Stream& stream, uint32_t threshold, uint64_t first) {
   const int32_t least = static_cast<int32_t>(threshold);
-  for (int64_t b = 0; b < blocks; b += kBlocks) {
+  uint64_t bits = 0;
+  for (int64_t b = 0; b < 16; b += kBlocks) {
     VecU even, odd;
     philox(stream, first + static_cast<uint64_t>(b), &even, &odd);
-    const VecI keep0 = (VecI)(even >> 8) >= least, keep1 = (VecI)(odd >> 8) >= least;
-    store_zipped((VecF)(bits & keep0), (VecF)(bits & keep1), out + 4 * b);
+    const uint64_t kept = spread_bits(sign_bits((VecI)(even >> 8) >= least)) |
+                          spread_bits(sign_bits((VecI)(odd >> 8) >= least)) << 1;
+    bits |= kept << (4 * b);
   }
+  return bits;
 }
 
 }  // namespace lmvae::LMVAE_ISA

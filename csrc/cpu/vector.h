@@ -133,6 +133,19 @@ LMVAE_INLINE void store_zipped(Register<float> a, Register<float> b, float* out)
 #endif
 }
 
+// Bit l: whether lane l is negative.
+LMVAE_INLINE uint32_t sign_bits(Register<int32_t> x) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)x));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < Lanes<int32_t>::count; l++) bits |= static_cast<uint32_t>(x[l] < 0) << l;
+  return bits;
+#endif
+}
+
 LMVAE_INLINE Register<float> sqrt_(Register<float> x) {
 #if defined(__AVX512F__)
   return (Register<float>)_mm512_sqrt_ps((__m512)x);

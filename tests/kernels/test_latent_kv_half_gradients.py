@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmvae_fast.kernels.backend import backend
-from lmvae_fast.kernels.latent_kv import latent_kv_adamw, latent_kv_norm
+from lmvae_fast.kernels.latent_kv import latent_kv, latent_kv_adamw, latent_kv_norm
 
 from .common import GuardedAllocations, assert_within_error_rule, require
 
@@ -50,6 +50,30 @@ def test_error_rule(shape, nz, batches, dropout):
     truth = _step("reference", *given, dropout, wide=torch.float64)
     for name, value in ours.items():
         assert_within_error_rule(name, value, eager[name], truth[name])
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, True), (False, True, False)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dense_gradients(wanted, dropout):
+    """Of z, weight and bias in one pass, by the same gradients."""
+    require("latent_kv", "cpp")
+    weight, (grad,), (z,) = _draw((1, 2, 2, 5, 24), 37, (19,))
+    bias = torch.randn(weight.shape[:-1])
+
+    def gradients(name, wide):
+        leaves = [x.to(wide).requires_grad_(need) for x, need in zip((z, weight, bias), wanted, strict=True)]
+        with backend(name):
+            dtype = None if wide == torch.float64 else torch.bfloat16
+            memory = latent_kv(*leaves, dropout=dropout, seed=torch.tensor([0, 3]), dtype=dtype)
+            return torch.autograd.grad(memory, [x for x in leaves if x.requires_grad], grad.to(memory.dtype))
+
+    three = (
+        gradients("cpp", torch.float32),
+        gradients("reference", torch.float32),
+        gradients("reference", torch.float64),
+    )
+    for ours, eager, truth in zip(*three, strict=True):
+        assert_within_error_rule(str(list(truth.shape)), ours, eager, truth)
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), 3e38])
