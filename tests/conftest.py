@@ -12,9 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.interpreter import quicken
+
 # Without a GPU, Triton kernels run in the interpreter. Triton decides when it is first imported: so here, before any test.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    quicken()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -39,20 +39,27 @@ def make_decoder(
 
 
 def make_model(
-    family: str = "gpt2", encoder: str = "bert", *, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
+    family: str = "gpt2",
+    encoder: str = "bert",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: int | None = None,
+    **config: Any,
 ) -> LMVAE:
     """A whole LMVAE of tiny random parts: latent_dim 6, max_len 9.
 
     Args:
         family: of the decoder (``FAMILIES``). encoder: "bert", "t5" or "qwen2"; of no meaning for ``system="cvae"``.
-        seed: of what trains (posterior head and projector).
+        seed: of what trains (posterior head and projector). layers: of the decoder, in place of ``tiny_decoder``'s.
         config: fields of LMVAEConfig, in place of the defaults.
     """
     torch.manual_seed(seed)
     fields: dict[str, Any] = {"latent_dim": 6, "max_len": 9, "dtype": str(dtype).removeprefix("torch."), **config}
     short = LMVAEConfig(**fields)
     full = resolve(short)
-    _, decoder = make_decoder(family, dtype=dtype, train=bool(full.train_decoder), tuning=tuning_of(full))
+    size = {} if layers is None else {"layers": layers}
+    _, decoder = make_decoder(family, dtype=dtype, train=bool(full.train_decoder), tuning=tuning_of(full), **size)
     if full.prompted:
         model = LMVAE(short, decoder=decoder)
         with torch.no_grad():  # it begins at the prior, where nothing of a sentence shows

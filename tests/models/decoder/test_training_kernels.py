@@ -125,8 +125,8 @@ def test_a_decode_step_runs_the_same_layers(family, launches):
 
 
 def test_texts_through_them_are_the_same():
-    model = make_model("llama")
-    z = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    model = make_model("llama", layers=1)
+    z = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     expected = model.decode(z, max_new_tokens=4)
     assert any(expected)
     with backend("triton"):
@@ -136,20 +136,20 @@ def test_texts_through_them_are_the_same():
 def test_recordings_over_layers_that_are_no_more_are_not_kept(monkeypatch):
     """What a recording reads is a copy of some weights: one of others is made when they have changed."""
     monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
-    model = make_model("llama", max_len=9)
-    z = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    model = make_model("llama", layers=1)
+    z = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     with backend("triton"):
-        before = model.decode(z, max_new_tokens=5)
+        before = model.decode(z, max_new_tokens=4)
         with torch.no_grad():
             for layer in model.decoder.body.layers:
                 layer.self_attn.v_proj.weight.mul_(-3.0)
-        after = model.decode(z, max_new_tokens=5)
-    assert after == model.decode(z, max_new_tokens=5) != before
+        after = model.decode(z, max_new_tokens=4)
+    assert after == model.decode(z, max_new_tokens=4) != before
 
 
 def test_free_running_reads_its_output_through_them_recorded_or_not(monkeypatch):
     """The first loop of a shape is run and later ones are replayed: over the same layers, and over new ones of new weights."""
-    model = make_model("llama", max_len=9).eval()
+    model = make_model("llama", layers=1).eval()
     decoder = model.decoder
     injections = [model.inject(2 * torch.randn(3, 6)).detach() for _ in range(3)]
     expected = [greedy_ids(decoder, injection, 3) for injection in injections]
@@ -183,7 +183,7 @@ def test_free_running_reads_its_output_through_them_recorded_or_not(monkeypatch)
 
 
 def _lora(family="llama"):
-    return make_model(family, system="lmvae", lora_rank=2)
+    return make_model(family, system="lmvae", lora_rank=2, layers=1)
 
 
 def test_an_evaluation_between_two_steps_leaves_the_layers_as_they_are():
@@ -201,7 +201,7 @@ def test_an_evaluation_between_two_steps_leaves_the_layers_as_they_are():
 
 
 def test_a_change_of_weights_makes_recorded_steps_stale_before_any_is_replayed():
-    model = make_model("llama")
+    model = make_model("llama", layers=1)
     with backend("triton"), trained_through(model.train().decoder) as body:
         assert not body.stale()  # nothing was prepared yet
         model(["a cat sat"]).loss.backward()
@@ -215,7 +215,7 @@ def test_a_change_of_weights_makes_recorded_steps_stale_before_any_is_replayed()
 def test_a_recorded_run_notices_changed_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
     monkeypatch.setattr(recorded_steps, "_LEAST_TOKENS", 4)  # the interpreter takes a second for a launch over 64
-    model = make_model("llama", projector_dropout=0.0)
+    model = make_model("llama", layers=1, projector_dropout=0.0)
     config = lf.TrainConfig(output_dir=str(tmp_path), batch_size=1, progress=False, tensorboard=False, max_steps=9)
     with backend("triton"):
         trainer = Trainer(model, ["a cat"], None, config, ())
@@ -267,7 +267,7 @@ def test_memory_that_ends_while_weights_are_widened_leaves_them_as_they_were(mon
 
 def test_a_decoder_that_moves_lets_go_of_what_was_prepared_from_it(monkeypatch):
     monkeypatch.setitem(CAPTURES, "cpu", RecordedOperations)
-    model = make_model("llama").eval()
+    model = make_model("llama", layers=1).eval()
     injection = model.inject(torch.randn(3, 6)).detach()
     with backend("triton"):
         forward = weakref.ref(exchanges(model.decoder, 3)[0][1])
