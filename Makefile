@@ -52,8 +52,8 @@ lint: $(READY)   ## ruff, formatting of Python and C++, and mypy on the package
 fuzz: $(READY)   ## fuzzing: 500 cases an op, 2,000 command lines, 1,000 damaged files, by a seed
 	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
-kill: $(READY)   ## kills at every file operation of training, fitting, generation, saving and conversion (half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/training/test_operation_kills.py
+kill: $(READY)   ## kills at random points of training, and at every file operation of training, fitting, generation, saving and conversion (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/training/test_kill.py tests/training/test_operation_kills.py
 
 check-aarch64: $(READY)  ## csrc/ with a cross compiler (Debian: g++-aarch64-linux-gnu); skipped where there is none
 	$(BIN)/python tools/check_aarch64.py

@@ -278,7 +278,7 @@ def test_empty(name, shape):
 @pytest.mark.parametrize("name", FAST)
 def test_guards_and_unwritten_memory(name):
     require("latent_kv", name)
-    for shape in SHAPES:
+    for shape in SHAPES if name == "cpp" else SHAPES[:6]:  # the others take the interpreter long, for no other tail
         leaves = [x.requires_grad_() for x in inputs(shape)]
         with backend(name), GuardedAllocations() as guarded:
             memory = latent_kv(*leaves, dropout=0.2, seed=1)

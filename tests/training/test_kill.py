@@ -1,4 +1,4 @@
-"""Training killed with SIGKILL at twenty random points, and resumed each time, ends with the same bits."""
+"""Training killed with SIGKILL at twenty random points, and resumed each time, ends with the same bits (all: `make kill`)."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.processes import PATIENCE
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("model", ["fake", "lmvae", "flow"])
+@pytest.mark.parametrize("model", ["fake", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lmvae", "flow"))])
 def test_twenty_kills(tmp_path, model):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     # the fake model's time is mostly saving: kills of both kinds are had for the asking
