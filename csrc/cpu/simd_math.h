@@ -299,8 +299,8 @@ LMVAE_INLINE uint64_t keep_bits(const Stream& stream, uint32_t threshold, uint64
   for (int64_t b = 0; b < 16; b += kBlocks) {
     VecU even, odd;
     philox(stream, first + static_cast<uint64_t>(b), &even, &odd);
-    const uint64_t kept = spread_bits(sign_bits((VecI)(even >> 8) >= least)) |
-                          spread_bits(sign_bits((VecI)(odd >> 8) >= least)) << 1;
+    const uint64_t kept =
+        spread_bits(sign_bits((VecI)(even >> 8) >= least)) | spread_bits(sign_bits((VecI)(odd >> 8) >= least)) << 1;
     bits |= kept << (4 * b);
   }
   return bits;
