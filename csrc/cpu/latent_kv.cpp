@@ -151,9 +151,17 @@ void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::o
   with_accumulation(weight, [&](auto acc) {
     using T = decltype(acc);
     const int64_t lanes = LMVAE_PICK(kv_vector<T>)();
-    a.panel = z.size(0) <= lanes ? lanes : 2 * lanes;
+    const bool tiles = a.weight.type == KvType::BF16 && a.rows.nz % kKvTile == 0 && a.rows.nz > 0 && kv_have_tiles();
+    a.panel = tiles ? kKvTile : z.size(0) <= lanes ? lanes : 2 * lanes;
     const at::Tensor panels = pack_panels(z, accumulation_type(weight), a.panel);
     a.panels = panels.const_data_ptr();
+    const int64_t operand = a.rows.nz / kKvTile * kKvTileBlock;
+    const Room<char> operands(tiles ? panels.size(0) * operand : 0);
+    if (tiles) {
+      for (int64_t i = 0; i < panels.size(0); i++)
+        kv_tile_latents(panels[i].const_data_ptr<float>(), a.rows.nz, kKvTile, operands.data() + i * operand);
+      a.tiles = operands.data();
+    }
     const auto run = LMVAE_PICK(kv_forward_chunks<T>);
     const int64_t scratch = LMVAE_PICK(kv_forward_scratch<T>)(a);
     // About 30 us of arithmetic before a second thread pays.

@@ -42,6 +42,7 @@ struct KvForward {
   const void* panels;  // z transposed and cut into panels of `panel` columns: [panels][nz][panel]; accumulation type
   int64_t panel;
   KvDropout dropout;
+  const char* tiles = nullptr;  // a panel after another for kv_tile_forward, if the product goes by it
 };
 
 struct KvGrad {  // gradient of one forward's memory
@@ -84,6 +85,8 @@ struct KvBackward {
 constexpr int64_t kKvTile = 32, kKvTileBlock = 3 * 2 * kKvTile * kKvTile;
 bool kv_have_tiles();
 void kv_tile_latents(const float* z, int64_t rows, int64_t columns, char* parts);
+// tile [rows, 32] = w [rows, nz] z for weights of bf16 and z [nz, 32] that bf16 has; rows a multiple of 16, nz of 32.
+void kv_tile_forward(const uint16_t* w, int64_t ldw, int64_t rows, int64_t nz, const char* latents, float* tile);
 // tile [kKvChunk, columns] = g [kKvChunk, batch] z, as exact as fp32; room: 2 * kKvChunk * batch bytes.
 bool kv_tile_product(const float* g, const char* latents, int64_t batch, int64_t columns, float* tile, char* room);
 // gram [batch, batch] += g g^T, of g [batch, kKvChunk] and of g turned around; room: 4 * kKvChunk * batch bytes.

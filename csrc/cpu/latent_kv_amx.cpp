@@ -1,6 +1,6 @@
-// latent_kv's weight gradient and the products of gradients for its norm on the AMX tiles, where the memory's gradients
-// are of bf16: they are operands as they are, and z is an exact sum of three parts, so that the sums are those of an
-// fp32 product.
+// latent_kv on the AMX tiles. Memory of bf16 weights: both operands are as they are. The gradient of a weight, and the
+// products of gradients for its norm, where the memory's gradients are of bf16: they are operands as they are, and z is
+// an exact sum of three parts, so that the sums are those of an fp32 product.
 #include "amx.h"
 #include "latent_kv.h"
 
@@ -69,6 +69,41 @@ TILES void kv_tile_latents(const float* z, int64_t batch, int64_t columns, char*
     }
 }
 
+TILES void kv_tile_forward(const uint16_t* w, int64_t ldw, int64_t rows, int64_t nz, const char* latents, float* tile) {
+  const int64_t row = ldw * 2;
+  configure_tiles();
+  for (int64_t r = 0; r < rows; r += kSide, tile += kSide * kSide) {
+    const char *a = reinterpret_cast<const char*>(w + r * ldw), *b = latents;
+    const char* ahead = a + kKvChunk * row;
+    const bool whole = rows - r > 16;
+    asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < nz; k += kSide, a += 64, ahead += 64, b += kParts * kPair) {
+      LMVAE_RIGHT(0);
+      _tile_stream_loadd(4, a, row);
+      for (int64_t i = 0; i < 16; i++) __builtin_prefetch(ahead + i * row, 0, 2);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (!whole) continue;
+      _tile_stream_loadd(5, a + 16 * row, row);
+      for (int64_t i = 16; i < 32; i++) __builtin_prefetch(ahead + i * row, 0, 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, tile, kSide * 4);
+    _tile_stored(1, tile + 16, kSide * 4);
+    if (whole) {
+      _tile_stored(2, tile + 16 * kSide, kSide * 4);
+      _tile_stored(3, tile + 16 * kSide + 16, kSide * 4);
+    }
+    asm volatile("" ::: "memory");
+  }
+  release_tiles();
+}
+
 TILES bool kv_tile_product(const float* g, const char* parts, int64_t batch, int64_t columns, float* tile, char* room) {
   const int64_t steps = batch / kSide;
   left_operand(g, kKvChunk, batch, room);
@@ -107,6 +142,7 @@ TILES void kv_tile_gram(const float* g, const float* turned, int64_t batch, floa
 }
 #else
 bool kv_have_tiles() { return false; }
+void kv_tile_forward(const uint16_t*, int64_t, int64_t, int64_t, const char*, float*) {}
 void kv_tile_gram(const float*, const float*, int64_t, float*, char*) {}
 void kv_tile_latents(const float*, int64_t, int64_t, char*) {}
 bool kv_tile_product(const float*, const char*, int64_t, int64_t, float*, char*) { return false; }

@@ -134,6 +134,14 @@ char* operands(const KvBackward& a, T* turned) {
   return reinterpret_cast<char*>(turned + kKvChunk * a.batch_padded);
 }
 
+// tile [n][panel] = w z for n rows of weights of bf16 from element `where` on, on the AMX tiles.
+template <typename T>
+void tile_of_memory(const KvForward& a, int64_t where, int64_t n, int64_t panel, T* tile) {
+  if constexpr (std::is_same_v<T, float>)
+    kv_tile_forward(static_cast<const uint16_t*>(a.weight.data) + where, a.weight.stride[5], n, a.rows.nz,
+                    a.tiles + panel * (a.rows.nz / kKvTile) * kKvTileBlock, tile);
+}
+
 // gram (+)= g g^T, of gradients [batch_padded][kKvChunk].
 template <typename T>
 void add_gram(const KvBackward& a, const Chunk& c, const T* g, T* turned) {

@@ -103,7 +103,8 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
     auto ahead = lines_of<1>(r, a.weight, c, kAhead);
     const T* w = static_cast<const T*>(a.weight.data) + where;
     int64_t ldw = a.weight.stride[5];
-    if (!direct) {
+    const bool tiles = a.tiles != nullptr && c.n % 16 == 0;
+    if (!direct && !tiles) {
       for (int64_t i = 0; i < c.n; i++) load(a.weight, where + i * ldw, copy + i * r.nz, r.nz);
       w = copy;
       ldw = r.nz;
@@ -112,7 +113,10 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
       load(KvTensor{const_cast<void*>(a.bias), a.weight.type, {}}, c.group() * r.rows() + c.flat, bias, c.n);
     const T* z = static_cast<const T*>(a.panels);
     for (int64_t b0 = 0; b0 < r.batch; b0 += a.panel, z += r.nz * a.panel) {
-      product<T, false>(w, ldw, 1, c.n, z, a.panel, a.panel, tile, a.panel, r.nz, ahead);
+      if (tiles)
+        tile_of_memory(a, where, c.n, b0 / a.panel, tile);
+      else
+        product<T, false>(w, ldw, 1, c.n, z, a.panel, a.panel, tile, a.panel, r.nz, ahead);
       transpose(tile, a.panel, turned, kKvChunk, round_up(c.n, V), a.panel);
       for (int64_t b = b0; b < std::min(b0 + a.panel, r.batch); b++) {
         T* x = turned + (b - b0) * kKvChunk;

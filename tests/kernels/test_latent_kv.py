@@ -74,6 +74,25 @@ def test_reference_against_loops():
                             torch.testing.assert_close(memory[layer, side, b, head, slot, d], want)
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize(("dim", "nz"), [(1, 16), (31, 48), (130, 128)])
+def test_few_latents(dtype, batch, dim, nz):
+    require("latent_kv", "cpp", dtype)
+    check("cpp", inputs((2, batch, 2, 3, dim, nz), dtype), dropout=0.3, seed=SEED)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_memory_of_a_latent_does_not_depend_on_those_beside_it(dtype):
+    """A sentence's text is the same in whatever batch it is decoded."""
+    require("latent_kv", "cpp", dtype)
+    z, weight, bias = inputs((2, 70, 2, 3, 40, 64), dtype)
+    with backend("cpp"):
+        whole = latent_kv(z, weight, bias)
+        for count in (1, 2, 7, 16, 17, 33):
+            assert torch.equal(latent_kv(z[5 : 5 + count], weight, bias), whole[:, :, 5 : 5 + count]), count
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("shape", SHAPES)

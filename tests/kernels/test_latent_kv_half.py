@@ -1,4 +1,4 @@
-"""Steps of an fp32 weight by gradients of bf16 memory, which matrix units can multiply as they are."""
+"""Weights of bf16, and steps of an fp32 weight by gradients of bf16 memory: matrix units can multiply them as they are."""
 
 from __future__ import annotations
 
@@ -50,6 +50,37 @@ def test_error_rule(shape, nz, batches, dropout):
     truth = _step("reference", *given, dropout, wide=torch.float64)
     for name, value in ours.items():
         assert_within_error_rule(name, value, eager[name], truth[name])
+
+
+@pytest.mark.parametrize("memory", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 5, 33, 64])
+@pytest.mark.parametrize(("shape", "nz"), [((1, 2, 1, 1, 16), 32), ((2, 2, 2, 3, 24), 64), ((1, 2, 3, 5, 7), 128)])
+def test_weights_of_bf16(shape, nz, batch, memory):
+    """Whole chunks, tails of 16 rows and of others, slots by themselves."""
+    require("latent_kv", "cpp")
+    weight, bias = torch.randn(*shape, nz).bfloat16(), torch.randn(shape).bfloat16()
+    z = torch.randn(batch, nz).bfloat16()
+    for slots in (slice(None), slice(shape[3] // 2, shape[3] // 2 + 1)):
+        given = z, weight[:, :, :, slots], bias[:, :, :, slots]
+        options = {"dropout": 0.3, "seed": torch.tensor([0, 3])}
+        with backend("cpp"):
+            ours = latent_kv(*given, **options, dtype=memory)
+        with backend("reference"):
+            eager = latent_kv(*given, **options, dtype=memory)
+            truth = latent_kv(*(x.double() for x in given), **options)
+        assert_within_error_rule(f"{slots}", ours, eager, truth)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_inf_and_nan_in_weights_of_bf16(number):
+    require("latent_kv", "cpp")
+    weight, z = torch.rand(1, 2, 1, 4, 16, 32).bfloat16() + 0.1, torch.rand(3, 32).bfloat16() + 0.1
+    weight[0, 1, 0, 2, 3, 4] = number
+    ours, plain = [], []
+    for name, found in (("cpp", ours), ("reference", plain)):
+        with backend(name):
+            found.append(latent_kv(z, weight).float())
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, True, True), (False, True, False)])
