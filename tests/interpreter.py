@@ -31,9 +31,10 @@ def quicken() -> None:
         parts = parts_of(fn)
         if in_place and parts in in_place[-1]:
             return interpreter._LangPatchScope()
+        scope = patch(fn)
         if in_place:
             in_place[-1].add(parts)
-        return patch(fn)
+        return scope
 
     def launch_once(self: Any, *args: Any, **kwargs: Any) -> Any:
         in_place.append(set())

@@ -51,17 +51,21 @@ def _backward(device: str, batch: int) -> Case:
     memory = latent_kv(z, weight, bias)
     grad = torch.randn_like(memory)
     flat = torch.nn.functional.linear(z, weight.view(rows, NZ), bias.view(rows))
-    flat_grad = torch.randn_like(flat)
+    flat_grad = grad.permute(2, 0, 1, 3, 4, 5).reshape(batch, rows)
 
-    def ours() -> None:
-        torch.autograd.grad(memory, (z, weight, bias), grad, retain_graph=True)
+    def ours() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(memory, (z, weight, bias), grad, retain_graph=True)
 
-    def eager() -> None:
-        torch.autograd.grad(flat, (z, weight, bias), flat_grad, retain_graph=True)
+    def eager() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(flat, (z, weight, bias), flat_grad, retain_graph=True)
+
+    def check() -> None:
+        for mine, theirs in zip(ours(), eager(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
     return Case(
         name=f"dense backward (dz, dW, db), batch {batch} float32", ours=ours, baseline=eager,
-        baseline_name="backward of F.linear", bytes=4 * rows * (2 * NZ + batch), flops=4 * rows * NZ * batch,
+        baseline_name="backward of F.linear", bytes=4 * rows * (2 * NZ + batch), flops=4 * rows * NZ * batch, check=check,
     )  # fmt: skip
 
 

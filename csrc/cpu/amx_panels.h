@@ -132,7 +132,7 @@ TILES void streamed_panels(const char* weights, const char* rows, const AmxPlan&
       const Piece next = walk.next();
       const char *b = weight(piece), *ahead = weight(next.steps > 0 ? next : Piece{queue.following()});
       float* c = sums.of(piece.panel);
-      // As many lines a step that the first blocks fetch all 32 of every step.
+      // As many lines a step that the first blocks fetch all 32 of every step, or most of them.
       const int64_t lines = blocks == 1 ? 32 : blocks == 2 ? 16 : blocks <= 4 ? 8 : blocks <= 8 ? 4 : 2;
       for (int64_t block = 0; block < blocks; block++) {
         const char *left = rows + (block * plan.steps + piece.step) * kPair,

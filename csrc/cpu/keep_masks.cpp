@@ -27,6 +27,7 @@ class Masks {
     return {};
   }
   void add(const KeepMaskKey& key, const at::Tensor& mask) {
+    if (static_cast<int64_t>(mask.nbytes()) > kKeptBytes) return;
     const std::lock_guard<std::mutex> guard(lock_);
     masks_.emplace_front(key, mask);
     int64_t bytes = 0;

@@ -151,7 +151,8 @@ void forward_into(const at::Tensor& z, const at::Tensor& weight_in, const std::o
   with_accumulation(weight, [&](auto acc) {
     using T = decltype(acc);
     const int64_t lanes = LMVAE_PICK(kv_vector<T>)();
-    const bool tiles = a.weight.type == KvType::BF16 && a.rows.nz % kKvTile == 0 && a.rows.nz > 0 && kv_have_tiles();
+    const bool tiles = a.weight.type == KvType::BF16 && z.scalar_type() == at::kBFloat16 && a.rows.nz % kKvTile == 0 &&
+                       a.rows.nz > 0 && kv_have_tiles();
     a.panel = tiles ? kKvTile : z.size(0) <= lanes ? lanes : 2 * lanes;
     const at::Tensor panels = pack_panels(z, accumulation_type(weight), a.panel);
     a.panels = panels.const_data_ptr();

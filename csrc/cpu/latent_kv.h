@@ -79,9 +79,10 @@ struct KvBackward {
   const char* tiles = nullptr;  // z for kv_tile_product
 };
 
-// Products on the AMX tiles, for gradients and memory of bf16: 32 is the side of one. What returns false has met an
-// infinite number or NaN, which have no parts, and its product has to be made otherwise. Latents are operands of three
-// parts, [columns / 32][rows / 32] blocks of kKvTileBlock bytes, from [rows, columns] fp32: kv_tile_latents.
+// Products on the AMX tiles, for weights and for memory's gradients of bf16: 32 is the side of one. What returns false
+// has met an infinite number or NaN, which have no parts, and its product has to be made otherwise. Latents are
+// operands of three parts, [columns / 32][rows / 32] blocks of kKvTileBlock bytes, from [rows, columns] fp32:
+// kv_tile_latents.
 constexpr int64_t kKvTile = 32, kKvTileBlock = 3 * 2 * kKvTile * kKvTile;
 bool kv_have_tiles();
 void kv_tile_latents(const float* z, int64_t rows, int64_t columns, char* parts);

@@ -95,7 +95,7 @@ void kv_forward_chunks(const KvForward& a, void* scratch, int64_t begin, int64_t
   constexpr int64_t V = Lanes<T>::count;
   const KvRows& r = a.rows;
   T* const copy = static_cast<T*>(scratch);
-  alignas(64) T tile[kKvChunk * 2 * V] = {}, turned[2 * V * kKvChunk], bias[kKvChunk] = {};
+  alignas(64) T tile[kKvChunk * 2 * V] = {}, turned[2 * V * kKvChunk] = {}, bias[kKvChunk] = {};
   const bool direct = is_type<T>(a.weight.type);
   for (int64_t index = begin; index < end; index++) {
     const Chunk c(r, index);
@@ -202,7 +202,7 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
   T* const copy = tile + kKvChunk * a.nz_padded;    // [kKvChunk][nz_padded]: weights in the accumulation type
   T* const turned = copy + kKvChunk * a.nz_padded;  // [kKvChunk][gram_padded or batch_padded]
   std::fill(g, g + kv_backward_scratch<T>(a), T(0));
-  const bool direct = is_type<T>(a.weight.type) && r.nz % V == 0;
+  const bool direct = is_type<T>(a.weight.type) && a.nz_padded == r.nz;  // else rows would be read past their ends
   for (int64_t index = begin; index < end; index++) {
     const Chunk c(r, index);
     load_gradients(a, c, g);
@@ -235,11 +235,13 @@ void kv_backward_chunks(const KvBackward& a, void* scratch, int64_t begin, int64
       const int64_t where = c.at(a.dweight, 0);
       for (int64_t i = 0; i < c.n; i++) save(a.dweight, where + i * r.nz, tile + i * a.nz_padded, r.nz);
     } else {
-      T sum = 0;
-      const T* x = tile;
+      for (int64_t i = 0; i < c.n; i++) {  // beyond nz an infinite gradient times nothing is NaN
+        const T* x = tile + i * a.nz_padded;
+        T sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < c.n * a.nz_padded; i++) sum += x[i] * x[i];
-      *a.norm += static_cast<double>(sum);
+        for (int64_t k = 0; k < r.nz; k++) sum += x[k] * x[k];
+        *a.norm += static_cast<double>(sum);
+      }
     }
   }
 }

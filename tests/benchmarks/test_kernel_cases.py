@@ -9,7 +9,7 @@ import torch
 
 #: Names of a module and the smaller sizes that they are given.
 SMALL = {
-    "latent_kv": {"GPT2": (2, 2, 2, 5, 16), "NZ": 24},
+    "latent_kv": {"GPT2": (2, 2, 2, 5, 16), "NZ": 32},
     "latent_attention": {"BATCH": 4, "HEADS": 2, "HEAD_DIM": 16},
     "coupling_flow": {"DIM": 16, "HIDDEN": 32, "BLOCKS": 2},
     "posterior": {},

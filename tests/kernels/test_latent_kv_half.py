@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -125,12 +128,42 @@ def test_inf_and_nan_are_where_the_reference_has_them(number, where):
     torch.testing.assert_close(ours[finite], plain[finite], rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_is_written_or_read_outside():
+def test_nothing_is_written_outside():
     require("latent_kv", "cpp")
     given = _draw((1, 2, 3, 5, 7), 33, (17,))
     with GuardedAllocations() as guarded:
         _step("cpp", *given, 0.3)
     guarded.check()
+
+
+_READS = """
+import ctypes, mmap, torch
+from lmvae_fast.kernels.latent_kv import latent_kv
+
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+
+def at_the_end(x):  # a copy behind which nothing may be read
+    size = x.numel() * x.element_size()
+    pages = mmap.mmap(-1, (size // page + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert libc.mprotect(ctypes.c_void_p(start + len(pages) - page), page, 0) == 0
+    room = torch.frombuffer(pages, dtype=x.dtype, count=x.numel(), offset=len(pages) - page - size)
+    return room.view(x.shape).copy_(x)
+
+for nz in (16, 32, 37, 48, 64):
+    for batch in (1, 12, 33):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight, bias = torch.randn(1, 2, 1, 3, 24, nz).to(dtype), torch.randn(1, 2, 1, 3, 24).to(dtype)
+            z = torch.randn(batch, nz).to(dtype)
+            leaves = [at_the_end(x).requires_grad_() for x in (z, weight, bias)]
+            memory = latent_kv(*leaves, dtype=torch.bfloat16)
+            torch.autograd.grad(memory, leaves, at_the_end(torch.randn(memory.shape).bfloat16()))
+"""
+
+
+def test_nothing_is_read_behind_what_is_given():
+    require("latent_kv", "cpp")
+    subprocess.run([sys.executable, "-c", _READS], check=True)
 
 
 def test_threads_change_nothing():

@@ -1,4 +1,7 @@
-"""Training killed with SIGKILL at twenty random points, and resumed each time, ends with the same bits (all: `make kill`)."""
+"""Training killed with SIGKILL at twenty random points, and resumed each time, ends with the same bits.
+
+Whole models: `make kill`.
+"""
 
 import json
 import os
