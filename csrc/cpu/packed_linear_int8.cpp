@@ -22,7 +22,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 constexpr int64_t kTileRows = 5;    // a product of tiles computes 16 rows in as long
 constexpr int64_t kTilePass = 512;  // rows
 
-// Rows of a call on the vector units, whose sums these hold at a time.
+// In fp32 on the vector units, kLinearRows rows at a time: their sums lie on the stack.
 template <typename T>
 void on_numbers(ByteLinearArgs<T> a, const T* rows, int64_t stride, int64_t in, int64_t panels) {
   const int64_t pieces = (in + kByteDepth - 1) / kByteDepth;

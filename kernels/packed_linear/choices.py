@@ -98,11 +98,10 @@ def bodies() -> list[dict[str, str]]:
     whole = (
         ("AMX tiles from 25 rows, vectors below", "the fastest there is") if has("amx") else (vectors, "no AMX tiles")
     )
-    dots = f"AVX512-VNNI dot products for bf16 decoders, {vectors} for fp32"
     bytes_ = (
-        (f"AMX tiles for bf16 decoders, below 5 rows {dots}", 'only with weights="int8"')
+        (f"AMX tiles for bf16 decoders (below 5 rows AVX512-VNNI), {vectors} for fp32", 'only with weights="int8"')
         if has("amx")
-        else (dots, 'only with weights="int8"')
+        else (f"AVX512-VNNI dot products for bf16 decoders, {vectors} for fp32", 'only with weights="int8"')
         if has("avx512_vnni")
         else (f"{vectors}, weights widened", 'no AVX512-VNNI; only with weights="int8"')
     )
