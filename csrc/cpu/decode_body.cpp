@@ -10,30 +10,13 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/custom_class.h>
 
-#include "row_ops.h"
+#include "body_parts.h"
 
 namespace lmvae {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// weight, bias, epsilon, whether the mean is taken off (LayerNorm; else RMSNorm)
-using NormParts = std::tuple<at::Tensor, OptionalTensor, double, bool>;
 // packed weight, scales and totals of one in int8, bias, activation (packed_linear.h), outputs
 using LinearParts = std::tuple<at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t, int64_t>;
-
-struct Norm {
-  explicit Norm(NormParts parts)
-      : weight(std::get<0>(parts)), bias(std::get<1>(parts)), eps(std::get<2>(parts)), centred(std::get<3>(parts)) {}
-
-  at::Tensor operator()(const at::Tensor& x) const { return std::get<0>(frozen_norm(x, weight, bias, eps, centred)); }
-
- private:
-  at::Tensor weight;
-  OptionalTensor bias;
-  double eps;
-  bool centred;
-};
 
 struct Linear {
   explicit Linear(LinearParts parts)
@@ -55,13 +38,9 @@ struct Linear {
   int64_t activation, outputs;
 };
 
-std::optional<Norm> norm_of(std::optional<NormParts> parts) {
-  return parts.has_value() ? std::optional<Norm>(Norm(*std::move(parts))) : std::nullopt;
-}
-
 struct Layer {
-  Norm before_attention, before_mlp;
-  std::optional<Norm> query_norm, key_norm, behind_attention, behind_mlp;
+  RowNorm before_attention, before_mlp;
+  std::optional<RowNorm> query_norm, key_norm, behind_attention, behind_mlp;
   Linear qkv, out, up, down;
   int64_t heads, kv_heads, head_dim;
   double scale;
@@ -70,7 +49,7 @@ struct Layer {
 };
 
 // Normed heads [from, from + count) of every row in place.
-void norm_heads(const Norm& norm, at::Tensor heads, int64_t from, int64_t count) {
+void norm_heads(const RowNorm& norm, at::Tensor heads, int64_t from, int64_t count) {
   at::Tensor part = heads.narrow(1, from, count);
   part.copy_(norm(part.reshape({-1, part.size(2)})).view(part.sizes()));
 }
@@ -86,10 +65,10 @@ struct DecodeBody : torch::CustomClassHolder {
     TORCH_CHECK(norms.size() == 2 && products.size() == 4 && heads.size() == 3,
                 "DecodeBody: a layer has 2 norms, 4 products and 3 numbers of heads, got ", norms.size(), ", ",
                 products.size(), " and ", heads.size());
-    layers_.push_back({Norm(norms[0]), Norm(norms[1]), norm_of(std::move(query_norm)), norm_of(std::move(key_norm)),
-                       norm_of(std::move(behind_attention)), norm_of(std::move(behind_mlp)), Linear(products[0]),
-                       Linear(products[1]), Linear(products[2]), Linear(products[3]), heads[0], heads[1], heads[2],
-                       scale, window, rotation, gate, softcap});
+    layers_.push_back({RowNorm(norms[0]), RowNorm(norms[1]), norm_of(std::move(query_norm)),
+                       norm_of(std::move(key_norm)), norm_of(std::move(behind_attention)),
+                       norm_of(std::move(behind_mlp)), Linear(products[0]), Linear(products[1]), Linear(products[2]),
+                       Linear(products[3]), heads[0], heads[1], heads[2], scale, window, rotation, gate, softcap});
   }
 
   // x [rows, hidden]; kv [layers, 2, rows, kv_heads, positions, head_dim], written to; places and lengths int64 [rows];
@@ -138,7 +117,7 @@ struct DecodeBody : torch::CustomClassHolder {
     return layer.behind_mlp.has_value() ? x + (*layer.behind_mlp)(layer.down(inner)) : layer.down(inner, x);
   }
 
-  Norm last_;
+  RowNorm last_;
   std::vector<Layer> layers_;
 };
 

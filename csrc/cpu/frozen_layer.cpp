@@ -32,33 +32,6 @@ void for_type(const at::Tensor& x, const char* name, const F& body) {
     TORCH_CHECK_TYPE(false, name, ": ", x.scalar_type(), " is not one of float32, bfloat16");
 }
 
-at::Tensor norm_bwd(const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& stats_in,
-                    const at::Tensor& weight_in, const OptionalTensor& added_in, bool centred) {
-  const at::Tensor grad = rows_of(grad_in), x = rows_of(x_in), stats = stats_in.contiguous();
-  const at::Tensor weight = in_float(weight_in), added = added_in.has_value() ? rows_of(*added_in) : at::Tensor();
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  for_type(x, "frozen_norm_bwd", [&](auto zero) {
-    using T = decltype(zero);
-    NormArgs<T> a{};
-    a.width = x.size(1);
-    a.centred = centred;
-    a.x = x.const_data_ptr<T>();
-    a.x_row = x.stride(0);
-    a.weight = weight.const_data_ptr<float>();
-    a.stats = const_cast<float*>(stats.const_data_ptr<float>());
-    a.grad = grad.const_data_ptr<T>();
-    a.grad_row = grad.stride(0);
-    if (added.defined()) {
-      a.added = added.const_data_ptr<T>();
-      a.added_row = added.stride(0);
-    }
-    a.out = out.mutable_data_ptr<T>();
-    const auto rows = LMVAE_PICK(norm_rows_bwd<T>);
-    at::parallel_for(0, x.size(0), grain(a.width), [&](int64_t begin, int64_t end) { rows(a, begin, end); });
-  });
-  return out;
-}
-
 at::Tensor activation(const at::Tensor& x_in, const OptionalTensor& grad_in, int64_t kind) {
   const at::Tensor x = rows_of(x_in), grad = grad_in.has_value() ? rows_of(*grad_in) : at::Tensor();
   const auto what = static_cast<RowActivation>(kind);
@@ -80,10 +53,6 @@ at::Tensor activation(const at::Tensor& x_in, const OptionalTensor& grad_in, int
     at::parallel_for(0, x.size(0), grain(width), [&](int64_t begin, int64_t end) { rows(a, begin, end); });
   });
   return out;
-}
-
-at::Tensor activation_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t kind) {
-  return activation(x, grad, kind);
 }
 
 }  // namespace
@@ -112,7 +81,38 @@ std::tuple<at::Tensor, at::Tensor> frozen_norm(const at::Tensor& x_in, const at:
   return {y, stats};
 }
 
+at::Tensor frozen_norm_bwd(const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& stats_in,
+                           const at::Tensor& weight_in, const OptionalTensor& added_in, bool centred) {
+  const at::Tensor grad = rows_of(grad_in), x = rows_of(x_in), stats = stats_in.contiguous();
+  const at::Tensor weight = in_float(weight_in), added = added_in.has_value() ? rows_of(*added_in) : at::Tensor();
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  for_type(x, "frozen_norm_bwd", [&](auto zero) {
+    using T = decltype(zero);
+    NormArgs<T> a{};
+    a.width = x.size(1);
+    a.centred = centred;
+    a.x = x.const_data_ptr<T>();
+    a.x_row = x.stride(0);
+    a.weight = weight.const_data_ptr<float>();
+    a.stats = const_cast<float*>(stats.const_data_ptr<float>());
+    a.grad = grad.const_data_ptr<T>();
+    a.grad_row = grad.stride(0);
+    if (added.defined()) {
+      a.added = added.const_data_ptr<T>();
+      a.added_row = added.stride(0);
+    }
+    a.out = out.mutable_data_ptr<T>();
+    const auto rows = LMVAE_PICK(norm_rows_bwd<T>);
+    at::parallel_for(0, x.size(0), grain(a.width), [&](int64_t begin, int64_t end) { rows(a, begin, end); });
+  });
+  return out;
+}
+
 at::Tensor frozen_activation(const at::Tensor& x, int64_t kind) { return activation(x, std::nullopt, kind); }
+
+at::Tensor frozen_activation_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t kind) {
+  return activation(x, grad, kind);
+}
 
 void frozen_rotary(at::Tensor& x, const at::Tensor& cos_in, const at::Tensor& sin_in, int64_t heads, bool back) {
   const at::Tensor cos = rows_of(cos_in), sin = rows_of(sin_in);
@@ -137,9 +137,9 @@ void frozen_rotary(at::Tensor& x, const at::Tensor& cos_in, const at::Tensor& si
 
 TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
   m.impl("frozen_norm", &frozen_norm);
-  m.impl("frozen_norm_bwd", &norm_bwd);
+  m.impl("frozen_norm_bwd", &frozen_norm_bwd);
   m.impl("frozen_activation", &frozen_activation);
-  m.impl("frozen_activation_bwd", &activation_bwd);
+  m.impl("frozen_activation_bwd", &frozen_activation_bwd);
   m.impl("frozen_rotary", &frozen_rotary);
 }
 

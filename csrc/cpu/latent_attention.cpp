@@ -103,63 +103,25 @@ std::tuple<LatentAttentionArgs, int64_t, double> common_args(
   return {a, longest, flops};
 }
 
-std::tuple<at::Tensor, at::Tensor> fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                       const OptionalTensor& memory_k, const OptionalTensor& memory_v,
-                                       const at::Tensor& cu_seqlens, int64_t visibility, double scale,
-                                       std::optional<int64_t> max_seqlen, std::optional<int64_t> window,
-                                       std::optional<double> softcap) {
-  const at::Tensor offsets = cu_seqlens.contiguous();
-  auto [a, longest, flops] =
-      common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
-  at::Tensor out = at::empty({q.size(0), a.heads, a.head_dim}, q.options());
-  at::Tensor stats = at::empty({q.size(0), a.heads, 2}, q.options().dtype(stats_type(q)));
-  a.out = out.mutable_data_ptr();
-  a.stats = stats.mutable_data_ptr();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
-    const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
-    const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops,
-              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
-  });
-  return {out, stats};
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bwd(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
                                                    const at::Tensor& v, const OptionalTensor& memory_k,
                                                    const OptionalTensor& memory_v, const at::Tensor& out,
                                                    const at::Tensor& stats, const at::Tensor& cu_seqlens,
                                                    int64_t visibility, double scale, std::optional<int64_t> max_seqlen,
                                                    std::optional<int64_t> window, std::optional<double> softcap) {
-  const at::Tensor offsets = cu_seqlens.contiguous(), out_dense = out.contiguous(), stats_dense = stats.contiguous();
-  auto [a, longest, flops] =
-      common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
-  TORCH_CHECK(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(),
-              "latent_attention: the gradient must be like q, got ", grad_out.sizes());
-  const int64_t tokens = q.size(0);
   // Keys and values together: fewer, larger blocks, which the allocator keeps instead of asking the system every time.
-  at::Tensor grad_q = at::empty({tokens, a.heads, a.head_dim}, q.options());
-  at::Tensor grad_kv = at::empty({2, tokens, a.kv_heads, a.head_dim}, q.options());
+  at::Tensor grad_q = at::empty(q.sizes(), q.options());
+  at::Tensor grad_kv = at::empty({2, k.size(0), k.size(1), k.size(2)}, q.options());
   at::Tensor grad_memory = at::empty({2, 0}, q.options());  // without memory: nothing, but a tensor
-  if (memory_k.has_value()) grad_memory = at::empty({2, a.batch, a.kv_heads, a.slots, a.head_dim}, q.options());
-  a.grad_out = packed(grad_out);
-  a.out = const_cast<void*>(out_dense.const_data_ptr());
-  a.stats = const_cast<void*>(stats_dense.const_data_ptr());
-  const auto half = [](const at::Tensor& x, int64_t n) {
-    return static_cast<char*>(x.mutable_data_ptr()) + n * x.numel() / 2 * x.element_size();
-  };
-  a.grad_q = grad_q.mutable_data_ptr();
-  a.grad_k = half(grad_kv, 0);
-  a.grad_v = half(grad_kv, 1);
+  AttentionGradients grads{grad_q, grad_kv.select(0, 0), grad_kv.select(0, 1), {}, {}};
   if (memory_k.has_value()) {
-    a.grad_memory_k = half(grad_memory, 0);
-    a.grad_memory_v = half(grad_memory, 1);
+    grad_memory =
+        at::empty({2, memory_k->size(0), memory_k->size(1), memory_k->size(2), memory_k->size(3)}, q.options());
+    grads.memory_k = grad_memory.select(0, 0);
+    grads.memory_v = grad_memory.select(0, 1);
   }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
-    const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
-    const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
-    for_pairs(a.batch * a.kv_heads, bytes, flops,
-              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
-  });
+  latent_attention_backward(grad_out, q, k, v, memory_k, memory_v, out, stats, cu_seqlens, visibility, scale,
+                            max_seqlen, window, softcap, grads);
   return {grad_q, grad_kv, grad_memory};
 }
 
@@ -247,6 +209,69 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& k_cache, const at::Tens
 
 }  // namespace
 
+std::tuple<at::Tensor, at::Tensor> latent_attention_forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& memory_k,
+    const OptionalTensor& memory_v, const at::Tensor& cu_seqlens, int64_t visibility, double scale,
+    std::optional<int64_t> max_seqlen, std::optional<int64_t> window, std::optional<double> softcap) {
+  const at::Tensor offsets = cu_seqlens.contiguous();
+  auto [a, longest, flops] =
+      common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
+  at::Tensor out = at::empty({q.size(0), a.heads, a.head_dim}, q.options());
+  at::Tensor stats = at::empty({q.size(0), a.heads, 2}, q.options().dtype(stats_type(q)));
+  a.out = out.mutable_data_ptr();
+  a.stats = stats.mutable_data_ptr();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_fwd", [&] {
+    const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, false));
+    const auto pair = LMVAE_PICK(latent_attention_fwd<scalar_t>);
+    for_pairs(a.batch * a.kv_heads, bytes, flops,
+              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
+  });
+  return {out, stats};
+}
+
+void latent_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
+                               const at::Tensor& v, const OptionalTensor& memory_k, const OptionalTensor& memory_v,
+                               const at::Tensor& out, const at::Tensor& stats, const at::Tensor& cu_seqlens,
+                               int64_t visibility, double scale, std::optional<int64_t> max_seqlen,
+                               std::optional<int64_t> window, std::optional<double> softcap,
+                               const AttentionGradients& grads) {
+  const at::Tensor offsets = cu_seqlens.contiguous(), out_dense = out.contiguous(), stats_dense = stats.contiguous();
+  auto [a, longest, flops] =
+      common_args(q, k, v, memory_k, memory_v, offsets, visibility, scale, max_seqlen, window, softcap);
+  TORCH_CHECK(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(),
+              "latent_attention: the gradient must be like q, got ", grad_out.sizes());
+  const auto into = [](const at::Tensor& grad, const at::Tensor& of) {
+    TORCH_CHECK(grad.sizes() == of.sizes() && grad.scalar_type() == of.scalar_type() && grad.stride(2) == 1 &&
+                    (grad.size(1) == 1 || grad.stride(1) == grad.size(2)),
+                "latent_attention: a gradient of ", grad.sizes(), " with strides ", grad.strides(), " for ",
+                of.sizes());
+    return grad.mutable_data_ptr();
+  };
+  a.grad_out = packed(grad_out);
+  a.out = const_cast<void*>(out_dense.const_data_ptr());
+  a.stats = const_cast<void*>(stats_dense.const_data_ptr());
+  a.grad_q = into(grads.q, q);
+  a.grad_k = into(grads.k, k);
+  a.grad_v = into(grads.v, v);
+  a.grad_q_token = grads.q.stride(0);
+  a.grad_kv_token = grads.k.stride(0);
+  TORCH_CHECK(grads.v.stride(0) == a.grad_kv_token, "latent_attention: gradients of keys and values lie alike");
+  if (memory_k.has_value()) {
+    TORCH_CHECK(grads.memory_k.is_contiguous() && grads.memory_v.is_contiguous() &&
+                    grads.memory_k.sizes() == memory_k->sizes() && grads.memory_v.sizes() == memory_k->sizes() &&
+                    grads.memory_k.scalar_type() == q.scalar_type() && grads.memory_v.scalar_type() == q.scalar_type(),
+                "latent_attention: gradients of memory are dense, and as large as it");
+    a.grad_memory_k = grads.memory_k.mutable_data_ptr();
+    a.grad_memory_v = grads.memory_v.mutable_data_ptr();
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "latent_attention_bwd", [&] {
+    const int64_t bytes = LMVAE_PICK(latent_attention_workspace<scalar_t>(a, longest, true));
+    const auto pair = LMVAE_PICK(latent_attention_bwd<scalar_t>);
+    for_pairs(a.batch * a.kv_heads, bytes, flops,
+              [&, &a = a](int64_t p, int64_t after, void* own) { pair(a, p, after, own); });
+  });
+}
+
 at::Tensor latent_attention_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& places,
                                  const at::Tensor& lengths, double scale, std::optional<int64_t> window,
@@ -260,7 +285,7 @@ at::Tensor latent_attention_step(const at::Tensor& q, const at::Tensor& k, const
 }
 
 TORCH_LIBRARY_IMPL(lmvae_fast, CPU, m) {
-  m.impl("latent_attention_fwd", &fwd);
+  m.impl("latent_attention_fwd", &latent_attention_forward);
   m.impl("latent_attention_bwd", &bwd);
   m.impl("latent_attention_decode", &decode);
   m.impl("latent_attention_step", &latent_attention_step);

@@ -27,8 +27,9 @@ struct LatentAttentionArgs {
   Strided q, k, v, memory_k, memory_v;
   void* out;    // dense [T, H, D]
   void* stats;  // dense [T, H, 2], fp32 or fp64: the row's largest score m and 1 / sum of exp(score - m)
-  // Backward only; gradients are dense, those of memory null without memory.
+  // Backward only; heads of gradients are dense in their token, those of memory all dense, and null without memory.
   Strided grad_out;
+  int64_t grad_q_token, grad_kv_token;  // numbers from one token's gradients to the next one's
   void *grad_q, *grad_k, *grad_v, *grad_memory_k, *grad_memory_v;
 };
 

@@ -197,7 +197,8 @@ void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t 
   const Tile<T, QV> tile(u, row0, rows);
   const Rows<const A> q = u.load_rows(u.args.q, row0, rows, w.q);
   transpose(q.data, q.pitch, rows, W, u.args.head_dim, static_cast<A>(u.args.scale), w.qt);
-  const Rows<A> out = u.target_rows(u.args.out, row0, w.out);
+  const int64_t token = u.args.heads * u.args.head_dim;
+  const Rows<A> out = u.target_rows(u.args.out, token, row0, w.out);
   const A none = -std::numeric_limits<A>::infinity();
   alignas(64) A largest[W], sum[W] = {}, base[W];
   std::fill_n(largest, W, none);
@@ -248,7 +249,7 @@ void forward_tile(const Unit<T>& u, const Sources<T>& in, int64_t row0, int64_t 
     stats[0] = base[r];
     stats[1] = factor;
   }
-  u.store_rows(out, u.args.out, row0, rows, w.out);
+  u.store_rows(out, u.args.out, token, row0, rows, w.out);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T
   }
   const Rows<const A> q = u.load_rows(args.q, row0, rows, w.q);
   const Rows<const A> grad_out = u.load_rows(args.grad_out, row0, rows, w.grad_out);
-  const Rows<A> grad_q = u.target_rows(args.grad_q, row0, w.out);
+  const Rows<A> grad_q = u.target_rows(args.grad_q, args.grad_q_token, row0, w.out);
   transpose(q.data, q.pitch, rows, W, D, static_cast<A>(args.scale), w.qt);
   transpose(grad_out.data, grad_out.pitch, rows, W, D, A(1), w.grad_out_t);
 
@@ -318,7 +319,7 @@ void backward_tile(const Unit<T>& u, const Sources<T>& in, const Columns<acc_t<T
     tile.by_column(pieces, w.grad_s, q, again, grad_keys);
     tile.by_row(pieces, w.grad_s, in.keys, !first, grad_q);
   });
-  u.store_rows(grad_q, args.grad_q, row0, rows, w.out);
+  u.store_rows(grad_q, args.grad_q, args.grad_q_token, row0, rows, w.out);
 }
 
 // Queries in tiles of two vectors of lanes, the rest in one vector where that is enough.

@@ -116,27 +116,29 @@ struct Unit {
     return {room, pitch};
   }
   int64_t place_of(int64_t row) const { return token_of(row) * args.heads + head_of(row); }  // in [T, H]
-  // Where rows [row, ...) of a dense [T, H, D] result are made: in place, or in `room`, from which store_rows takes
-  // them.
-  Rows<A> target_rows(void* x, int64_t row, A* room) const {
+  // Where rows [row, ...) of a [T, H, D] result are made, `token` numbers from one token to the next: in place, or in
+  // `room`, from which store_rows takes them.
+  T* result_row(void* x, int64_t token, int64_t row) const {
+    return static_cast<T*>(x) + token_of(row) * token + head_of(row) * args.head_dim;
+  }
+  Rows<A> target_rows(void* x, int64_t token, int64_t row, A* room) const {
     if constexpr (std::is_same_v<T, A>)
-      if (whole && group == 1) return {static_cast<A*>(x) + place_of(row) * pitch, args.heads * pitch};
+      if (whole && group == 1) return {result_row(x, token, row), token};
     return {room, pitch};
   }
-  void store_rows(const Rows<A>& made, void* x, int64_t row, int64_t count, const A* room) const {
+  void store_rows(const Rows<A>& made, void* x, int64_t token, int64_t row, int64_t count, const A* room) const {
     if (made.data != room) return;
-    for (int64_t r = 0; r < count; r++)
-      store_row(made.row(r), static_cast<T*>(x) + place_of(row + r) * args.head_dim, args.head_dim);
+    for (int64_t r = 0; r < count; r++) store_row(made.row(r), result_row(x, token, row + r), args.head_dim);
   }
   // The same for the gradients of keys or values.
   T* memory_rows(void* memory) const {
     return memory == nullptr ? nullptr
                              : static_cast<T*>(memory) + (b * args.kv_heads + kv_head) * args.slots * args.head_dim;
   }
-  T* token_rows(void* x) const { return static_cast<T*>(x) + (first * args.kv_heads + kv_head) * args.head_dim; }
+  T* token_rows(void* x) const { return static_cast<T*>(x) + first * args.grad_kv_token + kv_head * args.head_dim; }
   Columns<A> target_columns(void* memory, void* x, A* room) const {
     if constexpr (std::is_same_v<T, A>)
-      if (whole) return {{{memory_rows(memory), pitch}, {token_rows(x), args.kv_heads * pitch}}, used};
+      if (whole) return {{{memory_rows(memory), pitch}, {token_rows(x), args.grad_kv_token}}, used};
     return {{{room, pitch}, {room + used * pitch, pitch}}, used};
   }
   void store_columns(const Columns<A>& made, void* memory, void* x, const A* room) const {
@@ -144,7 +146,7 @@ struct Unit {
     T *m = memory_rows(memory), *t = token_rows(x);
     if (made.of[0].data == room) {
       for (int64_t j = 0; j < used; j++) store_row(made.at(0, j), m + j * D, D);
-      for (int64_t i = 0; i < tokens; i++) store_row(made.at(1, used + i), t + i * args.kv_heads * D, D);
+      for (int64_t i = 0; i < tokens; i++) store_row(made.at(1, used + i), t + i * args.grad_kv_token, D);
     }
     if (m != nullptr) std::fill_n(m + used * D, (args.slots - used) * D, T(0));
   }

@@ -81,18 +81,31 @@ def _plain_product(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x, added: linear(x, weight, bias) if added is None else linear(x, weight, bias).add_(added)
 
 
+class OneDnnLinear:
+    """oneDNN's product over a weight ``[outputs, inputs]`` that it has put in an order of its own.
+
+    Attributes:
+        weight: in that order. bias: ``[outputs]`` or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+        self.bias = bias
+        self._plain, self._summed = (
+            torch.ops.mkldnn._linear_pointwise.default,
+            torch.ops.mkldnn._linear_pointwise.binary,
+        )
+
+    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        if added is None:
+            return self._plain(x, self.weight, self.bias, "none", [], "")
+        return self._summed(x, added, self.weight, self.bias, "add")
+
+
 def _product(pages: LargePages, weight: Tensor, bias: Tensor | None) -> Product:
     by = training_product(weight.dtype)
     if by == "onednn":
-        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
-        plain, summed = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
-
-        def by_onednn(x: Tensor, added: Tensor | None) -> Tensor:
-            if added is None:
-                return plain(x, blocked, bias, "none", [], "")
-            return summed(x, added, blocked, bias, "add")
-
-        return by_onednn
+        return OneDnnLinear(weight, bias)
     if by == "packed":
         return PackedLinear(pages.copy(pack_weight(weight)), bias, out_features=weight.shape[0])
     held = weight if weight.is_contiguous() else weight.t().contiguous().t()

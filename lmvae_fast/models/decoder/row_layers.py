@@ -8,7 +8,7 @@ before what it multiplies is there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -22,7 +22,15 @@ from lmvae_fast.models.decoder.cache import LatentCache
 from lmvae_fast.models.decoder.frozen_products import FrozenLinear
 from lmvae_fast.models.decoder.linear_weights import Unlike
 from lmvae_fast.models.decoder.low_rank import merged
-from lmvae_fast.models.decoder.training_layers import IntoAttention, LastNorm, Layers, Norm, OutOfAttention, Turns
+from lmvae_fast.models.decoder.training_layers import (
+    Attend,
+    IntoAttention,
+    LastNorm,
+    Layers,
+    Norm,
+    OutOfAttention,
+    Turns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +49,7 @@ class _Product(NamedTuple):
 
 class _Layer(NamedTuple):
     into: IntoAttention
-    attend: Callable[[AttentionContext, Tensor], Tensor]
+    attend: Attend
     out: OutOfAttention
     products: tuple[_Product, ...]  # into attention, out of it, up, down
 

@@ -23,6 +23,7 @@ from lmvae_fast.models.decoder.large_pages import LargePages
 from lmvae_fast.models.decoder.linear_weights import Unlike, plain_linears, require
 from lmvae_fast.models.decoder.low_rank import adapter_state, require_adapters
 from lmvae_fast.models.decoder.rounding import float32_limit, nudged
+from lmvae_fast.models.decoder.training_call import TrainingCall
 from lmvae_fast.models.decoder.training_layers import written_out
 from lmvae_fast.models.sharded_tensors import in_pieces
 
@@ -117,7 +118,7 @@ class TrainingBody:
         body: Any = decoder.body
         try:
             _require_frozen(decoder, weights)
-            forward = written_out(decoder, pages)
+            forward = written_out(decoder, pages, TrainingCall)
             if forward is None:
                 return None, f"the layers of {type(body).__name__} are not written out"
         except Unlike as unlike:

@@ -251,11 +251,28 @@ class _Between(torch.autograd.Function):
         return by_seen, by_x, None, None, *of_before, *of_after
 
 
+class Attend(NamedTuple):
+    """The attention of a layer: queries, keys and values ``[T, (heads + 2 kv_heads) * dim]`` to ``[T, heads * dim]``."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def __call__(self, context: AttentionContext, heard: Tensor) -> Tensor:
+        sizes = [self.heads, self.kv_heads, self.kv_heads]
+        parts = heard.unflatten(1, (sum(sizes), -1)).split(sizes, dim=1)
+        seen = context.attend(self.layer, *parts, scale=self.scale, window=self.window, softcap=self.softcap)
+        return seen.reshape(heard.shape[0], -1)
+
+
 class Layers(NamedTuple):
     """A body: segments, and by layer the geometry of its attention."""
 
     segments: list[Segment]
-    attend: list[Callable[[AttentionContext, Tensor], Tensor]]  # queries, keys and values [T, ...] to [T, heads * dim]
+    attend: list[Attend]
 
     def run(self, x: Tensor, context: AttentionContext, turns: Sequence[Turns | None]) -> Tensor:
         """Hidden states ``[T, hidden]`` through all layers, each with its rotation, and the last norm."""
@@ -267,17 +284,6 @@ class Layers(NamedTuple):
         for attend, segment, turned in zip(self.attend[:-1], self.segments[1:-1], turns[1:], strict=True):
             heard, x = between(attend(context, heard), x, segment, turned)
         return between(self.attend[-1](context, heard), x, self.segments[-1], None)
-
-
-def _attention(
-    index: int, heads: int, kv_heads: int, scale: float, window: int | None, softcap: float | None = None
-) -> Callable[..., Tensor]:
-    def attend(context: AttentionContext, heard: Tensor) -> Tensor:
-        parts = heard.unflatten(1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], dim=1)
-        seen = context.attend(index, *parts, scale=scale, window=window, softcap=softcap)
-        return seen.reshape(heard.shape[0], -1)
-
-    return attend
 
 
 def _segments(into: list[IntoAttention], out: list[OutOfAttention], last: Norm) -> list[Segment]:
@@ -321,7 +327,7 @@ def _gpt2_forward(body: Any, pages: LargePages, by: Callable[[Layers], Runs]) ->
         out.append(
             OutOfAttention(FrozenLinear(pages, attn.c_proj), _layer_norm(block.ln_2, dtype), up, "gelu_tanh", down)
         )
-        attend.append(_attention(index, attn.num_heads, attn.num_heads, attn.scaling, None))
+        attend.append(Attend(index, attn.num_heads, attn.num_heads, attn.scaling))
     layers = by(Layers(_segments(into, out, _layer_norm(body.ln_f, dtype)), attend))
     positions, none = body.wpe.weight, [None] * len(attend)
 
@@ -360,7 +366,7 @@ def _llama_forward(
         up, down = FrozenLinear(pages, mlp.gate_proj, mlp.up_proj), FrozenLinear(pages, mlp.down_proj)
         behind = behind_out, behind_down
         out.append(OutOfAttention(FrozenLinear(pages, attn.o_proj), second, up, activation, down, behind))
-        attend.append(_attention(index, heads, kv_heads, attn.scaling, windows[index], softcap_of(attn)))
+        attend.append(Attend(index, heads, kv_heads, attn.scaling, windows[index], softcap_of(attn)))
     layers = by(Layers(_segments(into, out, _rms_norm(body.norm, dtype)), attend))
     kinds = [rotation_of(body, index) for index in range(len(attend))]
 

@@ -200,8 +200,8 @@ def test_what_is_off_is_not_used(monkeypatch, caplog):
     decoder = _decoder()
     honest = training_body.written_out
 
-    def wrong(decoder, pages):
-        forward = honest(decoder, pages)
+    def wrong(*given):
+        forward = honest(*given)
 
         class Half(torch.autograd.Function):  # values are right, gradients are not
             forward = staticmethod(lambda ctx, x: x.clone())
