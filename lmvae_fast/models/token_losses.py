@@ -14,6 +14,7 @@ from lmvae_fast.kernels.registration import tangents
 from lmvae_fast.models.decoder.decoder import Decoder
 from lmvae_fast.models.decoder.exchange import called
 from lmvae_fast.models.decoder.training_body import TrainingBody
+from lmvae_fast.models.decoder.walk import parameters_of
 from lmvae_fast.models.injection import Injection
 from lmvae_fast.text.batch import Batch
 
@@ -87,7 +88,7 @@ def _pieces(decoder: Decoder, batch: Batch, injection: Injection) -> list[int]:
         or not any(part.requires_grad for part in parts)
         # gradients in fp16 need the scale that the loss is multiplied with first
         or any(part.device.type != "cpu" or part.dtype == torch.float16 or tangents(part) for part in parts)
-        or any(parameter.requires_grad for parameter in decoder.parameters())
+        or any(parameter.requires_grad for parameter in parameters_of(decoder))
         or batch.num_tokens < 2 * tokens
         or not stand_in.prepared()
     ):

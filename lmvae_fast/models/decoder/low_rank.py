@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmvae_fast.models.decoder.linear_weights import linear_weight, require
+from lmvae_fast.models.decoder.walk import modules_of
 
 
 class LowRank(NamedTuple):
@@ -80,7 +81,7 @@ def without_adapter(module: Any) -> Any:
 
 def adapter_state(body: nn.Module) -> tuple:
     """What, if it changes, makes prepared adapters others: all that peft looks at in a pass, but the weights' values."""
-    return tuple(_state_of(module) for module in body.modules() if is_adapted(module))
+    return tuple(_state_of(module) for module in modules_of(body) if is_adapted(module))
 
 
 def _state_of(module: Any) -> tuple:

@@ -25,6 +25,7 @@ from lmvae_fast.models.decoder.low_rank import adapter_state, require_adapters
 from lmvae_fast.models.decoder.rounding import float32_limit, nudged
 from lmvae_fast.models.decoder.training_call import TrainingCall
 from lmvae_fast.models.decoder.training_layers import written_out
+from lmvae_fast.models.decoder.walk import parameters_of
 from lmvae_fast.models.sharded_tensors import in_pieces
 
 if TYPE_CHECKING:
@@ -90,21 +91,18 @@ class TrainingBody:
         it reads copies of weights that are let go then."""
         return self._state is not None and self._now() != self._state
 
-    def _weights(self) -> list[nn.Parameter]:
-        return [weight for name, weight in self._decoder.body.named_parameters() if _ADAPTER not in name]
-
-    def _now(self) -> tuple:
+    def _now(self, weights: list[nn.Parameter] | None = None) -> tuple:
         """All that decides how the layers are prepared. Training mode does where something is dropped in it, and no more: an
         evaluation between two steps leaves them as they are."""
         body = self._decoder.body
+        weights = parameters_of(body, adapters=False) if weights is None else weights
         # Of a weight that trains nothing is prepared, whatever it holds.
-        of_weights = (
-            (w.data_ptr(), None if w.requires_grad else w._version) for w in self._weights() if not in_pieces(w)
-        )
+        of_weights = ((w.data_ptr(), None if w.requires_grad else w._version) for w in weights if not in_pieces(w))
         return (body.training and any(module.p > 0 for module in self._dropouts), adapter_state(body), *of_weights)
 
     def _prepared(self) -> Forward | None:
-        weights, state = self._weights(), self._now()
+        weights = parameters_of(self._decoder.body, adapters=False)
+        state = self._now(weights)
         if state != self._state:
             self._forward = None  # before the next copies are made
             self._forward, self.reason = self._prepare(weights)
