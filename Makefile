@@ -33,7 +33,7 @@ demo-pretrained: $(READY)   ## train our preset on a pretrained decoder (SmolLM2
 
 # One thread per worker: two workers of two threads each would wait for one another on 2 cores.
 test: $(READY)   ## the whole test suite (under 15 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(READY)  ## the tests marked slow, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests

@@ -200,10 +200,10 @@ def loops(shape: Shape, batch: int, tokens: int, width: int = 2) -> Iterator[Wor
     cache = s.layers * parts["latent_attention_decode"].bytes
     step = width * (s.body + s.hidden * s.vocab) + cache
     flops = 2 * batch * (s.body + s.hidden * s.vocab)
-    few = batch <= FEW  # then four products and the attention between them are a layer
+    few = batch <= FEW  # then four products and the attention between them are a layer, and each begins early
     yield Work(
         "decode step", f"batch {batch}", step, flops, kind, launches=s.layers * (5 if few else 8) + 12,
-        dependent=s.layers * 4 if few else 0, share=0.6,
+        dependent=s.layers * 5 if few else s.layers, share=0.6,
     )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from ..launch import MAX_GRID, TRITON_TYPES, CompileCase, Config, launch
+from ..row_product.ways import begins_early
 from .checks import check_lengths, check_offsets, check_positions
 from .triton_decode import latent_attention_combine_kernel, latent_attention_decode_kernel
 from .triton_kernels import latent_attention_bwd_kernel, latent_attention_fwd_kernel
@@ -216,9 +218,10 @@ def _decode(q, k, v, k_cache, v_cache, places, lengths, scale, window, softcap):
     if splits > 1:
         partial = torch.empty((batch * heads, splits, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((batch * heads, splits, 2), dtype=torch.float32, device=q.device)
+    config = _decode_config(block_d, exact and group > 1 and places is not None)
+    dependent = places is not None and begins_early(q.device)
     launch(
-        latent_attention_decode_kernel, (batch * kv_heads, splits), q.device,
-        _decode_config(block_d, exact and group > 1 and places is not None),
+        latent_attention_decode_kernel, (batch * kv_heads, splits), q.device, replace(config, dependent=dependent),
         q, k_cache, v_cache, lengths, out, partial, stats,
         *((q, q, lengths) if places is None else (k, v, places)), positions,
         heads, kv_heads, head_dim, scale, window or 0, softcap or 0.0,
@@ -226,7 +229,7 @@ def _decode(q, k, v, k_cache, v_cache, places, lengths, scale, window, softcap):
         *((0, 0, 1) * 2 if places is None else (*k.stride(), *v.stride())), 0 if places is None else places.stride(0),
         STEP=places is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, GROUP=group,
         GROUP_BLOCK=1 if group == 1 else max(16, triton.next_power_of_2(group)), EXACT=exact, SPLIT=splits > 1,
-        DOT=_dot_type(q),
+        DOT=_dot_type(q), DEPENDENT=dependent,
     )  # fmt: skip
     if splits > 1:
         launch(
@@ -300,7 +303,10 @@ def _compile_cases() -> list[CompileCase]:
                     tag = f"{'step' if step else 'decode'}-{name}-{head_dim}-group{group}" + ("-split" if split else "")
                     tensor_cores = group > 1 and not exact
                     config = _decode_config(head_dim, exact and group > 1 and step)
-                    cases.append(CompileCase(tag, decode, only, config, options, tensor_cores=tensor_cores))
+                    for dependent in (False, True) if step else (False,):
+                        name_of = tag + ("-dependent" if dependent else "")
+                        given = replace(config, dependent=dependent), options | {"DEPENDENT": dependent}
+                        cases.append(CompileCase(name_of, decode, only, *given, tensor_cores=tensor_cores))
             combine = {"partial": "*fp32", "stats": "*fp32", "out": f"*{name}", "splits": "i32", "head_dim": "i32"}
             config, options = _combine_config(head_dim), {"EXACT": exact}
             tag = f"combine-{name}-{head_dim}"

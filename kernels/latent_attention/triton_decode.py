@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..triton_math import cast, divided_program, tanh_
 from .triton_kernels import _exp
@@ -21,12 +22,16 @@ def latent_attention_decode_kernel(
     stride_v_b, stride_v_h, stride_v_n, stride_v_d, stride_lengths,
     stride_nk_b, stride_nk_h, stride_nk_d, stride_nv_b, stride_nv_h, stride_nv_d, stride_places,
     STEP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    EXACT: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EXACT: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # GROUP_BLOCK 1: products by multiplication and sum; otherwise a tile of query heads (16 at least) for tl.dot.
     # STEP: the row's new key and value go to its place in the cache; every program has them from where they come.
     # SPLIT: program_id(1) says which part of the visible positions; the parts are equal, so short rows keep all programs busy.
     b, h = divided_program(kv_heads)
+    if DEPENDENT:
+        gdc_wait()  # for all that is read: any of it may be what the kernel before this one writes
+        gdc_launch_dependents()  # the product behind it asks for its weight meanwhile
     length = tl.load(lengths + b * stride_lengths).to(tl.int64)
     low = tl.zeros_like(length)
     if HAS_WINDOW:

@@ -19,7 +19,7 @@ from ..frozen_layer.reference import ACTIVATIONS, GATED
 from ..frozen_layer.triton import _activated
 from ..launch import TRITON_TYPES, CompileCase, Config, launch
 from ..triton_math import cast
-from .ways import WAY
+from .ways import begins_early
 
 _NONE, _RMS, _LAYER = (tl.constexpr(kind) for kind in range(3))  # norms
 
@@ -214,7 +214,7 @@ def row_product(x, weight, bias, norm_weight, norm_bias, eps, centred, activatio
     out = x.new_empty((rows, columns))
     x, weight, added = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, weight, added))
     bias, norm_weight, norm_bias = (t if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
-    dependent = x.device.type == "cuda" and WAY == "early" and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    dependent = begins_early(x.device)
     given = (
         x, weight, weight if bias is None else bias, weight if norm_weight is None else norm_weight,
         weight if norm_bias is None else norm_bias, x if added is None else added, out, rows, columns, depth, eps,

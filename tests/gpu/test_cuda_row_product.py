@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lmvae_fast.kernels.backend import choose
+from lmvae_fast.kernels.latent_attention import latent_attention_step
 from lmvae_fast.kernels.row_product import MOST_ROWS, Norm, row_product
 from tests.kernels.common import LAYOUTS, ODD_SIZES, GuardedAllocations, lay_out
 from tests.kernels.test_row_product import held, make
@@ -13,7 +14,7 @@ from tests.kernels.test_row_product import held, make
 from .common import DTYPES, capture, no_host_sync, triton
 
 pytestmark = pytest.mark.gpu
-op = triton(row_product)
+op, attend = triton(row_product), triton(latent_attention_step)
 
 
 def _given(*sizes, **options):
@@ -94,6 +95,49 @@ def test_a_chain_of_kernels_that_begin_early_waits_for_every_link(rows):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(out, slowly(x))
+
+
+@pytest.mark.parametrize("kv_heads", [12, 4])
+@pytest.mark.parametrize("rows", [1, MOST_ROWS])
+def test_attention_between_such_kernels_waits_too(rows, kv_heads):
+    """Layers as a decoding step has them: every one reads what the kernel before has just written, and writes to its cache."""
+    torch.manual_seed(0)
+    heads, dim, positions, count = 12, 64, 40, 24
+    layers = []
+    for _ in range(count):
+        (_, into, _), options = _given(rows, heads * dim, (heads + 2 * kv_heads) * dim, torch.bfloat16, norm="rms")
+        (_, out, _), _ = _given(rows, heads * dim, heads * dim, torch.bfloat16)
+        layers.append((into, options["norm"], out))
+    caches = torch.randn(count, 2, rows, kv_heads, positions, dim, device="cuda", dtype=torch.bfloat16)
+    places = torch.arange(rows, device="cuda") % positions
+    x = torch.randn(rows, heads * dim, device="cuda", dtype=torch.bfloat16)
+
+    def settle(wait):
+        if wait:
+            torch.cuda.synchronize()
+
+    def step(x, caches, wait):
+        for (into, norm, out), (keys, values) in zip(layers, caches, strict=True):
+            parts = op(x, into, norm=norm, settled=not wait).view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
+            settle(wait)
+            seen = attend(*parts, keys, values, places, places + 1, scale=dim**-0.5).view(rows, -1)
+            settle(wait)
+            x = op(seen, out, added=x, settled=not wait)
+            settle(wait)
+        return x
+
+    slow, fast = caches.clone(), caches.clone()
+    expected = step(x, slow, True)
+    for _ in range(20):
+        fast.copy_(caches)
+        assert torch.equal(step(x, fast, False), expected) and torch.equal(fast, slow)
+    graph, found = capture(lambda: step(x, fast, False))
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        fast.copy_(caches)
+        slow.copy_(caches)
+        graph.replay()
+        assert torch.equal(found, step(x, slow, True)) and torch.equal(fast, slow)
 
 
 def test_a_weight_that_a_running_kernel_writes_is_waited_for_unless_it_is_said_to_be_settled():

@@ -7,6 +7,9 @@ same dtype, three times for gradients; and the error's RMS at most 0.005 of the 
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -345,3 +348,23 @@ def _narrow_addresses(kernel: ast.FunctionDef) -> list[str]:
                 if is_stride and not is_wide(other):
                     problems.append(f"line {node.lineno}: {text} has a 32-bit index")
     return problems
+
+
+# ---- compiled code -----------------------------------------------------------------------------------------------------
+
+_COMPILED = """
+import sys
+sys.path.insert(0, "tools")
+import compile_jobs
+for job in compile_jobs.jobs_of(sys.argv[1]):
+    if job.case.name == sys.argv[2] and job.capability == 90 and job.aligned:
+        print(compile_jobs.compiled(job, job.digest())["ptx"])
+"""
+
+
+def compiled_code(op: str, case: str) -> str:
+    """What Triton compiles a case of the compile gate to for sm_90 (PTX), with sizes that are multiples of 16."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _COMPILED, op, case]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout

@@ -20,6 +20,7 @@ from .common import (
     GuardedAllocations,
     assert_int64_addresses,
     assert_within_error_rule,
+    compiled_code,
     lay_out,
     on_backend,
     opcheck,
@@ -205,23 +206,11 @@ def test_bad_input():
         row_product(x, weight, norm=norm._replace(weight=norm.weight.clone().requires_grad_()))
 
 
-_COMPILED = """
-import sys
-sys.path.insert(0, "tools")
-import compile_jobs
-for job in compile_jobs.jobs_of("row_product"):
-    if job.case.name == sys.argv[1] and job.capability == 90 and job.aligned:
-        print(compile_jobs.compiled(job, job.digest())["ptx"])
-"""
-
-
 @pytest.mark.parametrize(("tag", "early"), [("dependent", 6), ("waiting", 0)])
 def test_weights_are_asked_for_before_the_kernel_waits_for_another(tag, early):
     """Of settled weights, every load that can be is above the wait: four of the weight, two of the norm."""
     require("row_product", "triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", _COMPILED, f"vector-bf16-layer-768-{tag}"]
-    code = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    code = compiled_code("row_product", f"vector-bf16-layer-768-{tag}")
     before, after = code.split("griddepcontrol.wait", 1)
     assert "griddepcontrol.launch_dependents" in after
     assert len(re.findall(r"ld\.global\.v4", before)) == early
