@@ -20,7 +20,7 @@ def quicken() -> None:
     for change, needs in (
         (_language_in_place_once, [(interpreter, ("GridExecutor", "_LangPatchScope", "_patch_lang", "tl"))]),
         (_overflow_unlooked_for, [(semantic.TritonSemantic, ("binary_op_sanitize_overflow_impl",))]),
-        (_shapes_once, [(core, ("block_type", "tensor", "constexpr", "base_value"))]),
+        (_shapes_once, [(core, ("block_type", "tensor", "constexpr", "base_value", "tuple"))]),
         (_numpy_types_once, [(interpreter, ("_get_np_dtype",))]),
     ):
         if all(hasattr(place, name) for place, names in needs for name in names):
@@ -84,11 +84,15 @@ def _shapes_once() -> None:
     tensors: dict[int, tuple[Any, Any]] = {}  # by the identity of a type's shape, which `types` keeps; 0: of a number
 
     def type_(self: Any, element_ty: Any, shape: Any) -> None:
-        lengths = tuple(getattr(length, "value", length) for length in shape)
-        found = types.get(lengths)
+        found = None
+        if known := isinstance(shape, list | core.tuple):  # what it takes; anything else it refuses itself
+            lengths = tuple(getattr(length, "value", length) for length in shape)
+            known = all(type(length) is int for length in lengths)
+            found = types.get(lengths) if known else None
         if found is None:
             of_type(self, element_ty, shape)
-            types[lengths] = self.shape, self.numel, str(self.shape)
+            if known:
+                types[lengths] = self.shape, self.numel, str(self.shape)
             return
         self.element_ty = element_ty
         self.shape, self.numel, text = found

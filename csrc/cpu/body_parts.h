@@ -34,6 +34,8 @@ struct RowNorm {
     return frozen_norm_bwd(grad, x, stats, weight_, added, centred_);
   }
 
+  int64_t width() const { return weight_.numel(); }
+
  private:
   at::Tensor weight_;
   OptionalTensor bias_;

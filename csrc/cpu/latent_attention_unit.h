@@ -116,11 +116,11 @@ struct Unit {
     return {room, pitch};
   }
   int64_t place_of(int64_t row) const { return token_of(row) * args.heads + head_of(row); }  // in [T, H]
-  // Where rows [row, ...) of a [T, H, D] result are made, `token` numbers from one token to the next: in place, or in
-  // `room`, from which store_rows takes them.
+  // A row of a [T, H, D] result whose tokens lie `token` numbers apart.
   T* result_row(void* x, int64_t token, int64_t row) const {
     return static_cast<T*>(x) + token_of(row) * token + head_of(row) * args.head_dim;
   }
+  // Where rows [row, ...) of it are made: in place, or in `room`, from which store_rows takes them.
   Rows<A> target_rows(void* x, int64_t token, int64_t row, A* room) const {
     if constexpr (std::is_same_v<T, A>)
       if (whole && group == 1) return {result_row(x, token, row), token};

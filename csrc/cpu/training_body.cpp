@@ -1,8 +1,8 @@
 // A frozen decoder's layers over prepared weights for a packed batch, forward and backward to their inputs and to the
 // memory, in one call each: what models/decoder/training_call.py builds. Every part is the op of its name (row_ops.h),
-// in the order of training_layers.py, which has the same numbers; what is saved are the calls between them, a node of
-// autograd's for every piece, and the copies that put gradients of queries, keys and values, and of all layers' memory,
-// side by side.
+// in the order of training_layers.py, which has the same numbers but for a rounding at the very end; what is saved are
+// the calls between them, a node of autograd's for every piece, and the copies that put gradients of queries, keys and
+// values, and of all layers' memory, side by side.
 #include <string>
 #include <tuple>
 #include <utility>
@@ -205,10 +205,24 @@ struct TrainingBody : torch::CustomClassHolder {
     TORCH_CHECK(x.dim() == 2 && !layers_.empty(), "TrainingBody: rows [T, hidden], got ", x.sizes());
     TORCH_CHECK(turns.empty() || turns.size() == 2 * layers_.size(), "TrainingBody: ", turns.size(),
                 " cosines and sines for ", layers_.size(), " layers");
-    if (memory.has_value())
+    TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0 && cu_seqlens.scalar_type() == at::kInt &&
+                    cu_seqlens.device().is_cpu() && x.device().is_cpu(),
+                "TrainingBody: offsets int32 [batch + 1] on the CPU, got ", cu_seqlens.sizes(), " of ",
+                cu_seqlens.scalar_type());
+    for (const Layer& layer : layers_)
+      TORCH_CHECK(layer.before_attention.width() == x.size(1), "TrainingBody: rows [T, hidden] of ",
+                  layer.before_attention.width(), ", got ", x.sizes());
+    if (memory.has_value()) {
       TORCH_CHECK(memory->dim() == 6 && memory->size(0) == static_cast<int64_t>(layers_.size()) &&
-                      memory->size(1) == 2 && memory->scalar_type() == x.scalar_type(),
-                  "TrainingBody: a memory of ", memory->sizes(), " for ", layers_.size(), " layers");
+                      memory->size(1) == 2 && memory->size(2) == cu_seqlens.numel() - 1 &&
+                      memory->scalar_type() == x.scalar_type() && memory->device().is_cpu(),
+                  "TrainingBody: a memory of ", memory->sizes(), " for ", layers_.size(), " layers and ",
+                  cu_seqlens.numel() - 1, " sentences");
+      for (const Layer& layer : layers_)
+        TORCH_CHECK(memory->size(3) == layer.kv_heads && memory->size(5) == layer.head_dim,
+                    "TrainingBody: a memory of ", memory->sizes(), " for ", layer.kv_heads, " heads of ",
+                    layer.head_dim);
+    }
     return {std::move(memory), std::move(cu_seqlens), visibility, max_seqlen, std::move(turns)};
   }
 

@@ -336,7 +336,7 @@ def test_inf_and_nan_stay_in_their_row(name, value):
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("batch", [1, 40, 300])
+@pytest.mark.parametrize("batch", [1, 20, 40, 300])
 def test_same_bits_run_after_run_and_for_any_number_of_threads(memory, batch):
     require("coupling_flow", "cpp")
     bound = Bound(allinone(16, hidden=(200, 64), cond_dim=3, activation="silu"))

@@ -8,9 +8,10 @@ import torch
 
 from lmvae_fast.config import TrainConfig
 from lmvae_fast.errors import ConfigError
+from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.testing import make_model
 from lmvae_fast.training import Callback
-from lmvae_fast.training.step_setup import frozen_in, recomputing
+from lmvae_fast.training.step_setup import compiling, frozen_in, recomputing
 from tests.processes import PATIENCE
 from tests.training.helpers import run
 
@@ -65,6 +66,28 @@ def test_compiled_layers_train_the_same_weights(tmp_path, monkeypatch):
     assert "forward" not in vars(model.decoder.body)
     for name, value in found[False].items():
         torch.testing.assert_close(found[True][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layers_are_one_graph(monkeypatch):
+    """Nothing in a pass breaks what torch.compile sees of it."""
+    decoder, graphs, compiler = make_model("llama").decoder, [], torch.compile
+    torch._dynamo.reset()
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=count))
+    shape = (decoder.num_layers, 2, 2, decoder.kv_heads, 3, decoder.head_dim)
+    memory = torch.randn(shape, requires_grad=True)
+    offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
+    with compiling(decoder, True):
+        attention = PackedAttention(memory * 1.0, "prefix", offsets, 3)
+        given = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "use_cache": False, "lmvae": attention}
+        hidden = decoder.body(inputs_embeds=torch.randn(1, 5, decoder.hidden_size), **given).last_hidden_state
+    assert len(graphs) == 1
+    hidden.sum().backward()
+    assert memory.grad.abs().max() > 0
 
 
 def test_a_decoder_that_cannot_be_compiled_is_named(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ it; ours arrive as one object, either a :class:`PackedAttention` (a whole packed
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -71,14 +70,13 @@ class PackedAttention:
     max_seqlen: int
     position_columns: int = field(default=0, kw_only=True)
 
-    @cached_property
-    def _parts(self) -> tuple[Tensor, ...] | None:
-        """Keys and values of every layer. Taken apart once: the backward of indexing would fill and add a zero tensor of the
-        whole memory for every layer."""
+    def __post_init__(self) -> None:
+        # Taken apart once: the backward of indexing would fill and add a zero tensor of the whole memory for every layer. At
+        # once, in the grad mode that is on here, and where torch.compile can follow.
         memory = None if self.memory is None or self.memory.shape[4] == 0 else self.memory
         if memory is not None and self.position_columns:
             memory = with_positions(memory, self.visibility)
-        return None if memory is None else memory.flatten(0, 1).unbind(0)
+        self._parts = None if memory is None else memory.flatten(0, 1).unbind(0)
 
     def attend(self, layer, query, key, value, *, scale, window, softcap, sinks=None):
         """See :class:`AttentionContext`."""

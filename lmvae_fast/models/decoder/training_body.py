@@ -25,7 +25,7 @@ from lmvae_fast.models.decoder.low_rank import adapter_state, require_adapters
 from lmvae_fast.models.decoder.rounding import float32_limit, nudged
 from lmvae_fast.models.decoder.training_call import TrainingCall
 from lmvae_fast.models.decoder.training_layers import written_out
-from lmvae_fast.models.decoder.walk import parameters_of
+from lmvae_fast.models.decoder.walk import ADAPTER, parameters_of
 from lmvae_fast.models.sharded_tensors import in_pieces
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": FLOATS}
 _OPTIONS = {"inputs_embeds", "position_ids", "use_cache", "lmvae"}
 Forward = Callable[..., Any]
-_ADAPTER = ".lora_"  # in names of parameters that peft puts beside a weight
+_ADAPTER = f".{ADAPTER}"  # in names of parameters
 
 
 class TrainingBody:

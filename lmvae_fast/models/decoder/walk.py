@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_ADAPTER = "lora_"  # how names of what peft puts beside a weight begin
+ADAPTER = "lora_"  # how names of what peft puts beside a weight begin
 
 
 def modules_of(model: nn.Module, *, adapters: bool = True) -> Iterator[nn.Module]:
@@ -21,7 +21,7 @@ def modules_of(model: nn.Module, *, adapters: bool = True) -> Iterator[nn.Module
         seen.add(id(module))
         yield module
         for name, child in reversed(module._modules.items()):
-            if child is not None and (adapters or not name.startswith(_ADAPTER)):
+            if child is not None and (adapters or not name.startswith(ADAPTER)):
                 below.append(child)
 
 
@@ -31,6 +31,6 @@ def parameters_of(model: nn.Module, *, adapters: bool = True) -> list[nn.Paramet
         id(parameter): parameter
         for module in modules_of(model, adapters=adapters)
         for name, parameter in module._parameters.items()
-        if parameter is not None and (adapters or not name.startswith(_ADAPTER))
+        if parameter is not None and (adapters or not name.startswith(ADAPTER))
     }
     return list(found.values())

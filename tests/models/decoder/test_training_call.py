@@ -1,4 +1,4 @@
-"""A training pass in one call: the bits that the layers one by one give, for values and gradients, and only where it may."""
+"""A training pass in one call: the bits that the layers give, but for a rounding of the inputs' gradient, and only where it may."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _both(decoder, monkeypatch, given, **options):
         patch.setattr(TrainingPass, "apply", lambda *given: calls.append(1) or apply(*given))
         ours = _pass(forward, given, **options)
         assert calls == [1]
-        patch.setattr(TrainingCall, "in_use", False)
+        patch.setattr(TrainingCall, "_serves", lambda *given: False)
         theirs = _pass(forward, given, **options)
         assert calls == [1]
     assert "TrainingPass" not in str(theirs[0].grad_fn.next_functions)
@@ -142,7 +142,7 @@ def test_memories(monkeypatch, memory):
         assert both[0][2].dtype == torch.float32
 
 
-def test_nothing_is_kept_where_no_gradient_is_wanted():
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
     decoder = _decoder("gpt2")
     forward = written_out(decoder, LargePages(), TrainingCall)
     want, *_ = _pass(forward, _given(decoder))
@@ -154,6 +154,14 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
     around = (torch.tensor(OFFSETS, dtype=torch.int32), 0, 7, [])
     assert len(body.forward(x, None, *around, False)) == 1
     assert len(body.forward(x, None, *around, True)) == 1 + 8 * decoder.num_layers + 2
+    asked, apply = [], TrainingPass.apply
+    monkeypatch.setattr(TrainingPass, "apply", lambda *given: asked.append(given[-1]) or apply(*given))
+    x, memory = (tensor.requires_grad_() for tensor in _given(decoder))
+    _states(forward, x, memory)
+    _states(forward, x.detach(), memory.detach())
+    with torch.no_grad():
+        _states(forward, x, memory)
+    assert asked == [True, False, False]
 
 
 def _body(forward):
@@ -212,10 +220,42 @@ def test_an_extension_without_it_and_a_layer_without_prepared_products_leave_the
     assert choices.training_product(torch.float32) in ("onednn", "packed", "plain")
 
 
+class Marked(torch.Tensor):
+    """A kind of tensor of its own, whose operations leave it what it is."""
+
+
+def test_tensors_of_another_kind_go_through_the_layers(monkeypatch):
+    decoder = _decoder("llama")
+    forward = written_out(decoder, LargePages(), TrainingCall)
+    x, memory = _given(decoder)
+    want = _states(forward, x, memory)
+    monkeypatch.setattr(TrainingPass, "apply", lambda *given: pytest.fail("was called"))
+    for given in ((x.as_subclass(Marked), memory), (x, memory.as_subclass(Marked))):
+        assert torch.equal(_states(forward, *given).as_subclass(torch.Tensor), want)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5])
+@pytest.mark.parametrize("change", ["one less", "one more"])
+def test_a_memory_that_does_not_fit_is_refused_as_by_the_layers(dim, change):
+    decoder = _decoder("llama")
+    forward = written_out(decoder, LargePages(), TrainingCall)
+    x, memory = _given(decoder)
+    shape = list(memory.shape)
+    shape[dim] += 1 if change == "one more" else -1
+    with pytest.raises(ValueError, match="memory_k must be"):
+        _states(forward, x, torch.zeros(shape))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"memory": torch.zeros(1, 2, 3, 4, 9, 16)}, "a memory of"),
+        ({"memory": torch.zeros(2, 2, 1, 4, 9, 8)}, "a memory of"),
+        ({"memory": torch.zeros(2, 2, 3, 2, 9, 8)}, "a memory of"),
+        ({"memory": torch.zeros(2, 2, 3, 4, 9, 16)}, "a memory of"),
+        ({"x": torch.zeros(11, 31)}, "rows"),
+        ({"offsets": torch.tensor(OFFSETS)}, "offsets int32"),
+        ({"offsets": torch.zeros(0, dtype=torch.int32)}, "offsets int32"),
         ({"memory": torch.zeros(2, 2, 3, 4, 9, 16, dtype=torch.float64)}, "a memory of"),
         ({"turns": [torch.zeros(11, 16)]}, "cosines and sines"),
         ({"x": torch.zeros(11)}, "rows"),
@@ -225,9 +265,14 @@ def test_bad_calls_are_refused(change, message):
     decoder = _decoder("gpt2")
     forward = written_out(decoder, LargePages(), TrainingCall)
     body = _body(forward)
-    given = {"x": torch.zeros(OFFSETS[-1], decoder.hidden_size), "memory": None, "turns": []} | change
     offsets = torch.tensor(OFFSETS, dtype=torch.int32)
+    given = {
+        "x": torch.zeros(OFFSETS[-1], decoder.hidden_size),
+        "memory": None,
+        "offsets": offsets,
+        "turns": [],
+    } | change
     with pytest.raises(RuntimeError, match=message):
-        body.forward(given["x"], given["memory"], offsets, 0, 7, given["turns"], True)
+        body.forward(given["x"], given["memory"], given["offsets"], 0, 7, given["turns"], True)
     with pytest.raises(RuntimeError, match="are read"):
         body.backward(torch.zeros(OFFSETS[-1], decoder.hidden_size), [], None, offsets, 0, 7, [], True)
