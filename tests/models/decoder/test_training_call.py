@@ -1,4 +1,4 @@
-"""A training pass in one call: the bits that the layers give, but for a rounding of the inputs' gradient, and only where it may."""
+"""A training pass in one call: the bits that the layers give (the inputs' gradient is rounded once less), only where it may."""
 
 from __future__ import annotations
 
