@@ -81,7 +81,6 @@ struct Layer {
   std::optional<int64_t> window;
   std::optional<double> softcap;
 
-  int64_t width() const { return (heads + 2 * kv_heads) * head_dim; }
   Heads split(const at::Tensor& rows) const {
     const at::Tensor all = rows.view({rows.size(0), heads + 2 * kv_heads, head_dim});
     return {all.narrow(1, 0, heads), all.narrow(1, heads, kv_heads), all.narrow(1, heads + kv_heads, kv_heads)};

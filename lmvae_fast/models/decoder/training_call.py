@@ -132,9 +132,9 @@ def _body_of(layers: Layers) -> Any:
         return None
     body = kind(_norm(cast(LastNorm, layers.segments[-1].after).norm))
     for first, attend, second, of_layer in zip(into, layers.attend, out, products, strict=True):
-        # Their columns say whose norms they are: queries' begin the row.
+        # Their columns say whose norms they are: queries' begin the row (at 0 or, in a slice, None).
         of_queries, of_keys = (
-            next((norm.norm for norm in first.of_heads if (norm.columns.start is None) == queries), None)
+            next((norm.norm for norm in first.of_heads if (not norm.columns.start) == queries), None)
             for queries in (True, False)
         )
         body.add_layer(

@@ -1,5 +1,5 @@
-"""A model's modules and parameters without their names, which `nn.Module.named_parameters` puts together at every call: a good
-part of a millisecond for a decoder of thirty layers, in every training step."""
+"""A model's modules and parameters without their names, which `nn.Module.named_parameters` puts together at every call, here in
+every training step."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import lmvae_fast as lf
-from lmvae_fast.kernels.packed_linear import choices
 from lmvae_fast.models.decoder import frozen_products, training_call
 from lmvae_fast.models.decoder.attention import PackedAttention
 from lmvae_fast.models.decoder.large_pages import LargePages
@@ -79,7 +78,6 @@ def _both(decoder, monkeypatch, given, **options):
         patch.setattr(TrainingCall, "_serves", lambda *given: False)
         theirs = _pass(forward, given, **options)
         assert calls == [1]
-    assert "TrainingPass" not in str(theirs[0].grad_fn.next_functions)
     return ours, theirs
 
 
@@ -202,7 +200,7 @@ def test_what_one_call_cannot_take_goes_through_the_layers(monkeypatch):
     assert seen.names.count("lmvae_fast::latent_attention_fwd") == decoder.num_layers
     assert torch.equal(got[0], want[0])
     x, memory = given
-    with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):  # the layers' own refusal
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):  # by the layers' function
         _states(forward, forward_ad.make_dual(x, x), memory)
 
 
@@ -217,7 +215,6 @@ def test_an_extension_without_it_and_a_layer_without_prepared_products_leave_the
     monkeypatch.setattr(frozen_products, "training_product", lambda dtype: "plain")
     got = _pass(written_out(decoder, LargePages(), TrainingCall), _given(decoder))
     assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(got, want, strict=True))
-    assert choices.training_product(torch.float32) in ("onednn", "packed", "plain")
 
 
 class Marked(torch.Tensor):
@@ -249,14 +246,14 @@ def test_a_memory_that_does_not_fit_is_refused_as_by_the_layers(dim, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"memory": torch.zeros(1, 2, 3, 4, 9, 16)}, "a memory of"),
+        ({"memory": torch.zeros(1, 2, 3, 4, 9, 8)}, "a memory of"),
         ({"memory": torch.zeros(2, 2, 1, 4, 9, 8)}, "a memory of"),
         ({"memory": torch.zeros(2, 2, 3, 2, 9, 8)}, "a memory of"),
         ({"memory": torch.zeros(2, 2, 3, 4, 9, 16)}, "a memory of"),
         ({"x": torch.zeros(11, 31)}, "rows"),
         ({"offsets": torch.tensor(OFFSETS)}, "offsets int32"),
         ({"offsets": torch.zeros(0, dtype=torch.int32)}, "offsets int32"),
-        ({"memory": torch.zeros(2, 2, 3, 4, 9, 16, dtype=torch.float64)}, "a memory of"),
+        ({"memory": torch.zeros(2, 2, 3, 4, 9, 8, dtype=torch.float64)}, "a memory of"),
         ({"turns": [torch.zeros(11, 16)]}, "cosines and sines"),
         ({"x": torch.zeros(11)}, "rows"),
     ],
